@@ -1,0 +1,30 @@
+"""Describes: what a run is, checked before anything is read or computed. Imports no torch."""
+
+from fundamentallm.config.base import BaseConfig
+from fundamentallm.config.component import Component
+from fundamentallm.config.data import DataConfig
+from fundamentallm.config.difference import (
+    RESUME_MAY_DIFFER,
+    config_differences,
+    config_hash,
+    may_differ_on_resume,
+)
+from fundamentallm.config.load import load_config
+from fundamentallm.config.model import TransformerConfig
+from fundamentallm.config.run import RunConfig
+from fundamentallm.config.training import TrainingConfig, resolve_warmup
+
+__all__ = [
+    "RESUME_MAY_DIFFER",
+    "BaseConfig",
+    "Component",
+    "DataConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "TransformerConfig",
+    "config_differences",
+    "config_hash",
+    "load_config",
+    "may_differ_on_resume",
+    "resolve_warmup",
+]

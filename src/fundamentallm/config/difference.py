@@ -1,0 +1,69 @@
+"""Whether two configurations describe the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fundamentallm.config.base import BaseConfig
+
+ABSENT = "(absent)"
+"""Stands for the value of a key that one side lacks."""
+
+RESUME_MAY_DIFFER = frozenset(
+    {
+        "name",
+        "plugins",
+        "training.num_epochs",
+        "training.total_steps",
+        "training.max_tokens",
+        "training.max_seconds",
+        "training.stop_after_seconds",
+        "training.log_steps",
+        "training.keep_last",
+        "training.checkpoint_steps",
+        "handlers.progress",
+        "handlers.logs",
+        "handlers.tensorboard",
+        "handlers.samples",
+    }
+)
+"""Keys, with all below them, that may change when a run is resumed: budgets, logging, retention."""
+
+
+def may_differ_on_resume(key: str) -> bool:
+    """Return whether a dotted key is one of RESUME_MAY_DIFFER or lies below one."""
+    return any(key == free or key.startswith(free + ".") for free in RESUME_MAY_DIFFER)
+
+
+def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Compare two configurations as `to_dict` returns them.
+
+    Args:
+        a, b: nested plain values.
+
+    Returns:
+        (dotted key, value in a, value in b) for each value that differs, in the order of a and
+        then b; ABSENT for a key that one side lacks. 1 and 1.0 are the same, 1 and true are not.
+    """
+    differences: list[tuple[str, Any, Any]] = []
+    for key in [*a, *(key for key in b if key not in a)]:
+        left, right = a.get(key, ABSENT), b.get(key, ABSENT)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            differences += [
+                (f"{key}.{below}", *values) for below, *values in config_differences(left, right)
+            ]
+        elif left != right or isinstance(left, bool) != isinstance(right, bool):
+            differences.append((key, left, right))
+    return differences
+
+
+def config_hash(config: BaseConfig) -> str:
+    """Return the SHA-256, in hexadecimal, of what a configuration says.
+
+    Equal configurations have equal hashes: it is taken over `to_dict` as JSON with sorted keys.
+    """
+    canonical = json.dumps(config.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()

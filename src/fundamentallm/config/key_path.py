@@ -1,0 +1,22 @@
+"""The way to a value in nested mappings and lists, and text that is fit for a message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+KeyPath = tuple[str | int, ...]
+"""The way to a value: keys of mappings and indices of lists."""
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """Return `training.optimizer` for its path, indices as `data.source[0]`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{printable(part)}"
+    return text.removeprefix(".")
+
+
+def printable(text: str, limit: int = 60) -> str:
+    """Return text fit for a message: cut to `limit`, control characters escaped."""
+    shown = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)

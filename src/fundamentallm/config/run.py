@@ -1,0 +1,177 @@
+"""One run: everything that a YAML file says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from fundamentallm.config.base import BaseConfig, Seed
+from fundamentallm.config.component import plain_options
+from fundamentallm.config.data import DataConfig
+from fundamentallm.config.model import TransformerConfig
+from fundamentallm.config.problems import problem
+from fundamentallm.config.training import TrainingConfig
+from fundamentallm.config.yaml_source import YamlDocument
+from fundamentallm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Section = TypeVar("Section", bound=BaseConfig)
+
+
+class RunConfig(BaseConfig):
+    """A run, whole.
+
+    `seed` and `data.sequence_length` hold for every section: `data.seed`, `training.seed` and
+    `model.sequence_length` may repeat them and must then agree; left unset, they take the value.
+    `to_dict` and `to_yaml` write it once.
+    """
+
+    name: str = "run"
+    """Name of the run and of its directory under runs/: letters, digits, ., _ and -."""
+
+    seed: Seed = 42
+    """The run's one seed: initial weights, order of the data, dropout, samples."""
+
+    data: DataConfig = DataConfig()
+    """The text, its tokens and its batches."""
+
+    model: TransformerConfig = TransformerConfig()
+    """The shape of the model."""
+
+    training: TrainingConfig = TrainingConfig()
+    """How the model is trained."""
+
+    handlers: dict[str, bool | dict[str, Any]] = Field(default_factory=dict)
+    """Handlers by name, merged over the default set: their options, true for the default options,
+    false to switch one off."""
+
+    plugins: list[str] = Field(default_factory=list)
+    """Modules that are imported so that the names they register resolve."""
+
+    _document: YamlDocument | None = PrivateAttr(default=None)
+
+    @classmethod
+    def from_document(cls, document: YamlDocument) -> Self:
+        """Validate a document and remember where each of its keys was written.
+
+        Raises:
+            ConfigError: as in `from_yaml`.
+        """
+        config = super().from_document(document)
+        config._document = document
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values; what holds for every section is there once."""
+        plain = super().to_dict()
+        del plain["data"]["seed"], plain["training"]["seed"]
+        del plain["model"]["sequence_length"]
+        return plain
+
+    def locate(self, key: str) -> str:
+        """Return where a dotted key was written, as `train.yaml:12: training.optimizer`.
+
+        A key that was not written has its nearest parent's line; an override on the command line
+        is shown itself; a configuration made in Python has the key alone.
+        """
+        return self._document.locate(tuple(key.split("."))) if self._document else key
+
+    @contextmanager
+    def blame(self, key: str) -> Iterator[None]:
+        """Let each ConfigError that arises inside say where `key` was written.
+
+        An error's own `key` is taken as relative to this one; an error that has a `where` already
+        passes unchanged.
+        """
+        try:
+            yield
+        except ConfigError as error:
+            if not error.where:
+                error.key = ".".join(part for part in (key, error.key) if part)
+                error.where = self.locate(error.key)
+            raise
+
+    @field_validator("name")
+    @classmethod
+    def _path_component(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name) or name.endswith("."):
+            raise problem(
+                "",
+                "a run's name becomes a directory",
+                got=name,
+                expected="at most 100 letters, digits, ., _ and -, with no . or - in front",
+                fix="choose a name like 'my-run'; to choose a place, use --run-dir",
+            )
+        return name
+
+    @field_validator("handlers")
+    @classmethod
+    def _plain_handlers(cls, handlers: dict[str, Any]) -> dict[str, Any]:
+        plain: dict[str, Any] = plain_options(handlers)
+        return plain
+
+    @field_validator("plugins")
+    @classmethod
+    def _module_names(cls, plugins: list[str]) -> list[str]:
+        for index, name in enumerate(plugins):
+            if not all(part.isidentifier() for part in name.split(".")):
+                raise problem(
+                    str(index),
+                    "this is not the name of a module",
+                    got=name,
+                    expected="a dotted name, as my_package.handlers",
+                    fix="name the module as an import statement would, without .py or slashes",
+                )
+        return plugins
+
+    @model_validator(mode="after")
+    def _one_seed(self) -> RunConfig:
+        places: dict[str, BaseConfig] = {
+            "seed": self,
+            "data.seed": self.data,
+            "training.seed": self.training,
+        }
+        value = self._agreed("seed", places, default=self.seed)
+        self._settle(
+            seed=value,
+            data=_with(self.data, seed=value),
+            training=_with(self.training, seed=value),
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _one_sequence_length(self) -> RunConfig:
+        places = {"data.sequence_length": self.data, "model.sequence_length": self.model}
+        value = self._agreed("sequence_length", places, default=self.data.sequence_length)
+        self._settle(
+            data=_with(self.data, sequence_length=value),
+            model=_with(self.model, sequence_length=value),
+        )
+        return self
+
+    @staticmethod
+    def _agreed(field: str, places: dict[str, Any], default: int) -> int:
+        """Return the one value that is set explicitly in some places, else the default."""
+        given = {
+            key: getattr(config, field)
+            for key, config in places.items()
+            if field in config.model_fields_set and getattr(config, field) is not None
+        }
+        if len(set(given.values())) > 1:
+            said = " and ".join(f"{key} {value}" for key, value in given.items())
+            *_, last = given
+            raise problem(last, f"{said} disagree", fix="keep one of them, or make them equal")
+        return next(iter(given.values()), default)
+
+
+def _with(config: Section, **values: Any) -> Section:
+    """Return a copy with values that count as unset; the original may be somebody's own."""
+    copy = config.model_copy()
+    copy._settle(**values)
+    return copy

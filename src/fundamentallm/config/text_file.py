@@ -1,0 +1,86 @@
+"""A configuration file's bytes -> text."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+from fundamentallm.config.key_path import printable
+from fundamentallm.errors import ConfigError, did_you_mean
+
+LARGEST_FILE = 1_000_000  # bytes
+_SUFFIXES = (".yaml", ".yml")
+
+
+def read_text(path: Path) -> str:
+    """Read a regular UTF-8 file of at most `LARGEST_FILE` bytes.
+
+    Raises:
+        ConfigError: there is no such file, or it is another kind of file.
+    """
+    return _decoded(_read_bytes(path), str(path))
+
+
+def _read_bytes(path: Path) -> bytes:
+    where = str(path)
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ConfigError(
+                "this is a directory",
+                where=where,
+                expected="a YAML file",
+                fix=f"name the file in it, as {path / 'config.yaml'}",
+            )
+        if not stat.S_ISREG(mode):  # reading a pipe or a device may never end
+            raise ConfigError("this is not a regular file", where=where, expected="a YAML file")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+    except FileNotFoundError:
+        raise ConfigError(
+            "no such configuration file", where=where, fix=_nearby(path) or "check the path"
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(
+            f"the configuration file cannot be read: {reason}", where=printable(where, 300)
+        ) from None
+    return content
+
+
+def _nearby(path: Path) -> str:
+    try:
+        items = sorted(path.parent.iterdir())
+    except OSError:
+        return ""
+    return did_you_mean(path.name, [item.name for item in items if item.suffix in _SUFFIXES])
+
+
+def _decoded(content: bytes, name: str) -> str:
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ConfigError(
+            "the file is UTF-16", where=name, expected="UTF-8", fix="save the file as UTF-8"
+        )
+    if len(content) > LARGEST_FILE:
+        raise too_large(name)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"the file is not UTF-8: byte offset {error.start}",
+            where=f"{name}:{line}",
+            got=f"byte 0x{content[error.start]:02x}",
+            expected="UTF-8",
+            fix="save the file as UTF-8",
+        ) from None
+
+
+def too_large(name: str) -> ConfigError:
+    """Return the error for more than `LARGEST_FILE` of text."""
+    return ConfigError(
+        "the configuration is too large",
+        where=name,
+        expected=f"at most {LARGEST_FILE:,} bytes",
+        fix="check that this is a configuration and not data",
+    )

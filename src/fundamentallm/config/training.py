@@ -1,0 +1,236 @@
+"""How a model is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from fundamentallm.config.base import (
+    BaseConfig,
+    Count,
+    CountOrZero,
+    NonNegative,
+    Positive,
+    Seed,
+    Text,
+)
+from fundamentallm.config.component import Component
+from fundamentallm.config.problems import problem
+from fundamentallm.errors import ConfigError
+
+DEFAULT_WARMUP_STEPS = 500
+
+# A schedule from a plugin says for itself whether it warms up; the engine asks it.
+_SCHEDULES_THAT_WARM_UP = {
+    "linear_warmup",
+    "cosine",
+    "warmup_stable_decay",
+    "inverse_square_root",
+}
+
+
+class TrainingConfig(BaseConfig):
+    """Optimization, budgets and cadence. A step is an optimizer step."""
+
+    learning_rate: Positive = 1e-4
+    """Peak learning rate; the schedule multiplies it."""
+
+    optimizer: Component = Component(name="adamw")
+    """The optimizer: adamw, adam, sgd, rmsprop."""
+
+    optimizer_eps: Positive = 1e-8
+    """Added to the denominator of an adaptive optimizer."""
+
+    optimizer_weight_decay: NonNegative = 0.01
+    """Weight decay of linear weights, in optimizers that have one."""
+
+    scheduler: Component = Component(name="linear_warmup")
+    """The learning rate over time: linear_warmup, constant, cosine, exponential,
+    warmup_stable_decay, inverse_square_root."""
+
+    warmup_steps: CountOrZero = DEFAULT_WARMUP_STEPS
+    """Steps over which the learning rate rises from 0; left unset in a run shorter than 5,000
+    steps: a tenth of the run."""
+
+    min_learning_rate: NonNegative = 0.0
+    """Learning rate at the end of a schedule that falls."""
+
+    loss: Component = Component(name="cross_entropy")
+    """The loss: cross_entropy, chunked_cross_entropy."""
+
+    max_grad_norm: Positive | None = 1.0
+    """Gradients whose norm over all parameters is larger are scaled down to it; None: never."""
+
+    accumulation_steps: Count = 1
+    """Micro-batches of one rank in one step."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    mixed_precision: bool = False
+    """Run matrix multiplications in the device's narrow type: bf16, or fp16 on GPUs without bf16.
+    With precision unset, true makes that "auto", and a CPU takes bf16 too; left unset, it is true
+    if precision is bf16 or fp16."""
+
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Type of matrix multiplications; auto: the narrow type on a GPU, fp32 elsewhere unless
+    mixed_precision is true."""
+
+    compile: bool | Literal["auto"] = False
+    """Compile the model with torch.compile; auto: on a GPU."""
+
+    num_epochs: Count = 3
+    """Passes over the training split, if no other budget ends the run."""
+
+    total_steps: Count | None = None
+    """Steps of the run; None: num_epochs times the steps of an epoch."""
+
+    max_tokens: Count | None = None
+    """Tokens of the run over all ranks; None: no such limit."""
+
+    max_seconds: Positive | None = None
+    """Seconds from the start of the process after which the run is finished; None: no limit."""
+
+    stop_after_seconds: Positive | None = None
+    """Seconds from the start of the process after which the run is saved and stops, to be
+    resumed; None: no limit."""
+
+    eval_steps: Count = 100
+    """Steps from one validation to the next."""
+
+    log_steps: Count = 10
+    """Steps from one line of metrics to the next."""
+
+    checkpoint_steps: Count | None = None
+    """Steps from one checkpoint to the next; None: one after every validation."""
+
+    checkpoint_dir: Text = "./checkpoints"
+    """Where checkpoints go; a relative path lies inside the run directory."""
+
+    keep_last: Count = 3
+    """Newest checkpoints that are kept besides the best, at least 2: with one alone, a failing
+    disk could take the run with it."""
+
+    device: Text = "cpu"
+    """Where to compute: cpu, cuda, cuda:N, mps, or auto."""
+
+    seed: Seed = 42
+    """Seed of initial weights and dropout."""
+
+    @field_validator("keep_last")
+    @classmethod
+    def _never_one_alone(cls, keep_last: int) -> int:
+        if keep_last < 2:
+            raise problem(
+                "",
+                "one checkpoint alone is not safe: a fault in it would end the run",
+                got=keep_last,
+                expected="an integer from 2",
+                fix="set keep_last to 2",
+            )
+        return keep_last
+
+    def _unwritten(self) -> Collection[str]:
+        # Written as 500 it would no longer adapt to a short run.
+        return () if "warmup_steps" in self.model_fields_set else ("warmup_steps",)
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> TrainingConfig:
+        given = self.model_fields_set
+        narrow = self.precision in ("bf16", "fp16")
+        if self.mixed_precision and "precision" not in given:
+            self._settle(precision="auto")
+        elif narrow and "mixed_precision" not in given:
+            self._settle(mixed_precision=True)
+        elif self.precision != "auto" and self.mixed_precision != narrow:
+            raise problem(
+                "mixed_precision",
+                f"mixed_precision {str(self.mixed_precision).lower()} and precision "
+                f"{self.precision} disagree",
+                fix="remove one of the two",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_optimizer_option(self) -> TrainingConfig:
+        """Let `optimizer_eps` and the optimizer's own option `eps` be one thing, decay likewise."""
+        for option in ("eps", "weight_decay"):
+            field = f"optimizer_{option}"
+            value = self.optimizer.options.get(option)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                continue  # not given, or of a type that the registry refuses
+            if value < 0 or (value == 0 and option == "eps"):
+                raise problem(
+                    f"optimizer.{option}",
+                    "out of range",
+                    got=value,
+                    expected="a number above 0" if option == "eps" else "a number from 0",
+                )
+            if field in self.model_fields_set and getattr(self, field) != value:
+                raise problem(
+                    field,
+                    f"{field} {getattr(self, field)} and the optimizer's option {option} {value} "
+                    "disagree",
+                    fix="remove one of the two",
+                )
+            self._settle(**{field: float(value)})
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> TrainingConfig:
+        if self.min_learning_rate > self.learning_rate:
+            raise problem(
+                "min_learning_rate",
+                f"min_learning_rate {self.min_learning_rate} is above learning_rate "
+                f"{self.learning_rate}",
+                fix="lower min_learning_rate",
+            )
+        warms_up = self.scheduler.name in _SCHEDULES_THAT_WARM_UP
+        if warms_up and self.total_steps is not None and _too_long(self, self.total_steps):
+            what, fix = _too_long_in_words(self, self.total_steps)
+            raise problem("warmup_steps", what, fix=fix)
+        return self
+
+
+def resolve_warmup(config: TrainingConfig, total_steps: int | None) -> tuple[int, str | None]:
+    """Choose the number of warmup steps of a run whose schedule warms up.
+
+    Args:
+        config: the configuration.
+        total_steps: steps of the run; None if only the clock ends it.
+
+    Returns:
+        The steps over which the learning rate rises, and a line to tell the user if they were
+        chosen here: left unset, a run shorter than 5,000 steps warms up for a tenth of it.
+
+    Raises:
+        ConfigError: `warmup_steps` is set and not below `total_steps`; `key` is "warmup_steps".
+    """
+    steps = config.warmup_steps
+    if total_steps is None:
+        return steps, None
+    if "warmup_steps" in config.model_fields_set:
+        if _too_long(config, total_steps):
+            what, fix = _too_long_in_words(config, total_steps)
+            raise ConfigError(what, key="warmup_steps", fix=fix)
+        return steps, None
+    tenth = total_steps // 10
+    if tenth >= steps:
+        return steps, None
+    return tenth, (
+        f"warmup_steps: {tenth}, a tenth of the run's {total_steps:,} steps "
+        f"({steps} is meant for runs of {10 * steps:,} steps and more)"
+    )
+
+
+def _too_long(config: TrainingConfig, total_steps: int) -> bool:
+    return "warmup_steps" in config.model_fields_set and config.warmup_steps >= total_steps
+
+
+def _too_long_in_words(config: TrainingConfig, total_steps: int) -> tuple[str, str]:
+    return (
+        f"warmup_steps {config.warmup_steps} is not below the run's total_steps {total_steps}",
+        f"remove warmup_steps for a tenth of the run, {total_steps // 10}, or train longer",
+    )

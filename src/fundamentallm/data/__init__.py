@@ -1,0 +1,1 @@
+"""Text to batches: tokenizers, sources, datasets and loaders."""

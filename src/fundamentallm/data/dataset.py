@@ -1,0 +1,79 @@
+"""Windows of text as a torch Dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fundamentallm.data.loader import IGNORED
+from fundamentallm.errors import DataError
+
+
+class LanguageModelDataset(Dataset[dict[str, Tensor]]):
+    """Windows of `sequence_length` tokens, each with the tokens that follow.
+
+    Item i is `{"input_ids", "target_ids"}`, int64 (T,): tokens i s to i s + T - 1, and the same
+    shifted by one. By default windows do not overlap (s = T) and cover the text from its start.
+
+    Args:
+        tokens: (N,) integers: an array, a memory map, a tensor or a list. Arrays are not copied.
+        sequence_length: T.
+        stride: s, tokens from one window's start to the next; T if None.
+        pad_last: keep the last, shorter window too, its inputs padded with 0 and its targets with
+            -100; else it is dropped.
+
+    Raises:
+        DataError: too few tokens for one window.
+        ValueError: sequence_length or stride below 1.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray | Tensor | Sequence[int],
+        sequence_length: int,
+        stride: int | None = None,
+        pad_last: bool = False,
+    ) -> None:
+        if sequence_length < 1 or (stride is not None and stride < 1):
+            raise ValueError("sequence_length and stride must be at least 1")
+        if isinstance(tokens, Tensor):
+            tokens = tokens.numpy()
+        self.tokens = tokens if isinstance(tokens, np.ndarray) else np.asarray(tokens)
+        self.sequence_length = sequence_length
+        self.stride = stride or sequence_length
+        needed = 2 if pad_last else sequence_length + 1
+        if len(self.tokens) < needed:
+            raise DataError(
+                "the text is too short for a single window",
+                got=f"{len(self.tokens)} tokens",
+                expected=f"at least {needed} (sequence_length + 1)",
+                fix="lower sequence_length or add text",
+            )
+        last = len(self.tokens) - 2 if pad_last else len(self.tokens) - 1 - sequence_length
+        self._length = last // self.stride + 1
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return window `index`.
+
+        Raises:
+            IndexError: there is no such window.
+        """
+        if not -self._length <= index < self._length:
+            raise IndexError(f"window {index} of {self._length}")
+        start = index % self._length * self.stride
+        piece = torch.from_numpy(
+            self.tokens[start : start + self.sequence_length + 1].astype(np.int64)
+        )
+        missing = self.sequence_length + 1 - len(piece)
+        return {
+            "input_ids": torch.nn.functional.pad(piece[:-1], (0, missing), value=0),
+            "target_ids": torch.nn.functional.pad(piece[1:], (0, missing), value=IGNORED),
+        }

@@ -1,0 +1,293 @@
+"""Loaders: one optimizer step's window of micro-batches at a time, in an order that is computed.
+
+The batch at (epoch, step) is a pure function of the seed, so any point of any epoch is reached at
+once, and the sequences of a step are the same however they are split into micro-batches and ranks.
+
+Shapes: N tokens in the split, T sequence length, B batch size, A accumulation steps, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+
+from fundamentallm.data.permutation import Permutation, derive_key
+from fundamentallm.errors import DataError
+
+IGNORED = -100  # the target of a token that counts for nothing
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The data of one optimizer step, as far as this rank has it.
+
+    Attributes:
+        micro_batches: each `{"input_ids", "target_ids"}`, int64 (B, T).
+        num_tokens: valid targets in them, counted on the host.
+    """
+
+    micro_batches: list[Batch]
+    num_tokens: int
+
+
+class TokenWindowLoader:
+    """Windows over a sequence of tokens, shuffled anew in each epoch.
+
+    An epoch cuts the tokens into n = max(1, (N - T) // T) sequences that do not overlap, from a
+    phase drawn for that epoch, and visits them in an order drawn for it. Step s takes positions
+    [s B A R, (s + 1) B A R) of that order; the last step of an epoch may be shorter. Micro-batch m
+    of rank r takes rows m B R + r B and the B - 1 after it.
+
+    Args:
+        tokens: (N,) integers; never copied, so it may be a memory map.
+        sequence_length: T.
+        batch_size: B, sequences in a micro-batch of one rank.
+        accumulation_steps: A, micro-batches of one rank in a step.
+        seed: of phase and order.
+        rank: this rank, 0 to R - 1.
+        world_size: R.
+
+    Raises:
+        DataError: fewer than T + 1 tokens.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        sequence_length: int,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(tokens) < sequence_length + 1:
+            raise DataError(
+                "the text is too short for a single sequence",
+                got=f"{len(tokens):,} tokens",
+                expected=f"at least {sequence_length + 1:,} (data.sequence_length + 1)",
+                fix="lower data.sequence_length or add text",
+            )
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.rows_per_step = batch_size * accumulation_steps * world_size
+        self.num_sequences = max(1, (len(tokens) - sequence_length) // sequence_length)
+        self._slack = len(tokens) - 1 - self.num_sequences * sequence_length
+        # A view: row i is tokens i to i + T, so inputs and targets are two slices of one gather.
+        self._windows = sliding_window_view(tokens, sequence_length + 1)
+        self._epoch = 0
+        self._step = 0
+
+    def __len__(self) -> int:
+        """Return the optimizer steps in an epoch."""
+        return -(-self.num_sequences // self.rows_per_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a full step over all ranks."""
+        return self.rows_per_step * self.sequence_length
+
+    def set_position(self, epoch: int, step: int) -> None:
+        """Stand before step `step` (from 0) of epoch `epoch` (from 0)."""
+        self._epoch, self._step = epoch, step
+
+    def __iter__(self) -> Iterator[Window]:
+        """Yield the windows from the position to the end of its epoch, then stand at the next."""
+        while self._step < len(self):
+            window = self.window_at(self._epoch, self._step)
+            self._step += 1
+            yield window
+        self._epoch, self._step = self._epoch + 1, 0
+
+    def rows_at(self, epoch: int, step: int) -> np.ndarray:
+        """Return the first token's index of each sequence of a step, over all ranks, in order."""
+        first = step * self.rows_per_step
+        last = min(first + self.rows_per_step, self.num_sequences)
+        order = Permutation(self.num_sequences, derive_key(self.seed, epoch, 1))
+        phases = min(self.sequence_length - 1, self._slack) + 1
+        phase = derive_key(self.seed, epoch, 2) % phases
+        return phase + order(np.arange(first, last)) * self.sequence_length
+
+    def window_at(self, epoch: int, step: int) -> Window:
+        """Return this rank's share of a step."""
+        rows = self.rows_at(epoch, step)
+        per_round = self.batch_size * self.world_size
+        micro_batches = []
+        num_tokens = 0
+        for start in range(0, len(rows), per_round):
+            begin = start + self.rank * self.batch_size
+            own = rows[begin : min(begin + self.batch_size, start + per_round)]
+            if len(own):
+                micro_batches.append(self._gather(own))
+                num_tokens += len(own) * self.sequence_length
+            else:
+                # The other ranks wait for this one in the collectives of their backward pass.
+                micro_batches.append(self._masked_row())
+        return Window(micro_batches, num_tokens)
+
+    def _gather(self, starts: np.ndarray) -> Batch:
+        rows = torch.from_numpy(self._windows[starts].astype(np.int64))
+        return {"input_ids": rows[:, :-1], "target_ids": rows[:, 1:]}
+
+    def _masked_row(self) -> Batch:
+        shape = (1, self.sequence_length)
+        return {
+            "input_ids": torch.zeros(shape, dtype=torch.int64),
+            "target_ids": torch.full(shape, IGNORED, dtype=torch.int64),
+        }
+
+
+class ValidationLoader:
+    """Every target of a split exactly once, in order, in windows that do not overlap.
+
+    Args:
+        tokens: (N,) integers; fewer than two are an empty loader.
+        sequence_length: T; the last window is padded with ignored targets.
+        batch_size: B.
+        rank: this rank; rank r takes each world_size-th batch.
+        world_size: number of ranks.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        sequence_length: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.tokens = tokens
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.num_tokens = max(0, len(tokens) - 1)
+
+    def __len__(self) -> int:
+        """Return the batches over all ranks."""
+        return -(-self.num_tokens // (self.sequence_length * self.batch_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's batches."""
+        span = self.sequence_length * self.batch_size
+        for number in range(self.rank, len(self), self.world_size):
+            piece = self.tokens[number * span : (number + 1) * span + 1].astype(np.int64)
+            yield self._batch(torch.from_numpy(piece))
+
+    def _batch(self, piece: Tensor) -> Batch:
+        inputs, targets = piece[:-1], piece[1:]
+        missing = -len(inputs) % self.sequence_length
+        inputs = torch.nn.functional.pad(inputs, (0, missing), value=0)
+        targets = torch.nn.functional.pad(targets, (0, missing), value=IGNORED)
+        return {
+            "input_ids": inputs.view(-1, self.sequence_length),
+            "target_ids": targets.view(-1, self.sequence_length),
+        }
+
+
+class WindowLoader:
+    """A plain DataLoader as windows of `accumulation_steps` batches.
+
+    A loader that shuffles draws its order from torch's generator. Here that generator is seeded
+    from (seed, epoch) while the order is drawn and put back after, so the order is a pure function
+    and the training's own random numbers are untouched.
+
+    Args:
+        loader: yields `{"input_ids", "target_ids"}` or `(inputs, targets)`; has a length.
+        accumulation_steps: batches in a window; the last window of an epoch may have fewer.
+        seed: of the order.
+    """
+
+    def __init__(self, loader: Any, accumulation_steps: int = 1, seed: int = 0) -> None:
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+        self.loader = loader
+        self.accumulation_steps = accumulation_steps
+        self.seed = seed
+        self._epoch = 0
+        self._step = 0
+
+    def __len__(self) -> int:
+        """Return the windows in an epoch."""
+        return -(-len(self.loader) // self.accumulation_steps)
+
+    def set_position(self, epoch: int, step: int) -> None:
+        """Stand before step `step` of epoch `epoch`; what lies before it is drawn and dropped."""
+        self._epoch, self._step = epoch, step
+
+    def __iter__(self) -> Iterator[Window]:
+        """Yield the windows from the position to the end of its epoch, then stand at the next."""
+        batches = self._epoch_batches()
+        for _ in range(self._step * self.accumulation_steps):
+            next(batches, None)
+        while window := self._next_window(batches):
+            self._step += 1
+            yield window
+        self._epoch, self._step = self._epoch + 1, 0
+
+    def _next_window(self, batches: Iterator[Any]) -> Window | None:
+        micro_batches = []
+        for batch in batches:
+            micro_batches.append(as_batch(batch))
+            if len(micro_batches) == self.accumulation_steps:
+                break
+        if not micro_batches:
+            return None
+        return Window(micro_batches, sum(count_valid(m["target_ids"]) for m in micro_batches))
+
+    def _epoch_batches(self) -> Iterator[Any]:
+        # Creating the iterator draws a seed for workers, and its first batch draws the order.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_key(self.seed, self._epoch, 3) % 2**63)
+            iterator = iter(self.loader)
+            first = next(iterator, None)
+        if first is not None:
+            yield first
+            yield from iterator
+
+
+def as_window_loader(loader: Any, accumulation_steps: int = 1, seed: int = 0) -> Any:
+    """Return a loader of windows: the loader itself if it is one, else a `WindowLoader` over it."""
+    if hasattr(loader, "set_position"):
+        return loader
+    return WindowLoader(loader, accumulation_steps, seed)
+
+
+def as_window(batch: Any) -> Window:
+    """Return a batch as a window of one micro-batch; a window as it is."""
+    if isinstance(batch, Window):
+        return batch
+    micro = as_batch(batch)
+    return Window([micro], count_valid(micro["target_ids"]))
+
+
+def as_batch(batch: Any) -> Batch:
+    """Return `{"input_ids", "target_ids"}` of a mapping or an (inputs, targets) pair.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(batch, dict) and {"input_ids", "target_ids"} <= batch.keys():
+        return {"input_ids": batch["input_ids"], "target_ids": batch["target_ids"]}
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return {"input_ids": batch[0], "target_ids": batch[1]}
+    raise ValueError(
+        "a batch must be {'input_ids': ..., 'target_ids': ...} or (inputs, targets), got"
+        f" {type(batch).__name__}"
+    )
+
+
+def count_valid(targets: Tensor) -> int:
+    """Return the number of targets that count: those not below 0."""
+    return int((targets >= 0).sum())

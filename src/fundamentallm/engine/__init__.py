@@ -1,0 +1,1 @@
+"""Commands: `python -m fundamentallm.engine run config.yaml`."""

@@ -1,0 +1,318 @@
+"""From a configuration to a wired run: the one place that knows every part.
+
+Read `assemble` from top to bottom as a recipe; a script can copy its lines and change one.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import ignite
+import numpy as np
+import torch
+
+import fundamentallm
+from fundamentallm.config import DataConfig, RunConfig
+from fundamentallm.config.training import resolve_warmup
+from fundamentallm.data.corpus import Corpus, read_source, split_tokens
+from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.permutation import derive_key
+from fundamentallm.data.tokenizer import TOKENIZERS, Tokenizer, build_tokenizer
+from fundamentallm.engine.fit import refuse_what_cannot_fit
+from fundamentallm.engine.run_directory import RunDirectory, describe
+from fundamentallm.errors import CheckpointError
+from fundamentallm.models.feedforward import FEEDFORWARDS
+from fundamentallm.models.normalization import NORMALIZATIONS
+from fundamentallm.models.positions import POSITIONS
+from fundamentallm.models.transformer import Transformer
+from fundamentallm.training.clock import seconds_since_start
+from fundamentallm.training.distributed import Ranks
+from fundamentallm.training.handlers import HANDLERS
+from fundamentallm.training.limits import Limits
+from fundamentallm.training.losses import LOSSES
+from fundamentallm.training.optimizers import OPTIMIZERS, OptimizerBuilder
+from fundamentallm.training.precision import resolve_device, resolve_precision
+from fundamentallm.training.schedulers import SCHEDULERS
+from fundamentallm.training.trainer import Trainer
+
+# What every run gets, in no order that matters: events decide who comes first. `handlers:` in a
+# configuration adds to these, changes their options, or switches one off with `name: false`.
+DEFAULT_HANDLERS: dict[str, dict[str, Any]] = {
+    "schedule": {},
+    "loss_ema": {},
+    "perplexity": {},
+    "throughput": {},
+    "evaluation": {},
+    "checkpointing": {},
+    "nan_rollback": {},
+    "signals": {},
+    "progress": {},
+    "logs": {},
+    "tensorboard": {},
+    "samples": {},
+}
+
+
+@dataclass
+class Run:
+    """A wired run.
+
+    Attributes:
+        config: the configuration with everything resolved that was open in the file.
+        directory: where it lives.
+        trainer: ready to `run()`.
+        tokenizer: between text and token ids.
+        corpus: the text and where it came from.
+        notes: decisions to tell the user.
+    """
+
+    config: RunConfig
+    directory: RunDirectory
+    trainer: Trainer
+    tokenizer: Tokenizer
+    corpus: Corpus
+    notes: list[str]
+
+
+def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
+    """Build every part of a run and connect them.
+
+    Args:
+        config: as written.
+        directory: where the run lives, and what it goes on from.
+        ranks: this process among the others.
+
+    Raises:
+        FundamentaLLMError: of the class of whatever part cannot be built.
+    """
+    training = config.training
+    device = resolve_run_device(config, ranks)
+    check_names(config)
+
+    # data feeds
+    corpus = read_corpus(config.data, directory, ranks)
+    tokenizer = (
+        build_tokenizer(config.data.tokenizer.name, config.data.tokenizer.options, corpus.text)
+        if corpus.tokenizer is None
+        else corpus.tokenizer
+    )
+    tokens = tokenizer.encode(corpus.text) if corpus.tokens is None else corpus.tokens
+    length = config.data.sequence_length
+    splits = split_tokens(tokens, config.data.split)
+    train_loader = TokenWindowLoader(
+        splits["train"],
+        length,
+        config.data.batch_size,
+        training.accumulation_steps,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    val_loader = ValidationLoader(
+        splits["val"], length, config.data.batch_size, rank=ranks.rank, world_size=ranks.world_size
+    )
+    resolved, notes = resolve(config, tokenizer, len(train_loader), device, ranks)
+    training = resolved.training
+
+    # models compute; the ranks share the weights, and then each draws its own dropout
+    torch.manual_seed(config.seed)
+    with config.blame("model"):
+        refuse_what_cannot_fit(resolved, device)
+        model = Transformer(resolved.model).to(device)
+    if not ranks.alone:
+        torch.manual_seed(derive_key(config.seed, ranks.rank) % 2**63)
+
+    # training steps
+    with config.blame("training.optimizer"):
+        optimizer = OptimizerBuilder.build(
+            training.optimizer.name,
+            model,
+            training.learning_rate,
+            defaults={
+                "eps": training.optimizer_eps,
+                "weight_decay": training.optimizer_weight_decay,
+            },
+            **training.optimizer.options,
+        )
+    limits = Limits.resolve(training, len(train_loader), train_loader.tokens_per_step)
+    with config.blame("training.scheduler"):
+        scheduler = SCHEDULERS.build(
+            training.scheduler.name,
+            training.scheduler.options,
+            optimizer=optimizer,
+            # Where only the clock ends a run, the schedule is asked by progress, not by step.
+            total_steps=limits.total_steps or 10**9,
+            warmup_steps=training.warmup_steps,
+            min_lr=training.min_learning_rate,
+            steps_per_epoch=len(train_loader),
+        )
+    with config.blame("training.loss"):
+        loss_fn = LOSSES.build(training.loss.name, training.loss.options)
+    trainer = Trainer(
+        model, train_loader, val_loader, optimizer, scheduler, loss_fn, device, training
+    )
+    trainer.clock = seconds_since_start
+    trainer.description = dict(
+        describe(
+            config,
+            resolved,
+            tokenizer=tokenizer.to_dict(),
+            data={"sha256": corpus.sha256, "num_tokens": len(tokens)},
+            versions={
+                "fundamentallm": fundamentallm.__version__,
+                "torch": torch.__version__,
+                "ignite": ignite.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        )
+    )
+
+    # handlers listen
+    for name, options in chosen_handlers(config).items():
+        with config.blame(f"handlers.{name}"):
+            handler = HANDLERS.build(
+                name,
+                options,
+                scheduler=scheduler,
+                val_loader=val_loader,
+                tokenizer=tokenizer,
+                run_dir=directory.path,
+                checkpoint_dir=directory.checkpoints,
+                n_saved=training.keep_last,
+                seed=config.seed,
+            )
+        handler.attach(trainer)
+    return Run(resolved, directory, trainer, tokenizer, corpus, notes)
+
+
+def chosen_handlers(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Merge the configuration's handlers over the default set."""
+    chosen = {name: dict(options) for name, options in DEFAULT_HANDLERS.items()}
+    for name, options in config.handlers.items():
+        if options is False:
+            chosen.pop(name, None)
+        else:
+            chosen[name] = {} if options is True else dict(options)
+    return chosen
+
+
+def check_names(config: RunConfig) -> None:
+    """Check every component's name and options before any data is read.
+
+    Raises:
+        ConfigError: with the file and line of the fault.
+    """
+    training, model = config.training, config.model
+    for key, registry, component in (
+        ("data.tokenizer", TOKENIZERS, config.data.tokenizer),
+        ("model.normalization", NORMALIZATIONS, model.normalization),
+        ("model.positions", POSITIONS, model.positions),
+        ("model.feedforward", FEEDFORWARDS, model.feedforward),
+        ("training.optimizer", OPTIMIZERS, training.optimizer),
+        ("training.scheduler", SCHEDULERS, training.scheduler),
+        ("training.loss", LOSSES, training.loss),
+    ):
+        with config.blame(key):
+            registry.check(component.name, component.options)
+    for name, options in config.handlers.items():
+        with config.blame(f"handlers.{name}"):
+            HANDLERS.check(name, options if isinstance(options, dict) else {})
+
+
+def resolve_run_device(config: RunConfig, ranks: Ranks) -> torch.device:
+    """Turn `training.device` into a device; each rank of a machine takes its own GPU."""
+    with config.blame("training.device"):
+        device = resolve_device(config.training.device)
+    if device.type == "cuda" and (device.index is None or not ranks.alone):
+        device = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(device)
+    return device
+
+
+def read_corpus(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Corpus:
+    """Read the source, or the copy of a built-in one that the run keeps.
+
+    The text of a built-in source can differ between two Python releases, so a run that goes on
+    elsewhere must not read it anew.
+
+    Raises:
+        DataError: the source cannot be used.
+        CheckpointError: it is not the text that the run began with.
+    """
+    copy = directory.path / "corpus.txt"
+    if copy.exists():
+        corpus = read_source(str(copy))
+    else:
+        if not ranks.is_writer:
+            ranks.barrier()  # the first rank downloads, the others find it in the cache
+        corpus = read_source(data.source)
+        if ranks.is_writer:
+            ranks.barrier()
+    if directory.checkpoint is not None:
+        began_with = directory.checkpoint.metadata["data"]["sha256"]
+        if corpus.sha256 != began_with:
+            raise CheckpointError(
+                "the text is not the one that the run began with",
+                where=", ".join([data.source] if isinstance(data.source, str) else data.source),
+                got=f"SHA-256 {corpus.sha256}",
+                expected=f"SHA-256 {began_with}",
+                fix="restore the text, or start a fresh run with --resume never",
+            )
+    return corpus
+
+
+def resolve(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    steps_per_epoch: int,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[RunConfig, list[str]]:
+    """Fill in everything that the file leaves open.
+
+    Returns:
+        The configuration that the run uses and stores, and notes for the user.
+    """
+    training = config.training
+    tokens_per_step = (
+        config.data.sequence_length
+        * config.data.batch_size
+        * training.accumulation_steps
+        * ranks.world_size
+    )
+    limits = Limits.resolve(training, steps_per_epoch, tokens_per_step)
+    notes = []
+    with config.blame("training.warmup_steps"):
+        warmup, note = resolve_warmup(training, limits.total_steps)
+    if note and getattr(SCHEDULERS.get(training.scheduler.name), "uses_warmup", False):
+        notes.append(note)
+    with config.blame("training.precision"):
+        precision = resolve_precision(training.precision, training.mixed_precision, device)
+    compile_model = device.type == "cuda" if training.compile == "auto" else training.compile
+    model = config.model.model_copy(
+        update={
+            "vocab_size": config.model.vocab_size or tokenizer.vocab_size,
+            "sequence_length": config.model.sequence_length or config.data.sequence_length,
+        }
+    )
+    resolved = training.model_copy(
+        update={
+            "warmup_steps": warmup,
+            "total_steps": limits.total_steps,
+            "precision": precision,
+            "mixed_precision": precision != "fp32",
+            "compile": compile_model,
+            "device": str(device),
+        }
+    )
+    return config.model_copy(update={"model": model, "training": resolved}), notes
+
+
+def keep_corpus(run: Run) -> None:
+    """Store the text of a built-in source beside the run."""
+    path = run.directory.path / "corpus.txt"
+    if run.corpus.built_in and not path.exists():
+        path.write_text(run.corpus.text, encoding="utf-8", newline="")

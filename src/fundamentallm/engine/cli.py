@@ -1,0 +1,189 @@
+"""The command line: `python -m fundamentallm.engine COMMAND ...`.
+
+Only the standard library is imported here, so that `--help` and a typo answer at once; each
+command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fundamentallm.errors import FundamentaLLMError, InterruptedRunError, MachineError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code (see `errors.py` for the codes)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = build_parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except FundamentaLLMError as error:
+        if options.debug:
+            raise
+        report(error)
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has enough; the interpreter would complain at its exit flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        report(InterruptedRunError("interrupted", signal_number=2))
+        return 130
+    except OSError as error:
+        if options.debug:
+            raise
+        report(
+            MachineError(
+                f"the machine refused: {error.strerror or error}",
+                where=str(error.filename or ""),
+                fix="--debug shows where it happened",
+            )
+        )
+        return MachineError.exit_code
+    except MemoryError as error:
+        if options.debug:
+            raise
+        report(
+            MachineError(
+                "out of memory", got=str(error), fix="lower data.batch_size or the model's size"
+            )
+        )
+        return MachineError.exit_code
+
+
+def report(error: FundamentaLLMError) -> None:
+    """Print an error the way every command does."""
+    from fundamentallm.engine.console import printable
+
+    rank = os.environ.get("RANK", "0")
+    prefix = "error" if rank == "0" else f"error on rank {rank}"
+    print(f"{prefix}: {printable(str(error))}", file=sys.stderr, flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fundamentallm.engine",
+        description="Train a language model on your own text.",
+        epilog="Start with: python -m fundamentallm.engine run configs/quickstart.yaml",
+    )
+    parser.set_defaults(debug=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    run = _add(commands, "run", _run, "train a model from a YAML file")
+    _add_config(run)
+    run.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto (default): continue the unfinished run of the same config; never: start afresh;"
+        " PATH: continue that run or checkpoint",
+    )
+    run.add_argument("--run-dir", type=Path, metavar="DIR", help="instead of runs/<name>")
+
+    check = _add(commands, "check", _check, "validate a YAML file and show what it would do")
+    _add_config(check)
+
+    evaluate = _add(commands, "evaluate", _evaluate, "measure the loss of a trained model")
+    _add_model(evaluate)
+    evaluate.add_argument(
+        "--data",
+        metavar="PATH",
+        help="text to evaluate on, instead of the run's own validation split",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    generate = _add(commands, "generate", _generate, "let a trained model write")
+    _add_model(generate)
+    generate.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="the text to continue; without it, on a terminal, prompts are read one by one",
+    )
+    generate.add_argument("--max-tokens", type=int, default=200, metavar="N", help="default 200")
+    generate.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="0 takes the likeliest token; default 0.8",
+    )
+    generate.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest")
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample among the likeliest that hold probability P",
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="default 1")
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    command: Callable[[argparse.Namespace], int],
+    summary: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+    parser.set_defaults(command=command)
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override a key of the file, as training.learning_rate=3e-4",
+    )
+    _add_plugins(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:0, mps")
+    _add_plugins(parser)
+
+
+def _add_plugins(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plugins",
+        nargs="+",
+        default=[],
+        metavar="MODULE",
+        help="modules of yours that register handlers, optimizers, blocks, ...",
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from fundamentallm.engine.run import run
+
+    return run(options.config, options.overrides, options.resume, options.run_dir, options.plugins)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from fundamentallm.engine.check import check
+
+    return check(options.config, options.overrides, options.plugins)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from fundamentallm.engine.use import evaluate
+
+    return evaluate(options)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from fundamentallm.engine.use import generate
+
+    return generate(options)

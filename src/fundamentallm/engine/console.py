@@ -1,0 +1,92 @@
+"""What a run says: on the terminal beside a progress bar, and in log.txt."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = "fundamentallm"
+
+
+class TerminalHandler(logging.Handler):
+    """Log lines on standard error, above a progress bar if one is up."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line; a closed terminal is no reason to end a run."""
+        from tqdm import tqdm
+
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(printable(self.format(record)), file=sys.stderr)
+
+
+class LevelPrefix(logging.Formatter):
+    """The message alone, with the level before it from WARNING on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+
+
+@contextlib.contextmanager
+def speaking(quiet: bool = False) -> Iterator[None]:
+    """Send the package's log lines to the terminal.
+
+    Args:
+        quiet: warnings and errors alone (ranks other than the first).
+    """
+    handler = TerminalHandler(logging.WARNING if quiet else logging.INFO)
+    handler.setFormatter(LevelPrefix())
+    root = logging.getLogger(ROOT)
+    level, propagate = root.level, root.propagate
+    root.setLevel(logging.DEBUG)
+    root.propagate = False
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        root.propagate = propagate
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Send the package's log lines to a file as well, with their times."""
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        logging.getLogger(ROOT).warning("log.txt cannot be written, the run goes on: %s", error)
+        yield
+        return
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # A disk that fills up must not end the run by way of its log.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
+    root = logging.getLogger(ROOT)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        with contextlib.suppress(OSError):
+            handler.close()
+
+
+def printable(text: str) -> str:
+    """Escape control characters but newline and tab: generated text must not steer a terminal."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1]
+        for character in text
+    )
+
+
+def say(text: str = "") -> None:
+    """Print a line of results to standard output."""
+    try:
+        print(text, flush=True)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding or "ascii"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

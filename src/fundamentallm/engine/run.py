@@ -1,0 +1,179 @@
+"""The `run` command: train from a YAML file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from fundamentallm.config import RunConfig, load_config
+from fundamentallm.engine import run_directory
+from fundamentallm.engine.assemble import Run, assemble, keep_corpus
+from fundamentallm.engine.console import logging_to, printable, say, speaking
+from fundamentallm.engine.plugins import load_plugins
+from fundamentallm.engine.run_directory import RunDirectory
+from fundamentallm.errors import InterruptedRunError
+from fundamentallm.training.distributed import Ranks, join_ranks, leave_ranks
+from fundamentallm.training.precision import resolve_device
+from fundamentallm.training.store import CheckpointStore
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    config_path: Path,
+    overrides: Sequence[str] = (),
+    resume: str = "auto",
+    run_dir: Path | None = None,
+    plugins: Sequence[str] = (),
+) -> int:
+    """Train, or go on training, the run that a configuration describes; return the exit code.
+
+    Raises:
+        FundamentaLLMError: of the class of the fault; `InterruptedRunError` after a signal.
+    """
+    config = load_config(config_path, overrides)
+    with config.blame("training.device"):
+        device = resolve_device(config.training.device)
+    ranks = join_ranks(device.type)
+    try:
+        with speaking(quiet=not ranks.is_writer):
+            load_plugins([*config.plugins, *plugins], config.locate("plugins"))
+            directory = agree_on_directory(config, resume, run_dir, ranks)
+            if directory.note and ranks.is_writer:
+                logger.info("%s", directory.note)
+            if directory.finished and resume == "auto":
+                _tell_finished(directory, config_path)
+                return 0
+            return _train(config, config_path, directory, ranks)
+    finally:
+        leave_ranks()
+
+
+def agree_on_directory(
+    config: RunConfig, resume: str, run_dir: Path | None, ranks: Ranks
+) -> RunDirectory:
+    """Let the first rank choose, and every rank use its choice."""
+    if ranks.alone:
+        return run_directory.choose(config, resume, run_dir)
+    message = ""
+    failure: Exception | None = None
+    if ranks.is_writer:
+        try:
+            chosen = run_directory.choose(config, resume, run_dir)
+            checkpoint = str(chosen.checkpoint.path) if chosen.checkpoint else ""
+            message = json.dumps([str(chosen.path), checkpoint, chosen.note, chosen.finished])
+        except Exception as error:
+            failure = error
+    message = ranks.broadcast_text(message)
+    if failure is not None:
+        raise failure
+    if not message:
+        raise SystemExit(1)  # the first rank tells why
+    path, checkpoint, note, finished = json.loads(message)
+    manifest = None
+    if checkpoint:
+        manifest = CheckpointStore(Path(checkpoint).parent).manifest(checkpoint)
+    return RunDirectory(Path(path), manifest, note, finished)
+
+
+def _train(config: RunConfig, config_path: Path, directory: RunDirectory, ranks: Ranks) -> int:
+    run = assemble(config, directory, ranks)
+    trainer = run.trainer
+    if ranks.is_writer:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        run.config.to_yaml(directory.path / "config.yaml")
+        keep_corpus(run)
+    ranks.barrier()
+    with logging_to(directory.path / "log.txt") if ranks.is_writer else speaking(quiet=True):
+        if ranks.is_writer:
+            _announce(run)
+        if directory.checkpoint is not None:
+            trainer.resume(directory.checkpoint.path)
+        trainer.run()
+        if trainer.interrupted_by is not None and not trainer.finished:
+            raise InterruptedRunError(
+                f"stopped by signal {trainer.interrupted_by} at step {trainer.state.iteration};"
+                " the state is saved",
+                signal_number=trainer.interrupted_by,
+                fix=f"go on with: {_command('run', config_path)}",
+            )
+        if ranks.is_writer:
+            _conclude(run, config_path)
+    return 0
+
+
+def _announce(run: Run) -> None:
+    trainer, config = run.trainer, run.config
+    loader = trainer.train_loader
+    for note in run.notes:
+        logger.info("%s", note)
+    num_parameters = sum(p.numel() for p in trainer.model.parameters())
+    steps = (
+        f"{trainer.total_steps:,} steps"
+        if trainer.total_steps
+        else (f"{trainer.limits.max_seconds:g} seconds")
+    )
+    logger.info(
+        "text: %s characters, SHA-256 %s; %s tokens in a vocabulary of %d",
+        f"{len(run.corpus.text):,}",
+        run.corpus.sha256[:16],
+        f"{run.trainer.description['data']['num_tokens']:,}",
+        run.tokenizer.vocab_size,
+    )
+    logger.info(
+        "model: %s parameters; %s of %s tokens, %d steps an epoch, on %s in %s%s",
+        f"{num_parameters:,}",
+        steps,
+        f"{loader.tokens_per_step:,}",
+        trainer.steps_per_epoch,
+        trainer.device,
+        config.training.precision,
+        "" if trainer.ranks.alone else f" on {trainer.ranks.world_size} ranks",
+    )
+    logger.info("run directory: %s", run.directory.path)
+
+
+def _conclude(run: Run, config_path: Path) -> None:
+    """Say how it ended, show a sample, and name the next commands."""
+    trainer = run.trainer
+    state = trainer.state
+    path = shlex.quote(str(run.directory.path))
+    if not trainer.finished:
+        say(f"Saved at step {state.iteration}. Go on with: {_command('run', config_path)}")
+        return
+    say()
+    say(
+        f"Done: {state.iteration:,} steps, {state.tokens_seen:,} tokens"
+        f" in {trainer.elapsed_seconds():.0f} s ({trainer.finished})."
+    )
+    best = trainer.history.best_val_loss
+    if best is not None:
+        say(f"Validation loss {trainer.history.val_loss[-1]:.4f} (best {best:.4f}).")
+    samples = run.directory.path / "samples.jsonl"
+    if samples.exists():
+        lines = samples.read_text(encoding="utf-8").splitlines()
+        if lines:
+            say()
+            say("It writes:")
+            say(printable(json.loads(lines[-1])["text"]))
+    say()
+    say("Next:")
+    say(f"  {_command('generate', path)} --prompt 'The '")
+    say(f"  {_command('evaluate', path)}")
+    say(f"  tensorboard --logdir {shlex.quote(str(run.directory.path / 'tensorboard'))}")
+
+
+def _tell_finished(directory: RunDirectory, config_path: Path) -> None:
+    path = shlex.quote(str(directory.path))
+    say(f"The run in {path} is finished: {directory.finished}.")
+    say("To train it further, give it a larger budget:")
+    say(f"  {_command('run', config_path)} training.num_epochs=10 --resume {path}")
+    say("To train a fresh one:")
+    say(f"  {_command('run', config_path)} --resume never")
+
+
+def _command(name: str, argument: Path | str) -> str:
+    return f"python -m fundamentallm.engine {name} {argument}"

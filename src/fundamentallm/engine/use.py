@@ -1,0 +1,151 @@
+"""The `evaluate` and `generate` commands."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+
+from fundamentallm.data.corpus import read_source, split_tokens
+from fundamentallm.engine.console import printable, say, speaking
+from fundamentallm.engine.plugins import load_plugins
+from fundamentallm.errors import DataError, FundamentaLLMError
+from fundamentallm.inference.evaluate import evaluate_text
+from fundamentallm.inference.generate import stream_text
+from fundamentallm.inference.load import Trained, load_trained
+from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Print loss, perplexity and bits per character and byte."""
+    with speaking():
+        load_plugins(options.plugins, "--plugins")
+        trained = load_trained(options.model, resolve_device(options.device))
+        tokens, what = _tokens(trained, options.data)
+        model_config = trained.config.model
+        assert model_config.sequence_length is not None
+        device = next(trained.model.parameters()).device
+        # The precision of the run, or what comes nearest on this device.
+        name = trained.config.training.precision
+        precision = Precision(
+            name
+            if device.type == "cuda" or name != "fp16"
+            else resolve_precision("auto", False, device),
+            device,
+        )
+        result = evaluate_text(
+            trained.model,
+            trained.tokenizer,
+            tokens,
+            model_config.sequence_length,
+            trained.config.data.batch_size,
+            precision,
+        )
+    if options.json:
+        say(
+            json.dumps(
+                {
+                    "checkpoint": str(trained.manifest.path),
+                    "step": trained.manifest.step,
+                    "averaged_weights": trained.averaged,
+                    "data": what,
+                    **result.to_dict(),
+                }
+            )
+        )
+        return 0
+    weights = ", averaged weights" if trained.averaged else ""
+    say(f"checkpoint          {trained.manifest.path} (step {trained.manifest.step}{weights})")
+    say(f"data                {what}")
+    say(f"loss                {result.loss:.4f} nats per token")
+    say(f"perplexity          {result.perplexity:.3f}")
+    say(f"bits per character  {result.bits_per_character:.4f}")
+    say(f"bits per byte       {result.bits_per_byte:.4f}")
+    say(f"tokens              {result.num_tokens:,}")
+    return 0
+
+
+def _tokens(trained: Trained, data: str | None):  # type: ignore[no-untyped-def]
+    """Return the token ids to evaluate on, and what they are."""
+    if data is not None:
+        tokens = trained.tokenizer.encode(read_source(data).text)
+        what = data
+    else:
+        copy = trained.run_dir / "corpus.txt"
+        source = str(copy) if copy.exists() else trained.config.data.source
+        corpus = read_source(source)
+        expected = trained.manifest.metadata["data"]["sha256"]
+        if corpus.sha256 != expected:
+            raise DataError(
+                "the run's text has changed, so its validation split is another",
+                where=str(source),
+                got=f"SHA-256 {corpus.sha256}",
+                expected=f"SHA-256 {expected}",
+                fix="restore the text, or name one with --data",
+            )
+        tokens = (
+            corpus.tokens if corpus.tokens is not None else trained.tokenizer.encode(corpus.text)
+        )
+        tokens = split_tokens(tokens, trained.config.data.split)["val"]
+        what = "the run's validation split"
+    if len(tokens) < 2:
+        raise DataError(
+            "there is nothing to evaluate",
+            where=what,
+            got=f"{len(tokens)} tokens",
+            expected="at least 2",
+            fix="name a text with --data",
+        )
+    return tokens, what
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Stream text to the terminal, for one prompt or for each that is typed."""
+    with speaking():
+        load_plugins(options.plugins, "--plugins")
+        trained = load_trained(options.model, resolve_device(options.device))
+        if options.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
+            return _interactive(trained, options)
+        for number in range(options.num_samples):
+            if options.num_samples > 1:
+                say(f"--- sample {number + 1} ---")
+            _stream(trained, options, options.prompt or "", options.seed + number)
+    return 0
+
+
+def _interactive(trained: Trained, options: argparse.Namespace) -> int:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (editing and history for input())
+    say("Type a prompt and press Enter; Ctrl-D ends.")
+    seed = options.seed
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            say()
+            return 0
+        try:
+            _stream(trained, options, prompt, seed)
+        except FundamentaLLMError as error:
+            say(printable(str(error)))
+        seed += 1
+
+
+def _stream(trained: Trained, options: argparse.Namespace, prompt: str, seed: int) -> None:
+    pieces = stream_text(
+        trained.model,
+        trained.tokenizer,
+        prompt,
+        options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=seed,
+    )
+    sys.stdout.write(printable(prompt))
+    for piece in pieces:
+        sys.stdout.write(printable(piece))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()

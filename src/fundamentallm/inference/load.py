@@ -1,0 +1,124 @@
+"""A trained model from a run or a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fundamentallm.config import RunConfig
+from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
+from fundamentallm.errors import CheckpointError
+from fundamentallm.models.transformer import Transformer
+from fundamentallm.training.checkpoint import check_model_state
+from fundamentallm.training.manifest import Manifest
+from fundamentallm.training.store import CheckpointStore
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that was trained, ready to be used.
+
+    Attributes:
+        model: in evaluation mode, on the device asked for.
+        tokenizer: the run's.
+        config: the run's, resolved.
+        manifest: the checkpoint's.
+        averaged: whether the weights are the averaged ones (weight EMA).
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    config: RunConfig
+    manifest: Manifest
+    averaged: bool
+
+    @property
+    def run_dir(self) -> Path:
+        """The run that the checkpoint lies in."""
+        return self.manifest.path.parent.parent
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a run or checkpoint directory stands for.
+
+    A run stands for its best checkpoint, else for its newest whole one.
+
+    Raises:
+        CheckpointError: there is none, or none that is whole.
+    """
+    if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
+        raise CheckpointError(
+            "files that torch.save wrote are not opened here, for they can run code",
+            where=str(path),
+            fix="name the run or its checkpoint directory; CheckpointManager.load in Python reads"
+            " a .pt of this package",
+        )
+    if not path.exists():
+        raise CheckpointError(
+            "there is no run or checkpoint here",
+            where=str(path),
+            fix="name a directory like runs/quickstart or runs/quickstart/checkpoints/best",
+        )
+    if path.is_file() and path.name in ("best", "last"):
+        found = CheckpointStore(path.parent).resolve(path.name)
+    elif (path / "MANIFEST.json").exists():
+        found = path
+    else:
+        inside = path / "checkpoints"
+        found = CheckpointStore(inside if inside.is_dir() else path).resolve("best")
+    if found is None:
+        raise CheckpointError(
+            "there is no checkpoint here",
+            where=str(path),
+            fix="name a run directory, as runs/quickstart",
+        )
+    return found
+
+
+def load_trained(path: Path, device: torch.device) -> Trained:
+    """Load the model, tokenizer and configuration of a run or checkpoint.
+
+    Every byte is verified before anything is built from it.
+
+    Raises:
+        CheckpointError: nothing whole is there, or it is no run's checkpoint.
+        ConfigError: it names parts that are not registered (a plugin's).
+    """
+    checkpoint = find_checkpoint(path)
+    store = CheckpointStore(checkpoint.parent)
+    manifest = store.verify(checkpoint)
+    state = store.read(checkpoint)
+    try:
+        config = RunConfig.model_validate(manifest.metadata["config"])
+        tokenizer = tokenizer_from_dict(manifest.metadata["tokenizer"])
+    except KeyError as error:
+        raise CheckpointError(
+            "the checkpoint does not say what it was trained with",
+            where=str(checkpoint),
+            got=f"no {error.args[0]} in its manifest",
+            fix="name a checkpoint that `run` wrote",
+        ) from error
+    model = Transformer(config.model)
+    weights, averaged = weights_of(state)
+    check_model_state(model, weights, str(checkpoint))
+    model.load_state_dict(weights)
+    return Trained(model.to(device).eval(), tokenizer, config, manifest, averaged)
+
+
+def weights_of(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], bool]:
+    """Return the weights to use, and whether they are averages."""
+    weights = dict(state["model"])
+    averages = state.get("handlers", {}).get("weight_ema", {}).get("averages", {})
+    # A tied weight stands in the state under each of its names and in the averages under one.
+    for name, average in averages.items():
+        for other, weight in state["model"].items():
+            if other == name or (
+                weight.shape == average.shape
+                and weight.data_ptr() == state["model"][name].data_ptr()
+            ):
+                weights[other] = average
+    return weights, bool(averages)

@@ -1,0 +1,1 @@
+"""Computes: decoder-only transformers from named parts, and text from them."""

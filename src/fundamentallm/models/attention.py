@@ -1,0 +1,105 @@
+"""Attention: what a block lets a position read from itself and the positions before it.
+
+Shapes: B batch, T time, D model width, H query heads, G key and value heads, K head width
+(D = H * K).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fundamentallm.models.positions import Positions
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention (Vaswani et al. 2017, section 3.2), with optional sharing.
+
+    With G < H, each key and value head serves H / G consecutive query heads (grouped-query
+    attention, Ainslie et al. 2023); G = 1 is multi-query attention.
+
+    Args:
+        width: D.
+        num_heads: H; divides D.
+        num_kv_heads: G; divides H.
+        bias: whether the linear layers have biases.
+        qk_norm: whether each head's queries and keys are brought to root mean square 1, times a
+            trained gain that the heads share, before positions are marked (Henry et al. 2020;
+            with RMSNorm as in Qwen3). It bounds the scores, whatever the weights grow to.
+        dropout: probability of dropping an attention weight, in training only.
+
+    Raises:
+        ValueError: heads that do not divide.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        bias: bool = False,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if width % num_heads or num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads must divide width and num_kv_heads must divide num_heads, "
+                f"got width {width}, num_heads {num_heads}, num_kv_heads {num_kv_heads}"
+            )
+        self.head_width = width // num_heads
+        self.dropout = dropout
+        kv_width = num_kv_heads * self.head_width
+        self.query = nn.Linear(width, width, bias=bias)
+        self.key = nn.Linear(width, kv_width, bias=bias)
+        self.value = nn.Linear(width, kv_width, bias=bias)
+        self.output = nn.Linear(width, width, bias=bias)
+        self.query_norm = nn.RMSNorm(self.head_width, eps=1e-5) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(self.head_width, eps=1e-5) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, positions: Positions) -> Tensor:
+        """Return (B, T, D) from (B, T, D); row t depends on rows 0 to t alone.
+
+        Args:
+            x: (B, T, D).
+            positions: marks the queries and keys with their positions. It is passed in, not held,
+                because all layers share one.
+        """
+        batch, time, width = x.shape
+        query = self.query_norm(self._heads(self.query(x)))  # (B, H, T, K)
+        key = self.key_norm(self._heads(self.key(x)))  # (B, G, T, K)
+        value = self._heads(self.value(x))  # (B, G, T, K)
+        query, key = positions.rotate(query, key)
+        dropout = self.dropout if self.training else 0.0
+        heads = causal_attention(query, key, value, dropout)  # (B, H, T, K)
+        return self.output(  # type: ignore[no-any-return]
+            heads.transpose(1, 2).reshape(batch, time, width)
+        )
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """Split (B, T, heads * K) into (B, heads, T, K)."""
+        batch, time, _ = x.shape
+        return x.view(batch, time, -1, self.head_width).transpose(1, 2)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+    """Return softmax(query key^T / sqrt(K)) value over the past and the present.
+
+    Args:
+        query: (B, H, T, K).
+        key, value: (B, G, T, K), where G divides H; head g serves query heads g H/G to
+            (g + 1) H/G - 1.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        (B, H, T, K).
+    """
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_p=dropout,
+        is_causal=True,
+        enable_gqa=query.size(1) != key.size(1),
+    )

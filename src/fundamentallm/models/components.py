@@ -1,0 +1,149 @@
+"""From the names in a `TransformerConfig` to modules.
+
+A `ConfigError` from here carries the dotted key inside the model's configuration, as
+`positions.base`, so that whoever read the file can name the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from fundamentallm.config.model import TransformerConfig
+from fundamentallm.errors import ConfigError
+from fundamentallm.models.attention import Attention
+from fundamentallm.models.block import Block
+from fundamentallm.models.feedforward import FEEDFORWARDS
+from fundamentallm.models.normalization import NORMALIZATIONS
+from fundamentallm.models.positions import POSITIONS, Positions
+from fundamentallm.registry import Registry
+
+T = TypeVar("T")
+
+
+def build_normalization(config: TransformerConfig) -> nn.Module:
+    """Build one normalization over the model width.
+
+    Raises:
+        ConfigError: an unknown name, or an option that is unknown or out of range.
+    """
+    return _build(NORMALIZATIONS, config, "normalization", width=config.d_model, bias=config.bias)
+
+
+def build_positions(config: TransformerConfig) -> Positions:
+    """Build the position encoding that all layers share.
+
+    Raises:
+        ConfigError: as in `build_normalization`; no sequence length.
+    """
+    return _build(
+        POSITIONS,
+        config,
+        "positions",
+        width=config.d_model,
+        head_width=config.head_width,
+        sequence_length=required(config, "sequence_length"),
+    )
+
+
+def build_feedforward(config: TransformerConfig) -> nn.Module:
+    """Build one feed-forward.
+
+    Raises:
+        ConfigError: as in `build_normalization`.
+    """
+    return _build(
+        FEEDFORWARDS,
+        config,
+        "feedforward",
+        width=config.d_model,
+        hidden_width=config.hidden_width,
+        bias=config.bias,
+        dropout=config.dropout,
+    )
+
+
+def build_block(config: TransformerConfig) -> Block:
+    """Build one block.
+
+    Raises:
+        ConfigError: as in `build_normalization`.
+    """
+    attention = Attention(
+        config.d_model,
+        config.num_heads,
+        config.kv_heads,
+        bias=config.bias,
+        qk_norm=config.qk_norm,
+        dropout=config.dropout,
+    )
+    return Block(
+        attention_norm=build_normalization(config),
+        attention=attention,
+        feedforward_norm=build_normalization(config),
+        feedforward=build_feedforward(config),
+        dropout=config.dropout,
+    )
+
+
+def check_components(config: TransformerConfig) -> None:
+    """Check names and options before the data has told the vocabulary and the context length.
+
+    It takes no memory and draws no random number.
+
+    Raises:
+        ConfigError: as in `build_normalization`, or a weight is too large for any machine.
+    """
+    if config.sequence_length is None:
+        config = config.model_copy(update={"sequence_length": 1})
+    with torch.device("meta"), addressable(config):
+        build_positions(config)
+        build_block(config)
+
+
+@contextmanager
+def addressable(config: TransformerConfig) -> Iterator[None]:
+    """Turn torch's error about a tensor beyond all addresses into a `ConfigError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise ConfigError(
+            "the model has a tensor that no machine can hold",
+            key="d_model",
+            got=f"d_model {config.d_model}, hidden width {config.hidden_width}, "
+            f"sequence length {config.sequence_length}",
+            fix="make the model smaller",
+        ) from error
+
+
+def required(config: TransformerConfig, field: Literal["vocab_size", "sequence_length"]) -> int:
+    """Return a size that a run takes from its tokenizer or data, and a script must set.
+
+    Raises:
+        ConfigError: it is None.
+    """
+    size: int | None = getattr(config, field)
+    if size is None:
+        raise ConfigError(
+            f"the model has no {field}",
+            key=field,
+            got="None",
+            expected="a whole number above 0",
+            fix=f"set {field} in the model's configuration",
+        )
+    return size
+
+
+def _build(registry: Registry[T], config: TransformerConfig, field: str, **supplied: Any) -> T:
+    component = getattr(config, field)
+    try:
+        return registry.build(component.name, component.options, **supplied)
+    except ConfigError as error:
+        error.key = f"{field}.{error.key}" if error.key else field
+        raise

@@ -1,0 +1,148 @@
+"""What a model will cost, known before it exists.
+
+One block is built and run on fake tensors, which have shapes and no memory; everything is counted
+there and multiplied by the number of blocks. So the counts hold for any registered component, and
+a model too large for this machine, or for any, is answered at once.
+
+Shapes: B batch, T time, D model width, V vocabulary, L number of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from fundamentallm.config.model import TransformerConfig
+from fundamentallm.models.components import (
+    addressable,
+    build_block,
+    build_normalization,
+    build_positions,
+    required,
+)
+
+_FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of training a model.
+
+    Attributes:
+        parameters: their exact number, shared ones once.
+        non_embedding_parameters: `Transformer.num_parameters(non_embedding=True)`.
+        flops_per_token: floating-point operations of one forward and backward pass over one
+            token: 6 for each parameter that multiplies, 12 L D T for attention, over the whole
+            square of scores (Chowdhery et al. 2022, appendix B). Recomputation is not counted.
+        weight_bytes: float32 weights.
+        gradient_bytes: float32 gradients.
+        optimizer_bytes: the optimizer's float32 state.
+        activation_bytes: what one micro-batch keeps from the forward pass for the backward, with
+            three float32 tensors (B, T, V): logits, log-probabilities and their gradient.
+    """
+
+    parameters: int
+    non_embedding_parameters: int
+    flops_per_token: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak of memory, without the program itself and its buffers."""
+        return (
+            self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        )
+
+
+def estimate(
+    config: TransformerConfig,
+    *,
+    batch_size: int = 1,
+    sequence_length: int | None = None,
+    gradient_checkpointing: bool = False,
+    bytes_per_activation: int = _FLOAT32_BYTES,
+    optimizer_states: int = 2,
+) -> Estimate:
+    """Estimate the cost of training a model; build none, draw no random number.
+
+    Args:
+        config: the model; `vocab_size` and `sequence_length` must be set.
+        batch_size: B, sequences in a micro-batch.
+        sequence_length: T, tokens in a sequence, at most the context length, which None means.
+        gradient_checkpointing: whether blocks keep only their inputs.
+        bytes_per_activation: 4, or 2 under bf16 and fp16 autocast.
+        optimizer_states: float32 numbers that the optimizer keeps for a parameter: 2 for Adam, 1
+            for momentum, 0 for plain SGD.
+
+    Raises:
+        ConfigError: as from `Transformer`, or a tensor would be larger than any machine's
+            addresses.
+        ValueError: a sequence longer than the context.
+    """
+    vocab_size = required(config, "vocab_size")
+    context = required(config, "sequence_length")
+    time = context if sequence_length is None else sequence_length
+    if time > context:
+        raise ValueError(f"a sequence of {time} tokens exceeds the context length of {context}")
+    with FakeTensorMode(), addressable(config):
+        block, positions = build_block(config), build_positions(config)
+        block_parameters = _count(block)
+        position_parameters = _count(positions)
+        norm_parameters = _count(build_normalization(config))
+        stream = torch.empty(batch_size, time, config.d_model, requires_grad=True)
+        stream_bytes = stream.nbytes
+        block_bytes = _kept_bytes(lambda: block(stream, positions), (block, positions))
+
+    table = vocab_size * config.d_model
+    body = config.num_layers * block_parameters + norm_parameters
+    tables = table if config.tie_embeddings else 2 * table
+    parameters = body + position_parameters + tables
+    if gradient_checkpointing:
+        blocks_bytes = config.num_layers * stream_bytes + block_bytes
+    else:
+        blocks_bytes = config.num_layers * block_bytes
+    # After the blocks: the last normalization keeps its input, the head its own.
+    float32_bytes = blocks_bytes + 2 * stream_bytes
+    return Estimate(
+        parameters=parameters,
+        non_embedding_parameters=parameters - table - position_parameters,
+        # The head multiplies, tied or not; looking up a token or a position does not.
+        flops_per_token=6 * (body + table) + 12 * config.num_layers * config.d_model * time,
+        weight_bytes=parameters * _FLOAT32_BYTES,
+        gradient_bytes=parameters * _FLOAT32_BYTES,
+        optimizer_bytes=parameters * _FLOAT32_BYTES * optimizer_states,
+        activation_bytes=(
+            float32_bytes * bytes_per_activation // _FLOAT32_BYTES
+            + 3 * batch_size * time * vocab_size * _FLOAT32_BYTES
+        ),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _kept_bytes(forward: Callable[[], Tensor], modules: tuple[nn.Module, ...]) -> int:
+    """Return the bytes that autograd keeps from a forward pass, the modules' tensors left out."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        # Views share a storage, and holding it keeps its address from being used again.
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        forward()
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            kept.pop(tensor.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in kept.values())

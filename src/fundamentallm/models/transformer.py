@@ -1,0 +1,122 @@
+"""A decoder-only transformer.
+
+- Pre-norm blocks, and one more normalization before the head.
+- Normalization, positions and feed-forward are chosen by name: see the registries.
+- Grouped-query attention where num_kv_heads is below num_heads.
+- The head has no bias and may share its matrix with the token embedding.
+- Dropout on embeddings, attention weights and what each branch adds.
+
+Shapes: B batch, T time, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fundamentallm.config.model import TransformerConfig
+from fundamentallm.models.components import (
+    build_block,
+    build_normalization,
+    build_positions,
+    required,
+)
+from fundamentallm.models.initialization import initialize
+
+
+class Transformer(nn.Module):
+    """A language model: token ids to the logits of each next token.
+
+    The weights are drawn from torch's global generator, so `torch.manual_seed` decides them; see
+    `fundamentallm.models.initialization`. At the start the loss is near log(V).
+
+    Args:
+        config: the choices; `vocab_size` and `sequence_length` must be set.
+
+    Attributes:
+        config: as given.
+        sequence_length: context length, the longest input in tokens.
+        head: the last linear layer, D to V; `head.weight` is the token embedding's own parameter
+            where the config ties them.
+        gradient_checkpointing: set it to keep only the blocks' inputs in training and compute the
+            rest again in the backward pass, dropout included: less memory, equal gradients.
+
+    Raises:
+        ConfigError: a size is missing, or a component's name or option is wrong.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        vocab_size = required(config, "vocab_size")
+        self.config = config
+        self.sequence_length = required(config, "sequence_length")
+        self.gradient_checkpointing = False
+
+        self.token_embedding = nn.Embedding(vocab_size, config.d_model)
+        self.positions = build_positions(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(build_block(config) for _ in range(config.num_layers))
+        self.norm = build_normalization(config)
+        self.head = nn.Linear(config.d_model, vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.token_embedding.weight
+        initialize(self, config.num_layers)
+
+    def forward(self, input_ids: Tensor, *, return_hidden: bool = False) -> Tensor:
+        """Return logits that at position t depend on tokens 0 to t alone.
+
+        Args:
+            input_ids: (B, T) int64, T at most `sequence_length`.
+            return_hidden: stop before the head.
+
+        Returns:
+            Logits (B, T, V), or with `return_hidden` what `logits_from_hidden` takes, (B, T, D).
+
+        Raises:
+            ValueError: the input is not two-dimensional or longer than the context.
+        """
+        if input_ids.ndim != 2:
+            raise ValueError(
+                f"input_ids must have shape (batch, time), got {tuple(input_ids.shape)}"
+            )
+        _, time = input_ids.shape
+        if time > self.sequence_length:
+            raise ValueError(
+                f"the input has {time} tokens, the context length is {self.sequence_length}"
+            )
+        x = self.dropout(self.positions.embed(self.token_embedding(input_ids)))
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:
+                x = checkpoint(
+                    block, x, self.positions, use_reentrant=False, preserve_rng_state=True
+                )
+            else:
+                x = block(x, self.positions)
+        hidden: Tensor = self.norm(x)
+        return hidden if return_hidden else self.logits_from_hidden(hidden)
+
+    def logits_from_hidden(self, hidden: Tensor) -> Tensor:
+        """Return logits (..., V) from the model's normalized output (..., D).
+
+        With `logit_softcap` c they are c * tanh(logits / c), inside (-c, c) (Gemma Team 2024,
+        section 2).
+        """
+        logits: Tensor = self.head(hidden)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def num_parameters(self, non_embedding: bool = False) -> int:
+        """Count the parameters, a shared one once.
+
+        Args:
+            non_embedding: leave out the token embedding, with a head tied to it, and the
+                parameters of the positions (the N of Kaplan et al. 2020, section 2.1); an untied
+                head stays.
+        """
+        total = sum(parameter.numel() for parameter in self.parameters())
+        if not non_embedding:
+            return total
+        tables = [self.token_embedding.weight, *self.positions.parameters()]
+        return total - sum(table.numel() for table in tables)

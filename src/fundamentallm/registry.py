@@ -1,0 +1,185 @@
+"""Names in a configuration -> factories in code.
+
+A registry is the list of what exists; there is no second one. Registering is one decorator:
+
+```python
+@OPTIMIZERS.register("lion")
+def lion(params, lr: float, *, betas: tuple[float, float] = (0.9, 0.99)) -> Optimizer: ...
+```
+
+and `optimizer: {name: lion, betas: [0.95, 0.98]}` works. The options that a configuration may
+write are the factory's own parameters, checked against their annotations; parameters whose names
+the registry lists as *supplied* are filled in by the program and cannot be written.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import typing
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Generic, TypeVar
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from fundamentallm.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Registry(Generic[T]):
+    """A table of named factories of one kind.
+
+    Args:
+        kind: what the factories make, as users call it ("optimizer"); used in messages.
+        supplied: parameter names that the program fills in.
+    """
+
+    def __init__(self, kind: str, *, supplied: Collection[str] = ()) -> None:
+        self.kind = kind
+        self.supplied = frozenset(supplied)
+        self._factories: dict[str, Callable[..., T]] = {}
+
+    def register(self, name: str) -> Callable[[F], F]:
+        """Enter the decorated class or function under `name`.
+
+        Raises:
+            ValueError: another factory has the name.
+        """
+
+        def decorator(factory: F) -> F:
+            existing = self._factories.get(name)
+            if existing is not None and _identity(existing) != _identity(factory):
+                raise ValueError(f"the {self.kind} name '{name}' is taken by {_identity(existing)}")
+            self._factories[name] = factory
+            return factory
+
+        return decorator
+
+    def names(self) -> list[str]:
+        """Return the known names, sorted."""
+        return sorted(self._factories)
+
+    def name_of(self, factory: Callable[..., Any]) -> str | None:
+        """Return the name that a class or function is registered under, None if it is not."""
+        return next((name for name, known in self._factories.items() if known is factory), None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._factories
+
+    def get(self, name: str) -> Callable[..., T]:
+        """Return the factory called `name`.
+
+        Raises:
+            ConfigError: there is none; the message lists the known names and the nearest.
+        """
+        if name not in self._factories:
+            hint = did_you_mean(name, self._factories)
+            raise ConfigError(
+                f"unknown {self.kind} '{name}'",
+                expected="one of " + ", ".join(self.names()),
+                fix=hint or f"choose one of these, or register your own {self.kind} in a plugin",
+            )
+        return self._factories[name]
+
+    def options(self, name: str) -> dict[str, inspect.Parameter]:
+        """Return the parameters of the factory that a configuration may write."""
+        parameters = inspect.signature(self.get(name)).parameters
+        return {
+            key: parameter
+            for key, parameter in parameters.items()
+            if key not in self.supplied
+            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        }
+
+    def check(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Check options against the factory's typed signature and return them converted.
+
+        Lists become tuples where the annotation says so, integers become floats; nothing else is
+        coerced.
+
+        Raises:
+            ConfigError: an unknown name or option, a wrong type, a non-finite number, or a
+                missing option; `key` holds the option's name.
+        """
+        factory = self.get(name)
+        allowed = self.options(name)
+        hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+        checked = {}
+        for key, value in options.items():
+            if key not in allowed:
+                raise ConfigError(
+                    f"{self.kind} '{name}' has no option '{key}'",
+                    key=key,
+                    expected=(
+                        "one of " + ", ".join(sorted(allowed)) if allowed else "no options at all"
+                    ),
+                    fix=did_you_mean(key, allowed) or "remove it",
+                )
+            checked[key] = _checked_value(f"{self.kind} '{name}'", key, value, hints.get(key, Any))
+        for key, parameter in allowed.items():
+            if parameter.default is parameter.empty and key not in checked:
+                raise ConfigError(
+                    f"{self.kind} '{name}' needs the option '{key}'", key=key, fix=f"add {key}: ..."
+                )
+        return checked
+
+    def build(
+        self, name: str, options: Mapping[str, Any] | None = None, /, *args: Any, **supplied: Any
+    ) -> T:
+        """Check the options and call the factory.
+
+        Args:
+            name: the registered name.
+            options: what the configuration wrote.
+            args: positional arguments for the factory.
+            supplied: values from the program; each is passed if the factory has a parameter of
+                that name, except where an option says otherwise.
+
+        Raises:
+            ConfigError: as `check`, or an option is out of the factory's range.
+        """
+        factory = self.get(name)
+        checked = self.check(name, options or {})
+        parameters = inspect.signature(factory).parameters
+        context = {key: value for key, value in supplied.items() if key in parameters}
+        try:
+            return factory(*args, **{**context, **checked})
+        except ValueError as error:
+            # A factory judges ranges in Python's terms; from a configuration it is the user's.
+            raise ConfigError(f"{self.kind} '{name}': {error}") from error
+
+
+def _identity(factory: Callable[..., Any]) -> str:
+    """Name a factory by where it is defined, so that a re-imported module may register again."""
+    return f"{factory.__module__}.{factory.__qualname__}"
+
+
+def _checked_value(owner: str, key: str, value: Any, annotation: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(
+            f"option '{key}' of {owner} is not finite",
+            key=key,
+            got=repr(value),
+            expected="a number",
+        )
+    try:
+        adapter = TypeAdapter(annotation)
+    except PydanticSchemaGenerationError:
+        return value  # a class that only code can construct: the factory judges it
+    try:
+        # Strict JSON rules: a list may become a tuple and an integer a float, but "3" stays text.
+        return adapter.validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        raise ConfigError(
+            f"option '{key}' of {owner}: {error.errors()[0]['msg'].lower()}",
+            key=key,
+            got=repr(value),
+            expected=_type_name(annotation),
+        ) from None
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if inspect.isclass(annotation) else str(annotation)

@@ -1,0 +1,1 @@
+"""Steps: losses, optimizers, schedules, precision, checkpoints, the step and its handlers."""

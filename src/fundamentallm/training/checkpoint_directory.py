@@ -1,0 +1,206 @@
+"""One checkpoint directory: a state written to exactly four files, and read back when whole.
+
+    model.safetensors     the weights under their state_dict names, tied ones once
+    state.safetensors     all other tensors
+    state.json            everything else, and the place of each tensor
+    MANIFEST.json         size and SHA-256 of the other three, under a hash of its own
+
+Reading opens nothing but regular files whose names and sizes the manifest gives, and parses
+nothing whose hash is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fundamentallm.errors import CheckpointError
+from fundamentallm.training.filesystem import (
+    FileRecord,
+    Filesystem,
+    read_chunks,
+    reading_from,
+    write_file,
+)
+from fundamentallm.training.manifest import Manifest, parse_json, parse_manifest, render_manifest
+from fundamentallm.training.state_tree import flatten, unflatten
+from fundamentallm.training.tensor_file import num_bytes, parse_tensor_file, tensor_file_chunks
+
+MANIFEST = "MANIFEST.json"
+MODEL = "model.safetensors"
+STATE_TENSORS = "state.safetensors"
+STATE = "state.json"
+CONTENT_FILES = frozenset({MODEL, STATE_TENSORS, STATE})
+ALL_FILES = CONTENT_FILES | {MANIFEST}
+
+MAX_MANIFEST_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class PackedState:
+    """A state that is ready to be written, once.
+
+    Args:
+        contents: the bytes of each content file, made while they are written.
+        num_bytes: the size of the contents, headers aside.
+    """
+
+    contents: Mapping[str, Iterable[bytes | memoryview]]
+    num_bytes: int
+
+
+def pack(tree: Mapping[str, Any]) -> PackedState:
+    """Divide a state over the content files.
+
+    Args:
+        tree: `tree["model"]` holds the weights; every value is one that `flatten` takes. It must
+            not change until the result is written.
+
+    Raises:
+        CheckpointError: the state holds what cannot be saved; the message has its dotted path.
+        ValueError: there is no `tree["model"]`.
+    """
+    if "model" not in tree:
+        raise ValueError(f"the state has no 'model', only {sorted(tree)}")
+    model, model_tensors = flatten(dict(tree["model"]))
+    state, tensors = flatten({key: value for key, value in tree.items() if key != "model"})
+    skeletons = json.dumps({"model": model, "state": state}, allow_nan=False).encode()
+    return PackedState(
+        {
+            MODEL: tensor_file_chunks(model_tensors),
+            STATE_TENSORS: tensor_file_chunks(tensors),
+            STATE: [skeletons],
+        },
+        num_bytes(model_tensors) + num_bytes(tensors) + len(skeletons),
+    )
+
+
+def write_checkpoint(
+    filesystem: Filesystem,
+    path: Path,
+    state: PackedState,
+    metadata: Mapping[str, Any],
+    step: int,
+) -> Manifest:
+    """Make a checkpoint directory: write and sync every file, read all back, sync the directory.
+
+    Raises:
+        CheckpointError: metadata that is not plain JSON, or what was read back is not whole.
+        OSError: the disk refuses.
+    """
+    filesystem.make_directory(path)
+    files = {
+        name: write_file(filesystem, path / name, chunks) for name, chunks in state.contents.items()
+    }
+    write_file(filesystem, path / MANIFEST, [render_manifest(step, files, metadata)])
+    manifest = read_manifest(filesystem, path, path.name)
+    check_hashes(filesystem, path, manifest)
+    filesystem.sync_directory(path)
+    return manifest
+
+
+def read_manifest(filesystem: Filesystem, path: Path, name: str) -> Manifest:
+    """Return a checkpoint's manifest; of its files check names, kinds and sizes, not the hashes.
+
+    Args:
+        filesystem: the disk operations.
+        path: the directory.
+        name: what the checkpoint is called; a replaced one lies under another name.
+
+    Raises:
+        CheckpointError: a missing or damaged manifest, or files that do not fit it.
+    """
+    with reading_from(path):
+        if filesystem.status(path / MANIFEST) is None:
+            raise CheckpointError("the checkpoint has no manifest", where=str(path / MANIFEST))
+        if _regular_size(filesystem, path / MANIFEST) > MAX_MANIFEST_BYTES:
+            raise CheckpointError("the manifest is too large", where=str(path / MANIFEST))
+        data = b"".join(read_chunks(filesystem, path / MANIFEST))
+        manifest = parse_manifest(data, name, str(path / MANIFEST))
+        present = set(filesystem.names(path))
+        for file in sorted(present | set(manifest.files) | ALL_FILES):
+            if file not in ALL_FILES or file not in {MANIFEST, *manifest.files}:
+                raise CheckpointError("the checkpoint has a file too many", where=str(path / file))
+            if file not in present:
+                raise CheckpointError("the checkpoint lacks a file", where=str(path / file))
+        for file, record in manifest.files.items():
+            size = _regular_size(filesystem, path / file)
+            if size != record.size:
+                raise CheckpointError(
+                    "the file is damaged: its size is wrong",
+                    where=str(path / file),
+                    got=f"{size:,} bytes",
+                    expected=f"{record.size:,} bytes",
+                    fix="use another checkpoint",
+                )
+    return manifest
+
+
+def check_hashes(filesystem: Filesystem, path: Path, manifest: Manifest) -> None:
+    """Prove that every file of a checkpoint holds what its manifest says.
+
+    Raises:
+        CheckpointError: one does not; the message names it.
+    """
+    for file, record in manifest.files.items():
+        for _ in _checked_chunks(filesystem, path / file, record):
+            pass
+
+
+def read_checkpoint(filesystem: Filesystem, path: Path, manifest: Manifest) -> dict[str, Any]:
+    """Return the saved tree, with tensors on the CPU; nothing is parsed before its hash is checked.
+
+    Raises:
+        CheckpointError: a file that does not hold what the manifest says; the message names it.
+    """
+
+    def contents(file: str) -> bytes:
+        return b"".join(_checked_chunks(filesystem, path / file, manifest.files[file]))
+
+    where = {file: str(path / file) for file in CONTENT_FILES}
+    skeletons = parse_json(contents(STATE), where[STATE])
+    if not isinstance(skeletons, dict) or set(skeletons) != {"model", "state"}:
+        raise CheckpointError("the saved state is malformed", where=where[STATE])
+    tensors = parse_tensor_file(contents(STATE_TENSORS), where[STATE_TENSORS])
+    state = _restored(skeletons["state"], tensors, where[STATE])
+    weights = parse_tensor_file(contents(MODEL), where[MODEL])
+    return {"model": _restored(skeletons["model"], weights, where[STATE]), **state}
+
+
+def _regular_size(filesystem: Filesystem, path: Path) -> int:
+    """Return a file's size; refuse links, pipes and devices before anything opens them."""
+    status = filesystem.status(path)
+    if status is None or not stat.S_ISREG(status.st_mode):
+        raise CheckpointError("this is not a regular file", where=str(path))
+    return status.st_size
+
+
+def _checked_chunks(filesystem: Filesystem, path: Path, record: FileRecord) -> Iterator[bytes]:
+    """Yield a file's contents; raise at the end if they are not what the record says."""
+    digest = hashlib.sha256()
+    with reading_from(path):
+        for chunk in read_chunks(filesystem, path):
+            digest.update(chunk)
+            yield chunk
+    if digest.hexdigest() != record.sha256:
+        raise CheckpointError(
+            "the file is damaged: its contents changed after it was saved",
+            where=str(path),
+            got=f"SHA-256 {digest.hexdigest()}",
+            expected=f"SHA-256 {record.sha256}",
+            fix="use another checkpoint",
+        )
+
+
+def _restored(skeleton: Any, tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    tree = unflatten(skeleton, tensors)
+    if not isinstance(tree, dict):
+        raise CheckpointError("the saved state is malformed", where=where)
+    return tree

@@ -1,0 +1,41 @@
+"""Handlers: one file each, everything that listens to the training loop.
+
+`events.py` draws the loop; `base.py` says what a handler is and how to add one.
+"""
+
+from fundamentallm.training.handlers.base import HANDLERS, Handler
+from fundamentallm.training.handlers.checkpointing import Checkpointing
+from fundamentallm.training.handlers.early_stopping import EarlyStopping
+from fundamentallm.training.handlers.evaluation import Evaluation
+from fundamentallm.training.handlers.hooks import Hooks
+from fundamentallm.training.handlers.logs import MetricsLog
+from fundamentallm.training.handlers.loss_ema import LossEMA
+from fundamentallm.training.handlers.nan_rollback import NaNRollback
+from fundamentallm.training.handlers.perplexity import Perplexity
+from fundamentallm.training.handlers.progress import Progress
+from fundamentallm.training.handlers.samples import Samples
+from fundamentallm.training.handlers.schedule import Schedule
+from fundamentallm.training.handlers.signals import Signals
+from fundamentallm.training.handlers.tensorboard import TensorBoard
+from fundamentallm.training.handlers.throughput import Throughput
+from fundamentallm.training.handlers.weight_ema import WeightEMA
+
+__all__ = [
+    "HANDLERS",
+    "Checkpointing",
+    "EarlyStopping",
+    "Evaluation",
+    "Handler",
+    "Hooks",
+    "LossEMA",
+    "MetricsLog",
+    "NaNRollback",
+    "Perplexity",
+    "Progress",
+    "Samples",
+    "Schedule",
+    "Signals",
+    "TensorBoard",
+    "Throughput",
+    "WeightEMA",
+]

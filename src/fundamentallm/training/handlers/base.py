@@ -1,0 +1,41 @@
+"""The registry of handlers, and what a handler is.
+
+A handler is any object with `attach(trainer)`, which adds its methods to events:
+
+```python
+@HANDLERS.register("gradient_noise")
+class GradientNoise:
+    '''Observes: ...'''
+
+    def __init__(self, every: int = 100) -> None: ...
+
+    def attach(self, trainer: Trainer) -> None:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self.measure)
+```
+
+No base class is needed. A handler with `state_dict` and `load_state_dict` is part of every
+checkpoint from the moment that it is attached. Under `handlers:` in a YAML its options are the
+constructor's parameters, but for those that the program supplies (listed below).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from fundamentallm.registry import Registry
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+
+class Handler(Protocol):
+    """A listener to the events of a `Trainer`."""
+
+    def attach(self, trainer: Trainer) -> None:
+        """Add this handler's methods to the trainer's events."""
+
+
+HANDLERS: Registry[Handler] = Registry(
+    "handler",
+    supplied=("scheduler", "val_loader", "tokenizer", "run_dir", "checkpoint_dir", "seed"),
+)

@@ -1,0 +1,47 @@
+"""Validation loss."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from fundamentallm.events import TrainingEvents
+from fundamentallm.training.handlers.base import HANDLERS
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@HANDLERS.register("evaluation")
+class Evaluation:
+    """Observes: measures the validation loss when it is due; writes `val/loss`, `val/perplexity`.
+
+    Due means every `eval_steps`, at each epoch's end and at the last step. The weights are those
+    that `trainer.evaluation_weights()` puts in: the averaged ones where weight EMA is attached.
+    """
+
+    def attach(self, trainer: Trainer) -> None:
+        """Listen at FLLM_EVALUATION_DUE."""
+        trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_DUE, self.run)
+
+    def run(self, trainer: Trainer) -> None:
+        """Evaluate, unless the validation split is empty."""
+        if trainer.val_loader is None or len(trainer.val_loader) == 0:
+            return
+        state = trainer.state
+        trainer.notify(TrainingEvents.FLLM_EVALUATION_STARTED)
+        started = time.perf_counter()
+        if not trainer.validate():
+            state.evaluations -= 1  # a signal came; it runs again when the run goes on
+            return
+        logger.info(
+            "step %d: validation loss %.4f, perplexity %.3f (%.1f s)",
+            state.iteration,
+            state.metrics["val/loss"],
+            state.metrics["val/perplexity"],
+            time.perf_counter() - started,
+        )
+        trainer.notify(TrainingEvents.FLLM_EVALUATION_COMPLETED)

@@ -1,0 +1,55 @@
+"""Plain functions at the three moments that most scripts ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ignite.engine import Events
+
+from fundamentallm.events import TrainingEvents
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+
+class Hooks:
+    """Observes: calls functions at the end of an epoch, a validation and a save.
+
+    Args:
+        on_epoch_end: called with the trainer and the metrics at EPOCH_COMPLETED.
+        on_validation: called with the trainer and the metrics at FLLM_EVALUATION_COMPLETED.
+        on_checkpoint: called with the trainer and the checkpoint's path at FLLM_CHECKPOINT_SAVED.
+    """
+
+    def __init__(
+        self,
+        on_epoch_end: Callable[[Trainer, dict[str, Any]], None] | None = None,
+        on_validation: Callable[[Trainer, dict[str, Any]], None] | None = None,
+        on_checkpoint: Callable[[Trainer, Path], None] | None = None,
+    ) -> None:
+        self.on_epoch_end = on_epoch_end
+        self.on_validation = on_validation
+        self.on_checkpoint = on_checkpoint
+
+    def attach(self, trainer: Trainer) -> None:
+        """Listen where there is a function to call."""
+        if self.on_epoch_end is not None:
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_end)
+        if self.on_validation is not None:
+            trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_COMPLETED, self._validation)
+        if self.on_checkpoint is not None:
+            trainer.add_event_handler(TrainingEvents.FLLM_CHECKPOINT_SAVED, self._checkpoint)
+
+    def _epoch_end(self, trainer: Trainer) -> None:
+        assert self.on_epoch_end is not None
+        self.on_epoch_end(trainer, trainer.state.metrics)
+
+    def _validation(self, trainer: Trainer) -> None:
+        assert self.on_validation is not None
+        self.on_validation(trainer, trainer.state.metrics)
+
+    def _checkpoint(self, trainer: Trainer) -> None:
+        assert self.on_checkpoint is not None
+        self.on_checkpoint(trainer, trainer.state.last_checkpoint)

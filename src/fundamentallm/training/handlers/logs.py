@@ -1,0 +1,101 @@
+"""Metrics as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ignite.engine import Events
+
+from fundamentallm.events import TrainingEvents
+from fundamentallm.training.handlers.base import HANDLERS
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@HANDLERS.register("logs")
+class MetricsLog:
+    """Observes: writes `metrics.jsonl`, one JSON object a line.
+
+    Every line has `step`, `epoch`, `tokens` and `elapsed_seconds`, and the `train/` or the `val/`
+    metrics of that step. JSON has no NaN or infinity: they stand as the strings "NaN",
+    "Infinity" and "-Infinity", never as a number that was not measured. When a run is resumed or
+    rolled back, lines of later steps are cut off, so that the file tells one history.
+
+    Args:
+        run_dir: the directory of the file.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self._failed = False
+
+    def attach(self, trainer: Trainer) -> None:
+        """Write at FLLM_METRICS_READY and FLLM_EVALUATION_COMPLETED, on the rank that writes."""
+        if not trainer.ranks.is_writer:
+            return
+        trainer.add_event_handler(Events.STARTED, self.cut_back)
+        trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, self.log_training)
+        trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_COMPLETED, self.log_validation)
+
+    def cut_back(self, trainer: Trainer) -> None:
+        """Drop lines of steps that the restored state has not taken, and a torn last line."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that a killed process left half written
+            pending = step == trainer.state.iteration and trainer.evaluation_pending()
+            if step < trainer.state.iteration or (
+                step == trainer.state.iteration and not (pending and "val/loss" in line)
+            ):
+                kept.append(line + "\n")
+        temporary = self.path.with_suffix(".jsonl.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def log_training(self, trainer: Trainer) -> None:
+        """Write the step's training metrics if it is a logging step."""
+        if trainer.is_log_step():
+            self._write(trainer, "train/")
+
+    def log_validation(self, trainer: Trainer) -> None:
+        """Write the validation metrics."""
+        self._write(trainer, "val/")
+
+    def _write(self, trainer: Trainer, prefix: str) -> None:
+        state = trainer.state
+        record: dict[str, Any] = {
+            "step": state.iteration,
+            "epoch": state.epoch,
+            "tokens": state.tokens_seen,
+            "elapsed_seconds": round(trainer.elapsed_seconds(), 3),
+        }
+        for key, value in state.metrics.items():
+            if key.startswith(prefix):
+                record[key] = json_number(value)
+        try:
+            # Opened for each line: a line is then on its way to the disk when it is written, and
+            # a log that was moved or a disk that was full for a while does not end the run.
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            if not self._failed:
+                logger.warning("metrics.jsonl cannot be written, training goes on: %s", error)
+            self._failed = True
+
+
+def json_number(value: float) -> float | str:
+    """Return the number, or its name where JSON has no such number."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -1,0 +1,53 @@
+"""Perplexity of the training data."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from ignite.engine import Engine, Events
+
+from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.step import perplexity_of
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+
+@HANDLERS.register("perplexity")
+class Perplexity:
+    """Observes: writes `train/perplexity`, exp of the token-weighted mean loss of the epoch so far.
+
+    The mean of exponentials, or the exponential of a mean of batch means, would be another
+    number: the sum of nats and the count of tokens are kept apart, in float64.
+    """
+
+    def __init__(self) -> None:
+        self.nll = 0.0
+        self.num_tokens = 0
+
+    def attach(self, trainer: Trainer) -> None:
+        """Begin anew with each epoch's first step; listen at ITERATION_COMPLETED."""
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self.update)
+
+    def update(self, engine: Engine) -> None:
+        """Take in the step's loss, weighted by its tokens."""
+        state = engine.state
+        # By the step, not at EPOCH_STARTED: that fires again in the middle of an epoch when a
+        # run is resumed or rolled back.
+        if (state.iteration - 1) % state.epoch_length == 0:
+            self.nll, self.num_tokens = 0.0, 0
+        if math.isfinite(state.output.loss):
+            self.nll += state.output.loss * state.output.num_tokens
+            self.num_tokens += state.output.num_tokens
+        mean = self.nll / self.num_tokens if self.num_tokens else math.nan
+        state.metrics["train/perplexity"] = perplexity_of(mean)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch's sums so far."""
+        return {"nll": self.nll, "num_tokens": self.num_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on within a saved epoch."""
+        self.nll = state_dict["nll"]
+        self.num_tokens = state_dict["num_tokens"]

@@ -1,0 +1,113 @@
+"""Progress on the terminal."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ignite.engine import Events
+from tqdm import tqdm
+
+from fundamentallm.events import TrainingEvents
+from fundamentallm.training.handlers.base import HANDLERS
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@HANDLERS.register("progress")
+class Progress:
+    """Observes: a progress bar on a terminal, a line now and then elsewhere.
+
+    Both show loss, smooth loss, learning rate, tokens per second and the time that is left.
+
+    Args:
+        min_interval: seconds between two lines where there is no terminal.
+        stream: where the bar goes; it is used only if it is a terminal.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        min_interval: float = 5.0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.min_interval = min_interval
+        self._stream = stream if stream is not None else sys.stderr
+        self._clock = clock
+        self._bar: tqdm[Any] | None = None
+        self._shown_at = -math.inf
+
+    def attach(self, trainer: Trainer) -> None:
+        """Show at FLLM_METRICS_READY, on the rank that speaks."""
+        if not trainer.ranks.is_writer:
+            return
+        trainer.add_event_handler(Events.STARTED, self.open)
+        trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, self.show)
+        trainer.closing.append(self.close)
+
+    def open(self, trainer: Trainer) -> None:
+        """Put up the bar at the run's current step; after a rollback, move it back."""
+        if not self._stream.isatty():
+            return
+        if self._bar is None:
+            self._bar = tqdm(
+                total=trainer.total_steps,
+                file=self._stream,
+                unit="step",
+                dynamic_ncols=True,
+                bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+                if trainer.total_steps is not None
+                else "{desc}{n_fmt} steps{postfix}",
+            )
+        self._bar.n = trainer.state.iteration
+        self._bar.refresh()
+
+    def show(self, trainer: Trainer) -> None:
+        """Bring the bar up to date, or write a line if the last is old enough."""
+        state = trainer.state
+        last = state.iteration == trainer.total_steps
+        now = self._clock()
+        if self._bar is not None:
+            # Formatting costs more than a small step: ten times a second is as fast as one reads.
+            if last or now - self._shown_at >= 0.1:
+                self._shown_at = now
+                self._bar.n = state.iteration
+                self._bar.set_postfix_str(self._figures(trainer), refresh=True)
+        elif last or now - self._shown_at >= self.min_interval:
+            self._shown_at = now
+            total = f"/{trainer.total_steps}" if trainer.total_steps is not None else ""
+            logger.info("step %d%s: %s", state.iteration, total, self._figures(trainer))
+
+    def close(self) -> None:
+        """Take the bar down, leaving its last state on the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _figures(self, trainer: Trainer) -> str:
+        metrics = trainer.state.metrics
+        parts = [f"loss {metrics['train/loss']:.4f}"]
+        if "train/loss_ema" in metrics:
+            parts.append(f"ema {metrics['train/loss_ema']:.4f}")
+        parts.append(f"lr {metrics['train/lr']:.2e}")
+        if "train/tokens_per_second" in metrics:
+            parts.append(f"{metrics['train/tokens_per_second']:,.0f} tok/s")
+        remaining = trainer.seconds_remaining()
+        if remaining is not None:
+            parts.append(f"ETA {format_seconds(remaining)}")
+        return ", ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return `h:mm:ss` or `m:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

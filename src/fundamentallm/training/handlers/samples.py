@@ -1,0 +1,98 @@
+"""Text written by the model as it learns."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fundamentallm.data.permutation import derive_key
+from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.events import TrainingEvents
+from fundamentallm.models.sampling import generate_tokens
+from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.step import undisturbed
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@HANDLERS.register("samples")
+class Samples:
+    """Observes: writes a sample of generated text to `samples.jsonl` after an evaluation.
+
+    The random numbers of a sample follow from the seed and the step and are its own, so that
+    sampling never changes the training.
+
+    Args:
+        tokenizer: turns token ids into text.
+        run_dir: the run's directory.
+        seed: the run's seed.
+        prompt: the text to continue.
+        num_tokens: length of a sample in tokens.
+        temperature: 1 samples from the model's distribution, 0 takes the likeliest token.
+        every: evaluations between two samples.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        run_dir: Path,
+        seed: int = 0,
+        prompt: str = "\n",
+        num_tokens: int = 100,
+        temperature: float = 0.8,
+        every: int = 1,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.path = run_dir / "samples.jsonl"
+        self.seed = seed
+        self.prompt = prompt
+        self.num_tokens = num_tokens
+        self.temperature = temperature
+        self.every = every
+
+    def attach(self, trainer: Trainer) -> None:
+        """Sample at FLLM_EVALUATION_COMPLETED, on the rank that writes."""
+        if trainer.ranks.is_writer:
+            trainer.add_event_handler(
+                TrainingEvents.FLLM_EVALUATION_COMPLETED(every=self.every), self.sample
+            )
+
+    def sample(self, trainer: Trainer) -> None:
+        """Generate with the evaluation weights, log the text, add it to the file."""
+        device = trainer.device
+        generator = torch.Generator(device=device)
+        generator.manual_seed(derive_key(self.seed, trainer.state.iteration) % 2**63)
+        prompt = torch.as_tensor(self._prompt_ids(), dtype=torch.int64, device=device).unsqueeze(0)
+        with trainer.evaluation_weights(), undisturbed(trainer.model):
+            ids = [
+                int(token)
+                for token in generate_tokens(
+                    trainer.model,
+                    prompt,
+                    self.num_tokens,
+                    temperature=self.temperature,
+                    generator=generator,
+                )
+            ]
+        text = self.tokenizer.decode(ids)
+        record = {"step": trainer.state.iteration, "prompt": self.prompt, "text": text}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:
+            logger.warning("samples.jsonl cannot be written, training goes on: %s", error)
+        logger.debug("sample at step %d:\n%s", trainer.state.iteration, text)
+
+    def _prompt_ids(self) -> list[int]:
+        try:
+            ids = [int(token) for token in self.tokenizer.encode(self.prompt)]
+        except ValueError:
+            ids = []
+        return ids or [0]  # a vocabulary without the prompt's characters: any token will do

@@ -1,0 +1,59 @@
+"""Apply the learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ignite.engine import Engine, Events
+from ignite.handlers.param_scheduler import ParamScheduler
+
+from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.schedulers import LearningRateScheduler
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+
+@HANDLERS.register("schedule")
+class Schedule(ParamScheduler):
+    """Controls: sets each parameter group's learning rate before its step.
+
+    The rate is a pure function of the step (and, in a run limited by the clock, of the progress
+    at that step), so resume and rollback need no other state.
+
+    Args:
+        scheduler: the schedule; its base rates were taken from the optimizer's groups.
+    """
+
+    def __init__(self, scheduler: LearningRateScheduler) -> None:
+        super().__init__(scheduler.optimizer, "lr")
+        self.scheduler = scheduler
+        self.progress: float | None = None
+        self._trainer: Trainer | None = None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Set the rate at ITERATION_STARTED, so that it holds for that very step."""
+        self._trainer = trainer
+        trainer.add_event_handler(Events.ITERATION_STARTED, self.apply)
+
+    def apply(self, engine: Engine) -> None:
+        """Write the rates for step `state.iteration` and note `train/lr`."""
+        assert self._trainer is not None
+        # Ignite counts events from 0 and would count on after a rollback; the step knows better.
+        self.event_index = engine.state.iteration - 1
+        self.progress = self._trainer.clock_progress()
+        self(engine)
+        engine.state.metrics["train/lr"] = self.optimizer_param_groups[0]["lr"]
+
+    def get_param(self) -> list[float]:
+        """Return the rate of each group for update number `event_index + 1`."""
+        multiplier = self.scheduler.multiplier(self.event_index + 1, self.progress)
+        return [base * multiplier for base in self.scheduler.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the progress of the last step: None where steps, not the clock, count."""
+        return {"progress": self.progress}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Take the progress back; the clock goes on from there."""
+        self.progress = state_dict["progress"]

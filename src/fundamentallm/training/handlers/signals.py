@@ -1,0 +1,59 @@
+"""Stop on a signal, with everything saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from ignite.engine import Events
+
+from fundamentallm.training.handlers.base import HANDLERS
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+
+
+@HANDLERS.register("signals")
+class Signals:
+    """Controls: SIGINT, SIGTERM, SIGHUP and SIGUSR1 end the run after the step, saved.
+
+    The signal's own handler only sets a flag, which the Trainer reads between steps and during an
+    evaluation. A second signal ends the process at once, with the exit code 128 + n. A handler
+    that somebody else has installed is put back at the run's end.
+    """
+
+    def __init__(self) -> None:
+        self._previous: dict[int, Any] = {}
+        self._trainer: Trainer | None = None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Listen to the operating system between STARTED and the end of the run."""
+        self._trainer = trainer
+        trainer.add_event_handler(Events.STARTED, self.install)
+        trainer.closing.append(self.restore)
+
+    def install(self) -> None:
+        """Take over the signals; only a main thread can, elsewhere nothing is changed."""
+        if self._previous or threading.current_thread() is not threading.main_thread():
+            return
+        for name in SIGNALS:
+            number = getattr(signal, name, None)  # Windows lacks some
+            if number is not None:
+                self._previous[number] = signal.signal(number, self._receive)
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        assert self._trainer is not None
+        if self._trainer.interrupted_by is not None:
+            os._exit(128 + number)
+        self._trainer.interrupt_run(number)

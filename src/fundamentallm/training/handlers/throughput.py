@@ -1,0 +1,54 @@
+"""Speed of training."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ignite.engine import Engine, Events
+
+from fundamentallm.training.handlers.base import HANDLERS
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+
+@HANDLERS.register("throughput")
+class Throughput:
+    """Observes: writes `train/tokens_per_second` and `train/samples_per_second`.
+
+    Both count over all ranks, over the last `window` steps, from the asking for a batch to the
+    end of its step: evaluation, checkpoints and sampling are pauses and left out. The guard reads
+    the loss from the device in each step, so the host's clock sees the device's work.
+
+    Args:
+        window: number of steps that the figures are taken over.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, window: int = 50, clock: Callable[[], float] = time.perf_counter) -> None:
+        if window < 1:
+            raise ValueError(f"window must be at least 1 step, got {window}")
+        self._steps: deque[tuple[float, int, int]] = deque(maxlen=window)
+        self._clock = clock
+        self._started = 0.0
+
+    def attach(self, trainer: Trainer) -> None:
+        """Time from GET_BATCH_STARTED to ITERATION_COMPLETED."""
+        trainer.add_event_handler(Events.GET_BATCH_STARTED, self.start)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self.stop)
+
+    def start(self) -> None:
+        """Note when the step's batch was asked for."""
+        self._started = self._clock()
+
+    def stop(self, engine: Engine) -> None:
+        """Add the step and write both rates."""
+        output = engine.state.output
+        self._steps.append((self._clock() - self._started, output.num_tokens, output.num_sequences))
+        seconds = max(sum(step[0] for step in self._steps), 1e-9)
+        metrics = engine.state.metrics
+        metrics["train/tokens_per_second"] = sum(step[1] for step in self._steps) / seconds
+        metrics["train/samples_per_second"] = sum(step[2] for step in self._steps) / seconds

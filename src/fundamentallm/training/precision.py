@@ -1,0 +1,220 @@
+"""Where the numbers live and how wide they are: device, autocast, loss scale.
+
+Weights, gradients and optimizer state stay in float32; "bf16" and "fp16" mean that matrix
+multiplications run in that type (autocast). Only fp16 needs a loss scale: its smallest normal
+number is 6e-5, and many gradients lie below that (Micikevicius et al. 2018, section 3.2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fundamentallm.errors import CheckpointError, ConfigError, MachineError, did_you_mean
+
+PRECISIONS = ("fp32", "bf16", "fp16", "auto")
+
+_AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+class Precision:
+    """Autocast and, for fp16, a loss scale that adapts itself.
+
+    A step calls `scale(loss).backward()`, `unscale_` once the window's gradients are complete,
+    `step` only if they are finite, and `update` in either case: it closes the step, and halves
+    the scale if `unscale_` met an infinity. Without a scaler these calls do what their names say
+    to an optimizer that needs no scaling.
+
+    Args:
+        name: "fp32", "bf16" or "fp16".
+        device: where the model is.
+
+    Attributes:
+        name: as given.
+        device: as given.
+        scaler: the loss scale; None unless fp16.
+
+    Raises:
+        ValueError: another name.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        if name != "fp32" and name not in _AUTOCAST_TYPES:
+            raise ValueError(f"precision must be fp32, bf16 or fp16, got {name!r}")
+        self.name = name
+        self.device = device
+        self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return a context for forward passes, in training and in validation alike."""
+        if self.name == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=_AUTOCAST_TYPES[self.name])
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Return the loss times the loss scale."""
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the loss scale in place; once before each `update`."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Update the weights; with a scaler, only if every gradient is finite."""
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+
+    def update(self) -> None:
+        """Adapt the loss scale to what `unscale_` saw; nothing without a scaler."""
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loss scale and its growth counter as numbers; {} without a scaler."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take the loss scale back.
+
+        Raises:
+            CheckpointError: the state has a loss scale and this precision none, or the reverse.
+        """
+        if bool(state_dict) != (self.scaler is not None):
+            raise CheckpointError(
+                "the checkpoint was written in another precision",
+                got="a loss scale" if state_dict else "no loss scale",
+                expected=f"{'no' if self.scaler is None else 'a'} loss scale for {self.name}",
+                fix="set training.precision to what the run began with",
+            )
+        if self.scaler is not None:
+            self.scaler.load_state_dict(dict(state_dict))
+
+
+def resolve_precision(
+    config_precision: str | None, mixed_precision: bool, device: torch.device
+) -> str:
+    """Choose the precision that a configuration means on a device.
+
+    `auto` is the fastest that is safe: on CUDA bf16, or fp16 where the GPU has no bf16; fp32
+    elsewhere. `mixed_precision` asks for a narrow type everywhere: bf16 on CPUs too.
+
+    Args:
+        config_precision: "fp32", "bf16", "fp16", "auto" or None for unset.
+        mixed_precision: with an unset precision, "fp32" or "auto": the narrow type of the device.
+        device: where the model will be.
+
+    Returns:
+        "fp32", "bf16" or "fp16".
+
+    Raises:
+        ConfigError: an unknown precision, or one that the device lacks.
+    """
+    name = config_precision or "fp32"
+    if name not in PRECISIONS:
+        raise ConfigError(
+            f"unknown precision '{name}'",
+            expected="one of " + ", ".join(PRECISIONS),
+            fix=did_you_mean(name, PRECISIONS),
+        )
+    if name == "auto" or (mixed_precision and name == "fp32"):
+        if device.type == "cuda":
+            return "bf16" if _has_bf16(device) else "fp16"
+        return "bf16" if mixed_precision else "fp32"
+    if name == "fp16" and device.type != "cuda":
+        raise ConfigError(
+            f"precision fp16 needs a CUDA GPU, and the device is {device.type}",
+            got="fp16",
+            expected="fp32 or bf16",
+            fix="use precision: bf16, or device: cuda on a machine with a GPU",
+        )
+    if name == "bf16" and not _has_bf16(device):
+        raise ConfigError(
+            f"precision bf16 needs a GPU with bfloat16, and {device} has none",
+            got="bf16",
+            expected="fp32 or fp16",
+            fix="use precision: auto",
+        )
+    return name
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn a device's name into a device that this machine has.
+
+    Args:
+        name: "cpu", "cuda" (the current GPU), "cuda:N", "mps", or "auto": the first of cuda, mps
+            and cpu that exists.
+
+    Returns:
+        The device; a CUDA device always with its index.
+
+    Raises:
+        ConfigError: no such kind of device.
+        MachineError: this machine has no such device.
+    """
+    kind = name.partition(":")[0]
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", name):
+        raise ConfigError(
+            f"unknown device '{name}'",
+            expected="auto, cpu, cuda, cuda:N (N is the GPU's number) or mps",
+            fix=did_you_mean(kind, _DEVICES) or "use device: auto",
+        )
+    if kind == "auto":
+        kind = _best_device()
+    if kind == "cuda":
+        _require_cuda(name)
+        _, _, index = name.partition(":")
+        return torch.device("cuda", int(index) if index else torch.cuda.current_device())
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise MachineError(
+            "this machine has no Metal GPU that torch can use",
+            got=name,
+            fix="use device: auto or cpu",
+        )
+    return torch.device(kind)
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _require_cuda(name: str) -> None:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        raise MachineError(
+            "torch finds no CUDA GPU" if built else "this build of torch is for CPUs alone",
+            got=name,
+            fix=(
+                "use device: auto or cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+                if built
+                else "use device: auto or cpu, or install the CUDA build of torch"
+            ),
+        )
+    count = torch.cuda.device_count()
+    _, _, index = name.partition(":")
+    if index and int(index) >= count:
+        raise MachineError(
+            f"there is no GPU number {int(index)}",
+            got=name,
+            expected="cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}",
+            fix="use device: cuda, or check CUDA_VISIBLE_DEVICES",
+        )
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed by the device's own units; emulation is slower than fp32."""
+    if device.type != "cuda":
+        return True
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -1,0 +1,104 @@
+"""The state of every global random generator, as tensors and plain values, and back."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fundamentallm.errors import CheckpointError
+
+CUDA = "cuda:"  # followed by the device's index
+
+
+def capture_rng() -> dict[str, Any]:
+    """Return the states of Python's, NumPy's (global) and torch's generators.
+
+    Returns:
+        `python` and `numpy`: dicts of plain values and one int64 tensor of 624 words; `torch` and,
+        if CUDA is in use, `cuda:0`, `cuda:1`, ...: uint8 tensors on the CPU. All are copies.
+    """
+    version, words, gauss = random.getstate()
+    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)
+    state: dict[str, Any] = {
+        "python": {
+            "version": version,
+            "key": torch.tensor(words[:-1], dtype=torch.int64),
+            "pos": words[-1],
+            "gauss": gauss,
+        },
+        "numpy": {
+            "bit_generator": numpy_state["bit_generator"],
+            "key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+            "pos": int(numpy_state["state"]["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+    }
+    if _cuda_in_use():  # asking an unused CUDA would occupy every device
+        for index, cuda_state in enumerate(torch.cuda.get_rng_state_all()):
+            state[f"{CUDA}{index}"] = cuda_state
+    return state
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Put the global generators into the states that `capture_rng` returned.
+
+    Where the CUDA devices are not those of the saved run, the ones that are there are restored and
+    a warning says so: from here on the random numbers differ.
+
+    Raises:
+        CheckpointError: a state that its generator refuses; no generator was changed.
+    """
+    devices = set(range(torch.cuda.device_count()))
+    saved = {int(key.removeprefix(CUDA)): state[key] for key in state if key.startswith(CUDA)}
+    try:
+        python_state = _python_state(state["python"])
+        numpy_state = _numpy_state(state["numpy"])
+        # Scratch generators judge every state before a global one changes.
+        random.Random().setstate(python_state)
+        np.random.RandomState().set_state(numpy_state)
+        torch.Generator().set_state(state["torch"])
+        for index in saved.keys() & devices:
+            torch.Generator(f"{CUDA}{index}").set_state(saved[index])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            "the saved state of the random generators is unusable",
+            got=f"{type(error).__name__}: {error}",
+            fix="resume with the torch version that saved it",
+        ) from error
+    in_use = devices if _cuda_in_use() else set()
+    if saved.keys() - devices or in_use - saved.keys():
+        warnings.warn(
+            f"the state has {len(saved)} CUDA generators and this machine {len(devices)}: random"
+            " numbers on the others begin anew, so the run is not continued exactly",
+            stacklevel=2,
+        )
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(state["torch"])
+    for index in saved.keys() & devices:
+        torch.cuda.set_rng_state(saved[index], index)
+
+
+def _python_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (state["version"], (*state["key"].tolist(), state["pos"]), state["gauss"])
+
+
+def _numpy_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    key = state["key"].numpy().astype(np.uint32)
+    return {
+        "bit_generator": state["bit_generator"],
+        "state": {"key": key, "pos": state["pos"]},
+        "has_gauss": state["has_gauss"],
+        "gauss": state["gauss"],
+    }
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

@@ -1,0 +1,100 @@
+"""The whole state of a training run as one tree of plain values and tensors, and back.
+
+```
+trainer     position, counters, ledger                 random      every generator, per rank
+model       weights and buffers                        handlers    by name: what each declares
+optimizer   moments and group values
+precision   the loss scale
+```
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fundamentallm.training.checkpoint import check_model_state, check_optimizer_state
+from fundamentallm.training.distributed import Ranks
+from fundamentallm.training.rng import capture_rng, restore_rng
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class RandomState:
+    """The random generators of all ranks.
+
+    Dropout differs over the ranks, so each rank's torch generators are kept. Python's and NumPy's
+    are the writer's alone: nothing in training draws from them.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Collect the states; every rank must call it."""
+        own = capture_rng()
+        state: dict[str, Any] = {"rank 0": own}
+        gathered = {
+            name: self.ranks.gather_bytes(tensor)
+            for name, tensor in _torch_states(own).items()
+            if not self.ranks.alone
+        }
+        for rank in range(1, self.ranks.world_size):
+            state[f"rank {rank}"] = {name: parts[rank] for name, parts in gathered.items()}
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore this rank's generators; warn where the run had fewer ranks."""
+        own = state_dict.get(f"rank {self.ranks.rank}")
+        if own is None:
+            logger.warning(
+                "rank %d was not part of the saved run: its random numbers begin anew, so the"
+                " resumed run is not bitwise the same",
+                self.ranks.rank,
+            )
+            return
+        restore_rng({**state_dict["rank 0"], **own})
+
+
+def capture(trainer: Trainer) -> dict[str, Any]:
+    """Return the trainer's whole state; every rank must call it."""
+    return {
+        "trainer": trainer.state_dict(),
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "precision": trainer.precision.state_dict(),
+        "random": RandomState(trainer.ranks).state_dict(),
+        "handlers": {name: handler.state_dict() for name, handler in trainer.attached.items()},
+    }
+
+
+def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Put the trainer into a captured state.
+
+    Raises:
+        CheckpointError: the state is of another model, optimizer or data; nothing was changed.
+    """
+    check_model_state(trainer.model, state["model"])
+    check_optimizer_state(trainer.optimizer, state["optimizer"])
+    trainer.load_state_dict(state["trainer"])
+    trainer.model.load_state_dict(state["model"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.precision.load_state_dict(state["precision"])
+    for name, handler in trainer.attached.items():
+        if name in state["handlers"]:
+            handler.load_state_dict(state["handlers"][name])
+        else:
+            logger.warning("the checkpoint knows no handler '%s': it begins anew", name)
+    for name in state["handlers"].keys() - trainer.attached.keys():
+        logger.warning("the checkpoint's handler '%s' is not attached: its state is left out", name)
+    RandomState(trainer.ranks).load_state_dict(state["random"])
+
+
+def _torch_states(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}

@@ -1,0 +1,309 @@
+"""One optimizer step and one evaluation pass: the only code that touches gradients.
+
+- The loss of a window is the sum over its valid targets divided by their count N over all
+  micro-batches and ranks, so that any split of the same tokens gives the same gradient
+  (huggingface/transformers#34191 tells what a mean of means costs).
+- Gradients are checked before the update. A refused update leaves weights and optimizer
+  untouched.
+- One host read a step: loss and gradient norm, packed, after they were summed over the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fundamentallm.data.loader import Window
+from fundamentallm.events import TrainingEvents
+from fundamentallm.training.distributed import Ranks
+from fundamentallm.training.losses import compute_loss
+from fundamentallm.training.precision import Precision
+from fundamentallm.training.rng import capture_rng, restore_rng
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one optimizer step did, in host numbers.
+
+    Attributes:
+        loss: negative log-likelihood in nats per valid token of the window, over all ranks;
+            whatever the objective was (label smoothing, say).
+        grad_norm: global L2 norm of the gradient before clipping.
+        num_tokens: valid target tokens of the window over all ranks.
+        num_sequences: sequences of the window over all ranks.
+        rejection: empty if the update was applied, else why not: "nonfinite" (loss or gradient),
+            "overflow" (the fp16 loss scale was too large, which is expected now and then),
+            "empty" (no valid token), "ledger" (a window to be skipped), or a controller's reason.
+    """
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    num_sequences: int
+    rejection: str = ""
+
+
+class TrainStep:
+    """Forward, backward, guard, clip, update.
+
+    Args:
+        forward: takes `input_ids` (B, T) int64 and returns logits (B, T, V): the model, or the
+            model wrapped for compilation or in `DistributedDataParallel`.
+        model: the model itself.
+        optimizer: updates the model's parameters.
+        loss_fn: `loss_fn(logits, targets, reduction="sum")`. Attribute `is_nll` (default False)
+            says that the value is the plain negative log-likelihood, so that it need not be
+            computed again for the log; `takes_hidden_states` (default False) asks for
+            `loss_fn(hidden, model, targets, reduction="sum")`.
+        precision: autocast and loss scaling.
+        ranks: the ranks over which loss and votes are summed.
+        max_grad_norm: clip the global gradient norm to this; None leaves it.
+        notify: called with each event as it happens.
+
+    Attributes:
+        veto: a controller's reason to refuse the current update; set at FLLM_GRADIENTS_READY.
+        vetoes_possible: whether some rank has such a controller, so that all must vote.
+    """
+
+    def __init__(
+        self,
+        forward: nn.Module,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: Callable[..., Tensor],
+        precision: Precision,
+        ranks: Ranks,
+        max_grad_norm: float | None,
+        notify: Callable[[TrainingEvents], None],
+    ) -> None:
+        self.forward = forward
+        self.model = model
+        self.optimizer = optimizer
+        self.loss_fn = loss_fn
+        self.precision = precision
+        self.ranks = ranks
+        self.max_grad_norm = max_grad_norm
+        self.notify = notify
+        self.grad_norm: Tensor | None = None
+        self.veto = ""
+        self.vetoes_possible = False
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def __call__(self, window: Window, num_tokens: int, num_sequences: int) -> StepOutput:
+        """Take one step on this rank's share of a window.
+
+        Args:
+            window: this rank's micro-batches; every rank has equally many.
+            num_tokens: N, valid targets of the window over all ranks.
+            num_sequences: sequences of the window over all ranks.
+        """
+        if num_tokens == 0:
+            return self._refused(StepOutput(math.nan, math.nan, 0, num_sequences, "empty"))
+        self.veto = ""
+        nll = self._accumulate(window, num_tokens)
+        self.precision.unscale_(self.optimizer)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        self.grad_norm = nn.utils.get_total_norm(gradients)
+        loss, grad_norm = self._agree(nll, self.grad_norm, num_tokens)
+        self.notify(TrainingEvents.FLLM_GRADIENTS_READY)
+
+        rejection = self._judge(loss, grad_norm)
+        output = StepOutput(loss, grad_norm, num_tokens, num_sequences, rejection)
+        if rejection:
+            self.precision.update()  # closes the unscaling, and lowers the scale after an overflow
+            return self._refused(output)
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, self.grad_norm)
+        self.precision.step(self.optimizer)
+        self.precision.update()
+        self.notify(TrainingEvents.FLLM_OPTIMIZER_STEPPED)
+        return output
+
+    def _accumulate(self, window: Window, num_tokens: int) -> Tensor:
+        """Add up the window's gradient; return this rank's summed NLL, a float64 scalar."""
+        self.optimizer.zero_grad(set_to_none=True)
+        # DDP averages over the ranks, so the world size makes the sum whole again.
+        scale = self.ranks.world_size / num_tokens
+        device = next(iter(self._parameters)).device
+        total = torch.zeros((), dtype=_accumulator(device), device=device)
+        last = len(window.micro_batches) - 1
+        for index, batch in enumerate(window.micro_batches):
+            with self._gradient_sync(index == last):
+                objective, nll = self._objective(to_device(batch, device))
+                self.precision.scale(objective * scale).backward()  # type: ignore[no-untyped-call]
+            total += nll
+            self.notify(TrainingEvents.FLLM_MICRO_BATCH_COMPLETED)
+        return total
+
+    def _objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the summed objective, with its graph, and the summed NLL, without."""
+        targets = batch["target_ids"]
+        with self.precision.autocast():
+            if getattr(self.loss_fn, "takes_hidden_states", False):
+                states = self.forward(batch["input_ids"], return_hidden=True)
+                objective = self.loss_fn(states, self.model, targets, reduction="sum")
+            else:
+                states = self.forward(batch["input_ids"])
+                objective = self.loss_fn(states, targets, reduction="sum")
+        if getattr(self.loss_fn, "is_nll", False):
+            return objective, objective.detach()
+        with torch.no_grad(), self.precision.autocast():
+            return objective, summed_nll(states.detach(), self.model, targets, self.loss_fn)
+
+    def _gradient_sync(self, wanted: bool) -> AbstractContextManager[None]:
+        if isinstance(self.forward, DistributedDataParallel) and not wanted:
+            return self.forward.no_sync()
+        return nullcontext()
+
+    def _agree(self, nll: Tensor, grad_norm: Tensor, num_tokens: int) -> tuple[float, float]:
+        """Sum over the ranks and read once. NaN and infinity survive a sum: that is the vote."""
+        packed = torch.stack([nll / num_tokens, grad_norm.to(nll.dtype) / self.ranks.world_size])
+        loss, norm = self.ranks.sum_tensor(packed).tolist()
+        return loss, norm
+
+    def _judge(self, loss: float, grad_norm: float) -> str:
+        if not math.isfinite(loss):
+            return "nonfinite"
+        if not math.isfinite(grad_norm):
+            # With a finite loss an infinite scaled gradient says that the loss scale is too high.
+            return "overflow" if self.precision.scaler is not None else "nonfinite"
+        if self.vetoes_possible and not self.ranks.alone and self.ranks.any(bool(self.veto)):
+            return self.veto or "rejected on another rank"
+        return self.veto
+
+    def _refused(self, output: StepOutput) -> StepOutput:
+        self.optimizer.zero_grad(set_to_none=True)
+        return output
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationOutput:
+    """A loss over a whole data set.
+
+    Attributes:
+        nll: summed negative log-likelihood in nats.
+        num_tokens: valid target tokens.
+    """
+
+    nll: float
+    num_tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token; NaN for no tokens."""
+        return self.nll / self.num_tokens if self.num_tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return perplexity_of(self.loss)
+
+
+def summed_nll(
+    states: Tensor, model: nn.Module, targets: Tensor, loss_fn: Callable[..., Tensor] | None
+) -> Tensor:
+    """Return the summed negative log-likelihood, whatever the objective is.
+
+    Args:
+        states: hidden states (B, T, D) if the loss takes those, else logits (B, T, V).
+        model: holds the head.
+        targets: (B, T) int64; negative ones are left out.
+        loss_fn: the objective; one that takes hidden states has `nll(hidden, model, targets)`.
+    """
+    if getattr(loss_fn, "takes_hidden_states", False):
+        return loss_fn.nll(states, model, targets)  # type: ignore[union-attr, no-any-return]
+    return compute_loss(states, targets, reduction="sum")
+
+
+def evaluate_batch(
+    model: nn.Module,
+    batch: Batch,
+    precision: Precision,
+    loss_fn: Callable[..., Tensor] | None = None,
+) -> tuple[Tensor, int]:
+    """Return the summed NLL (a scalar on the device) and the count of valid targets.
+
+    A loss that avoids the full logits in training avoids them here as well.
+    """
+    num_tokens = int((batch["target_ids"] >= 0).sum())
+    batch = to_device(batch, precision.device)
+    options = {"return_hidden": True} if getattr(loss_fn, "takes_hidden_states", False) else {}
+    with torch.no_grad(), precision.autocast():
+        states = model(batch["input_ids"], **options)
+        return summed_nll(states, model, batch["target_ids"], loss_fn), num_tokens
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    precision: Precision,
+    ranks: Ranks | None = None,
+    progress: Callable[[int], bool] | None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+) -> EvaluationOutput | None:
+    """Measure the loss over batches, in float64, leaving modes and random numbers as they were.
+
+    Args:
+        model: without a wrapper for ranks, which may hold different numbers of batches.
+        batches: this rank's share.
+        precision: autocast as in training.
+        ranks: over which sums are taken at the end.
+        progress: called with the tokens of each batch; True ends the pass early.
+        loss_fn: the training objective, as in `summed_nll`.
+
+    Returns:
+        None if `progress` ended it.
+    """
+    device = precision.device
+    nll = torch.zeros((), dtype=_accumulator(device), device=device)
+    num_tokens = 0
+    with undisturbed(model):
+        for batch in batches:
+            batch_nll, count = evaluate_batch(model, batch, precision, loss_fn)
+            nll += batch_nll
+            num_tokens += count
+            if progress is not None and progress(count):
+                return None
+    ranks = ranks or Ranks()
+    ranks.sum_tensor(nll)
+    return EvaluationOutput(float(nll), ranks.sum_counts([num_tokens])[0])
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode; restore each module's mode and every RNG after."""
+    modes = [(module, module.training) for module in model.modules()]
+    rng = capture_rng()
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        restore_rng(rng)
+
+
+def to_device(batch: Any, device: torch.device) -> Batch:
+    """Move a batch's tensors; asynchronously where the host memory is pinned."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def perplexity_of(loss: float) -> float:
+    """Return exp(loss), infinity where that is beyond float64, NaN for NaN."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _accumulator(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64

@@ -1,0 +1,430 @@
+"""Checkpoints in one directory that survive a crash at any instant.
+
+    checkpoints/
+      step-00000200/        a committed checkpoint (its files: checkpoint_directory.py)
+      best, last            pointers: a checkpoint's name as text; hints, maybe missing or stale
+      .NAME.tmp-*           being written; never read
+      .NAME.old-*           whole, replaced by a later save; read only while NAME is missing
+      .NAME.gone-*          being deleted; never read
+
+A save stages a hidden directory and renames it when everything in it is on the disk: what has a
+checkpoint's name is whole. Reading never changes the disk, so a run may be read while another
+process trains it. Writing assumes one writer a directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fundamentallm.errors import CheckpointError
+from fundamentallm.training.checkpoint_directory import (
+    ALL_FILES,
+    MANIFEST,
+    check_hashes,
+    pack,
+    read_checkpoint,
+    read_manifest,
+    write_checkpoint,
+)
+from fundamentallm.training.filesystem import (
+    Filesystem,
+    make_directories,
+    random_suffix,
+    read_chunks,
+    reading_from,
+    replace_file,
+    saving_to,
+)
+from fundamentallm.training.manifest import Manifest
+
+FREE_SPACE_FACTOR = 1.2
+MAX_POINTER_BYTES = 256
+MAX_NAME_BYTES = 200  # a file name has 255 at most, and the hidden names are longer
+STEP_NAME = re.compile(r"step-(\d{8,})")
+HIDDEN_NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old|gone)-[0-9a-f]{12}")
+
+
+def step_name(step: int) -> str:
+    """Return the directory name of a step's checkpoint: 200 -> step-00000200."""
+    return f"step-{step:08d}"
+
+
+class CheckpointStore:
+    """The checkpoints in one directory.
+
+    Args:
+        directory: where they lie; made by the first write.
+        filesystem: the disk operations; tests pass one that fails or stops.
+    """
+
+    def __init__(self, directory: str | Path, filesystem: Filesystem | None = None) -> None:
+        self.directory = Path(directory)
+        self.filesystem = filesystem or Filesystem()
+        self._known_whole: dict[str, str] = {}  # name -> manifest hash that this object verified
+
+    # Writing
+
+    def write(
+        self,
+        name: str,
+        tree: Mapping[str, Any],
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        step: int,
+    ) -> Path:
+        """Save a state durably; when this returns, no crash can lose it.
+
+        A checkpoint of the same name is replaced, and stays whole until the new one is committed.
+
+        Args:
+            name: the directory's name, `step_name(step)` in a run.
+            tree: the state; `tree["model"]` holds the weights, and every value is one that
+                `state_tree.flatten` takes. Nothing may change it until this returns.
+            metadata: plain JSON for the manifest (hashes of config and data, versions, scores).
+            step: the optimizer step of the state.
+
+        Returns:
+            The path of the checkpoint directory.
+
+        Raises:
+            CheckpointError: the disk is full or refuses, the name is taken by something that is
+                no checkpoint, or the state holds what cannot be saved. Nothing of the attempt
+                stays; what was committed before stays whole.
+            ValueError: a name that is no plain file name or belongs to another step.
+        """
+        target = self.directory / checked_name(name)
+        if not may_hold(name, step):
+            raise ValueError(f"the name {name!r} belongs to another step than {step}")
+        state = pack(tree)
+        with saving_to(target):
+            make_directories(self.filesystem, self.directory)
+            self._settle(name)
+            self._check_replaceable(target)
+            self._check_space(state.num_bytes)
+            staging = self._hidden(name, "tmp")
+            try:
+                manifest = write_checkpoint(self.filesystem, staging, state, metadata or {}, step)
+                self._commit(staging, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._settle(name)
+                raise
+        self._known_whole[name] = manifest.hash
+        with contextlib.suppress(OSError):  # committed: what stays behind is settled next time
+            self._settle(name)
+        return target
+
+    def _commit(self, staging: Path, target: Path) -> None:
+        """Give the staged directory its name, durably."""
+        if self.filesystem.status(target) is not None:
+            self.filesystem.rename(target, self._hidden(target.name, "old"))
+            # Two renames may reach the disk in any order; the old one must be findable first.
+            self.filesystem.sync_directory(self.directory)
+        self.filesystem.rename(staging, target)
+        try:
+            self.filesystem.sync_directory(self.directory)
+        except BaseException:  # perhaps not on the disk: a failed save keeps no name
+            self.filesystem.rename(target, staging)
+            raise
+
+    def _check_replaceable(self, target: Path) -> None:
+        status = self.filesystem.status(target)
+        if status is None:
+            return
+        if not stat.S_ISDIR(status.st_mode) or set(self.filesystem.names(target)) - ALL_FILES:
+            raise CheckpointError(
+                "what lies here is no checkpoint, or more than one; it is left alone",
+                where=str(target),
+                fix="choose another path, or move it away",
+            )
+
+    def _check_space(self, estimate: int) -> None:
+        needed = int(FREE_SPACE_FACTOR * estimate)
+        free = self.filesystem.free_bytes(self.directory)
+        if free < needed:
+            raise CheckpointError(
+                "the checkpoint could not be saved: the disk is full",
+                where=str(self.directory),
+                got=f"{free:,} bytes free",
+                expected=f"at least {needed:,} bytes free",
+                fix="free space or choose another place; earlier checkpoints are untouched",
+            )
+
+    # Reading
+
+    def verify(self, path: str | Path) -> Manifest:
+        """Prove a checkpoint whole: every file, its size and its SHA-256.
+
+        Raises:
+            CheckpointError: it is not; the message names the file and the reason.
+        """
+        location, manifest = self._located(Path(path))
+        check_hashes(self.filesystem, location, manifest)
+        return manifest
+
+    def read(self, path: str | Path) -> dict[str, Any]:
+        """Return the saved tree, with tensors on the CPU, after every byte of it is verified.
+
+        Raises:
+            CheckpointError: as `verify`; nothing is returned of a checkpoint that is not whole.
+        """
+        return read_checkpoint(self.filesystem, *self._located(Path(path)))
+
+    def manifest(self, path: str | Path) -> Manifest:
+        """Return a checkpoint's manifest, checking names and sizes of its files, not their hashes.
+
+        Raises:
+            CheckpointError: a missing or damaged manifest, or files that do not fit it.
+        """
+        return self._located(Path(path))[1]
+
+    def holds(self, name: str) -> bool:
+        """Tell whether there is anything under a checkpoint's name, whole or not."""
+        path = self.directory / name
+        status = self.filesystem.status(path)
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            return bool(self.filesystem.names(path))
+        return status is not None or self._set_aside(path) is not None
+
+    def step_names(self) -> Sequence[str]:
+        """Return the names of the step checkpoints, whole or not, newest first."""
+        if self.filesystem.status(self.directory) is None:
+            return []
+        with reading_from(self.directory):
+            names = set(self.filesystem.names(self.directory))
+            names |= {name for _, name, kind in self._leftovers(self.directory) if kind == "old"}
+        return sorted(filter(STEP_NAME.fullmatch, names), key=step_of, reverse=True)
+
+    def scan(self) -> tuple[Sequence[Manifest], Sequence[CheckpointError]]:
+        """Verify every step's checkpoint.
+
+        Returns:
+            The manifests of the whole ones, newest step first, and for each of the others the
+            error that says what is wrong with it.
+        """
+        whole, damaged = [], []
+        for name in self.step_names():
+            try:
+                whole.append(self.verify(self.directory / name))
+            except CheckpointError as error:
+                damaged.append(error)
+        return whole, damaged
+
+    def list(self) -> Sequence[Manifest]:
+        """Return the manifests of the whole checkpoints, newest step first."""
+        return self.scan()[0]
+
+    def _located(self, path: Path) -> tuple[Path, Manifest]:
+        """Return where the checkpoint called `path` lies now, and its manifest.
+
+        Raises:
+            CheckpointError: it is neither there nor set aside, or its files do not fit.
+        """
+        with reading_from(path):
+            status = self.filesystem.status(path)
+            location = self._set_aside(path) if status is None else path
+        if location is None:
+            raise CheckpointError("there is no checkpoint here", where=str(path))
+        if status is not None and not stat.S_ISDIR(status.st_mode):
+            raise CheckpointError("this is no checkpoint directory", where=str(path))
+        manifest = read_manifest(self.filesystem, location, path.name)
+        if not may_hold(path.name, manifest.step):
+            raise CheckpointError(
+                "the manifest belongs to another step",
+                where=str(location / MANIFEST),
+                got=f"step {manifest.step}",
+            )
+        return location, manifest
+
+    def _set_aside(self, path: Path) -> Path | None:
+        """Return where a killed save left the checkpoint that it was about to replace."""
+        for hidden, name, kind in self._leftovers(path.parent):
+            if (name, kind) == (path.name, "old"):
+                return hidden
+        return None
+
+    # Pointers
+
+    def point(self, pointer: str, name: str) -> None:
+        """Make a pointer file (`best`, `last`) name a committed checkpoint.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or the disk refuses.
+            ValueError: a pointer or name that is no plain file name.
+        """
+        path = self.directory / checked_name(pointer)
+        self.manifest(self.directory / checked_name(name))
+        with saving_to(path):
+            replace_file(self.filesystem, path, [f"{name}\n".encode()])
+
+    def resolve(self, pointer: str) -> Path | None:
+        """Return the checkpoint that a pointer names, if whole, else the newest whole one.
+
+        Returns:
+            Its path, or None where no checkpoint was ever committed.
+
+        Raises:
+            CheckpointError: there are checkpoints and none of them is whole.
+        """
+        name = self._pointed(pointer)
+        if name is not None:
+            with contextlib.suppress(CheckpointError):
+                return self.directory / self.verify(self.directory / name).name
+        whole, damaged = self.scan()
+        if damaged and not whole:
+            raise CheckpointError(
+                "no checkpoint here is whole",
+                where=str(self.directory),
+                got="; ".join(str(error).splitlines()[0] for error in damaged),
+                fix="restore a copy, or start a fresh run in another directory",
+            )
+        return self.directory / whole[0].name if whole else None
+
+    def _pointed(self, pointer: str) -> str | None:
+        """Return the name in a pointer file, or None for whatever is no plain name."""
+        path = self.directory / pointer
+        with contextlib.suppress(ValueError, OSError):
+            status = self.filesystem.status(path)
+            if status and stat.S_ISREG(status.st_mode) and status.st_size <= MAX_POINTER_BYTES:
+                text = b"".join(read_chunks(self.filesystem, path)).decode()
+                return checked_name(text.removesuffix("\n"))
+        return None
+
+    # Deleting and repairing
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Delete checkpoints; each disappears in one step, and no file but its own is touched.
+
+        Raises:
+            CheckpointError: a name under which there lies something else, or the disk refuses.
+        """
+        for name in names:
+            path = self.directory / checked_name(name)
+            with saving_to(path):
+                self._settle(name)
+                self._check_replaceable(path)
+                if self.filesystem.status(path) is not None:
+                    self._known_whole.pop(name, None)
+                    self._discard(path, name)
+
+    def prune(self, keep_last: int, keep: Collection[str] = ()) -> Sequence[str]:
+        """Delete the checkpoints of old steps.
+
+        Kept are the `keep_last` newest that are whole, those in `keep`, and those that a pointer
+        names. Damaged ones count for nothing and stay where they are, as evidence.
+
+        Args:
+            keep_last: at least 2, so that one damaged checkpoint is never the end of a run.
+            keep: names never to delete.
+
+        Returns:
+            The names of the deleted.
+
+        Raises:
+            ValueError: `keep_last` is less than 2.
+            CheckpointError: the disk refuses.
+        """
+        if keep_last < 2:
+            raise ValueError(f"keep_last must be at least 2, got {keep_last}")
+        names = self.step_names()
+        if len(names) <= keep_last:
+            return []
+        kept = set(keep) | {self._pointed(file) for file in self.filesystem.names(self.directory)}
+        whole = [name for name in names if self._is_whole(name)]
+        victims = [name for name in whole[keep_last:] if name not in kept]
+        self.retire(victims)
+        return victims
+
+    def recover(self) -> Sequence[str]:
+        """Finish what a killed writer left half done; to be called before writing goes on.
+
+        Returns:
+            The names of the hidden files and directories that were found, and put back or deleted.
+        """
+        found = tuple(self._leftovers(self.directory))
+        with saving_to(self.directory):
+            for name in sorted({name for _, name, _ in found}):
+                self._settle(name)
+        return [path.name for path, _, _ in found]
+
+    def _settle(self, name: str) -> None:
+        """Bring back a replaced checkpoint whose successor never came; delete other leftovers."""
+        for path, owner, kind in tuple(self._leftovers(self.directory)):
+            if owner != name:
+                continue
+            if kind != "old":
+                self._delete(path)
+            elif self.filesystem.status(self.directory / name) is None:
+                self.filesystem.rename(path, self.directory / name)
+                self.filesystem.sync_directory(self.directory)
+            elif self._is_whole(name):
+                self._discard(path, name)
+
+    def _discard(self, path: Path, name: str) -> None:
+        """Delete a whole checkpoint so that a crash in between leaves nothing that looks whole."""
+        gone = self._hidden(name, "gone")
+        self.filesystem.rename(path, gone)
+        self.filesystem.sync_directory(self.directory)
+        self._delete(gone)
+
+    def _delete(self, path: Path) -> None:
+        """Delete a leftover: a file, or a directory with a checkpoint's files, manifest first."""
+        status = self.filesystem.status(path)
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            present = ALL_FILES & set(self.filesystem.names(path))
+            for name in sorted(present, key=lambda name: (name != MANIFEST, name)):
+                self.filesystem.remove_file(path / name)
+            self.filesystem.remove_directory(path)
+        else:
+            self.filesystem.remove_file(path)
+        self.filesystem.sync_directory(self.directory)
+
+    def _is_whole(self, name: str) -> bool:
+        """Tell whether a checkpoint verifies; its hashes are read once per content and object."""
+        path = self.directory / name
+        try:
+            if self._known_whole.get(name) != self.manifest(path).hash:
+                self._known_whole[name] = self.verify(path).hash
+        except CheckpointError:
+            return False
+        return True
+
+    # Names
+
+    def _hidden(self, name: str, kind: str) -> Path:
+        return self.directory / f".{name}.{kind}-{random_suffix()}"
+
+    def _leftovers(self, directory: Path) -> Iterator[tuple[Path, str, str]]:
+        """Yield the path, owner's name and kind of every hidden leftover."""
+        if self.filesystem.status(directory) is None:
+            return
+        for name in self.filesystem.names(directory):
+            if match := HIDDEN_NAME.fullmatch(name):
+                yield directory / name, match["name"], match["kind"]
+
+
+def checked_name(name: str) -> str:
+    """Return the name of a checkpoint or pointer if it is safe to join to a directory.
+
+    Raises:
+        ValueError: it is empty or hidden, has a separator or control character, or is too long.
+    """
+    plain = name.isprintable() and not name.startswith(".") and not set(name) & set("/\\:")
+    if not name or not plain or len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"not a plain file name: {name!r}")
+    return name
+
+
+def step_of(name: str) -> int:
+    """Return the step in a step's name."""
+    return int(name.removeprefix("step-"))
+
+
+def may_hold(name: str, step: int) -> bool:
+    """Tell whether a checkpoint of this step may have this name: not that of another step."""
+    return STEP_NAME.fullmatch(name) is None or name == step_name(step)

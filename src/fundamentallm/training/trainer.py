@@ -1,0 +1,722 @@
+"""The trainer is an Ignite Engine: its process function takes one optimizer step.
+
+`Trainer.run` owns what Ignite leaves open (pytorch/ignite threads in brackets): it places the
+loader at the step where the state stands, never retrains a finished run [#3622], fires the events
+of `events.py` behind every handler of ITERATION_COMPLETED, and goes back to an earlier state
+between two inner runs, since Ignite cannot rewind inside one [#2669, #1386].
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.engine.events import RemovableEventHandle
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fundamentallm.config.training import TrainingConfig
+from fundamentallm.data.loader import as_window, as_window_loader
+from fundamentallm.errors import CheckpointError
+from fundamentallm.events import EVENT_TO_ATTRIBUTE, TrainingEvents
+from fundamentallm.training.distributed import Ranks
+from fundamentallm.training.handlers.base import HANDLERS, Handler
+from fundamentallm.training.handlers.checkpointing import Checkpointing
+from fundamentallm.training.handlers.evaluation import Evaluation
+from fundamentallm.training.handlers.schedule import Schedule
+from fundamentallm.training.history import History
+from fundamentallm.training.limits import Limits
+from fundamentallm.training.losses import LanguageModelingLoss
+from fundamentallm.training.optimizers import OptimizerBuilder
+from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
+from fundamentallm.training.schedulers import ConstantLRScheduler, LearningRateScheduler
+from fundamentallm.training.step import StepOutput, TrainStep, evaluate, evaluate_batch, undisturbed
+
+logger = logging.getLogger(__name__)
+# Ignite logs each error that it passes on; whoever catches the error reports it.
+logging.getLogger("ignite").addHandler(logging.NullHandler())
+
+# Counters of the run, in `trainer.state` and in every checkpoint. `elapsed_before` is the seconds
+# of training before this process; `evaluated_step` the step of the last complete evaluation.
+COUNTERS: dict[str, int | float] = {
+    "tokens_seen": 0,
+    "sequences_seen": 0,
+    "micro_batches": 0,
+    "optimizer_steps": 0,
+    "skipped_steps": 0,
+    "evaluations": 0,
+    "evaluated_step": -1,
+    "checkpoints": 0,
+    "incidents": 0,
+    "rollbacks": 0,
+    "epoch_nll": 0.0,
+    "epoch_tokens": 0,
+    "elapsed_before": 0.0,
+}
+# What a rollback does not take back: it happened, whatever step the weights return to.
+IRREVERSIBLE = ("incidents", "rollbacks", "elapsed_before")
+# Events that count themselves; the others filter by a number that somebody else advances.
+SELF_COUNTING = {
+    TrainingEvents.FLLM_MICRO_BATCH_COMPLETED,
+    TrainingEvents.FLLM_OPTIMIZER_STEPPED,
+    TrainingEvents.FLLM_STEP_REJECTED,
+    TrainingEvents.FLLM_EVALUATION_STARTED,
+    TrainingEvents.FLLM_CHECKPOINT_SAVED,
+    TrainingEvents.FLLM_INCIDENT_DETECTED,
+    TrainingEvents.FLLM_ROLLED_BACK,
+}
+
+
+# The order of events.py's drawing.
+LOOP_ORDER: tuple[Any, ...] = (
+    Events.STARTED,
+    Events.EPOCH_STARTED,
+    Events.GET_BATCH_STARTED,
+    Events.GET_BATCH_COMPLETED,
+    Events.ITERATION_STARTED,
+    TrainingEvents.FLLM_MICRO_BATCH_COMPLETED,
+    TrainingEvents.FLLM_GRADIENTS_READY,
+    TrainingEvents.FLLM_OPTIMIZER_STEPPED,
+    TrainingEvents.FLLM_STEP_REJECTED,
+    Events.ITERATION_COMPLETED,
+    TrainingEvents.FLLM_INCIDENT_DETECTED,
+    TrainingEvents.FLLM_METRICS_READY,
+    TrainingEvents.FLLM_EVALUATION_DUE,
+    TrainingEvents.FLLM_EVALUATION_STARTED,
+    TrainingEvents.FLLM_EVALUATION_COMPLETED,
+    TrainingEvents.FLLM_CHECKPOINT_DUE,
+    TrainingEvents.FLLM_CHECKPOINT_SAVED,
+    Events.EPOCH_COMPLETED,
+    TrainingEvents.FLLM_ROLLED_BACK,
+    Events.TERMINATE,
+    Events.COMPLETED,
+)
+
+
+class RestorePoint(Protocol):
+    """Whatever keeps earlier states: what a rollback goes back to."""
+
+    def newest_step(self) -> int | None:
+        """Return the step of the newest good state, None if there is none."""
+
+    def restore_newest(self, trainer: Trainer) -> None:
+        """Load that state into the trainer."""
+
+    def restore(self, trainer: Trainer, path: Path) -> None:
+        """Load the state at `path` into the trainer."""
+
+
+class Trainer(Engine):
+    """An event-driven trainer for language models.
+
+    Args:
+        model: takes `input_ids` (B, T) int64, returns logits (B, T, V). It is moved to `device`.
+        train_loader: a loader of windows (`TokenWindowLoader`), or a DataLoader whose batches are
+            `{"input_ids", "target_ids"}` or `(inputs, targets)`; the latter is gathered into
+            windows of `config.accumulation_steps` batches.
+        val_loader: batches of the same form; None or empty for no validation.
+        optimizer: over the model's parameters; the config's optimizer if None.
+        scheduler: a schedule of this package on that optimizer; a constant rate if None. Torch's
+            own schedulers are refused: they have state that a rollback cannot take back.
+        loss_fn: `loss_fn(logits, targets, reduction="sum")`; cross-entropy if None.
+        device: "auto", "cpu", "cuda", "cuda:0", "mps" or a torch device.
+        config: budgets, cadence, clipping and precision; the defaults if None.
+        handlers: attached in this order.
+
+    Attributes:
+        model: the model itself, without a wrapper for ranks or compilation.
+        history: the course of the run so far.
+        limits: the resolved budgets.
+        ledger: steps whose windows are passed over, because they broke the run before.
+        attached: the stateful handlers by name; a checkpoint holds the state of each.
+        description: plain JSON about the run (its configuration, tokenizer, data) that every
+            checkpoint carries in its manifest.
+        evaluation_weights: a context in which the model holds the weights to evaluate and sample
+            with; a handler may set another (weight EMA does).
+        restore_point: whatever keeps earlier states; checkpointing sets itself.
+        closing: called when a run ends, however it ends.
+        clock: seconds since the run's time began to count in this process.
+        finished: why the run is complete; empty while it is not.
+        interrupted_by: the number of the signal that asked the run to stop.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_loader: Any,
+        val_loader: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: LearningRateScheduler | None = None,
+        loss_fn: Callable[..., Tensor] | None = None,
+        device: str | torch.device = "auto",
+        config: TrainingConfig | None = None,
+        handlers: Sequence[Handler] = (),
+    ) -> None:
+        super().__init__(lambda engine, window: self._train_step(window))
+        self.register_events(*TrainingEvents, event_to_attr=EVENT_TO_ATTRIBUTE)
+        self.config = config if config is not None else TrainingConfig()
+        self.ranks = Ranks.current()
+        self.device = resolve_device(device) if isinstance(device, str) else device
+        self.precision = Precision(
+            resolve_precision(self.config.precision, self.config.mixed_precision, self.device),
+            self.device,
+        )
+        self.model = model.to(self.device)
+        self.train_loader = as_window_loader(
+            train_loader, self.config.accumulation_steps, self.config.seed
+        )
+        self.val_loader = val_loader
+        self.optimizer = optimizer if optimizer is not None else self._build_optimizer()
+        if scheduler is not None and not isinstance(scheduler, LearningRateScheduler):
+            raise TypeError(
+                f"scheduler must be one of this package's schedules, not {type(scheduler).__name__}"
+                ": torch's schedulers hold state that a rollback cannot take back"
+            )
+        self.scheduler = scheduler if scheduler is not None else ConstantLRScheduler(self.optimizer)
+        self.loss_fn = loss_fn if loss_fn is not None else LanguageModelingLoss()
+        self.steps_per_epoch = len(self.train_loader)
+        self.limits = Limits.resolve(
+            self.config, self.steps_per_epoch, getattr(self.train_loader, "tokens_per_step", None)
+        )
+        self.run_id = uuid.uuid4().hex
+        self.description: dict[str, Any] = {}
+        self.history = History()
+        self.ledger: set[int] = set()
+        self.attached: dict[str, Any] = {}
+        self.evaluation_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.restore_point: RestorePoint | None = None
+        self.closing: list[Callable[[], None]] = []
+        self.finished = ""
+        self.interrupted_by: int | None = None
+        constructed = time.monotonic()
+        self.clock: Callable[[], float] = lambda: time.monotonic() - constructed
+        self._checkpoint_dir = Path(self.config.checkpoint_dir) if config is not None else None
+        self._step = self._make_step()
+        self._rollback: tuple[list[int], str] | None = None
+        self._leaving = False
+        self._votes = (False, False)
+        self._began = (0.0, 0)
+
+        self.state.metrics = {}
+        for name, value in COUNTERS.items():
+            setattr(self.state, name, value)
+            self.state_dict_user_keys.append(name)
+        self.add_event_handler(Events.ITERATION_COMPLETED, self._relay)
+        self.add_event_handler(Events.EPOCH_COMPLETED, self._stop_if_over)
+        for handler in handlers:
+            handler.attach(self)
+
+    # ------------------------------------------------------------------ running
+
+    def train(
+        self, num_epochs: int | None = None, checkpoint_dir: str | Path | None = None
+    ) -> History:
+        """Train to the first limit and return the history.
+
+        Args:
+            num_epochs: passes over the data in total, in place of the config's budgets.
+            checkpoint_dir: where checkpoints go; without it, the config's directory if the
+                trainer was given a config, else none are written.
+        """
+        if checkpoint_dir is not None:
+            self._checkpoint_dir = Path(checkpoint_dir)
+        if num_epochs is not None:
+            if num_epochs < 1:
+                raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
+            self.limits = Limits(num_epochs * self.steps_per_epoch)
+        self.attach_defaults()
+        self.run()
+        return self.history
+
+    def resume(self, path: str | Path) -> None:
+        """Stand where a checkpoint left off; `train` then goes on from its step.
+
+        Attach handlers first: those with state take theirs back.
+
+        Args:
+            path: a checkpoint directory; new checkpoints go beside it.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model, optimizer or data.
+        """
+        path = Path(path)
+        self._checkpoint_dir = self._checkpoint_dir or path.parent
+        self.attach_defaults()
+        if self.restore_point is None:
+            raise ValueError("a handler switched checkpoints off: there is nothing to resume with")
+        self.restore_point.restore(self, path)
+
+    def train_epoch(self) -> float:
+        """Train to the end of the current epoch; return its mean loss in nats per token."""
+        end = (self.state.iteration // self.steps_per_epoch + 1) * self.steps_per_epoch
+        limits, self.limits = self.limits, Limits(end)
+        try:
+            self.attach_defaults()
+            self.run()
+        finally:
+            self.limits = limits
+        return float(self.state.metrics.get("train/epoch_loss", math.nan))
+
+    def validate(self) -> dict[str, float]:
+        """Measure the loss over the whole validation loader, with the evaluation weights.
+
+        Random numbers and the model's modes stay as they were.
+
+        Returns:
+            `val/loss` and `val/perplexity`, which also enter `state.metrics`; empty without
+            validation data, or when a signal cut the pass short.
+        """
+        if not self._can_evaluate():
+            return {}
+        # Ranks agree on leaving at the next step: one that left here would strand the others.
+        poll = (lambda _: self.interrupted_by is not None) if self.ranks.alone else None
+        batches = (as_window(batch).micro_batches[0] for batch in self.val_loader)
+        with self.evaluation_weights():
+            output = evaluate(self.model, batches, self.precision, self.ranks, poll, self.loss_fn)
+        if output is None:
+            return {}
+        metrics = {"val/loss": output.loss, "val/perplexity": output.perplexity}
+        self.state.metrics.update(metrics)
+        self.state.evaluated_step = self.state.iteration
+        self.history.record_validation(self.state.iteration, metrics)
+        return metrics
+
+    def run(  # type: ignore[override]
+        self,
+        data: Any = None,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        epoch_length: int | None = None,
+    ) -> Any:
+        """Run the loop to the first limit, through any number of rollbacks.
+
+        Args:
+            data: a loader in place of the trainer's.
+            max_epochs: passes over the data, in place of the trainer's limits.
+            max_iters: optimizer steps, in place of the trainer's limits.
+            epoch_length: steps in an epoch; the loader's length if None.
+
+        Returns:
+            The engine's state.
+        """
+        if data is not None:
+            self.train_loader = as_window_loader(
+                data, self.config.accumulation_steps, self.config.seed
+            )
+        self.steps_per_epoch = epoch_length or len(self.train_loader)
+        if max_iters is not None or max_epochs is not None:
+            self.limits = Limits(max_iters or (max_epochs or 1) * self.steps_per_epoch)
+        self.finished, self._leaving, self._rollback = "", False, None
+        self._began = (self.clock(), self.state.iteration)
+        self._step.vetoes_possible = self.ranks.any(
+            bool(self._event_handlers[TrainingEvents.FLLM_GRADIENTS_READY])
+        )
+        try:
+            self._settle()
+            while not self._is_over():
+                self._run_to_stop()
+                if self._rollback is not None:
+                    self._go_back()
+        finally:
+            # After an exception Ignite keeps its spent generator, and the next run would return
+            # at once without a step (held by tests/unit/test_ignite_contract.py).
+            self._internal_run_generator = None
+            self._dataloader_iter = None
+            for close in self.closing:
+                close()
+        return self.state
+
+    def _run_to_stop(self) -> None:
+        """One inner run: from the state's step to a limit, a stop or an incident."""
+        self.train_loader.set_position(*divmod(self.state.iteration, self.steps_per_epoch))
+        self.should_terminate = False
+        self.state.max_epochs = None
+        # Where only the clock ends the run there is no last step; Ignite wants a number.
+        self.state.max_iters = self.limits.total_steps or 2**62
+        self.state.epoch_length = self.steps_per_epoch
+        super().run(
+            self.train_loader, max_iters=self.state.max_iters, epoch_length=self.steps_per_epoch
+        )
+
+    def _settle(self) -> None:
+        """Before the first step: save step 0, or do what an interruption left undone."""
+        if self.state.iteration == 0 and self.restore_step() is None:
+            self.notify(TrainingEvents.FLLM_CHECKPOINT_DUE)
+        elif self.evaluation_pending():
+            self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
+            self.notify(TrainingEvents.FLLM_CHECKPOINT_DUE)
+
+    def _is_over(self) -> bool:
+        total = self.limits.total_steps
+        return (
+            bool(self.finished)
+            or self._leaving
+            or (total is not None and self.state.iteration >= total)
+        )
+
+    # ------------------------------------------------------------------ one iteration
+
+    def _train_step(self, batch: Any) -> StepOutput:
+        """Take one optimizer step on a window, or on a batch as a window of one micro-batch."""
+        window = as_window(batch)
+        if not self.model.training:
+            self.model.train()
+        sequences = sum(len(micro["input_ids"]) for micro in window.micro_batches)
+        num_tokens, num_sequences, *votes = self.ranks.sum_counts(
+            [window.num_tokens, sequences, self._out_of_budget(), self._wants_to_leave()]
+        )
+        self._votes = (votes[0] > 0, votes[1] > 0)
+        if self.state.iteration in self.ledger:
+            output = StepOutput(math.nan, math.nan, num_tokens, num_sequences, "ledger")
+        else:
+            output = self._step(window, num_tokens, num_sequences)
+        self._account(output)
+        if output.rejection:
+            self.notify(TrainingEvents.FLLM_STEP_REJECTED)
+        return output
+
+    def _account(self, output: StepOutput) -> None:
+        """Count the step and write the metrics that need no handler."""
+        state, metrics = self.state, self.state.metrics
+        state.output = output
+        state.tokens_seen += output.num_tokens
+        state.sequences_seen += output.num_sequences
+        metrics["train/loss"] = output.loss
+        metrics["train/grad_norm"] = output.grad_norm
+        step_of_epoch = (state.iteration - 1) % self.steps_per_epoch + 1
+        if step_of_epoch == 1:
+            state.epoch_nll, state.epoch_tokens = 0.0, 0
+            metrics.pop("train/epoch_loss", None)
+        if math.isfinite(output.loss):
+            state.epoch_nll += output.loss * output.num_tokens
+            state.epoch_tokens += output.num_tokens
+        if step_of_epoch == self.steps_per_epoch:
+            mean = state.epoch_nll / state.epoch_tokens if state.epoch_tokens else math.nan
+            metrics["train/epoch_loss"] = mean
+            self.history.record_epoch(state.epoch, state.iteration, mean)
+
+    def _validate_step(self, batch: Any) -> dict[str, float]:
+        """Return `loss` in nats per token and `num_tokens` of one validation batch."""
+        with undisturbed(self.model):
+            nll, num_tokens = evaluate_batch(
+                self.model, as_window(batch).micro_batches[0], self.precision, self.loss_fn
+            )
+        return {
+            "loss": float(nll) / num_tokens if num_tokens else math.nan,
+            "num_tokens": num_tokens,
+        }
+
+    def _relay(self) -> None:
+        """Fire what follows a step, behind every other handler of ITERATION_COMPLETED."""
+        if self._rollback is not None:
+            # Nothing of an unhealthy step is evaluated or saved.
+            self.notify(TrainingEvents.FLLM_INCIDENT_DETECTED)
+            self.terminate(skip_completed=True)
+            return
+        exhausted, leaving = self._votes
+        if self.ranks.alone:
+            exhausted, leaving = self._out_of_budget(), self._wants_to_leave()
+        if exhausted or self.state.iteration == self.limits.total_steps:
+            self.finish("the budget is used up" if exhausted else "the last step is done")
+        self.history.record_step(self.state.iteration, self.state.metrics)
+        self.notify(TrainingEvents.FLLM_METRICS_READY)
+
+        due = self.evaluation_due()
+        if due and (self.finished or not leaving):
+            self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
+            leaving = leaving or (self.ranks.alone and self._wants_to_leave())
+        self._leaving = leaving
+        if leaving or self.finished or self._checkpoint_due(due):
+            self.notify(TrainingEvents.FLLM_CHECKPOINT_DUE)
+        if self.state.iteration % self.steps_per_epoch != 0:
+            self._stop_if_over()
+
+    def _stop_if_over(self) -> None:
+        """Stop the inner run; at an epoch's end only after EPOCH_COMPLETED, not without it."""
+        # At the last step Ignite stops by itself.
+        if (self._leaving or self.finished) and self.state.iteration != self.total_steps:
+            self.terminate()
+
+    def notify(self, event: TrainingEvents) -> None:
+        """Count the event and fire it if anyone listens."""
+        if event in SELF_COUNTING:
+            attribute = EVENT_TO_ATTRIBUTE[event]
+            setattr(self.state, attribute, getattr(self.state, attribute) + 1)
+        if self._event_handlers[event]:
+            self.fire_event(event)
+
+    def add_event_handler(
+        self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> RemovableEventHandle:
+        """Attach a handler, as Ignite does; note its owner's state; keep the relay last."""
+        owner = getattr(handler, "__self__", handler)
+        if owner is not self and hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
+            self._admit(owner)
+        handle = super().add_event_handler(event_name, handler, *args, **kwargs)
+        if event_name == Events.ITERATION_COMPLETED and handler != self._relay:
+            self.remove_event_handler(self._relay, Events.ITERATION_COMPLETED)
+            super().add_event_handler(Events.ITERATION_COMPLETED, self._relay)
+        return handle
+
+    def _admit(self, owner: Any) -> None:
+        if any(known is owner for known in self.attached.values()):
+            return
+        name = HANDLERS.name_of(type(owner)) or type(owner).__name__
+        if name in self.attached:
+            raise ValueError(
+                f"a handler called '{name}' is attached already: a checkpoint could not tell the"
+                " two apart; attach one, or give one of them a class of its own"
+            )
+        self.attached[name] = owner
+
+    def timeline(self) -> list[tuple[str, list[str]]]:
+        """Return the events that have handlers, in the order of the loop, and who hears them."""
+        entries = []
+        for event in LOOP_ORDER:
+            names = [
+                _handler_name(handler)
+                for handler, _, _ in self._event_handlers[event]
+                if getattr(handler, "__self__", None) is not self
+            ]
+            if names:
+                entries.append((event.name, names))
+        return entries
+
+    # ------------------------------------------------------------------ for controllers
+
+    def reject_step(self, reason: str) -> None:
+        """Refuse the update of the current step; call it at FLLM_GRADIENTS_READY."""
+        self._step.veto = reason
+
+    def roll_back(self, skip: Iterable[int], reason: str) -> None:
+        """Go back to the newest checkpoint after this step, and pass over windows from now on.
+
+        Without a checkpoint to go back to, the windows alone enter the ledger: a refused update
+        has left the weights clean.
+
+        Args:
+            skip: steps whose windows are passed over.
+            reason: for the log.
+        """
+        self.ledger.update(skip)
+        if self.restore_step() is None:
+            logger.warning("step %d: skipped (%s); no checkpoint", self.state.iteration, reason)
+            return
+        self._rollback = (sorted(skip), reason)
+
+    def restore_step(self) -> int | None:
+        """Return the step that a rollback would go to, None if there is none."""
+        return self.restore_point.newest_step() if self.restore_point is not None else None
+
+    def finish(self, reason: str) -> None:
+        """End the run for good after this step."""
+        self.finished = self.finished or reason
+
+    def interrupt_run(self, signal_number: int) -> None:
+        """Ask the run to save and stop after this step, to be resumed later."""
+        self.interrupted_by = signal_number
+
+    def _go_back(self) -> None:
+        assert self._rollback is not None
+        assert self.restore_point is not None
+        (skip, reason), self._rollback = self._rollback, None
+        broke_at = self.state.iteration
+        kept = {name: getattr(self.state, name) for name in IRREVERSIBLE}
+        ledger = set(self.ledger)
+        self.ranks.barrier()  # the writer may still be writing what the others want to read
+        self.restore_point.restore_newest(self)
+        for name, value in kept.items():
+            setattr(self.state, name, value)
+        self.ledger = ledger
+        self.history.cut_back(self.state.iteration)
+        logger.warning(
+            "went back from step %d to step %d (%s); the windows of steps %s are skipped",
+            broke_at,
+            self.state.iteration,
+            reason,
+            ", ".join(map(str, skip)),
+        )
+        self.notify(TrainingEvents.FLLM_ROLLED_BACK)
+
+    # ------------------------------------------------------------------ cadence and budgets
+
+    @property
+    def total_steps(self) -> int | None:
+        """The last step, None where only the clock ends the run."""
+        return self.limits.total_steps
+
+    def evaluation_due(self) -> bool:
+        """Whether the current step is one after which validation runs."""
+        step = self.state.iteration
+        return step > 0 and (
+            step % self.config.eval_steps == 0
+            or step % self.steps_per_epoch == 0
+            or bool(self.finished)
+        )
+
+    def evaluation_pending(self) -> bool:
+        """Whether a stop cut off the evaluation that the current step asks for."""
+        return (
+            self.evaluation_due()
+            and self.state.evaluated_step != self.state.iteration
+            and self._can_evaluate()
+            and bool(self._event_handlers[TrainingEvents.FLLM_EVALUATION_DUE])
+        )
+
+    def is_log_step(self) -> bool:
+        """Whether the current step's metrics belong into the logs."""
+        step = self.state.iteration
+        return (
+            step % self.config.log_steps == 0
+            or step % self.steps_per_epoch == 0
+            or bool(self.finished)
+        )
+
+    def elapsed_seconds(self) -> float:
+        """Seconds of this run, those of earlier processes included."""
+        return float(self.state.elapsed_before) + self.clock()
+
+    def clock_progress(self) -> float | None:
+        """How much of a budget in seconds is spent, in [0, 1]; None where steps count."""
+        if not self.limits.follows_clock:
+            return None
+        assert self.limits.max_seconds is not None
+        return min(1.0, self.elapsed_seconds() / self.limits.max_seconds)
+
+    def seconds_remaining(self) -> float | None:
+        """Estimate the seconds to the end of the run; None while there is nothing to go by."""
+        began_at, first_step = self._began
+        done = self.state.iteration - first_step
+        estimates = []
+        if self.limits.max_seconds is not None:
+            estimates.append(max(0.0, self.limits.max_seconds - self.elapsed_seconds()))
+        if self.total_steps is not None and done > 0:
+            per_step = (self.clock() - began_at) / done
+            estimates.append(per_step * (self.total_steps - self.state.iteration))
+        return min(estimates) if estimates else None
+
+    def _checkpoint_due(self, evaluation_due: bool) -> bool:
+        every = self.config.checkpoint_steps
+        return evaluation_due if every is None else self.state.iteration % every == 0
+
+    def _out_of_budget(self) -> bool:
+        limits = self.limits
+        return (
+            limits.max_seconds is not None and self.elapsed_seconds() >= limits.max_seconds
+        ) or (limits.max_tokens is not None and self.state.tokens_seen >= limits.max_tokens)
+
+    def _wants_to_leave(self) -> bool:
+        pause = self.config.stop_after_seconds
+        return self.interrupted_by is not None or (pause is not None and self.clock() >= pause)
+
+    def _can_evaluate(self) -> bool:
+        return self.val_loader is not None and len(self.val_loader) > 0
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Return the position, the counters, the ledger and the run's id."""
+        state = {name: getattr(self.state, name) for name in COUNTERS}
+        state["elapsed_before"] = self.elapsed_seconds()
+        return {
+            "iteration": self.state.iteration,
+            "epoch_length": self.steps_per_epoch,
+            "ledger": sorted(self.ledger),
+            "finished": self.finished,
+            "run_id": self.run_id,
+            **state,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Stand at a saved position.
+
+        Raises:
+            CheckpointError: the epochs there have another number of steps.
+        """
+        if state_dict["epoch_length"] != self.steps_per_epoch:
+            raise CheckpointError(
+                "the checkpoint's epochs have another number of steps: the data, the batch or the"
+                " number of ranks changed",
+                got=f"{self.steps_per_epoch} steps",
+                expected=f"{state_dict['epoch_length']} steps",
+                fix="resume with the data and batch settings of the run, or start a fresh one",
+            )
+        position = {"iteration": state_dict["iteration"], "epoch_length": self.steps_per_epoch}
+        counters = {name: state_dict.get(name, value) for name, value in COUNTERS.items()}
+        super().load_state_dict({**position, "max_iters": None, **counters})
+        self.ledger = set(state_dict["ledger"])
+        self.run_id = state_dict["run_id"]
+
+    # ------------------------------------------------------------------ construction
+
+    def attach_defaults(self) -> None:
+        """Attach schedule, evaluation and checkpointing from the arguments, unless they are."""
+        if not self._listens(Schedule):
+            Schedule(self.scheduler).attach(self)
+        if not self._listens(Evaluation):
+            Evaluation().attach(self)
+        if self._checkpoint_dir is not None and not self._listens(Checkpointing):
+            Checkpointing(self._checkpoint_dir, n_saved=self.config.keep_last).attach(self)
+
+    def _listens(self, kind: type) -> bool:
+        return any(
+            isinstance(getattr(handler, "__self__", handler), kind)
+            for entries in self._event_handlers.values()
+            for handler, _, _ in entries
+        )
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        return OptimizerBuilder.build(
+            config.optimizer.name,
+            self.model,
+            config.learning_rate,
+            defaults={
+                "eps": config.optimizer_eps,
+                "weight_decay": config.optimizer_weight_decay,
+            },
+            **config.optimizer.options,
+        )
+
+    def _make_step(self) -> TrainStep:
+        if self.config.gradient_checkpointing:
+            self.model.gradient_checkpointing = True  # type: ignore[assignment]
+        forward = self.model
+        if self.config.compile is True or (
+            self.config.compile == "auto" and self.device.type == "cuda"
+        ):
+            forward = torch.compile(forward)  # type: ignore[assignment]
+        if not self.ranks.alone:
+            forward = DistributedDataParallel(
+                forward,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                # Buffers here are constants (rotary tables), the same on every rank.
+                broadcast_buffers=False,
+            )
+        return TrainStep(
+            forward,
+            self.model,
+            self.optimizer,
+            self.loss_fn,
+            self.precision,
+            self.ranks,
+            self.config.max_grad_norm,
+            self.notify,
+        )
+
+
+def _handler_name(handler: Any) -> str:
+    """Return the registered or class name of a handler's owner, else the function's name."""
+    if not hasattr(handler, "__self__"):
+        handler = getattr(handler, "__wrapped__", handler)  # inside an event filter
+    owner = getattr(handler, "__self__", handler)
+    name = HANDLERS.name_of(type(owner)) or getattr(owner, "__name__", type(owner).__name__)
+    return str(name)

@@ -1,0 +1,247 @@
+"""Autocast, the loss scale, and what `auto` means on which device."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from fundamentallm.errors import CheckpointError, ConfigError, MachineError
+from fundamentallm.training import precision as module
+from fundamentallm.training.optimizers import OptimizerBuilder
+from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+MPS = torch.device("mps")
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+        ),
+    ]
+)
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+def linear(device: torch.device) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(8, 8).to(device)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_matrix_products_run_in_the_named_type(name, dtype, device):
+    model = linear(device)
+    with Precision(name, device).autocast():
+        assert model(torch.ones(2, 8, device=device)).dtype == dtype
+    assert model(torch.ones(2, 8, device=device)).dtype == torch.float32
+    assert model.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_only_fp16_scales(name):
+    model = linear(CPU)
+    optimizer = OptimizerBuilder.build("sgd", model, 0.1, momentum=0.0)
+    precision = Precision(name, CPU)
+    assert precision.scaler is None
+    loss = model.weight.sum() + model.bias.sum()
+    assert precision.scale(loss) is loss
+    before = model.weight.detach().clone()
+    loss.backward()
+    precision.unscale_(optimizer)
+    precision.step(optimizer)
+    precision.update()
+    torch.testing.assert_close(model.weight.detach(), before - 0.1)
+    assert precision.state_dict() == {}
+    precision.load_state_dict({})
+
+
+def test_another_name_is_refused():
+    with pytest.raises(ValueError, match="fp32, bf16 or fp16, got 'auto'"):
+        Precision("auto", CPU)
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "sgd", "rmsprop"])
+def test_a_scaled_step_equals_an_unscaled_one(optimizer_name, device):
+    weights = []
+    for name in ("fp32", "fp16"):
+        model = linear(device)
+        optimizer = OptimizerBuilder.build(optimizer_name, model, 0.1)
+        precision = Precision(name, device)
+        # Without autocast the two differ by the scale alone, a power of two: no rounding.
+        precision.scale(model(torch.ones(2, 8, device=device)).square().sum()).backward()
+        precision.unscale_(optimizer)
+        precision.step(optimizer)
+        precision.update()
+        weights.append(model.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-7)
+    assert not weights[0].equal(linear(device).weight)
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "sgd", "rmsprop"])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_an_overflow_halves_the_scale_and_leaves_the_weights(optimizer_name, stepped, device):
+    model = linear(device)
+    optimizer = OptimizerBuilder.build(optimizer_name, model, 0.1)
+    precision = Precision("fp16", device)
+    precision.scale(model.weight.sum()).backward()
+    scale = precision.state_dict()["scale"]
+    model.weight.grad[0, 0] = torch.inf
+    precision.unscale_(optimizer)
+    if stepped:
+        precision.step(optimizer)
+    precision.update()
+    assert model.weight.equal(linear(device).weight)
+    assert precision.state_dict()["scale"] == scale / 2
+
+
+def test_a_refused_step_must_be_closed_by_update():
+    model = linear(CPU)
+    optimizer = OptimizerBuilder.build("sgd", model, 0.1)
+    precision = Precision("fp16", CPU)
+    precision.scale(model.weight.sum()).backward()
+    precision.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="already been called"):
+        precision.unscale_(optimizer)
+    precision.update()
+    precision.scale(model.weight.sum()).backward()
+    precision.unscale_(optimizer)
+
+
+def test_the_scale_survives_a_round_trip_through_json():
+    model = linear(CPU)
+    optimizer = OptimizerBuilder.build("sgd", model, 0.1)
+    precision = Precision("fp16", CPU)
+    for spoil in (True, False):
+        optimizer.zero_grad()
+        precision.scale(model.weight.sum()).backward()
+        if spoil:
+            model.weight.grad.fill_(torch.nan)
+        precision.unscale_(optimizer)
+        precision.update()
+    state = precision.state_dict()
+    assert (state["scale"], state["_growth_tracker"]) == (2.0**15, 1)
+    restored = Precision("fp16", CPU)
+    restored.load_state_dict(json.loads(json.dumps(state)))
+    assert restored.state_dict() == state
+    loss = torch.tensor(3.0)
+    assert restored.scale(loss).item() == precision.scale(loss).item() == 3 * 2**15
+
+
+def test_a_state_of_another_precision_is_refused():
+    with pytest.raises(CheckpointError, match=r"(?s)no loss scale.*a loss scale for fp16"):
+        Precision("fp16", CPU).load_state_dict({})
+    with pytest.raises(CheckpointError, match=r"(?s)a loss scale.*no loss scale for bf16"):
+        Precision("bf16", CPU).load_state_dict(Precision("fp16", CPU).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "mixed", "device", "has_bf16", "expected"),
+    [
+        (None, False, CPU, True, "fp32"),
+        ("fp32", False, CUDA, True, "fp32"),
+        ("bf16", False, CPU, True, "bf16"),
+        ("bf16", True, CUDA, True, "bf16"),
+        ("fp16", False, CUDA, True, "fp16"),
+        ("fp16", True, CUDA, True, "fp16"),
+        ("auto", False, CPU, True, "fp32"),
+        ("auto", False, MPS, True, "fp32"),
+        ("auto", False, CUDA, True, "bf16"),
+        ("auto", False, CUDA, False, "fp16"),
+        ("auto", True, CPU, True, "bf16"),
+        (None, True, CPU, True, "bf16"),
+        ("fp32", True, CPU, True, "bf16"),
+        ("fp32", True, CUDA, True, "bf16"),
+        ("fp32", True, CUDA, False, "fp16"),
+    ],
+)
+def test_resolved_precision(monkeypatch, name, mixed, device, has_bf16, expected):
+    monkeypatch.setattr(module, "_has_bf16", lambda _: has_bf16)
+    assert resolve_precision(name, mixed, device) == expected
+
+
+@pytest.mark.parametrize("device", [CPU, MPS])
+def test_fp16_off_cuda_is_a_config_error(device):
+    with pytest.raises(ConfigError, match=f"fp16 needs a CUDA GPU, and the device is {device}"):
+        resolve_precision("fp16", False, device)
+
+
+def test_bf16_without_support_is_a_config_error(monkeypatch):
+    monkeypatch.setattr(module, "_has_bf16", lambda _: False)
+    with pytest.raises(ConfigError, match="cuda:0 has none"):
+        resolve_precision("bf16", False, CUDA)
+
+
+def test_an_unknown_precision_teaches():
+    with pytest.raises(ConfigError, match=r"(?s)unknown precision 'bf61'.*did you mean 'bf16'"):
+        resolve_precision("bf61", False, CPU)
+
+
+def machine(monkeypatch, *, gpus: int = 0, metal: bool = False, built: bool = True) -> None:
+    """Pretend to be a machine with these devices."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: gpus - 1)
+    monkeypatch.setattr(torch.version, "cuda", "12.8" if built else None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: metal)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "metal", "name", "expected"),
+    [
+        (0, False, "auto", "cpu"),
+        (0, True, "auto", "mps"),
+        (1, True, "auto", "cuda:0"),
+        (2, False, "cuda", "cuda:1"),
+        (2, False, "auto", "cuda:1"),
+        (2, False, "cuda:0", "cuda:0"),
+        (2, True, "cpu", "cpu"),
+        (0, True, "mps", "mps"),
+    ],
+)
+def test_resolved_device(monkeypatch, gpus, metal, name, expected):
+    machine(monkeypatch, gpus=gpus, metal=metal)
+    assert resolve_device(name) == torch.device(expected)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "meta", "", "CPU"])
+def test_an_unknown_device_is_a_config_error(monkeypatch, name):
+    machine(monkeypatch, gpus=2)
+    with pytest.raises(ConfigError, match=r"unknown device.*(?s:.*)cuda:N"):
+        resolve_device(name)
+
+
+def test_an_absurd_device_number_is_a_config_error(monkeypatch):
+    machine(monkeypatch, gpus=2)
+    with pytest.raises(ConfigError, match="unknown device"):
+        resolve_device("cuda:" + "9" * 5000)
+
+
+def test_a_typo_in_a_device_teaches():
+    with pytest.raises(ConfigError, match="did you mean 'cuda'"):
+        resolve_device("cud:0")
+
+
+def test_absent_devices_are_machine_errors(monkeypatch):
+    machine(monkeypatch)
+    with pytest.raises(MachineError, match=r"(?s)finds no CUDA GPU.*CUDA_VISIBLE_DEVICES"):
+        resolve_device("cuda:0")
+    with pytest.raises(MachineError, match="Metal"):
+        resolve_device("mps")
+    machine(monkeypatch, built=False)
+    with pytest.raises(MachineError, match=r"(?s)for CPUs alone.*install the CUDA build"):
+        resolve_device("cuda")
+    machine(monkeypatch, gpus=2)
+    with pytest.raises(MachineError, match=r"(?s)no GPU number 2.*cuda:0 to cuda:1"):
+        resolve_device("cuda:2")
