@@ -106,7 +106,7 @@ class Registry(Generic[T]):
         """
         factory = self.get(name)
         allowed = self.options(name)
-        hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+        hints = _type_hints(factory)
         checked = {}
         for key, value in options.items():
             if key not in allowed:
@@ -155,6 +155,24 @@ class Registry(Generic[T]):
 def _identity(factory: Callable[..., Any]) -> str:
     """Name a factory by where it is defined, so that a re-imported module may register again."""
     return f"{factory.__module__}.{factory.__qualname__}"
+
+
+def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types of a factory's parameters.
+
+    A name that only a type checker imports stands for a type of the program's, which no
+    configuration can write: it counts as Any.
+    """
+    known: dict[str, Any] = {}
+    while True:
+        try:
+            return typing.get_type_hints(
+                factory.__init__ if inspect.isclass(factory) else factory, localns=known
+            )
+        except NameError as error:
+            if error.name is None or error.name in known:
+                raise
+            known[error.name] = Any
 
 
 def _checked_value(owner: str, key: str, value: Any, annotation: Any) -> Any:

@@ -169,6 +169,15 @@ def test_metrics_of_any_plain_kind_are_kept(tmp_path: Path) -> None:
     assert loaded["history"] == [1, (2.0, None)]
 
 
+def test_a_diverged_model_can_be_kept_for_a_look(tmp_path: Path) -> None:
+    model = parts()[0]
+    nn.init.constant_(model.norm.weight, math.nan)
+    CheckpointManager.save(tmp_path / "x", model, metrics={"val_loss": math.nan})
+
+    assert math.isnan(CheckpointManager.load(tmp_path / "x")[3]["val_loss"])
+    assert CheckpointManager.save_best(tmp_path / "x", parts()[0], {"val_loss": 5.0})
+
+
 # Loading is all or nothing
 
 

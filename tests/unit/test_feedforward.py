@@ -40,7 +40,9 @@ def silu(x: float) -> float:
     return x / (1 + math.exp(-x))
 
 
-def naive(module: nn.Module, name: str, options: dict[str, object], row: list[float]) -> list[float]:
+def naive(
+    module: nn.Module, name: str, options: dict[str, object], row: list[float]
+) -> list[float]:
     hidden = naive_linear(module.input, row)  # type: ignore[arg-type]
     if name == "gelu":
         hidden = [(tanh_gelu if options.get("approximate") == "tanh" else gelu)(x) for x in hidden]

@@ -68,8 +68,9 @@ def test_a_new_normalization_ignores_the_scale_of_its_input(name: str) -> None:
     norm = NORMALIZATIONS.build(name, width=WIDTH, bias=True).double()
     x = random_vector(0)
     torch.testing.assert_close(norm(1000 * x), norm(10 * x), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(norm(x).square().mean(), torch.ones((), dtype=torch.float64),
-                               rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        norm(x).square().mean(), torch.ones((), dtype=torch.float64), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", NORMALIZATIONS.names())

@@ -96,7 +96,9 @@ def test_rotary_multiplies_complex_pairs_by_unit_complex_numbers() -> None:
 
 
 @given(
-    first=st.integers(0, 199), second=st.integers(0, 199), shift=st.integers(0, 300),
+    first=st.integers(0, 199),
+    second=st.integers(0, 199),
+    shift=st.integers(0, 300),
     seed=st.integers(0, 1000),
 )
 @settings(deadline=None)

@@ -99,6 +99,15 @@ def test_every_part_is_restored(part: str) -> None:
         {"python": {"version": 3, "key": torch.arange(3), "pos": 1, "gauss": None}},
         {"numpy": {"bit_generator": "PCG64"}},
         {"numpy": None},
+        {
+            "numpy": {
+                "bit_generator": "MT19937",
+                "key": torch.arange(3),
+                "pos": 1,
+                "has_gauss": 0,
+                "gauss": 0.0,
+            }
+        },
         {"torch": torch.zeros(10, dtype=torch.uint8)},
         {"torch": [1, 2]},
     ],

@@ -15,7 +15,8 @@ import torch
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint_directory import ALL_FILES, MANIFEST
-from fundamentallm.training.filesystem import Filesystem
+from fundamentallm.training.filesystem import FileRecord, Filesystem
+from fundamentallm.training.manifest import render_manifest
 from fundamentallm.training.store import CheckpointStore, checked_name, step_name
 
 CHANGES = (
@@ -155,6 +156,22 @@ def test_numbers_come_back_exactly(store: CheckpointStore) -> None:
     assert repr(back["b"]) == "[None, (True, 1, 1.0)]"
 
 
+def test_tensors_under_awkward_keys_are_kept_apart(store: CheckpointStore) -> None:
+    keys = ["__metadata__", "\ud800", "\\ud800", "", 0, "0", "a.b", "\0", "~2", "$tensor"]
+    tree = {key: torch.tensor(number) for number, key in enumerate(keys)}
+
+    back = store.read(store.write("x", {"model": {}, "s": {**tree, "a": {"b": tree[0]}}}, step=0))
+
+    assert back["s"].pop("a")["b"] is back["s"][0]
+    assert {key: tensor.item() for key, tensor in back["s"].items()} == {
+        key: number for number, key in enumerate(keys)
+    }
+    model = store.read(store.write("x", {"model": tree}, step=0))["model"]
+    assert {key: tensor.item() for key, tensor in model.items()} == {
+        key: number for number, key in enumerate(keys)
+    }
+
+
 def test_what_was_read_is_no_longer_tied_to_the_file(store: CheckpointStore) -> None:
     path = write(store, 1)
     store.read(path)["model"]["bias"].fill_(9)
@@ -206,11 +223,12 @@ def test_a_write_that_takes_nothing_ends(tmp_path: Path) -> None:
 def test_what_is_damaged_while_it_is_written_is_never_committed(tmp_path: Path) -> None:
     class Flipping(Filesystem):
         def write(self, file: FileIO, data: memoryview) -> int:
-            return file.write(bytes([data[0] ^ 1]) + data[1:])
+            is_weights = str(file.name).endswith("model.safetensors")
+            return file.write(bytes([data[0] ^ is_weights]) + data[1:])
 
     store = CheckpointStore(tmp_path, Flipping())
 
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="contents changed"):
         write(store, 3)
     assert list(tmp_path.iterdir()) == []
 
@@ -364,6 +382,16 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
 }
 
 
+WORDS = {
+    "cut": "size",
+    "missing": "lacks",
+    "missing manifest": "no manifest",
+    "one too many": "too many",
+    "pipe": "regular",
+    "another step's files": "another step",
+}
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found_named_and_left_alone(store: CheckpointStore, damage: str) -> None:
     file, inflict = DAMAGES[damage]
@@ -377,10 +405,21 @@ def test_damage_is_found_named_and_left_alone(store: CheckpointStore, damage: st
         with pytest.raises(CheckpointError) as caught:
             read(path)
         assert Path(caught.value.where) == path / file
+        assert WORDS.get(damage, "") in caught.value.what
     assert store.resolve("last") == good
     assert [manifest.step for manifest in store.list()] == [1]
     assert len(store.scan()[1]) == 1
     assert path.exists()
+
+
+@pytest.mark.parametrize("listed", [ALL_FILES, {"model.safetensors"}, {"../../x"}, set()], ids=str)
+def test_a_manifest_of_other_files_is_refused(store: CheckpointStore, listed: set[str]) -> None:
+    path = write(store, 1)
+    records = {name: FileRecord(0, "") for name in listed}
+    (path / MANIFEST).write_bytes(render_manifest(1, records, {}))
+
+    with pytest.raises(CheckpointError, match="not of a checkpoint"):
+        store.read(path)
 
 
 def test_a_quick_look_does_not_replace_the_hashes(store: CheckpointStore) -> None:
@@ -423,10 +462,10 @@ def test_reading_errors_of_the_disk_are_ours(store: CheckpointStore) -> None:
 
 
 def test_they_are_listed_by_step_not_by_time(store: CheckpointStore) -> None:
-    for step in (3, 100_000_000, 20, 1):
+    for step in (3, 100_000_000, 20_000_000, 1):
         write(store, step)
 
-    assert [manifest.step for manifest in store.list()] == [100_000_000, 20, 3, 1]
+    assert [manifest.step for manifest in store.list()] == [100_000_000, 20_000_000, 3, 1]
 
 
 def test_an_empty_or_missing_place_has_none(store: CheckpointStore) -> None:
@@ -493,6 +532,14 @@ def test_a_bad_pointer_is_ignored(store: CheckpointStore, text: str) -> None:
     (store.directory / "last").write_bytes(text.encode(errors="surrogateescape"))
 
     assert store.resolve("last") == store.directory / step_name(2)
+
+
+def test_a_huge_pointer_is_not_read(store: CheckpointStore) -> None:
+    write(store, 1)
+    (store.directory / "last").touch()
+    os.truncate(store.directory / "last", 1 << 40)
+
+    assert store.resolve("last") == store.directory / step_name(1)
 
 
 def test_a_pointer_that_is_a_pipe_is_ignored(store: CheckpointStore) -> None:

@@ -6,11 +6,12 @@ import time
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fundamentallm.config.base import _Dumper
 from fundamentallm.config.yaml_source import parse_value, parse_yaml, read_yaml
 from fundamentallm.errors import ConfigError
-from hypothesis import given
-from hypothesis import strategies as st
 
 plain_values = st.recursive(
     st.none()
@@ -23,9 +24,41 @@ plain_values = st.recursive(
 )
 
 awkward_text = st.sampled_from(
-    ["1e-4", "1E5", ".5e3", "+1", "-0", "1_000", "0o17", "017", "0x1f", "1:30:00", "2024-01-01"]
-    + ["yes", "No", "on", "OFF", "y", "true", "~", "null", "", "+.nan", ".nan", "-.INF", "<<", "="]
-    + ["&a", "*a", "!t", "- a", "a: b", "# a", " a ", "a\n", "\ta", "\x00\x1b", "\ufeffa", "\u2028"]
+    [
+        "1e-4",
+        "1E5",
+        ".5e3",
+        "+1",
+        "-0",
+        "1_000",
+        "0o17",
+        "017",
+        "0x1f",
+        "1:30:00",
+        "2024-01-01",
+        "yes",
+        "No",
+        "on",
+        "OFF",
+        "y",
+        "true",
+        "~",
+        "null",
+        "+.nan",
+        ".nan",
+        "-.INF",
+        "<<",
+        "=",
+        "&a",
+        "*a",
+        "!t",
+        "-",
+        "#",
+        "?",
+        "|",
+    ]
+) | st.sampled_from(
+    ["", "- a", "a: b", "# a", " a ", "a\n", "\ta", "\x00\x1b", "\ufeffa", "\x85", "\u2028a\u2028"]
 )
 
 
@@ -163,19 +196,17 @@ def test_nesting_up_to_the_limit_is_read():
     ],
 )
 def test_bombs_are_refused_at_once(text):
-    start = time.perf_counter()
+    start = time.process_time()
     fault(text)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 @given(st.text(alphabet="ab:-[]{}&*!|>'\"%@`,?# \n\t019.e~<=\\\r\x85", max_size=40))
 def test_any_text_is_read_or_refused_with_a_place(text):
     try:
-        document = parse_yaml(text, "f.yaml")
+        assert isinstance(parse_yaml(text, "f.yaml").data, dict)
     except ConfigError as error:
-        assert error.where.startswith("f.yaml")
-    else:
-        assert isinstance(document.data, dict)
+        assert error.where.startswith("f.yaml")  # noqa: PT017 - either outcome is right
 
 
 class TestFiles:
@@ -227,7 +258,13 @@ class TestFiles:
         path = tmp_path / "a.yaml"
         with path.open("wb") as file:
             file.truncate(100_000_000)
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(ConfigError, match="too large"):
             read_yaml(path)
-        assert time.perf_counter() - start < 0.1
+        assert time.process_time() - start < 0.1
+
+
+def test_a_value_that_occurs_twice_is_written_twice():
+    pair = [0.9, 0.95]
+    text = yaml.dump({"a": pair, "b": pair}, Dumper=_Dumper)
+    assert parse_yaml(text).data == {"a": pair, "b": pair}

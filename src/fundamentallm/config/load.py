@@ -96,7 +96,7 @@ def _default_name(path: KeyPath) -> str:
 
 
 def _with_plugins(document: YamlDocument, plugins: Sequence[str]) -> YamlDocument:
-    listed = document.data.get("plugins") or []
+    listed = document.data.get("plugins", [])
     if not isinstance(listed, list):
         return document  # validation will say so, with the line
     data = {**document.data, "plugins": [*listed]}

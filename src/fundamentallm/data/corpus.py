@@ -6,6 +6,7 @@ Whatever is wrong with a source is said before anything is trained or written.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import stat
 import tempfile
@@ -41,6 +42,7 @@ TINYSHAKESPEARE_URL = (
 )
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 DOWNLOAD_SECONDS = 60
+MAX_DOWNLOAD_BYTES = 1 << 24  # an answer without an end must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -65,39 +67,41 @@ class Corpus:
 
 
 def read_source(source: str | Sequence[str], cache_dir: Path | None = None) -> Corpus:
-    """Read a built-in source, a file, a folder, a token file (.npy), or a list of files.
+    """Read a built-in source, a file, a folder, a token file (.npy), or a list of texts.
 
     Args:
-        source: a name in `SOURCES`, a path, or a list of paths, which are joined in that order.
+        source: a name in `SOURCES`, a path, or a list of these, which are joined in that order; a
+            token file stands alone.
         cache_dir: where downloads are kept.
 
     Raises:
         DataError: the source does not exist, holds no text, or is not UTF-8 text.
     """
-    if isinstance(source, str):
-        if source in SOURCES:
-            text = SOURCES.build(source, {}, cache_dir=cache_dir)
-            return Corpus(text, [(source, 0, len(text))], _hash(text), built_in=True)
-        if source.endswith(".npy"):
-            return _read_tokens(Path(source))
-        source = [source]
+    sources = [source] if isinstance(source, str) else list(source)
+    if any(name.endswith(".npy") for name in sources):
+        if len(sources) > 1:
+            raise DataError(
+                "a token file cannot be joined with other sources",
+                where=", ".join(sources),
+                fix="name the .npy file alone, or text files alone, in data.source",
+            )
+        return _read_tokens(_existing(sources[0]))
     parts = []
     pieces = []
     position = 0
-    for path in [file for name in source for file in _files(name)]:
-        text = read_text(path)
+    for origin, text in (part for name in sources for part in _texts(name, cache_dir)):
         parts.append(text)
-        pieces.append((str(path), position, len(text)))
+        pieces.append((origin, position, len(text)))
         position += len(text)
     text = "".join(parts)
     if not text.strip():
         raise DataError(
             "there is no text in the source",
-            where=", ".join(source),
+            where=", ".join(sources),
             got="only white space" if text else "0 characters",
             fix="name a file or folder with text in data.source",
         )
-    return Corpus(text, pieces, _hash(text))
+    return Corpus(text, pieces, _hash(text), built_in=any(name in SOURCES for name in sources))
 
 
 def read_text(path: Path) -> str:
@@ -107,14 +111,11 @@ def read_text(path: Path) -> str:
         DataError: it cannot be read, or is not UTF-8 text.
     """
     where = str(path)
+    _check_regular(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError("this is not a regular file", where=where, expected="a text file")
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"the file cannot be read: {error.strerror}", where=where, fix="check the path"
-        ) from error
+        raise _unreadable(path, error) from error
     for signature, kind in SIGNATURES.items():
         if data.startswith(signature):
             raise DataError(
@@ -156,8 +157,11 @@ def split_tokens(tokens: np.ndarray, fractions: Sequence[float]) -> dict[str, np
     total = 0.0
     for fraction in fractions:
         total += fraction
-        # Rounded to the nearest 1e-9 first: 0.9 + 0.1 must reach the last token.
-        bounds.append(min(len(tokens), int(round(total, 9) * len(tokens))))
+        # 0.29 of 100 tokens is 28.999999999999996 in binary and must still be 29.
+        bounds.append(min(len(tokens), int(total * len(tokens) + 1e-6)))
+    # Fractions may miss 1 by a rounding error: the last part that is not empty ends at the end.
+    last = max(index for index, fraction in enumerate(fractions) if fraction > 0)
+    bounds[last + 1 :] = [len(tokens)] * (len(fractions) - last)
     return {
         name: tokens[bounds[index] : bounds[index + 1]]
         for index, name in enumerate(("train", "val", "test"))
@@ -214,9 +218,11 @@ def download(url: str, sha256: str, path: Path) -> bytes:
     if not url.startswith(("https://", "http://")):
         raise DataError("a download needs an http or https address", got=url)
     try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response:
-            data = response.read()
-    except (urllib.error.URLError, OSError) as error:
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response:  # noqa: S310 (above)
+            data = bytes(response.read(MAX_DOWNLOAD_BYTES))
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the response, with its connection
         raise DataError(
             "the download failed",
             where=url,
@@ -255,37 +261,78 @@ def _keep(path: Path, data: bytes) -> None:
         ) from error
 
 
+def _texts(name: str, cache_dir: Path | None) -> list[tuple[str, str]]:
+    """Return name and text of everything that a source stands for."""
+    if name in SOURCES:
+        return [(name, SOURCES.build(name, {}, cache_dir=cache_dir))]
+    return [(str(path), read_text(path)) for path in _files(name)]
+
+
 def _files(name: str) -> list[Path]:
     """Return the files that a path stands for."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        found = sorted(
-            file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file()
+    path = _existing(name)
+    if not path.is_dir():
+        return [path]
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(Path(error.filename or path), error) from error
+
+    found = sorted(
+        Path(parent, file)
+        for parent, _, files in os.walk(path, onerror=refuse)
+        for file in files
+        if Path(file).suffix in TEXT_SUFFIXES
+    )
+    if not found:
+        raise DataError(
+            "there is no text in this folder",
+            where=name,
+            expected="files that end in " + " or ".join(TEXT_SUFFIXES),
         )
-        if not found:
-            raise DataError(
-                "there is no text in this folder",
-                where=name,
-                expected="files that end in " + " or ".join(TEXT_SUFFIXES),
-            )
-        return found
-    if not path.exists():
+    return found
+
+
+def _existing(name: str) -> Path:
+    path = Path(name).expanduser()
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
         hint = did_you_mean(name, SOURCES.names())
         raise DataError(
             "no such file or folder",
             where=name,
             expected="a path, or one of " + ", ".join(SOURCES.names()),
             fix=hint or f"the path is taken from {Path.cwd()}",
-        )
-    return [path]
+        ) from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return path
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse pipes and devices before they are opened: opening a pipe waits for its writer."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(mode):
+        raise DataError("this is not a regular file", where=str(path), expected="a file")
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"this cannot be read: {error.strerror}", where=str(path), fix="check the path"
+    )
 
 
 def _read_tokens(path: Path) -> Corpus:
     """Memory-map token ids that numpy saved, with the `tokenizer.json` beside them."""
     where = str(path)
+    _check_regular(path)
     tokenizer = load_tokenizer(path.with_name("tokenizer.json"))
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        # Reads .npy alone: neither pickles nor archives of arrays, which numpy.load also opens.
+        tokens = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
         raise DataError("the token file cannot be read", where=where, got=str(error)) from error
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":

@@ -50,7 +50,7 @@ class LanguageModelDataset(Dataset[dict[str, Tensor]]):
             raise DataError(
                 "the text is too short for a single window",
                 got=f"{len(self.tokens)} tokens",
-                expected=f"at least {needed} (sequence_length + 1)",
+                expected=f"at least {needed}" + ("" if pad_last else " (sequence_length + 1)"),
                 fix="lower sequence_length or add text",
             )
         last = len(self.tokens) - 2 if pad_last else len(self.tokens) - 1 - sequence_length

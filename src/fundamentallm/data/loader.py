@@ -57,6 +57,7 @@ class TokenWindowLoader:
 
     Raises:
         DataError: fewer than T + 1 tokens.
+        ValueError: a size below 1, or no such rank.
     """
 
     def __init__(
@@ -69,6 +70,9 @@ class TokenWindowLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        _check_sizes(sequence_length, batch_size, rank, world_size)
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
         if len(tokens) < sequence_length + 1:
             raise DataError(
                 "the text is too short for a single sequence",
@@ -111,7 +115,13 @@ class TokenWindowLoader:
         self._epoch, self._step = self._epoch + 1, 0
 
     def rows_at(self, epoch: int, step: int) -> np.ndarray:
-        """Return the first token's index of each sequence of a step, over all ranks, in order."""
+        """Return the first token's index of each sequence of a step, over all ranks, in order.
+
+        Raises:
+            ValueError: an epoch has no such step.
+        """
+        if not 0 <= step < len(self):
+            raise ValueError(f"step {step} of an epoch of {len(self)} steps")
         first = step * self.rows_per_step
         last = min(first + self.rows_per_step, self.num_sequences)
         order = Permutation(self.num_sequences, derive_key(self.seed, epoch, 1))
@@ -138,7 +148,12 @@ class TokenWindowLoader:
 
     def _gather(self, starts: np.ndarray) -> Batch:
         rows = torch.from_numpy(self._windows[starts].astype(np.int64))
-        return {"input_ids": rows[:, :-1], "target_ids": rows[:, 1:]}
+        # Contiguous, hence apart: a batch may be viewed flat, and writing to one part of it must
+        # not change the other.
+        return {
+            "input_ids": rows[:, :-1].contiguous(),
+            "target_ids": rows[:, 1:].contiguous(),
+        }
 
     def _masked_row(self) -> Batch:
         shape = (1, self.sequence_length)
@@ -157,6 +172,9 @@ class ValidationLoader:
         batch_size: B.
         rank: this rank; rank r takes each world_size-th batch.
         world_size: number of ranks.
+
+    Raises:
+        ValueError: a size below 1, or no such rank.
     """
 
     def __init__(
@@ -167,6 +185,7 @@ class ValidationLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        _check_sizes(sequence_length, batch_size, rank, world_size)
         self.tokens = tokens
         self.sequence_length = sequence_length
         self.batch_size = batch_size
@@ -286,6 +305,16 @@ def as_batch(batch: Any) -> Batch:
         "a batch must be {'input_ids': ..., 'target_ids': ...} or (inputs, targets), got"
         f" {type(batch).__name__}"
     )
+
+
+def _check_sizes(sequence_length: int, batch_size: int, rank: int, world_size: int) -> None:
+    if sequence_length < 1 or batch_size < 1:
+        raise ValueError(
+            f"sequence_length and batch_size must be at least 1, got {sequence_length} and"
+            f" {batch_size}"
+        )
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in 0 to {world_size - 1}, got {rank}")
 
 
 def count_valid(targets: Tensor) -> int:

@@ -61,7 +61,8 @@ class Permutation:
         while outside.any():
             values[outside] = self._encrypt(values[outside])
             outside = values >= self.size
-        return values.astype(np.int64)
+        elements: np.ndarray = values.astype(np.int64)
+        return elements
 
     def _encrypt(self, values: np.ndarray) -> np.ndarray:
         half = np.uint64(self._half_bits)
@@ -69,7 +70,8 @@ class Permutation:
         left, right = values >> half, values & mask
         for key in self._keys:
             left, right = right, left ^ (_mix_array(right ^ np.uint64(key)) & mask)
-        return (left << half) | right
+        joined: np.ndarray = (left << half) | right
+        return joined
 
 
 def _mix(value: int) -> int:
@@ -84,4 +86,5 @@ def _mix_array(values: np.ndarray) -> np.ndarray:
     values = values + np.uint64(_GOLDEN)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(_MIX_1)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(_MIX_2)
-    return values ^ (values >> np.uint64(31))
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed

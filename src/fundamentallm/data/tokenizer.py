@@ -147,12 +147,13 @@ class CharacterTokenizer(Tokenizer):
                 if self.unknown == "skip"
                 else np.where(missing, len(self.vocabulary), ids)
             )
-        return ids.astype(np.min_scalar_type(self.vocab_size - 1))
+        encoded: np.ndarray = ids.astype(np.min_scalar_type(self.vocab_size - 1))
+        return encoded
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Return the text of ids."""
-        array = _checked_ids(ids, self.vocab_size)
-        return self._codes[array].tobytes().decode("utf-32-le", "surrogatepass")
+        codes: bytes = self._codes[_checked_ids(ids, self.vocab_size)].tobytes()
+        return codes.decode("utf-32-le", "surrogatepass")
 
     def to_dict(self) -> dict[str, Any]:
         """Return type, vocabulary (as one string) and policy."""
@@ -169,7 +170,7 @@ class CharacterTokenizer(Tokenizer):
 
     def _unknown_character(self, character: str, position: int) -> DataError:
         return DataError(
-            f"the character {ascii(character)} is not in the vocabulary",
+            f"the character {character!a} is not in the vocabulary",
             where=f"character {position:,} of the text",
             got=f"U+{ord(character):04X}",
             expected=f"one of {len(self.vocabulary)} characters",
@@ -212,7 +213,7 @@ class ByteTokenizer(Tokenizer):
         return {"type": "byte"}
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> ByteTokenizer:  # noqa: ARG003
+    def from_dict(cls, state: Mapping[str, Any]) -> ByteTokenizer:
         """Make a tokenizer from `to_dict`."""
         return cls()
 
@@ -254,7 +255,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     try:
         state = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError("the tokenizer cannot be read", where=str(path), got=str(error)) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise DataError(

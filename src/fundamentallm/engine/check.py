@@ -7,12 +7,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fundamentallm.config import load_config
+import torch
+
+from fundamentallm.config import RunConfig, load_config
 from fundamentallm.engine.assemble import Run, assemble
 from fundamentallm.engine.console import say, speaking
 from fundamentallm.engine.fit import estimate_run, gib, memory_limit
 from fundamentallm.engine.plugins import load_plugins
-from fundamentallm.engine.run_directory import RunDirectory
+from fundamentallm.engine.run_directory import RunDirectory, checkpoints_of
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers.progress import format_seconds
 from fundamentallm.training.step import TrainStep
@@ -29,7 +31,7 @@ def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[st
     config = load_config(config_path, overrides)
     with speaking():
         load_plugins([*config.plugins, *plugins], config.locate("plugins"))
-        run = assemble(config, RunDirectory(Path("runs") / config.name), Ranks())
+        run = assemble(config, _nowhere(config), Ranks())
     for note in run.notes:
         say(note)
     _print_costs(run)
@@ -41,6 +43,11 @@ def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[st
     say(f"{config_path} is fine. Next:")
     say(f"  python -m fundamentallm.engine run {config_path}")
     return 0
+
+
+def _nowhere(config: RunConfig) -> RunDirectory:
+    path = Path("runs") / config.name  # named to the handlers, made by none of them
+    return RunDirectory(path, checkpoints_of(path, config))
 
 
 def _print_costs(run: Run) -> None:
@@ -72,7 +79,7 @@ def measure_step(run: Run) -> float:
     """Return the seconds of one optimizer step, the fastest of a few on a copy of the model."""
     trainer = run.trainer
     model = copy.deepcopy(trainer.model).train()
-    optimizer = type(trainer.optimizer)(model.parameters(), lr=1e-9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
     step = TrainStep(
         model,
         model,

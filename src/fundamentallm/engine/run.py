@@ -42,11 +42,12 @@ def run(
         with speaking(quiet=not ranks.is_writer):
             load_plugins([*config.plugins, *plugins], config.locate("plugins"))
             directory = agree_on_directory(config, resume, run_dir, ranks)
+            if directory.finished:
+                if ranks.is_writer:
+                    _tell_finished(directory, config_path)
+                return 0
             if directory.note and ranks.is_writer:
                 logger.info("%s", directory.note)
-            if directory.finished and resume == "auto":
-                _tell_finished(directory, config_path)
-                return 0
             return _train(config, config_path, directory, ranks)
     finally:
         leave_ranks()
@@ -63,8 +64,10 @@ def agree_on_directory(
     if ranks.is_writer:
         try:
             chosen = run_directory.choose(config, resume, run_dir)
-            checkpoint = str(chosen.checkpoint.path) if chosen.checkpoint else ""
-            message = json.dumps([str(chosen.path), checkpoint, chosen.note, chosen.finished])
+            name = chosen.checkpoint.name if chosen.checkpoint else ""
+            message = json.dumps(
+                [str(chosen.path), str(chosen.checkpoints), name, chosen.note, chosen.finished]
+            )
         except Exception as error:
             failure = error
     message = ranks.broadcast_text(message)
@@ -72,11 +75,9 @@ def agree_on_directory(
         raise failure
     if not message:
         raise SystemExit(1)  # the first rank tells why
-    path, checkpoint, note, finished = json.loads(message)
-    manifest = None
-    if checkpoint:
-        manifest = CheckpointStore(Path(checkpoint).parent).manifest(checkpoint)
-    return RunDirectory(Path(path), manifest, note, finished)
+    path, checkpoints, name, note, finished = json.loads(message)
+    manifest = CheckpointStore(checkpoints).manifest(Path(checkpoints) / name) if name else None
+    return RunDirectory(Path(path), Path(checkpoints), manifest, note, finished)
 
 
 def _train(config: RunConfig, config_path: Path, directory: RunDirectory, ranks: Ranks) -> int:
@@ -91,7 +92,7 @@ def _train(config: RunConfig, config_path: Path, directory: RunDirectory, ranks:
         if ranks.is_writer:
             _announce(run)
         if directory.checkpoint is not None:
-            trainer.resume(directory.checkpoint.path)
+            trainer.resume(directory.checkpoints / directory.checkpoint.name)
         trainer.run()
         if trainer.interrupted_by is not None and not trainer.finished:
             raise InterruptedRunError(

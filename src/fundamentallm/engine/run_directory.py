@@ -19,8 +19,6 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.store import CheckpointStore
 
-CHECKPOINTS = "checkpoints"
-
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -28,20 +26,17 @@ class RunDirectory:
 
     Attributes:
         path: the directory.
+        checkpoints: where the run's checkpoints lie.
         checkpoint: what to go on from, None to begin.
         note: what to tell the user about the choice; may be empty.
         finished: why the run there is complete; empty if it is not.
     """
 
     path: Path
+    checkpoints: Path
     checkpoint: Manifest | None = None
     note: str = ""
     finished: str = ""
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the run's checkpoints lie."""
-        return self.path / CHECKPOINTS
 
 
 def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory:
@@ -66,19 +61,23 @@ def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory
     while True:
         candidate = base if number == 1 else base.with_name(f"{base.name}-{number}")
         number += 1
-        if _is_free(candidate):
+        if _is_free(candidate, config):
             note = f"the run is a new one, in {candidate}"
             if differing:
                 note += f": {differing}"
             elif resume == "never" and candidate != base:
                 note += ": a fresh start was asked for"
-            return RunDirectory(candidate, note=note if candidate != base else "")
-        newest = newest_checkpoint(candidate)
+            return RunDirectory(
+                candidate,
+                checkpoints_of(candidate, config),
+                note=note if candidate != base else "",
+            )
+        newest = newest_checkpoint(checkpoints_of(candidate, config))
         if newest is None or resume == "never":
             continue
         differences = drift(newest, config)
         if not differences:
-            return _going_on(candidate, newest)
+            return _going_on(candidate, newest, config)
         differing = differing or f"{candidate} has another configuration ({differences[0]})"
 
 
@@ -93,21 +92,26 @@ def drift(manifest: Manifest, config: RunConfig) -> list[str]:
     ]
 
 
-def newest_checkpoint(run: Path) -> Manifest | None:
+def checkpoints_of(run: Path, config: RunConfig) -> Path:
+    """Return where a run keeps its checkpoints: inside it, unless the path is absolute."""
+    return run / config.training.checkpoint_dir
+
+
+def newest_checkpoint(checkpoints: Path) -> Manifest | None:
     """Return the newest whole checkpoint of a run.
 
     Raises:
         CheckpointError: there are checkpoints and none is whole.
     """
-    store = CheckpointStore(run / CHECKPOINTS)
+    store = CheckpointStore(checkpoints)
     path = store.resolve("last") if store.directory.is_dir() else None
     return store.manifest(path) if path is not None else None
 
 
 def _at(path: Path, config: RunConfig, resume: str) -> RunDirectory:
-    if _is_free(path):
-        return RunDirectory(path)
-    newest = newest_checkpoint(path)
+    if _is_free(path, config):
+        return RunDirectory(path, checkpoints_of(path, config))
+    newest = newest_checkpoint(checkpoints_of(path, config))
     if newest is None:
         raise CheckpointError(
             "the directory is not empty and holds no run",
@@ -121,22 +125,23 @@ def _at(path: Path, config: RunConfig, resume: str) -> RunDirectory:
             fix="choose a new directory with --run-dir, or leave out --resume never",
         )
     _refuse_drift(newest, config, path)
-    return _going_on(path, newest)
+    return _going_on(path, newest, config)
 
 
 def _continue_at(path: Path, config: RunConfig) -> RunDirectory:
     if (path / "MANIFEST.json").exists():
-        store = CheckpointStore(path.parent)
-        manifest: Manifest | None = store.verify(path)
-        run = path.parent.parent
+        checkpoints = path.parent
+        manifest: Manifest | None = CheckpointStore(checkpoints).verify(path)
+        run = checkpoints.parent
     else:
         if not path.is_dir():
             raise CheckpointError("there is no run or checkpoint here", where=str(path))
-        manifest, run = newest_checkpoint(path), path
+        checkpoints, run = checkpoints_of(path, config), path
+        manifest = newest_checkpoint(checkpoints)
     if manifest is None:
         raise CheckpointError("there is no checkpoint in this run", where=str(path))
     _refuse_drift(manifest, config, path)
-    return RunDirectory(run, manifest, _note(run, manifest))
+    return RunDirectory(run, checkpoints, manifest, _note(run, manifest))
 
 
 def _refuse_drift(manifest: Manifest, config: RunConfig, path: Path) -> None:
@@ -150,26 +155,28 @@ def _refuse_drift(manifest: Manifest, config: RunConfig, path: Path) -> None:
         )
 
 
-def _going_on(path: Path, newest: Manifest) -> RunDirectory:
+def _going_on(path: Path, newest: Manifest, config: RunConfig) -> RunDirectory:
     finished = str(newest.metadata.get("finished", ""))
-    return RunDirectory(path, newest, _note(path, newest), finished)
+    checkpoints = checkpoints_of(path, config)
+    return RunDirectory(path, checkpoints, newest, _note(path, newest), finished)
 
 
 def _note(path: Path, manifest: Manifest) -> str:
     return f"going on with {path} from step {manifest.step}"
 
 
-def _is_free(path: Path) -> bool:
+def _is_free(path: Path, config: RunConfig) -> bool:
     """Whether nothing is lost by beginning here: no such directory, or no checkpoint was saved."""
     if not path.exists():
         return True
     if not path.is_dir():
         return False
-    names = {entry.name for entry in path.iterdir()}
-    if CHECKPOINTS in names:
-        return not any((path / CHECKPOINTS).iterdir())
+    checkpoints = checkpoints_of(path, config)
+    if checkpoints.is_dir() and any(checkpoints.iterdir()):
+        return False
     # What a run leaves that ended before its first checkpoint.
-    return names <= {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "corpus.txt"}
+    left = {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "corpus.txt"}
+    return {entry.name for entry in path.iterdir()} <= left | {checkpoints.name}
 
 
 def describe(config: RunConfig, resolved: RunConfig, **parts: Any) -> Mapping[str, Any]:

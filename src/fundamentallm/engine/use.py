@@ -46,7 +46,7 @@ def evaluate(options: argparse.Namespace) -> int:
         say(
             json.dumps(
                 {
-                    "checkpoint": str(trained.manifest.path),
+                    "checkpoint": str(trained.checkpoint),
                     "step": trained.manifest.step,
                     "averaged_weights": trained.averaged,
                     "data": what,
@@ -56,7 +56,7 @@ def evaluate(options: argparse.Namespace) -> int:
         )
         return 0
     weights = ", averaged weights" if trained.averaged else ""
-    say(f"checkpoint          {trained.manifest.path} (step {trained.manifest.step}{weights})")
+    say(f"checkpoint          {trained.checkpoint} (step {trained.manifest.step}{weights})")
     say(f"data                {what}")
     say(f"loss                {result.loss:.4f} nats per token")
     say(f"perplexity          {result.perplexity:.3f}")

@@ -26,6 +26,7 @@ class Trained:
         model: in evaluation mode, on the device asked for.
         tokenizer: the run's.
         config: the run's, resolved.
+        checkpoint: the checkpoint's directory.
         manifest: the checkpoint's.
         averaged: whether the weights are the averaged ones (weight EMA).
     """
@@ -33,13 +34,14 @@ class Trained:
     model: nn.Module
     tokenizer: Tokenizer
     config: RunConfig
+    checkpoint: Path
     manifest: Manifest
     averaged: bool
 
     @property
     def run_dir(self) -> Path:
         """The run that the checkpoint lies in."""
-        return self.manifest.path.parent.parent
+        return self.checkpoint.parent.parent
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -68,8 +70,7 @@ def find_checkpoint(path: Path) -> Path:
     elif (path / "MANIFEST.json").exists():
         found = path
     else:
-        inside = path / "checkpoints"
-        found = CheckpointStore(inside if inside.is_dir() else path).resolve("best")
+        found = CheckpointStore(_checkpoints_in(path)).resolve("best")
     if found is None:
         raise CheckpointError(
             "there is no checkpoint here",
@@ -77,6 +78,13 @@ def find_checkpoint(path: Path) -> Path:
             fix="name a run directory, as runs/quickstart",
         )
     return found
+
+
+def _checkpoints_in(run: Path) -> Path:
+    """Return where a run keeps its checkpoints; the directory itself if it is no run."""
+    if (run / "config.yaml").is_file():
+        return run / RunConfig.from_yaml(run / "config.yaml").training.checkpoint_dir
+    return run
 
 
 def load_trained(path: Path, device: torch.device) -> Trained:
@@ -106,7 +114,7 @@ def load_trained(path: Path, device: torch.device) -> Trained:
     weights, averaged = weights_of(state)
     check_model_state(model, weights, str(checkpoint))
     model.load_state_dict(weights)
-    return Trained(model.to(device).eval(), tokenizer, config, manifest, averaged)
+    return Trained(model.to(device).eval(), tokenizer, config, checkpoint, manifest, averaged)
 
 
 def weights_of(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], bool]:

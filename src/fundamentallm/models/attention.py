@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fundamentallm.models.normalization import RMSNorm
 from fundamentallm.models.positions import Positions
 
 
@@ -55,8 +56,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(width, kv_width, bias=bias)
         self.value = nn.Linear(width, kv_width, bias=bias)
         self.output = nn.Linear(width, width, bias=bias)
-        self.query_norm = nn.RMSNorm(self.head_width, eps=1e-5) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(self.head_width, eps=1e-5) if qk_norm else nn.Identity()
+        self.query_norm = RMSNorm(self.head_width) if qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_width) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """Return (B, T, D) from (B, T, D); row t depends on rows 0 to t alone.

@@ -13,7 +13,9 @@ class ScaleNorm(nn.Module):
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fundamentallm.errors import ConfigError
 from fundamentallm.registry import Registry
@@ -38,8 +40,8 @@ def layer_norm(width: int, bias: bool, *, eps: float = 1e-5) -> nn.Module:
 
 
 @NORMALIZATIONS.register("rmsnorm")
-def rms_norm(width: int, *, eps: float = 1e-5) -> nn.Module:
-    """Return a module to root mean square 1, then a gain (Zhang and Sennrich 2019, equation 4).
+class RMSNorm(nn.Module):
+    """To root mean square 1, then a gain (Zhang and Sennrich 2019, equation 4).
 
     It never has a bias: re-centring is what it leaves out.
 
@@ -50,8 +52,18 @@ def rms_norm(width: int, *, eps: float = 1e-5) -> nn.Module:
     Raises:
         ConfigError: eps is not above 0.
     """
-    _check_eps(eps)
-    return nn.RMSNorm(width, eps=eps)
+
+    def __init__(self, width: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        _check_eps(eps)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., D) from (..., D), in the type of the gain."""
+        # Under autocast a linear layer hands over bfloat16, and the gain is float32.
+        x = x.to(self.weight.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def _check_eps(eps: float) -> None:

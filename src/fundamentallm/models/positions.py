@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fundamentallm.errors import ConfigError
+from fundamentallm.models.initialization import EMBEDDING_STD
 from fundamentallm.registry import Registry
 
 
@@ -77,7 +78,7 @@ class SinusoidalPositions(Positions):
 
     table: Tensor
 
-    def __init__(self, width: int, sequence_length: int, *, scale: float = 0.02) -> None:
+    def __init__(self, width: int, sequence_length: int, *, scale: float = EMBEDDING_STD) -> None:
         super().__init__()
         if not scale > 0:
             raise ConfigError(

@@ -141,7 +141,6 @@ def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
     ordered, indices = scores.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1)
     reached_before = probabilities.cumsum(dim=-1) - probabilities >= top_p
-    reached_before[:, 0] = False  # rounding must not drop the likeliest
     kept = ordered.masked_fill(reached_before, -torch.inf)
     return torch.empty_like(scores).scatter(-1, indices, kept)
 

@@ -61,7 +61,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
-        initialize(self, config.num_layers)
+        initialize(self, config.d_model, config.num_layers)
 
     def forward(self, input_ids: Tensor, *, return_hidden: bool = False) -> Tensor:
         """Return logits that at position t depend on tokens 0 to t alone.

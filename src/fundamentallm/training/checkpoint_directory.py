@@ -124,12 +124,16 @@ def read_manifest(filesystem: Filesystem, path: Path, name: str) -> Manifest:
             raise CheckpointError("the manifest is too large", where=str(path / MANIFEST))
         data = b"".join(read_chunks(filesystem, path / MANIFEST))
         manifest = parse_manifest(data, name, str(path / MANIFEST))
-        present = set(filesystem.names(path))
-        for file in sorted(present | set(manifest.files) | ALL_FILES):
-            if file not in ALL_FILES or file not in {MANIFEST, *manifest.files}:
-                raise CheckpointError("the checkpoint has a file too many", where=str(path / file))
-            if file not in present:
-                raise CheckpointError("the checkpoint lacks a file", where=str(path / file))
+        if set(manifest.files) != CONTENT_FILES:
+            raise CheckpointError(
+                "the manifest is not of a checkpoint",
+                where=str(path / MANIFEST),
+                got=", ".join(sorted(manifest.files)) or "no files",
+                expected=", ".join(sorted(CONTENT_FILES)),
+            )
+        for file in sorted(ALL_FILES ^ set(filesystem.names(path))):
+            fault = "lacks a file" if file in ALL_FILES else "has a file too many"
+            raise CheckpointError(f"the checkpoint {fault}", where=str(path / file))
         for file, record in manifest.files.items():
             size = _regular_size(filesystem, path / file)
             if size != record.size:

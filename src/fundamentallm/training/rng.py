@@ -66,7 +66,7 @@ def restore_rng(state: Mapping[str, Any]) -> None:
         torch.Generator().set_state(state["torch"])
         for index in saved.keys() & devices:
             torch.Generator(f"{CUDA}{index}").set_state(saved[index])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             "the saved state of the random generators is unusable",
             got=f"{type(error).__name__}: {error}",

@@ -8,6 +8,7 @@ between two inner runs, since Ignite cannot rewind inside one [#2669, #1386].
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import time
@@ -38,31 +39,13 @@ from fundamentallm.training.losses import LanguageModelingLoss
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
 from fundamentallm.training.schedulers import ConstantLRScheduler, LearningRateScheduler
+from fundamentallm.training.state import COUNTERS, IRREVERSIBLE, TrainingState
 from fundamentallm.training.step import StepOutput, TrainStep, evaluate, evaluate_batch, undisturbed
 
 logger = logging.getLogger(__name__)
 # Ignite logs each error that it passes on; whoever catches the error reports it.
 logging.getLogger("ignite").addHandler(logging.NullHandler())
 
-# Counters of the run, in `trainer.state` and in every checkpoint. `elapsed_before` is the seconds
-# of training before this process; `evaluated_step` the step of the last complete evaluation.
-COUNTERS: dict[str, int | float] = {
-    "tokens_seen": 0,
-    "sequences_seen": 0,
-    "micro_batches": 0,
-    "optimizer_steps": 0,
-    "skipped_steps": 0,
-    "evaluations": 0,
-    "evaluated_step": -1,
-    "checkpoints": 0,
-    "incidents": 0,
-    "rollbacks": 0,
-    "epoch_nll": 0.0,
-    "epoch_tokens": 0,
-    "elapsed_before": 0.0,
-}
-# What a rollback does not take back: it happened, whatever step the weights return to.
-IRREVERSIBLE = ("incidents", "rollbacks", "elapsed_before")
 # Events that count themselves; the others filter by a number that somebody else advances.
 SELF_COUNTING = {
     TrainingEvents.FLLM_MICRO_BATCH_COMPLETED,
@@ -148,6 +131,8 @@ class Trainer(Engine):
         interrupted_by: the number of the signal that asked the run to stop.
     """
 
+    state: TrainingState
+
     def __init__(
         self,
         model: nn.Module,
@@ -161,6 +146,8 @@ class Trainer(Engine):
         handlers: Sequence[Handler] = (),
     ) -> None:
         super().__init__(lambda engine, window: self._train_step(window))
+        self.state = TrainingState()
+        self.state_dict_user_keys.extend(COUNTERS)
         self.register_events(*TrainingEvents, event_to_attr=EVENT_TO_ATTRIBUTE)
         self.config = config if config is not None else TrainingConfig()
         self.ranks = Ranks.current()
@@ -205,10 +192,6 @@ class Trainer(Engine):
         self._votes = (False, False)
         self._began = (0.0, 0)
 
-        self.state.metrics = {}
-        for name, value in COUNTERS.items():
-            setattr(self.state, name, value)
-            self.state_dict_user_keys.append(name)
         self.add_event_handler(Events.ITERATION_COMPLETED, self._relay)
         self.add_event_handler(Events.EPOCH_COMPLETED, self._stop_if_over)
         for handler in handlers:
@@ -289,7 +272,7 @@ class Trainer(Engine):
         self.history.record_validation(self.state.iteration, metrics)
         return metrics
 
-    def run(  # type: ignore[override]
+    def run(
         self,
         data: Any = None,
         max_epochs: int | None = None,
@@ -401,7 +384,7 @@ class Trainer(Engine):
         if step_of_epoch == self.steps_per_epoch:
             mean = state.epoch_nll / state.epoch_tokens if state.epoch_tokens else math.nan
             metrics["train/epoch_loss"] = mean
-            self.history.record_epoch(state.epoch, state.iteration, mean)
+            self.history.record_epoch(self.epoch, state.iteration, mean)
 
     def _validate_step(self, batch: Any) -> dict[str, float]:
         """Return `loss` in nats per token and `num_tokens` of one validation batch."""
@@ -492,6 +475,15 @@ class Trainer(Engine):
 
     # ------------------------------------------------------------------ for controllers
 
+    @property
+    def grad_norm(self) -> Tensor:
+        """The gradient norm of the current step, a scalar on the device, before clipping.
+
+        It is there from FLLM_GRADIENTS_READY on; `state.output` has it as a host number after.
+        """
+        assert self._step.grad_norm is not None
+        return self._step.grad_norm
+
     def reject_step(self, reason: str) -> None:
         """Refuse the update of the current step; call it at FLLM_GRADIENTS_READY."""
         self._step.veto = reason
@@ -552,6 +544,14 @@ class Trainer(Engine):
     def total_steps(self) -> int | None:
         """The last step, None where only the clock ends the run."""
         return self.limits.total_steps
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 1, of the current step; 0 before the first step.
+
+        Ignite's own count stands one lower between a restored epoch's end and the next start.
+        """
+        return -(-self.state.iteration // self.steps_per_epoch)
 
     def evaluation_due(self) -> bool:
         """Whether the current step is one after which validation runs."""
@@ -698,8 +698,7 @@ class Trainer(Engine):
             forward = DistributedDataParallel(
                 forward,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                # Buffers here are constants (rotary tables), the same on every rank.
-                broadcast_buffers=False,
+                **_without_buffer_sync(),
             )
         return TrainStep(
             forward,
@@ -711,6 +710,16 @@ class Trainer(Engine):
             self.config.max_grad_norm,
             self.notify,
         )
+
+
+def _without_buffer_sync() -> dict[str, Any]:
+    """Return the options that keep DDP from sending buffers: ours are constants on every rank.
+
+    Newer releases of torch warn at the name that older ones need.
+    """
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {name: False}
 
 
 def _handler_name(handler: Any) -> str:

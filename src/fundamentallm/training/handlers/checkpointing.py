@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ignite.engine import Engine
 from ignite.handlers import Checkpoint
 from ignite.handlers.checkpoint import BaseSaveHandler
 
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def negative_val_loss(engine: Engine) -> float | None:
+def negative_val_loss(trainer: Trainer) -> float | None:
     """Score a checkpoint by its validation loss, if one was measured at this very step."""
-    loss = engine.state.metrics.get("val/loss")
-    if loss is None or engine.state.evaluated_step != engine.state.iteration:
+    loss = trainer.state.metrics.get("val/loss")
+    if loss is None or trainer.state.evaluated_step != trainer.state.iteration:
         return None
     return -float(loss)
 
@@ -76,7 +75,7 @@ class Checkpointing(Checkpoint):
         self,
         checkpoint_dir: Path,
         n_saved: int = 3,
-        score_function: Callable[[Engine], float | None] | None = None,
+        score_function: Callable[[Trainer], float | None] | None = None,
         score_name: str = "validation loss",
         to_save: Mapping[str, Any] | None = None,
     ) -> None:
@@ -89,11 +88,10 @@ class Checkpointing(Checkpoint):
         super().__init__(
             to_save=dict(to_save or {}),
             save_handler=StoreSaver(self.store),
-            score_function=negative_val_loss,
-            score_name=score_name,
             n_saved=n_saved,
         )
         self.score = score_function or negative_val_loss
+        self.score_name = score_name
         self.best_score = -math.inf
         self.best_step: int | None = None
         self._is_ours = False
@@ -142,7 +140,7 @@ class Checkpointing(Checkpoint):
         self.store.point("last", name)
         if best:
             self.store.point("best", name)
-            logger.info("step %d: saved, the best so far", step)
+            logger.info("step %d: saved, the best %s so far", step, self.score_name)
         else:
             logger.debug("step %d: saved", step)
         keep = {step_name(self.best_step)} if self.best_step is not None else set()
@@ -167,7 +165,7 @@ class Checkpointing(Checkpoint):
     def last_checkpoint(self) -> Path | None:
         """The path of the newest checkpoint, None before the first."""
         newest = next(iter(self.store.list()), None)
-        return newest.path if newest is not None else None
+        return self.store.directory / newest.name if newest is not None else None
 
     # ------------------------------------------------------------------ the way back
 

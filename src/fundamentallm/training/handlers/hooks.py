@@ -52,4 +52,5 @@ class Hooks:
 
     def _checkpoint(self, trainer: Trainer) -> None:
         assert self.on_checkpoint is not None
+        assert trainer.state.last_checkpoint is not None
         self.on_checkpoint(trainer, trainer.state.last_checkpoint)

@@ -76,7 +76,7 @@ class MetricsLog:
         state = trainer.state
         record: dict[str, Any] = {
             "step": state.iteration,
-            "epoch": state.epoch,
+            "epoch": trainer.epoch,
             "tokens": state.tokens_seen,
             "elapsed_seconds": round(trainer.elapsed_seconds(), 3),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 
 from fundamentallm.training.handlers.base import HANDLERS
 
@@ -40,13 +40,13 @@ class LossEMA:
         """The mean in nats per token; NaN before the first loss."""
         return self.total / (1.0 - self.decay**self.count) if self.count else math.nan
 
-    def update(self, engine: Engine) -> None:
+    def update(self, trainer: Trainer) -> None:
         """Take in the step's loss, which the guard has brought to the host already."""
-        loss = engine.state.output.loss
+        loss = trainer.state.output.loss
         if math.isfinite(loss):
             self.total = self.decay * self.total + (1.0 - self.decay) * loss
             self.count += 1
-        engine.state.metrics["train/loss_ema"] = self.value
+        trainer.state.metrics["train/loss_ema"] = self.value
 
     def state_dict(self) -> dict[str, Any]:
         """Return the uncorrected sum and the number of losses."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.step import perplexity_of
@@ -30,12 +30,12 @@ class Perplexity:
         """Begin anew with each epoch's first step; listen at ITERATION_COMPLETED."""
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self.update)
 
-    def update(self, engine: Engine) -> None:
+    def update(self, trainer: Trainer) -> None:
         """Take in the step's loss, weighted by its tokens."""
-        state = engine.state
+        state = trainer.state
         # By the step, not at EPOCH_STARTED: that fires again in the middle of an epoch when a
         # run is resumed or rolled back.
-        if (state.iteration - 1) % state.epoch_length == 0:
+        if (state.iteration - 1) % trainer.steps_per_epoch == 0:
             self.nll, self.num_tokens = 0.0, 0
         if math.isfinite(state.output.loss):
             self.nll += state.output.loss * state.output.num_tokens

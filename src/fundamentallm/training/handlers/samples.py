@@ -11,6 +11,7 @@ import torch
 
 from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.models.sampling import generate_tokens
 from fundamentallm.training.handlers.base import HANDLERS
@@ -93,6 +94,6 @@ class Samples:
     def _prompt_ids(self) -> list[int]:
         try:
             ids = [int(token) for token in self.tokenizer.encode(self.prompt)]
-        except ValueError:
+        except DataError:
             ids = []
         return ids or [0]  # a vocabulary without the prompt's characters: any token will do

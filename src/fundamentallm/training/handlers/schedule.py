@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from ignite.handlers.param_scheduler import ParamScheduler
 
 from fundamentallm.training.handlers.base import HANDLERS
@@ -29,21 +29,18 @@ class Schedule(ParamScheduler):
         super().__init__(scheduler.optimizer, "lr")
         self.scheduler = scheduler
         self.progress: float | None = None
-        self._trainer: Trainer | None = None
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: Trainer) -> None:  # type: ignore[override]
         """Set the rate at ITERATION_STARTED, so that it holds for that very step."""
-        self._trainer = trainer
         trainer.add_event_handler(Events.ITERATION_STARTED, self.apply)
 
-    def apply(self, engine: Engine) -> None:
+    def apply(self, trainer: Trainer) -> None:
         """Write the rates for step `state.iteration` and note `train/lr`."""
-        assert self._trainer is not None
         # Ignite counts events from 0 and would count on after a rollback; the step knows better.
-        self.event_index = engine.state.iteration - 1
-        self.progress = self._trainer.clock_progress()
-        self(engine)
-        engine.state.metrics["train/lr"] = self.optimizer_param_groups[0]["lr"]
+        self.event_index = trainer.state.iteration - 1
+        self.progress = trainer.clock_progress()
+        self(trainer)
+        trainer.state.metrics["train/lr"] = self.optimizer_param_groups[0]["lr"]
 
     def get_param(self) -> list[float]:
         """Return the rate of each group for update number `event_index + 1`."""

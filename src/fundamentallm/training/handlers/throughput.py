@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 
 from fundamentallm.training.handlers.base import HANDLERS
 
@@ -44,11 +44,11 @@ class Throughput:
         """Note when the step's batch was asked for."""
         self._started = self._clock()
 
-    def stop(self, engine: Engine) -> None:
+    def stop(self, trainer: Trainer) -> None:
         """Add the step and write both rates."""
-        output = engine.state.output
+        output = trainer.state.output
         self._steps.append((self._clock() - self._started, output.num_tokens, output.num_sequences))
         seconds = max(sum(step[0] for step in self._steps), 1e-9)
-        metrics = engine.state.metrics
+        metrics = trainer.state.metrics
         metrics["train/tokens_per_second"] = sum(step[1] for step in self._steps) / seconds
         metrics["train/samples_per_second"] = sum(step[2] for step in self._steps) / seconds

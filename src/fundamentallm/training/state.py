@@ -1,0 +1,74 @@
+"""What a trainer knows about its run at this moment: Ignite's state, with our fields typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import State
+
+from fundamentallm.training.step import StepOutput
+
+# The counters of a run and their values at its start. All are in every checkpoint.
+COUNTERS: dict[str, int | float] = {
+    "tokens_seen": 0,
+    "sequences_seen": 0,
+    "micro_batches": 0,
+    "optimizer_steps": 0,
+    "skipped_steps": 0,
+    "evaluations": 0,
+    "evaluated_step": -1,
+    "checkpoints": 0,
+    "incidents": 0,
+    "rollbacks": 0,
+    "epoch_nll": 0.0,
+    "epoch_tokens": 0,
+    "elapsed_before": 0.0,
+}
+# What a rollback does not take back: it happened, whatever step the weights return to.
+IRREVERSIBLE = ("incidents", "rollbacks", "elapsed_before")
+
+
+class TrainingState(State):
+    """The state of a run, besides what Ignite's `State` has.
+
+    Attributes:
+        iteration: the current step, from 1; 0 before the first.
+        output: what the current step did.
+        metrics: the newest value of every metric, under its name in the logs.
+        tokens_seen: valid target tokens of all windows so far, over all ranks.
+        sequences_seen: their sequences.
+        micro_batches: this rank's micro-batches so far.
+        optimizer_steps: updates applied.
+        skipped_steps: updates refused, and windows passed over.
+        evaluations: validations begun.
+        evaluated_step: the step of the last complete validation, -1 before the first.
+        checkpoints: checkpoints saved.
+        incidents: faults that asked for a rollback.
+        rollbacks: times that the run went back.
+        epoch_nll: summed loss of the epoch so far, in nats.
+        epoch_tokens: its valid tokens.
+        elapsed_before: seconds of training in earlier processes.
+        last_checkpoint: the directory of the newest checkpoint, None before the first.
+    """
+
+    iteration: int
+    output: StepOutput  # type: ignore[assignment]
+    metrics: dict[str, Any]
+    tokens_seen: int
+    sequences_seen: int
+    micro_batches: int
+    optimizer_steps: int
+    skipped_steps: int
+    evaluations: int
+    evaluated_step: int
+    checkpoints: int
+    incidents: int
+    rollbacks: int
+    epoch_nll: float
+    epoch_tokens: int
+    elapsed_before: float
+    last_checkpoint: Path | None
+
+    def __init__(self) -> None:
+        super().__init__(metrics={}, last_checkpoint=None, **COUNTERS)

@@ -1,0 +1,424 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from fundamentallm.data.dataset import LanguageModelDataset
+from fundamentallm.data.loader import (
+    TokenWindowLoader,
+    ValidationLoader,
+    Window,
+    WindowLoader,
+    as_window_loader,
+    count_valid,
+)
+from fundamentallm.errors import DataError
+
+SMALL = st.integers(min_value=1, max_value=4)
+
+
+def rows_of(window: Window) -> list[list[int]]:
+    """The inputs and last target of every unmasked row of a window."""
+    rows = []
+    for micro in window.micro_batches:
+        for inputs, targets in zip(micro["input_ids"], micro["target_ids"], strict=True):
+            if int(targets[0]) >= 0:
+                rows.append([*inputs.tolist(), int(targets[-1])])
+    return rows
+
+
+def global_rows(
+    tokens: np.ndarray, length: int, sizes: tuple[int, int, int], seed: int, epoch: int, step: int
+) -> list[list[int]]:
+    """The rows of a step over all ranks, put together from micro-batch m of each rank in turn."""
+    batch, accumulation, ranks = sizes
+    windows = [
+        TokenWindowLoader(tokens, length, batch, accumulation, seed, rank, ranks).window_at(
+            epoch, step
+        )
+        for rank in range(ranks)
+    ]
+    rows = []
+    for number in range(len(windows[0].micro_batches)):
+        for window in windows:
+            rows += rows_of(Window([window.micro_batches[number]], 0))
+    return rows
+
+
+# TokenWindowLoader
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    num_tokens=st.integers(min_value=2, max_value=400),
+    length=st.integers(min_value=1, max_value=12),
+    batch=SMALL,
+    accumulation=SMALL,
+    seed=st.integers(min_value=0, max_value=2**32),
+    epoch=st.integers(min_value=0, max_value=100),
+)
+def test_an_epoch_visits_sequences_that_do_not_overlap_each_once(
+    num_tokens: int, length: int, batch: int, accumulation: int, seed: int, epoch: int
+) -> None:
+    if num_tokens <= length:
+        return
+    loader = TokenWindowLoader(np.arange(num_tokens), length, batch, accumulation, seed)
+    num_sequences = max(1, (num_tokens - length) // length)
+    assert len(loader) == -(-num_sequences // (batch * accumulation))
+    loader.set_position(epoch, 0)
+    windows = list(loader)
+    assert len(windows) == len(loader)
+    rows = [row for window in windows for row in rows_of(window)]
+    assert len(rows) == num_sequences
+    starts = sorted(row[0] for row in rows)
+    assert all(row == list(range(row[0], row[0] + length + 1)) for row in rows)
+    assert set(np.diff(starts).tolist()) <= {length}
+    assert 0 <= starts[0] < length
+    assert starts[-1] + length < num_tokens
+    for window in windows[:-1]:
+        assert [tuple(m["input_ids"].shape) for m in window.micro_batches] == [
+            (batch, length)
+        ] * accumulation
+    for window in windows:
+        assert window.num_tokens == len(rows_of(window)) * length
+        assert all(t.dtype == torch.int64 for m in window.micro_batches for t in m.values())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    num_sequences=st.integers(min_value=1, max_value=40),
+    epoch=st.integers(min_value=0, max_value=5),
+    data=st.data(),
+)
+def test_the_rows_of_a_step_are_the_same_however_they_are_split(
+    num_sequences: int, epoch: int, data: st.DataObject
+) -> None:
+    tokens = np.arange(num_sequences * 3 + 4)
+    step = data.draw(st.integers(min_value=0, max_value=-(-num_sequences // 12) - 1))
+    expected = global_rows(tokens, 3, (12, 1, 1), 7, epoch, step)
+    assert expected
+    for sizes in ((1, 12, 1), (2, 6, 1), (2, 3, 2), (1, 4, 3), (3, 1, 4), (6, 1, 2)):
+        assert global_rows(tokens, 3, sizes, 7, epoch, step) == expected
+
+
+@settings(deadline=None, max_examples=40)
+@given(num_sequences=st.integers(min_value=1, max_value=30), batch=SMALL, accumulation=SMALL)
+def test_in_a_short_last_step_every_rank_joins_every_micro_batch(
+    num_sequences: int, batch: int, accumulation: int
+) -> None:
+    ranks = 3
+    tokens = np.arange((num_sequences + 1) * 2)
+    loaders = [
+        TokenWindowLoader(tokens, 2, batch, accumulation, 0, rank, ranks) for rank in range(ranks)
+    ]
+    step = len(loaders[0]) - 1
+    left = loaders[0].num_sequences - step * batch * accumulation * ranks
+    windows = [loader.window_at(0, step) for loader in loaders]
+    assert {len(window.micro_batches) for window in windows} == {-(-left // (batch * ranks))}
+    assert sum(window.num_tokens for window in windows) == left * 2
+    for window in windows:
+        assert window.num_tokens == sum(count_valid(m["target_ids"]) for m in window.micro_batches)
+        for micro in window.micro_batches:
+            assert 1 <= len(micro["input_ids"]) <= batch
+            if count_valid(micro["target_ids"]) == 0:
+                assert micro["input_ids"].tolist() == [[0, 0]]
+                assert micro["target_ids"].tolist() == [[-100, -100]]
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(min_value=0, max_value=1000), data=st.data())
+def test_any_position_is_reached_at_once(seed: int, data: st.DataObject) -> None:
+    def stream(loader: TokenWindowLoader, windows: int) -> list[list[list[int]]]:
+        found: list[list[list[int]]] = []
+        while len(found) < windows:
+            found += [rows_of(window) for window in loader]
+        return found[:windows]
+
+    tokens = np.arange(101)
+    whole = stream(TokenWindowLoader(tokens, 5, 2, 2, seed), 15)
+    per_epoch = len(TokenWindowLoader(tokens, 5, 2, 2, seed))
+    place = data.draw(st.integers(min_value=0, max_value=14))
+    loader = TokenWindowLoader(tokens, 5, 2, 2, seed)
+    loader.set_position(*divmod(place, per_epoch))
+    assert stream(loader, 15 - place) == whole[place:]
+
+
+def test_reaching_far_into_an_epoch_draws_nothing_before_it() -> None:
+    tokens = np.broadcast_to(np.uint8(1), (10**12,))  # no memory behind it
+    loader = TokenWindowLoader(tokens, 1000, 4, 2)
+    loader.set_position(3, len(loader) - 2)
+    assert [window.num_tokens for window in loader] == [
+        8000,
+        loader.window_at(3, len(loader) - 1).num_tokens,
+    ]
+
+
+def test_leaving_an_epoch_early_goes_on_after_the_last_window() -> None:
+    loader = TokenWindowLoader(np.arange(61), 5, 2)
+    iterator = iter(loader)
+    seen = [rows_of(next(iterator)) for _ in range(2)]
+    seen += [rows_of(window) for window in loader]
+    assert seen == [rows_of(loader.window_at(0, step)) for step in range(len(loader))]
+
+
+def test_epochs_and_seeds_have_their_own_order_and_phase() -> None:
+    tokens = np.arange(5003)
+    orders = set()
+    phases = set()
+    for seed in range(4):
+        for epoch in range(10):
+            loader = TokenWindowLoader(tokens, 10, 16, seed=seed)
+            starts = np.concatenate([loader.rows_at(epoch, step) for step in range(len(loader))])
+            orders.add(tuple((starts // 10).tolist()))
+            phases.add(int(starts.min()))
+    assert len(orders) == 40
+    assert phases == set(range(10))  # 40 draws miss one of ten about once in seven
+
+
+def test_the_starts_of_a_step_are_those_of_its_rows() -> None:
+    tokens = np.arange(203)
+    loader = TokenWindowLoader(tokens, 4, 3, 2, seed=5)
+    for step in range(len(loader)):
+        rows = rows_of(loader.window_at(2, step))
+        assert loader.rows_at(2, step).tolist() == [row[0] for row in rows]
+
+
+def test_asking_for_a_window_moves_nothing() -> None:
+    loader = TokenWindowLoader(np.arange(101), 5, 2)
+    first = rows_of(loader.window_at(0, 0))
+    loader.window_at(4, 1)
+    assert rows_of(next(iter(loader))) == first
+
+
+def test_no_random_state_is_used() -> None:
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    list(TokenWindowLoader(np.arange(101), 5, 2))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_batches_come_straight_from_a_memory_map(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(100, dtype=np.uint16))
+    tokens = np.load(tmp_path / "ids.npy", mmap_mode="r")
+    mapped = TokenWindowLoader(tokens, 7, 3, seed=1)
+    assert np.shares_memory(mapped._windows, tokens)
+    in_memory = TokenWindowLoader(np.arange(100), 7, 3, seed=1)
+    assert [rows_of(w) for w in mapped] == [rows_of(w) for w in in_memory]
+
+
+@pytest.mark.parametrize(("num_tokens", "length"), [(0, 1), (8, 8)])
+def test_too_short_a_text_says_how_much_is_needed(num_tokens: int, length: int) -> None:
+    with pytest.raises(DataError) as caught:
+        TokenWindowLoader(np.zeros(num_tokens, dtype=np.uint8), length, 1)
+    assert f"{num_tokens} tokens" in caught.value.got
+    assert str(length + 1) in caught.value.expected
+
+
+def test_one_sequence_is_enough() -> None:
+    loader = TokenWindowLoader(np.arange(9), 8, 4, 4)
+    (window,) = loader
+    assert rows_of(window) == [list(range(9))]
+
+
+# ValidationLoader
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    num_tokens=st.integers(min_value=0, max_value=200),
+    length=st.integers(min_value=1, max_value=9),
+    batch=SMALL,
+    ranks=st.integers(min_value=1, max_value=3),
+)
+def test_validation_sees_every_target_once_over_the_ranks(
+    num_tokens: int, length: int, batch: int, ranks: int
+) -> None:
+    tokens = np.arange(1, num_tokens + 1)
+    pairs = []
+    for rank in range(ranks):
+        loader = ValidationLoader(tokens, length, batch, rank, ranks)
+        assert loader.num_tokens == max(0, num_tokens - 1)
+        for micro in loader:
+            inputs, targets = micro["input_ids"], micro["target_ids"]
+            assert inputs.dtype == targets.dtype == torch.int64
+            assert inputs.shape == targets.shape
+            assert 1 <= len(inputs) <= batch
+            assert inputs.shape[1] == length
+            valid = targets >= 0
+            assert set(targets[~valid].tolist()) <= {-100}
+            assert valid.flatten().any()
+            pairs += list(zip(inputs[valid].tolist(), targets[valid].tolist(), strict=True))
+    assert sorted(pairs) == [(token, token + 1) for token in range(1, num_tokens)]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_an_empty_split_is_an_empty_loader(num_tokens: int) -> None:
+    loader = ValidationLoader(np.zeros(num_tokens, dtype=np.uint8), 8, 2)
+    assert len(loader) == 0
+    assert list(loader) == []
+
+
+def test_validation_repeats_itself() -> None:
+    loader = ValidationLoader(np.arange(50), 8, 2)
+    first = [micro["input_ids"].tolist() for micro in loader]
+    assert len(first) == len(loader) == 4
+    assert [micro["input_ids"].tolist() for micro in loader] == first
+
+
+# WindowLoader
+
+
+def plain_loader(size: int = 10, **options: Any) -> DataLoader[Any]:
+    return DataLoader(LanguageModelDataset(np.arange(size * 3 + 1), 3), **options)
+
+
+def epochs_of(loader: WindowLoader, number: int) -> list[list[list[list[int]]]]:
+    return [[rows_of(window) for window in loader] for _ in range(number)]
+
+
+def test_a_plain_loader_becomes_windows() -> None:
+    loader = WindowLoader(plain_loader(10, batch_size=2), accumulation_steps=2)
+    windows = list(loader)
+    assert len(loader) == len(windows) == 3  # the short last window is kept
+    assert [len(window.micro_batches) for window in windows] == [2, 2, 1]
+    assert [window.num_tokens for window in windows] == [12, 12, 6]
+    assert [row[0] for window in windows for row in rows_of(window)] == list(range(0, 30, 3))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_order_of_a_shuffling_loader_follows_from_seed_and_epoch(workers: int) -> None:
+    def shuffled(seed: int) -> WindowLoader:
+        return WindowLoader(
+            plain_loader(30, batch_size=4, shuffle=True, num_workers=workers), 2, seed=seed
+        )
+
+    torch.manual_seed(1)
+    first = epochs_of(shuffled(seed=5), 2)
+    torch.manual_seed(2)
+    torch.rand(7)
+    assert epochs_of(shuffled(seed=5), 2) == first
+    assert first[0] != first[1]
+    assert epochs_of(shuffled(seed=6), 1)[0] != first[0]
+
+
+def test_a_shuffling_loader_leaves_the_training_s_random_numbers_alone() -> None:
+    loader = WindowLoader(plain_loader(30, batch_size=4, shuffle=True), 2)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+def test_a_wrapped_loader_goes_to_a_position(step: int) -> None:
+    def shuffled() -> WindowLoader:
+        return WindowLoader(plain_loader(30, batch_size=4, shuffle=True), 2, seed=5)
+
+    whole = epochs_of(shuffled(), 3)
+    loader = shuffled()
+    loader.set_position(1, step)
+    assert epochs_of(loader, 2) == [whole[1][step:], whole[2]]
+
+
+def test_pairs_are_batches_too() -> None:
+    inputs = torch.arange(12).view(4, 3)
+    loader = WindowLoader(DataLoader(TensorDataset(inputs, inputs + 1), batch_size=2))
+    assert [rows_of(window) for window in loader] == [
+        [[0, 1, 2, 3], [3, 4, 5, 6]],
+        [[6, 7, 8, 9], [9, 10, 11, 12]],
+    ]
+
+
+def test_a_batch_of_another_shape_is_refused() -> None:
+    for batch in (torch.zeros(2, 3), {"x": 1}, (1, 2, 3)):
+        with pytest.raises(ValueError, match="input_ids"):
+            next(iter(WindowLoader([batch])))
+
+
+def test_masked_targets_do_not_count() -> None:
+    targets = torch.tensor([[1, -100, 0], [-1, 5, -100]])
+    assert count_valid(targets) == 3
+    (window,) = WindowLoader([(torch.zeros(2, 3, dtype=torch.int64), targets)])
+    assert window.num_tokens == 3
+
+
+def test_an_empty_loader_has_no_windows() -> None:
+    loader = WindowLoader([])
+    assert len(loader) == 0
+    assert list(loader) == []
+
+
+def test_no_micro_batch_is_misuse() -> None:
+    with pytest.raises(ValueError, match="accumulation_steps"):
+        WindowLoader([], accumulation_steps=0)
+
+
+class OwnLoader:
+    """A loader of windows that somebody else wrote."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def set_position(self, epoch: int, step: int) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Window]:
+        micro: dict[str, Tensor] = {}
+        yield Window([micro], 0)
+
+
+def test_a_loader_of_windows_is_used_as_it_is() -> None:
+    own = OwnLoader()
+    assert as_window_loader(own, 4, 0) is own
+    ours = TokenWindowLoader(np.arange(9), 8, 1)
+    assert as_window_loader(ours, 4, 0) is ours
+    wrapped = as_window_loader(plain_loader(10, batch_size=2), 4, 9)
+    assert isinstance(wrapped, WindowLoader)
+    assert (wrapped.accumulation_steps, wrapped.seed) == (4, 9)
+
+
+# guards
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sequence_length": 0},
+        {"batch_size": 0},
+        {"accumulation_steps": 0},
+        {"rank": 2, "world_size": 2},
+        {"rank": -1},
+    ],
+)
+def test_sizes_and_ranks_that_cannot_be_are_misuse(options: dict[str, int]) -> None:
+    arguments = {"sequence_length": 4, "batch_size": 2, **options}
+    with pytest.raises(ValueError, match="must"):
+        TokenWindowLoader(np.arange(100), **arguments)
+    if "accumulation_steps" not in options:
+        with pytest.raises(ValueError, match="must"):
+            ValidationLoader(np.arange(100), **arguments)
+
+
+@pytest.mark.parametrize("step", [-1, 12])
+def test_a_step_that_an_epoch_lacks_is_misuse(step: int) -> None:
+    loader = TokenWindowLoader(np.arange(100), 4, 2)
+    assert len(loader) == 12
+    with pytest.raises(ValueError, match="12 steps"):
+        loader.window_at(0, step)
+
+
+def test_inputs_and_targets_do_not_share_memory() -> None:
+    (micro,) = TokenWindowLoader(np.arange(100), 4, 2).window_at(0, 0).micro_batches
+    targets = micro["target_ids"].clone()
+    micro["input_ids"].fill_(-1)
+    assert torch.equal(micro["target_ids"], targets)
+    assert micro["target_ids"].view(-1).shape == (8,)

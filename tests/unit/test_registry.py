@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+
+from fundamentallm.errors import ConfigError
+from fundamentallm.registry import Registry
+
+
+class Opaque:
+    """A class that no configuration can write."""
+
+
+@pytest.fixture
+def registry() -> Registry[Any]:
+    table: Registry[Any] = Registry("gadget", supplied=("width", "lr"))
+
+    @table.register("full")
+    def full(
+        width: int,
+        lr: float,
+        *,
+        count: int = 1,
+        rate: float = 0.5,
+        pair: tuple[float, float] = (0.0, 0.0),
+        flag: bool = False,
+        limit: int | None = None,
+        mode: Literal["a", "b"] = "a",
+        names: list[str] | None = None,
+        part: Opaque | None = None,
+    ) -> dict[str, Any]:
+        return dict(locals())
+
+    @table.register("plain")
+    class Plain:
+        pass
+
+    @table.register("needy")
+    class Needy:
+        def __init__(self, size: int, width: int = 0) -> None:
+            self.size, self.width = size, width
+
+    @table.register("data")
+    @dataclass
+    class Data:
+        decay: float = 0.9
+
+    return table
+
+
+def fault(registry: Registry[Any], name: str, options: dict[str, Any]) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        registry.check(name, options)
+    return caught.value
+
+
+def test_names_are_sorted_and_found(registry):
+    assert registry.names() == ["data", "full", "needy", "plain"]
+    assert "full" in registry
+    assert "fool" not in registry
+    assert registry.get("full").__name__ == "full"
+    assert registry.name_of(registry.get("full")) == "full"
+    assert registry.name_of(print) is None
+
+
+def test_an_unknown_name_lists_the_known_and_the_nearest(registry):
+    with pytest.raises(ConfigError) as caught:
+        registry.get("ful")
+    assert str(caught.value) == (
+        "unknown gadget 'ful'\n"
+        "  expected: one of data, full, needy, plain\n"
+        "  fix:      did you mean 'full'?"
+    )
+    with pytest.raises(ConfigError) as caught:
+        registry.get("zzz")
+    assert "plugin" in caught.value.fix
+
+
+def test_a_name_is_taken_once(registry):
+    with pytest.raises(ValueError, match="the gadget name 'full' is taken by"):
+
+        @registry.register("full")
+        def other() -> None: ...
+
+
+def test_a_module_that_is_imported_again_may_register_again():
+    table: Registry[Any] = Registry("gadget")
+
+    def load() -> Any:
+        @table.register("a")
+        def again() -> None: ...
+
+        return again
+
+    load()
+    latest = load()
+    assert table.get("a") is latest
+
+
+def test_options_are_the_parameters_that_are_not_supplied(registry):
+    assert list(registry.options("needy")) == ["size"]
+    assert "lr" not in registry.options("full")
+    assert registry.options("plain") == {}
+    assert list(registry.options("data")) == ["decay"]
+
+
+@pytest.mark.parametrize(
+    ("options", "checked"),
+    [
+        ({}, {}),
+        ({"rate": 1}, {"rate": 1.0}),
+        ({"pair": [0.5, 1]}, {"pair": (0.5, 1.0)}),
+        ({"pair": (0.5, 1)}, {"pair": (0.5, 1.0)}),
+        ({"limit": None}, {"limit": None}),
+        ({"limit": 3}, {"limit": 3}),
+        ({"flag": True}, {"flag": True}),
+        ({"mode": "b"}, {"mode": "b"}),
+        ({"names": ["x"]}, {"names": ["x"]}),
+    ],
+)
+def test_options_that_fit(registry, options, checked):
+    result = registry.check("full", options)
+    assert result == checked
+    assert [type(value) for value in result.values()] == [type(value) for value in checked.values()]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("count", "3"),
+        ("count", 3.0),
+        ("count", True),
+        ("rate", "0.5"),
+        ("rate", True),
+        ("rate", math.nan),
+        ("rate", math.inf),
+        ("pair", [0.5]),
+        ("pair", [0.5, 0.5, 0.5]),
+        ("pair", 0.5),
+        ("flag", 1),
+        ("flag", "true"),
+        ("limit", 0.5),
+        ("mode", "c"),
+        ("names", "x"),
+    ],
+)
+def test_options_that_do_not_fit(registry, key, value):
+    error = fault(registry, "full", {key: value})
+    assert error.key == key
+    assert f"option '{key}' of gadget 'full'" in error.what
+    assert error.got == repr(value)
+    assert error.expected
+
+
+def test_what_no_schema_describes_is_left_to_the_factory(registry):
+    part = Opaque()
+    assert registry.check("full", {"part": part})["part"] is part
+
+
+def test_an_unknown_option(registry):
+    error = fault(registry, "full", {"ratee": 1})
+    assert error.key == "ratee"
+    assert error.what == "gadget 'full' has no option 'ratee'"
+    assert error.expected.startswith("one of count, flag, limit")
+    assert error.fix == "did you mean 'rate'?"
+    error = fault(registry, "plain", {"x": 1})
+    assert (error.expected, error.fix) == ("no options at all", "remove it")
+
+
+def test_what_the_program_supplies_cannot_be_written(registry):
+    assert "has no option 'lr'" in fault(registry, "full", {"lr": 1.0}).what
+
+
+def test_a_missing_option(registry):
+    error = fault(registry, "needy", {})
+    assert error.key == "size"
+    assert error.fix == "add size: ..."
+
+
+def test_build_passes_what_the_factory_has_a_parameter_for(registry):
+    built = registry.build("full", {"rate": 1}, width=3, lr=0.1, unheard_of=5)
+    assert (built["width"], built["lr"], built["rate"]) == (3, 0.1, 1.0)
+    assert registry.build("needy", {"size": 2}, width=7).width == 7
+    assert registry.build("data").decay == 0.9
+    assert registry.build("needy", {"size": 2}, lr=1.0).width == 0
+
+
+def test_build_takes_positional_arguments(registry):
+    assert registry.build("full", None, 3, 0.1)["width"] == 3
+
+
+def test_an_option_wins_over_a_value_of_the_program(registry):
+    assert registry.build("data", {"decay": 0.5}, decay=0.1).decay == 0.5
+    assert registry.build("data", {}, decay=0.1).decay == 0.1
+
+
+def test_build_checks_first(registry):
+    with pytest.raises(ConfigError, match="has no option"):
+        registry.build("full", {"x": 1}, width=1, lr=0.1)
