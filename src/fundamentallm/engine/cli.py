@@ -18,7 +18,7 @@ from fundamentallm.errors import FundamentaLLMError, InterruptedRunError, Machin
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code (see `errors.py` for the codes)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         return int(options.command(options))
     except FundamentaLLMError as error:
@@ -55,6 +55,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
         return MachineError.exit_code
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; `key=value` may stand anywhere after the config.
+
+    argparse alone takes positional arguments only in one place, and would read those that follow
+    `--plugins` as modules.
+    """
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    late = [word for word in [*options.plugins, *rest] if is_override(word)]
+    options.plugins = [word for word in options.plugins if not is_override(word)]
+    unknown = [word for word in rest if not is_override(word)]
+    if unknown or (late and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or late)}")
+    if late:
+        options.overrides = [*options.overrides, *late]
+    return options
+
+
+def is_override(word: str) -> bool:
+    """Tell whether a word of a command line is a `key=value`."""
+    return "=" in word and not word.startswith("-")
 
 
 def report(error: FundamentaLLMError) -> None:

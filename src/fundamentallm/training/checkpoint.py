@@ -6,7 +6,7 @@ model, optimizer, _, metrics, epoch, step = CheckpointManager.load("out/first", 
 ```
 
 A run's own checkpoints hold more (every handler, the random generators, the data position) and go
-through `store.CheckpointStore` with the same layout, so `load` reads them too.
+through `store.CheckpointStore` with the same layout, so `load` reads their part of them too.
 """
 
 from __future__ import annotations
@@ -22,17 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.rng import capture_rng, restore_rng
 from fundamentallm.training.store import CheckpointStore, step_name, step_of
-
-__all__ = [
-    "CheckpointManager",
-    "Stateful",
-    "capture_rng",
-    "check_model_state",
-    "check_optimizer_state",
-    "restore_rng",
-]
 
 MAX_NAMED_DIFFERENCES = 6
 
@@ -314,7 +304,10 @@ def _read(path: Path) -> dict[str, Any]:
             raise CheckpointError("this is neither a checkpoint nor a pointer", where=str(path))
         path = target
     path = path.resolve()  # a link that the caller names is the caller's wish
-    return CheckpointStore(path.parent).read(path)
+    store = CheckpointStore(path.parent)
+    tree = store.read(path)
+    tree.setdefault("step", store.manifest(path).step)
+    return tree
 
 
 def _check_form(tree: dict[str, Any], path: Path) -> None:

@@ -530,7 +530,7 @@ class Trainer(Engine):
         self.ledger = ledger
         self.history.cut_back(self.state.iteration)
         logger.warning(
-            "went back from step %d to step %d (%s); the windows of steps %s are skipped",
+            "went back from step %d to step %d (%s); from now on skipping step %s",
             broke_at,
             self.state.iteration,
             reason,

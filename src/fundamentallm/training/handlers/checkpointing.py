@@ -159,6 +159,8 @@ class Checkpointing(Checkpoint):
                 fix="choose another checkpoint directory, or continue that run with"
                 " trainer.resume(path)",
             )
+        if trainer.ranks.is_writer:
+            self.store.recover()  # what a killed process left half done
         self._is_ours = True
 
     @property

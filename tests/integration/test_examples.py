@@ -1,0 +1,173 @@
+"""The examples do what they say: scripts, plugins and notebooks are executed as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+TINY = EXAMPLES / "data" / "tiny.txt"
+
+# Each plugin with what selects its part in a run.
+PLUGINS = {
+    "own_handler": ["handlers.gradient_noise.every=5"],
+    "own_optimizer": ["training.optimizer=lion", "training.learning_rate=5e-4"],
+    "own_schedule": ["training.scheduler={name: restarts, depth: 0.2}"],
+    "own_block": ["model.feedforward=geglu"],
+    "own_tokenizer": ["data.tokenizer={name: words, max_words: 100}"],
+}
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(EXAMPLES),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def run_train_yaml(cwd: Path, *extra: str) -> Path:
+    """Run configs/train.yaml on the tiny text and return the run's directory."""
+    config = str(ROOT / "configs" / "train.yaml")
+    result = python(
+        "-m", "fundamentallm.engine", "run", config, f"data.source={TINY}", *extra, cwd=cwd
+    )
+    assert result.returncode == 0, result.stderr
+    return cwd / "runs" / "train"
+
+
+def final_val_loss(run: Path) -> float:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["val/loss"] for line in lines if "val/loss" in line][-1]
+
+
+def test_there_is_a_test_for_every_script():
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")}
+
+    assert scripts == {"compose_handlers", *PLUGINS}
+
+
+@pytest.mark.parametrize("name", [*PLUGINS])
+@pytest.mark.long
+def test_a_script_runs_by_itself(name, tmp_path):
+    result = python(str(EXAMPLES / f"{name}.py"), cwd=tmp_path)
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    assert list(tmp_path.iterdir()) == []  # nothing is left where the user stands
+
+
+@pytest.mark.parametrize("name", [*PLUGINS])
+@pytest.mark.long
+def test_a_plugin_takes_part_in_a_run(name, tmp_path):
+    run = run_train_yaml(tmp_path, "training.total_steps=12", "--plugins", name, *PLUGINS[name])
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 12
+    if name == "own_handler":
+        assert "train/gradient_noise" in lines[-2]
+    generated = python(
+        "-m",
+        "fundamentallm.engine",
+        "generate",
+        str(run),
+        "--plugins",
+        name,
+        "--max-tokens",
+        "5",
+        cwd=tmp_path,
+    )
+    assert generated.returncode == 0, generated.stderr
+
+
+def test_a_handler_of_ones_own_takes_part_in_a_run(tmp_path):
+    run = run_train_yaml(
+        tmp_path,
+        "training.total_steps=10",
+        "handlers.samples=false",
+        "--plugins",
+        "own_handler",
+        "handlers.gradient_noise.every=5",
+    )
+
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["step"] == 10
+    assert line["train/gradient_noise"] > 0
+
+
+@pytest.mark.long
+def test_yaml_script_and_notebook_give_the_same_numbers(tmp_path):
+    run = run_train_yaml(tmp_path)
+    from_yaml = final_val_loss(run)
+
+    out = tmp_path / "by_hand"
+    result = python(
+        str(EXAMPLES / "compose_handlers.py"), str(TINY), "--out", str(out), cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    from_script = final_val_loss(out)
+
+    (printed,) = re.findall(
+        r"final validation loss (\d\.\d+)", output_of("train_plot_sample", tmp_path)
+    )
+    assert from_script == from_yaml
+    assert printed == f"{from_yaml:.4f}"
+
+
+@pytest.mark.long
+def test_the_notebook_on_events_heals_its_run(tmp_path):
+    text = output_of("events_and_handlers", tmp_path)
+
+    assert "went back 1 time; windows passed over: [6]" in text
+    assert "weights equal, bit for bit: True" in text
+
+
+@pytest.mark.parametrize(
+    "path", sorted((EXAMPLES / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem
+)
+def test_a_notebook_is_kept_with_its_output_and_without_traces_of_a_machine(path):
+    text = path.read_text()
+    notebook = json.loads(text)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+    assert len(text) < 300_000
+    assert "image/png" in text
+    assert all(cell["execution_count"] for cell in code)
+    assert not re.search(r"/(tmp|home|root|Users|work)/", text)
+
+
+def output_of(name: str, tmp_path: Path) -> str:
+    """Execute a fresh copy of a notebook and return what it printed."""
+    nbformat = pytest.importorskip("nbformat", reason="the extra 'notebooks' is not installed")
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(EXAMPLES / "notebooks" / f"{name}.ipynb", as_version=4)
+    folder = tmp_path / "examples" / "notebooks"
+    folder.mkdir(parents=True)
+    (tmp_path / "examples" / "data").symlink_to(EXAMPLES / "data")
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    return "".join(
+        output.get("text", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output["output_type"] == "stream"
+    )
