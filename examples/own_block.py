@@ -31,11 +31,12 @@ class GEGLU(nn.Module):
         super().__init__()
         self.gate = nn.Linear(width, hidden_width, bias=bias)
         self.up = nn.Linear(width, hidden_width, bias=bias)
-        self.down = nn.Linear(hidden_width, width, bias=bias)
+        # By this name the initialisation knows what writes into the residual stream.
+        self.output = nn.Linear(hidden_width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        return self.down(F.gelu(self.gate(x)) * self.up(x))
+        return self.output(F.gelu(self.gate(x)) * self.up(x))
 
 
 def main() -> None:

@@ -333,7 +333,7 @@ def test_a_runs_checkpoint_with_more_in_it_is_read(tmp_path: Path) -> None:
 
     objects = parts(seed=9)[:2]
     loaded = CheckpointManager.load(path, *objects)
-    assert loaded == (*objects, None, {}, 0, 0)
+    assert loaded == (*objects, None, {}, 0, 3)
     assert_equal(everything(*objects), everything(model, optimizer))
 
 

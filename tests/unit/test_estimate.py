@@ -32,9 +32,7 @@ def config(**fields: Any) -> TransformerConfig:
     ("normalization", "positions", "feedforward"),
     list(itertools.product(NORMALIZATIONS.names(), POSITIONS.names(), FEEDFORWARDS.names())),
 )
-def test_parameters_are_exact(
-    normalization: str, positions: str, feedforward: str
-) -> None:
+def test_parameters_are_exact(normalization: str, positions: str, feedforward: str) -> None:
     tied = len(normalization + positions + feedforward) % 2 == 0  # each value, for each choice
     choice = config(
         normalization=normalization,

@@ -263,6 +263,12 @@ class TestFiles:
             read_yaml(path)
         assert time.process_time() - start < 0.1
 
+    def test_the_limit_counts_bytes_and_never_cuts_a_file(self, tmp_path):
+        path = tmp_path / "a.yaml"
+        path.write_text("name: a\n# " + "\u00e9" * 499_999 + "\nname: b\n", encoding="utf-8")
+        with pytest.raises(ConfigError, match="too large"):
+            read_yaml(path)
+
 
 def test_a_value_that_occurs_twice_is_written_twice():
     pair = [0.9, 0.95]

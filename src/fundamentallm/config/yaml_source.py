@@ -160,7 +160,6 @@ class _TooDeepError(Exception):
 def _parse(text: str, name: str) -> YamlDocument:
     if len(text) > LARGEST_FILE:
         raise too_large(name)
-    text = text.removeprefix("\ufeff")
     try:
         return _Builder(name, yaml.parse(text, Loader=_Parser)).document()
     except yaml.reader.ReaderError as error:

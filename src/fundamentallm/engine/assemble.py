@@ -23,9 +23,7 @@ from fundamentallm.data.tokenizer import TOKENIZERS, Tokenizer, build_tokenizer
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
 from fundamentallm.errors import CheckpointError
-from fundamentallm.models.feedforward import FEEDFORWARDS
-from fundamentallm.models.normalization import NORMALIZATIONS
-from fundamentallm.models.positions import POSITIONS
+from fundamentallm.models.components import check_components
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.clock import seconds_since_start
 from fundamentallm.training.distributed import Ranks
@@ -80,7 +78,7 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
     """Build every part of a run and connect them.
 
     Args:
-        config: as written.
+        config: as written; its names were checked (`check_names`).
         directory: where the run lives, and what it goes on from.
         ranks: this process among the others.
 
@@ -89,7 +87,6 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
     """
     training = config.training
     device = resolve_run_device(config, ranks)
-    check_names(config)
 
     # data feeds
     corpus = read_corpus(config.data, directory, ranks)
@@ -205,12 +202,11 @@ def check_names(config: RunConfig) -> None:
     Raises:
         ConfigError: with the file and line of the fault.
     """
-    training, model = config.training, config.model
+    training = config.training
+    with config.blame("model"):
+        check_components(config.model)
     for key, registry, component in (
         ("data.tokenizer", TOKENIZERS, config.data.tokenizer),
-        ("model.normalization", NORMALIZATIONS, model.normalization),
-        ("model.positions", POSITIONS, model.positions),
-        ("model.feedforward", FEEDFORWARDS, model.feedforward),
         ("training.optimizer", OPTIMIZERS, training.optimizer),
         ("training.scheduler", SCHEDULERS, training.scheduler),
         ("training.loss", LOSSES, training.loss),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fundamentallm.config import RunConfig, load_config
-from fundamentallm.engine.assemble import Run, assemble
+from fundamentallm.engine.assemble import Run, assemble, check_names
 from fundamentallm.engine.console import say, speaking
 from fundamentallm.engine.fit import estimate_run, gib, memory_limit
 from fundamentallm.engine.plugins import load_plugins
@@ -31,6 +31,7 @@ def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[st
     config = load_config(config_path, overrides)
     with speaking():
         load_plugins([*config.plugins, *plugins], config.locate("plugins"))
+        check_names(config)
         run = assemble(config, _nowhere(config), Ranks())
     for note in run.notes:
         say(note)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fundamentallm.config import RunConfig, load_config
 from fundamentallm.engine import run_directory
-from fundamentallm.engine.assemble import Run, assemble, keep_corpus
+from fundamentallm.engine.assemble import Run, assemble, check_names, keep_corpus
 from fundamentallm.engine.console import logging_to, printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.run_directory import RunDirectory
@@ -41,6 +41,7 @@ def run(
     try:
         with speaking(quiet=not ranks.is_writer):
             load_plugins([*config.plugins, *plugins], config.locate("plugins"))
+            check_names(config)
             directory = agree_on_directory(config, resume, run_dir, ranks)
             if directory.finished:
                 if ranks.is_writer:

@@ -86,9 +86,8 @@ class Transformer(nn.Module):
                 f"the input has {time} tokens, the context length is {self.sequence_length}"
             )
         x = self.dropout(self.positions.embed(self.token_embedding(input_ids)))
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            if recompute:
+            if self.gradient_checkpointing:
                 x = checkpoint(
                     block, x, self.positions, use_reentrant=False, preserve_rng_state=True
                 )
