@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "nanogpt_cpu.yaml"
 # What differs between two runs of the same thing: time and speed.
 UNREPEATABLE = {"elapsed_seconds", "train/tokens_per_second", "train/samples_per_second"}
-STOP = '''
+STOP = """
 from ignite.engine import Events
 from fundamentallm.training.handlers import HANDLERS
 
@@ -31,7 +31,7 @@ class StopAt700:
 
     def stop(self, trainer):
         trainer.interrupt_run(15)
-'''
+"""
 
 
 def train(run_dir: Path, seed: int, data: str, *extra: str) -> float:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,6 +59,28 @@ def test_a_stride_sets_where_windows_start(num_tokens: int, length: int, stride:
     assert starts == list(range(0, num_tokens - length, stride))
 
 
+@settings(deadline=None)
+@given(num_tokens=st.integers(min_value=2, max_value=60), length=SIZES, stride=SIZES)
+def test_padding_adds_one_window_and_only_for_targets_that_are_left(
+    num_tokens: int, length: int, stride: int
+) -> None:
+    padded = LanguageModelDataset(np.arange(num_tokens), length, stride, pad_last=True)
+    starts = list(range(0, num_tokens - length, stride))
+    covered = {start + 1 + place for start in starts for place in range(length)}
+    following = len(starts) * stride
+    if max(covered, default=0) < num_tokens - 1 and following < num_tokens - 1:
+        starts.append(following)
+    assert [int(padded[index]["input_ids"][0]) for index in range(len(padded))] == starts
+    for index, start in enumerate(starts):
+        targets = padded[index]["target_ids"]
+        expected = list(range(start + 1, min(start + 1 + length, num_tokens)))
+        assert targets.tolist() == expected + [-100] * (length - len(expected))
+        assert expected
+    if stride <= length:
+        last = padded[len(padded) - 1]["target_ids"]
+        assert num_tokens - 1 in last.tolist()
+
+
 def test_sources_of_every_kind_give_the_same_items(tmp_path: Path) -> None:
     ids = [3, 1, 4, 1, 5, 9, 2]
     np.save(tmp_path / "ids.npy", np.array(ids, dtype=np.uint16))
@@ -65,6 +88,7 @@ def test_sources_of_every_kind_give_the_same_items(tmp_path: Path) -> None:
         ids,
         np.array(ids, dtype=np.uint8),
         torch.tensor(ids),
+        np.array(ids, dtype=">u2"),
         np.load(tmp_path / "ids.npy", mmap_mode="r"),
     ]
     for source in sources:
@@ -111,6 +135,12 @@ def test_one_window_fits_exactly() -> None:
 def test_lengths_below_one_are_misuse(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         LanguageModelDataset(np.arange(9), **options)
+
+
+@pytest.mark.parametrize("tokens", [np.zeros(9), np.zeros((9, 2), dtype=int), [0.5] * 9, "a" * 9])
+def test_tokens_that_are_no_row_of_integers_are_misuse(tokens: Any) -> None:
+    with pytest.raises(ValueError, match="one row of integers"):
+        LanguageModelDataset(tokens, 4)
 
 
 def test_it_feeds_a_plain_data_loader() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+from collections import UserDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from fundamentallm.data.dataset import LanguageModelDataset
 from fundamentallm.data.loader import (
@@ -18,9 +28,12 @@ from fundamentallm.data.loader import (
     ValidationLoader,
     Window,
     WindowLoader,
+    as_batch,
+    as_window,
     as_window_loader,
     count_valid,
 )
+from fundamentallm.data.permutation import Permutation, derive_key
 from fundamentallm.errors import DataError
 
 SMALL = st.integers(min_value=1, max_value=4)
@@ -108,6 +121,40 @@ def test_the_rows_of_a_step_are_the_same_however_they_are_split(
     assert expected
     for sizes in ((1, 12, 1), (2, 6, 1), (2, 3, 2), (1, 4, 3), (3, 1, 4), (6, 1, 2)):
         assert global_rows(tokens, 3, sizes, 7, epoch, step) == expected
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    num_tokens=st.integers(min_value=5, max_value=150),
+    sizes=st.tuples(SMALL, SMALL, SMALL),
+    seed=st.integers(min_value=0, max_value=100),
+)
+def test_the_rows_of_an_epoch_are_the_same_for_any_sizes(
+    num_tokens: int, sizes: tuple[int, int, int], seed: int
+) -> None:
+    tokens = np.arange(num_tokens)
+    batch, accumulation, ranks = sizes
+    steps = len(TokenWindowLoader(tokens, 4, batch, accumulation, seed, 0, ranks))
+    rows = [row for step in range(steps) for row in global_rows(tokens, 4, sizes, seed, 2, step)]
+    alone = TokenWindowLoader(tokens, 4, 1, seed=seed)
+    # In order, which is stronger than as a multiset: sizes only say where a step ends.
+    assert rows == [rows_of(alone.window_at(2, step))[0] for step in range(len(alone))]
+
+
+@pytest.mark.parametrize(("num_tokens", "epoch"), [(103, 0), (103, 7), (21, 3), (6, 1)])
+def test_the_starts_are_phase_and_permutation_of_seed_and_epoch(
+    num_tokens: int, epoch: int
+) -> None:
+    """The formula written out, number by number: a resumed run relies on it."""
+    length, seed = 5, 11
+    num_sequences = max(1, (num_tokens - length) // length)
+    phases = min(length - 1, num_tokens - 1 - num_sequences * length) + 1
+    phase = derive_key(seed, epoch, 2) % phases
+    order = Permutation(num_sequences, derive_key(seed, epoch, 1))
+    loader = TokenWindowLoader(np.arange(num_tokens), length, 2, 2, seed=seed)
+    found = [int(row) for step in range(len(loader)) for row in loader.rows_at(epoch, step)]
+    expected = [int(order(np.array([place]))[0]) for place in range(num_sequences)]
+    assert found == [phase + place * length for place in expected]
 
 
 @settings(deadline=None, max_examples=40)
@@ -310,12 +357,56 @@ def test_the_order_of_a_shuffling_loader_follows_from_seed_and_epoch(workers: in
     assert epochs_of(shuffled(seed=6), 1)[0] != first[0]
 
 
-def test_a_shuffling_loader_leaves_the_training_s_random_numbers_alone() -> None:
-    loader = WindowLoader(plain_loader(30, batch_size=4, shuffle=True), 2)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shuffling_loader_leaves_the_training_s_random_numbers_alone(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    loader = WindowLoader(plain_loader(30, batch_size=4, shuffle=True, num_workers=workers), 2)
     torch.manual_seed(3)
-    before = torch.get_rng_state()
-    list(loader)
-    assert torch.equal(torch.get_rng_state(), before)
+    np.random.seed(3)
+    random.seed(3)
+    seeded.clear()
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    loader.set_position(0, 2)
+    for _ in range(2):
+        for _ in loader:
+            assert torch.equal(torch.get_rng_state(), states[0])
+            assert np.random.get_state()[1].tolist() == states[1]
+            assert random.getstate() == states[2]
+    assert seeded == []  # torch.manual_seed would reseed the dropout of every GPU
+
+
+DATA = LanguageModelDataset(np.arange(91), 3)
+ORDERS = {
+    "generator": lambda: {"shuffle": True, "batch_size": 4, "generator": torch.Generator()},
+    "subset": lambda: {"sampler": SubsetRandomSampler(range(30)), "batch_size": 4},
+    "weights": lambda: {
+        "sampler": WeightedRandomSampler([1.0] * 30, 30, generator=torch.Generator()),
+        "batch_size": 4,
+    },
+    "batches": lambda: {
+        "batch_sampler": BatchSampler(
+            RandomSampler(range(30), generator=torch.Generator()), 4, drop_last=False
+        )
+    },
+    "distributed": lambda: {"sampler": DistributedSampler(DATA, 1, 0), "batch_size": 4},
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_the_order_of_every_sampler_follows_from_seed_and_epoch(name: str) -> None:
+    def made() -> WindowLoader:
+        return WindowLoader(DataLoader(DATA, **ORDERS[name]()), 2, seed=5)
+
+    torch.manual_seed(1)
+    whole = epochs_of(made(), 3)
+    assert whole[0] != whole[1] != whole[2]
+    torch.manual_seed(2)
+    resumed = made()
+    resumed.set_position(1, 2)
+    assert epochs_of(resumed, 2) == [whole[1][2:], whole[2]]
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
@@ -338,10 +429,28 @@ def test_pairs_are_batches_too() -> None:
     ]
 
 
-def test_a_batch_of_another_shape_is_refused() -> None:
-    for batch in (torch.zeros(2, 3), {"x": 1}, (1, 2, 3)):
-        with pytest.raises(ValueError, match="input_ids"):
-            next(iter(WindowLoader([batch])))
+def test_mappings_of_other_kinds_and_more_keys_are_batches_too() -> None:
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    batch = as_batch(UserDict(input_ids=ids, target_ids=ids + 1, attention_mask=ids))
+    assert list(batch) == ["input_ids", "target_ids"]
+    assert batch["target_ids"] is not batch["input_ids"]
+
+
+def test_a_batch_is_a_window_of_one() -> None:
+    ids = torch.tensor([[1, -100, 2]])
+    window = as_window((ids, ids))
+    assert len(window.micro_batches) == 1
+    assert window.num_tokens == 2
+    assert as_window(window) is window
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [(torch.zeros(2, 3), "Tensor"), ({"x": 1, "y": 2}, "keys x, y"), ((1, 2, 3), "tuple of 3")],
+)
+def test_a_batch_of_another_shape_is_refused(batch: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=f"input_ids.*{told}"):
+        next(iter(WindowLoader([batch])))
 
 
 def test_masked_targets_do_not_count() -> None:
@@ -422,3 +531,19 @@ def test_inputs_and_targets_do_not_share_memory() -> None:
     micro["input_ids"].fill_(-1)
     assert torch.equal(micro["target_ids"], targets)
     assert micro["target_ids"].view(-1).shape == (8,)
+
+
+@pytest.mark.parametrize("tokens", [np.zeros(100), np.zeros((100, 2), dtype=int), [0.5] * 100])
+def test_tokens_that_are_no_row_of_integers_are_misuse(tokens: Any) -> None:
+    for loader in (TokenWindowLoader, ValidationLoader):
+        with pytest.raises(ValueError, match="one row of integers"):
+            loader(tokens, 4, 2)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_tokens_of_other_kinds_give_the_same_batches(kind: Any) -> None:
+    ids = np.arange(60)
+    expected = [rows_of(window) for window in TokenWindowLoader(ids, 4, 2)]
+    assert [rows_of(window) for window in TokenWindowLoader(kind(ids), 4, 2)] == expected
+    validated = [micro["target_ids"].tolist() for micro in ValidationLoader(ids, 4, 2)]
+    assert [m["target_ids"].tolist() for m in ValidationLoader(kind(ids), 4, 2)] == validated

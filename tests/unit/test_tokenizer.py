@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fundamentallm.data import tokenizer as tokenizer_module
 from fundamentallm.data.tokenizer import (
     TOKENIZERS,
     ByteTokenizer,
@@ -178,9 +185,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "nowhere.json")
 
 
-def test_a_tokenizer_that_is_not_registered_is_named() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'byte'"):
-        tokenizer_from_dict({"type": "bytes"})
+def test_a_tokenizer_that_is_not_registered_is_named_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"format": 1, "type": "bytes"}')
+    with pytest.raises(ConfigError, match=f"(?s){re.escape(str(path))}.*did you mean 'byte'"):
+        load_tokenizer(path)
 
 
 def test_a_configuration_builds_a_tokenizer_from_the_source() -> None:
@@ -220,3 +229,115 @@ def test_a_file_nested_without_end_is_refused(tmp_path: Path) -> None:
     path.write_text("[" * 100_000)
     with pytest.raises(DataError):
         load_tokenizer(path)
+
+
+def save(folder: Path, tokenizer: Tokenizer) -> Path:
+    path = folder / "tokenizer.json"
+    tokenizer.save(path)
+    return path
+
+
+def test_no_changed_character_of_a_saved_tokenizer_goes_unnoticed(tmp_path: Path) -> None:
+    tokenizer = CharacterTokenizer("abz", unknown="replace")
+    path = save(tmp_path, tokenizer)
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        for value in b"a1":
+            path.write_bytes(whole[:position] + bytes([value]) + whole[position + 1 :])
+            with suppress(DataError, ConfigError):
+                assert load_tokenizer(path).to_dict() == tokenizer.to_dict()
+    for size in range(0, len(whole) - 1, 7):
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=r"tokenizer\.json"):
+            load_tokenizer(path)
+
+
+@pytest.mark.parametrize("vocabulary", ["ba", "aab", ["a", "b"], ""])
+def test_a_vocabulary_that_would_shift_the_ids_is_refused(vocabulary: Any) -> None:
+    state = {"type": "character", "vocabulary": vocabulary, "unknown": "error"}
+    with pytest.raises(DataError, match="MANIFEST"):
+        tokenizer_from_dict(state, "MANIFEST.json")
+
+
+def test_a_tokenizer_file_that_is_not_utf8_says_at_which_byte(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(b'{"\xe9": 1}')
+    with pytest.raises(DataError, match=r"tokenizer\.json: byte 2"):
+        load_tokenizer(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="regular file"):
+        load_tokenizer(path)
+
+
+@settings(deadline=None)
+@given(text=ANY_TEXT, chunk=st.integers(min_value=1, max_value=5))
+def test_a_long_text_is_encoded_in_pieces_to_the_same_ids(text: str, chunk: int) -> None:
+    for policy in ("replace", "skip"):
+        tokenizer = CharacterTokenizer("abcdefg \n0123456789", unknown=policy)  # type: ignore[arg-type]
+        whole = tokenizer.encode(text)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tokenizer_module, "_CHUNK", chunk)
+            pieces = tokenizer.encode(text)
+        assert pieces.tolist() == whole.tolist()
+        assert pieces.dtype == whole.dtype
+
+
+def test_an_unknown_character_in_a_later_piece_has_its_place_in_the_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenizer_module, "_CHUNK", 4)
+    with pytest.raises(DataError, match="'z'") as caught:
+        CharacterTokenizer("ab").encode("abababaz")
+    assert "character 7 " in str(caught.value)
+
+
+@pytest.mark.parametrize("tokenizer", [CharacterTokenizer("ab"), ByteTokenizer()])
+def test_ids_become_a_tensor_without_a_warning(tokenizer: Tokenizer) -> None:
+    ids = torch.from_numpy(tokenizer.encode("ab"))  # warns if the array cannot be written to
+    assert tokenizer.decode(ids) == "ab"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ids", [[0.5], np.zeros((2, 2), dtype=np.int64), [2**70], ["a"]])
+def test_ids_that_are_no_row_of_integers_are_misuse(ids: Any) -> None:
+    for tokenizer in (CharacterTokenizer("ab"), ByteTokenizer()):
+        with pytest.raises(ValueError, match="one row of integers"):
+            tokenizer.decode(ids)
+
+
+def test_half_of_a_surrogate_pair_is_no_character() -> None:
+    """JSON would join two halves to one character, and no UTF-8 file could hold the text."""
+    with pytest.raises(DataError, match="surrogate"):
+        CharacterTokenizer("\ud83d\ude00")
+
+
+def test_a_tokenizer_of_yours_is_one_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TOKENIZERS, "_factories", dict(TOKENIZERS._factories))
+
+    @TOKENIZERS.register("shifted")
+    class ShiftedTokenizer(ByteTokenizer):
+        def __init__(self, by: int = 1) -> None:
+            self.by = by
+
+        def encode(self, text: str) -> np.ndarray:
+            return super().encode(text) + np.uint8(self.by)
+
+        def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+            return super().decode((np.asarray(ids, dtype=int) - self.by) % 256)
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"type": "shifted", "by": self.by}
+
+        @classmethod
+        def from_dict(cls, state: Mapping[str, Any]) -> ShiftedTokenizer:
+            return cls(state["by"])
+
+    built = build_tokenizer("shifted", {"by": 3}, "any text")
+    assert built.encode("a").tolist() == [100]
+    loaded = load_tokenizer(save(tmp_path, built))
+    assert type(loaded) is ShiftedTokenizer
+    assert loaded.decode(built.encode("any text")) == "any text"

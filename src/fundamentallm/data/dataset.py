@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fundamentallm.data.loader import IGNORED
+from fundamentallm.data.loader import IGNORED, as_tokens
 from fundamentallm.errors import DataError
 
 
@@ -23,12 +23,12 @@ class LanguageModelDataset(Dataset[dict[str, Tensor]]):
         tokens: (N,) integers: an array, a memory map, a tensor or a list. Arrays are not copied.
         sequence_length: T.
         stride: s, tokens from one window's start to the next; T if None.
-        pad_last: keep the last, shorter window too, its inputs padded with 0 and its targets with
-            -100; else it is dropped.
+        pad_last: if targets are left over after the last whole window, keep one more window for
+            them, its inputs padded with 0 and its targets with -100; else they are dropped.
 
     Raises:
         DataError: too few tokens for one window.
-        ValueError: sequence_length or stride below 1.
+        ValueError: sequence_length or stride below 1, or tokens that are not one row of integers.
     """
 
     def __init__(
@@ -39,22 +39,26 @@ class LanguageModelDataset(Dataset[dict[str, Tensor]]):
         pad_last: bool = False,
     ) -> None:
         if sequence_length < 1 or (stride is not None and stride < 1):
-            raise ValueError("sequence_length and stride must be at least 1")
-        if isinstance(tokens, Tensor):
-            tokens = tokens.numpy()
-        self.tokens = tokens if isinstance(tokens, np.ndarray) else np.asarray(tokens)
+            raise ValueError(
+                f"sequence_length and stride must be at least 1, got {sequence_length} and {stride}"
+            )
+        self.tokens = as_tokens(tokens)
         self.sequence_length = sequence_length
         self.stride = stride or sequence_length
         needed = 2 if pad_last else sequence_length + 1
         if len(self.tokens) < needed:
             raise DataError(
                 "the text is too short for a single window",
-                got=f"{len(self.tokens)} tokens",
-                expected=f"at least {needed}" + ("" if pad_last else " (sequence_length + 1)"),
+                got=f"{len(self.tokens):,} tokens",
+                expected=f"at least {needed:,}" + ("" if pad_last else " (sequence_length + 1)"),
                 fix="lower sequence_length or add text",
             )
-        last = len(self.tokens) - 2 if pad_last else len(self.tokens) - 1 - sequence_length
-        self._length = last // self.stride + 1
+        # Targets are tokens 1 to last_target; whole windows come first, and reach one of them.
+        last_target = len(self.tokens) - 1
+        self._length = max(0, (last_target - sequence_length) // self.stride + 1)
+        reached = (self._length - 1) * self.stride + sequence_length if self._length else 0
+        if pad_last and max(reached, self._length * self.stride) < last_target:
+            self._length += 1
 
     def __len__(self) -> int:
         """Return the number of windows."""

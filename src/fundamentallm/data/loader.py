@@ -8,7 +8,7 @@ Shapes: N tokens in the split, T sequence length, B batch size, A accumulation s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ from fundamentallm.errors import DataError
 
 IGNORED = -100  # the target of a token that counts for nothing
 
+# What a key is drawn for, so that no two draws of a seed and epoch share one.
+_ORDER, _PHASE, _SHUFFLE = 1, 2, 3
+
 Batch = dict[str, Tensor]
 
 
@@ -30,7 +33,8 @@ class Window:
     """The data of one optimizer step, as far as this rank has it.
 
     Attributes:
-        micro_batches: each `{"input_ids", "target_ids"}`, int64 (B, T).
+        micro_batches: each `{"input_ids", "target_ids"}`, int64 (B, T); the last may have fewer
+            rows.
         num_tokens: valid targets in them, counted on the host.
     """
 
@@ -47,7 +51,7 @@ class TokenWindowLoader:
     of rank r takes rows m B R + r B and the B - 1 after it.
 
     Args:
-        tokens: (N,) integers; never copied, so it may be a memory map.
+        tokens: (N,) integers: an array, a memory map or a tensor, never copied, or a list.
         sequence_length: T.
         batch_size: B, sequences in a micro-batch of one rank.
         accumulation_steps: A, micro-batches of one rank in a step.
@@ -57,12 +61,12 @@ class TokenWindowLoader:
 
     Raises:
         DataError: fewer than T + 1 tokens.
-        ValueError: a size below 1, or no such rank.
+        ValueError: a size below 1, no such rank, or tokens that are not one row of integers.
     """
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: np.ndarray | Tensor | Sequence[int],
         sequence_length: int,
         batch_size: int,
         accumulation_steps: int = 1,
@@ -73,10 +77,11 @@ class TokenWindowLoader:
         _check_sizes(sequence_length, batch_size, rank, world_size)
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
-        if len(tokens) < sequence_length + 1:
+        ids = as_tokens(tokens)
+        if len(ids) < sequence_length + 1:
             raise DataError(
                 "the text is too short for a single sequence",
-                got=f"{len(tokens):,} tokens",
+                got=f"{len(ids):,} tokens to train on",
                 expected=f"at least {sequence_length + 1:,} (data.sequence_length + 1)",
                 fix="lower data.sequence_length or add text",
             )
@@ -86,10 +91,11 @@ class TokenWindowLoader:
         self.rank = rank
         self.world_size = world_size
         self.rows_per_step = batch_size * accumulation_steps * world_size
-        self.num_sequences = max(1, (len(tokens) - sequence_length) // sequence_length)
-        self._slack = len(tokens) - 1 - self.num_sequences * sequence_length
+        self.num_sequences = max(1, (len(ids) - sequence_length) // sequence_length)
+        slack = len(ids) - 1 - self.num_sequences * sequence_length
+        self._num_phases = min(sequence_length - 1, slack) + 1
         # A view: row i is tokens i to i + T, so inputs and targets are two slices of one gather.
-        self._windows = sliding_window_view(tokens, sequence_length + 1)
+        self._windows = sliding_window_view(ids, sequence_length + 1)
         self._epoch = 0
         self._step = 0
 
@@ -124,13 +130,16 @@ class TokenWindowLoader:
             raise ValueError(f"step {step} of an epoch of {len(self)} steps")
         first = step * self.rows_per_step
         last = min(first + self.rows_per_step, self.num_sequences)
-        order = Permutation(self.num_sequences, derive_key(self.seed, epoch, 1))
-        phases = min(self.sequence_length - 1, self._slack) + 1
-        phase = derive_key(self.seed, epoch, 2) % phases
+        order = Permutation(self.num_sequences, derive_key(self.seed, epoch, _ORDER))
+        phase = derive_key(self.seed, epoch, _PHASE) % self._num_phases
         return phase + order(np.arange(first, last)) * self.sequence_length
 
     def window_at(self, epoch: int, step: int) -> Window:
-        """Return this rank's share of a step."""
+        """Return this rank's share of a step.
+
+        Raises:
+            ValueError: an epoch has no such step.
+        """
         rows = self.rows_at(epoch, step)
         per_round = self.batch_size * self.world_size
         micro_batches = []
@@ -167,31 +176,34 @@ class ValidationLoader:
     """Every target of a split exactly once, in order, in windows that do not overlap.
 
     Args:
-        tokens: (N,) integers; fewer than two are an empty loader.
+        tokens: (N,) integers as for `TokenWindowLoader`; fewer than two are an empty loader.
         sequence_length: T; the last window is padded with ignored targets.
         batch_size: B.
         rank: this rank; rank r takes each world_size-th batch.
         world_size: number of ranks.
 
+    Attributes:
+        num_tokens: targets over all ranks.
+
     Raises:
-        ValueError: a size below 1, or no such rank.
+        ValueError: a size below 1, no such rank, or tokens that are not one row of integers.
     """
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: np.ndarray | Tensor | Sequence[int],
         sequence_length: int,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         _check_sizes(sequence_length, batch_size, rank, world_size)
-        self.tokens = tokens
+        self.tokens = as_tokens(tokens)
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
-        self.num_tokens = max(0, len(tokens) - 1)
+        self.num_tokens = max(0, len(self.tokens) - 1)
 
     def __len__(self) -> int:
         """Return the batches over all ranks."""
@@ -218,14 +230,18 @@ class ValidationLoader:
 class WindowLoader:
     """A plain DataLoader as windows of `accumulation_steps` batches.
 
-    A loader that shuffles draws its order from torch's generator. Here that generator is seeded
+    A loader that shuffles draws its order from torch's CPU generator. Here that generator is seeded
     from (seed, epoch) while the order is drawn and put back after, so the order is a pure function
-    and the training's own random numbers are untouched.
+    and the training's own random numbers are untouched. A generator of the loader's own is seeded
+    alike, and a sampler with `set_epoch` is told the epoch.
 
     Args:
         loader: yields `{"input_ids", "target_ids"}` or `(inputs, targets)`; has a length.
         accumulation_steps: batches in a window; the last window of an epoch may have fewer.
         seed: of the order.
+
+    Raises:
+        ValueError: accumulation_steps below 1.
     """
 
     def __init__(self, loader: Any, accumulation_steps: int = 1, seed: int = 0) -> None:
@@ -266,14 +282,24 @@ class WindowLoader:
         return Window(micro_batches, sum(count_valid(m["target_ids"]) for m in micro_batches))
 
     def _epoch_batches(self) -> Iterator[Any]:
+        key = derive_key(self.seed, self._epoch, _SHUFFLE) % 2**63
+        for part in self._parts_of_the_order():
+            if isinstance(getattr(part, "generator", None), torch.Generator):
+                part.generator.manual_seed(key)
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(self._epoch)
         # Creating the iterator draws a seed for workers, and its first batch draws the order.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_key(self.seed, self._epoch, 3) % 2**63)
+            torch.default_generator.manual_seed(key)  # torch.manual_seed seeds every GPU as well
             iterator = iter(self.loader)
             first = next(iterator, None)
         if first is not None:
             yield first
             yield from iterator
+
+    def _parts_of_the_order(self) -> list[Any]:
+        owners = [self.loader, getattr(self.loader, "batch_sampler", None)]
+        return owners + [getattr(owner, "sampler", None) for owner in owners]
 
 
 def as_window_loader(loader: Any, accumulation_steps: int = 1, seed: int = 0) -> Any:
@@ -297,13 +323,17 @@ def as_batch(batch: Any) -> Batch:
     Raises:
         ValueError: it is neither.
     """
-    if isinstance(batch, dict) and {"input_ids", "target_ids"} <= batch.keys():
-        return {"input_ids": batch["input_ids"], "target_ids": batch["target_ids"]}
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return {"input_ids": batch[0], "target_ids": batch[1]}
+    found = f"a {type(batch).__name__}"
+    if isinstance(batch, Mapping):
+        if {"input_ids", "target_ids"} <= batch.keys():
+            return {"input_ids": batch["input_ids"], "target_ids": batch["target_ids"]}
+        found += " with the keys " + ", ".join(map(str, batch))
+    elif isinstance(batch, (tuple, list)):
+        if len(batch) == 2:
+            return {"input_ids": batch[0], "target_ids": batch[1]}
+        found += f" of {len(batch)}"
     raise ValueError(
-        "a batch must be {'input_ids': ..., 'target_ids': ...} or (inputs, targets), got"
-        f" {type(batch).__name__}"
+        f"a batch must be {{'input_ids': ..., 'target_ids': ...}} or (inputs, targets), got {found}"
     )
 
 
@@ -315,6 +345,19 @@ def _check_sizes(sequence_length: int, batch_size: int, rank: int, world_size: i
         )
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie in 0 to {world_size - 1}, got {rank}")
+
+
+def as_tokens(tokens: np.ndarray | Tensor | Sequence[int]) -> np.ndarray:
+    """Return token ids as an array (N,); arrays, memory maps and CPU tensors are not copied.
+
+    Raises:
+        ValueError: they are not one row of integers.
+    """
+    array = tokens.numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
+    # numpy takes an empty list for one of floats.
+    if array.ndim != 1 or (array.size > 0 and array.dtype.kind not in "ui"):
+        raise ValueError(f"tokens must be one row of integers, got {array.shape} of {array.dtype}")
+    return array
 
 
 def count_valid(targets: Tensor) -> int:

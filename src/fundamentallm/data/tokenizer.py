@@ -11,12 +11,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fundamentallm.errors import DataError
+from fundamentallm.data.text_file import read_text, to_utf8
+from fundamentallm.errors import DataError, FundamentaLLMError
 from fundamentallm.registry import Registry
 
 FORMAT = 1
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _UNKNOWN = -1  # in the lookup table: a code point outside the vocabulary
+_CHUNK = 1 << 20  # characters encoded at once: the passes over them need 13 bytes for each
+_SAVE_ANEW = "use a file that Tokenizer.save wrote"
 
 UnknownPolicy = Literal["error", "replace", "skip"]
 
@@ -68,9 +71,9 @@ class Tokenizer(ABC):
         ).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer as JSON."""
-        text = json.dumps({"format": FORMAT, **self.to_dict()}, ensure_ascii=True)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        """Write the tokenizer as JSON, with its fingerprint to tell damage by."""
+        state = {"format": FORMAT, **self.to_dict(), "fingerprint": self.fingerprint()}
+        Path(path).write_text(json.dumps(state, ensure_ascii=True) + "\n", encoding="utf-8")
 
     @staticmethod
     def load(path: str | Path) -> Tokenizer:
@@ -93,7 +96,12 @@ class CharacterTokenizer(Tokenizer):
         vocabulary: the characters, each once counted.
         unknown: what becomes of another character: "error" refuses it, "replace" gives it one
             more id, which decodes to U+FFFD, "skip" leaves it out.
-        text: take the vocabulary from this text instead.
+        text: its characters belong to the vocabulary too.
+
+    Raises:
+        DataError: no character, or one that UTF-8 cannot express (half of a surrogate pair).
+        ValueError: the vocabulary has strings of another length than 1, or there is no such
+            policy.
     """
 
     def __init__(
@@ -110,6 +118,7 @@ class CharacterTokenizer(Tokenizer):
             raise ValueError("a vocabulary is made of single characters")
         if unknown not in ("error", "replace", "skip"):
             raise ValueError(f"unknown must be 'error', 'replace' or 'skip', got {unknown!r}")
+        to_utf8("".join(self.vocabulary))
         self.unknown = unknown
         codes = np.array([ord(character) for character in self.vocabulary], dtype=np.int64)
         # One gather encodes a whole text: ids by code point, up to the largest that occurs.
@@ -134,26 +143,17 @@ class CharacterTokenizer(Tokenizer):
         Raises:
             DataError: a character outside the vocabulary, under the policy "error".
         """
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        # The last entry of the table is unknown: all larger code points are looked up there.
-        ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
-        missing = ids == _UNKNOWN
-        if missing.any():
-            if self.unknown == "error":
-                position = int(missing.argmax())
-                raise self._unknown_character(text[position], position)
-            ids = (
-                ids[~missing]
-                if self.unknown == "skip"
-                else np.where(missing, len(self.vocabulary), ids)
-            )
-        encoded: np.ndarray = ids.astype(np.min_scalar_type(self.vocab_size - 1))
-        return encoded
+        dtype = np.min_scalar_type(self.vocab_size - 1)
+        pieces = [
+            self._encode_piece(text[start : start + _CHUNK], start).astype(dtype)
+            for start in range(0, len(text), _CHUNK)
+        ]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Return the text of ids."""
-        codes: bytes = self._codes[_checked_ids(ids, self.vocab_size)].tobytes()
-        return codes.decode("utf-32-le", "surrogatepass")
+        codes = self._codes[_checked_ids(ids, self.vocab_size)]
+        return str(codes.tobytes(), "utf-32-le")
 
     def to_dict(self) -> dict[str, Any]:
         """Return type, vocabulary (as one string) and policy."""
@@ -165,8 +165,31 @@ class CharacterTokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> CharacterTokenizer:
-        """Make a tokenizer from `to_dict`."""
-        return cls(state["vocabulary"], state["unknown"])
+        """Make a tokenizer from `to_dict`.
+
+        Raises:
+            ValueError: the vocabulary is not as `to_dict` writes it, so its ids would shift.
+        """
+        tokenizer = cls(state["vocabulary"], state["unknown"])
+        if "".join(tokenizer.vocabulary) != state["vocabulary"]:
+            raise ValueError("the vocabulary is not a string of distinct characters in order")
+        return tokenizer
+
+    def _encode_piece(self, text: str, start: int) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        # The last entry of the table is unknown: all larger code points are looked up there.
+        ids: np.ndarray = self._ids[np.minimum(codes, len(self._ids) - 1)]
+        missing = ids == _UNKNOWN
+        if not missing.any():
+            return ids
+        if self.unknown == "error":
+            position = int(missing.argmax())
+            raise self._unknown_character(text[position], start + position)
+        if self.unknown == "skip":
+            ids = ids[~missing]
+        else:
+            ids = np.where(missing, len(self.vocabulary), ids)
+        return ids
 
     def _unknown_character(self, character: str, position: int) -> DataError:
         return DataError(
@@ -194,19 +217,13 @@ class ByteTokenizer(Tokenizer):
         Raises:
             DataError: a lone surrogate, which UTF-8 cannot express.
         """
-        try:
-            return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-        except UnicodeEncodeError as error:
-            raise DataError(
-                "the text holds half of a surrogate pair, which UTF-8 cannot express",
-                where=f"character {error.start:,} of the text",
-                got=f"U+{ord(text[error.start]):04X}",
-                fix="remove it",
-            ) from error
+        # Of a bytearray, since torch warns of arrays that cannot be written to.
+        return np.frombuffer(bytearray(to_utf8(text)), dtype=np.uint8)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Return the text; bytes that are no UTF-8 become U+FFFD."""
-        return _checked_ids(ids, 256).astype(np.uint8).tobytes().decode("utf-8", "replace")
+        octets = _checked_ids(ids, 256).astype(np.uint8)
+        return str(octets.tobytes(), "utf-8", "replace")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the type; there is nothing else to say."""
@@ -231,18 +248,26 @@ def build_tokenizer(name: str, options: Mapping[str, Any], text: str) -> Tokeniz
 def tokenizer_from_dict(state: Any, where: str = "") -> Tokenizer:
     """Make a tokenizer of any registered kind from `to_dict`.
 
+    Args:
+        state: what `to_dict` returned.
+        where: its place, for messages.
+
     Raises:
+        ConfigError: its type is not registered.
         DataError: it is not what `to_dict` returns.
     """
     try:
         factory: Any = TOKENIZERS.get(state["type"])
         tokenizer: Tokenizer = factory.from_dict(state)
+    except FundamentaLLMError as error:
+        error.where = error.where or where
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             "this does not describe a tokenizer",
             where=where,
             got=f"{type(error).__name__}: {error}",
-            fix="use a file that Tokenizer.save wrote",
+            fix=_SAVE_ANEW,
         ) from error
     return tokenizer
 
@@ -251,21 +276,41 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer of any registered kind from JSON.
 
     Raises:
-        DataError: no such file, or not a tokenizer's.
+        ConfigError: its type is not registered.
+        DataError: no such file, not a tokenizer's, or a damaged one.
     """
+    where = str(path)
     try:
-        state = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError("the tokenizer cannot be read", where=str(path), got=str(error)) from error
+        state = json.loads(read_text(Path(path)))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            "the tokenizer file is not JSON", where=where, got=str(error), fix=_SAVE_ANEW
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise DataError(
-            "this is not a tokenizer file", where=str(path), expected=f'"format": {FORMAT}'
+            "this is not a tokenizer file",
+            where=where,
+            expected=f'"format": {FORMAT}',
+            fix=_SAVE_ANEW,
         )
-    return tokenizer_from_dict(state, str(path))
+    tokenizer = tokenizer_from_dict(state, where)
+    if tokenizer.fingerprint() != state.get("fingerprint"):
+        raise DataError(
+            "the tokenizer file is damaged",
+            where=where,
+            got=f"fingerprint {tokenizer.fingerprint()}",
+            expected=f"fingerprint {state.get('fingerprint')}",
+            fix=_SAVE_ANEW,
+        )
+    return tokenizer
 
 
 def _checked_ids(ids: Iterable[int] | np.ndarray, vocab_size: int) -> np.ndarray:
-    array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
+    array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+    if array.size == 0:
+        return np.empty(0, dtype=np.uint8)  # numpy takes an empty list for one of floats
+    if array.ndim != 1 or array.dtype.kind not in "ui":
+        raise ValueError(f"ids must be one row of integers, got {array.shape} of {array.dtype}")
     outside = (array < 0) | (array >= vocab_size)
     if outside.any():
         position = int(outside.argmax())

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import hashlib
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from fundamentallm.data import corpus as corpus_module
+from fundamentallm.data import download as download_module
+from fundamentallm.data.corpus import read_source
+from fundamentallm.errors import DataError
+
+TEXT = "To be, or not to be.\nThat is the question: \N{GREEK SMALL LETTER ALPHA}\n"
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class Server:
+    """A web server on loopback that answers every request with `body`."""
+
+    def __init__(self) -> None:
+        self.body = TEXT.encode()
+        self.status = 200
+        self.requests = 0
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.requests += 1
+                self.send_response(server.status)
+                self.send_header("Content-Length", str(len(server.body)))
+                self.end_headers()
+                self.wfile.write(server.body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/input.txt"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    server = Server()
+    monkeypatch.setenv("FUNDAMENTALLM_TINYSHAKESPEARE_URL", server.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(corpus_module, "TINYSHAKESPEARE_SHA256", sha256(TEXT.encode()))
+    yield server
+    server.close()
+
+
+def test_a_download_happens_once_and_is_kept(server: Server, tmp_path: Path) -> None:
+    cache = tmp_path / "deep" / "cache"
+    for _ in range(2):
+        corpus = read_source("tinyshakespeare", cache_dir=cache)
+        assert corpus.text == TEXT
+        assert corpus.built_in
+    assert server.requests == 1
+    assert [file.read_bytes() for file in cache.iterdir()] == [TEXT.encode()]
+
+
+def test_the_users_cache_is_where_the_system_says(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    read_source("tinyshakespeare")
+    assert (tmp_path / "fundamentallm" / "tinyshakespeare.txt").is_file()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    read_source("tinyshakespeare")
+    assert (tmp_path / "home/.cache/fundamentallm/tinyshakespeare.txt").is_file()
+
+
+def test_another_text_is_refused_and_not_kept(server: Server, tmp_path: Path) -> None:
+    server.body = TEXT.encode() + b"one line more\n"
+    with pytest.raises(DataError) as caught:
+        read_source("tinyshakespeare", cache_dir=tmp_path)
+    assert sha256(server.body) in caught.value.got
+    assert sha256(TEXT.encode()) in caught.value.expected
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_copy_is_downloaded_again(server: Server, tmp_path: Path) -> None:
+    read_source("tinyshakespeare", cache_dir=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(TEXT.encode()[:-1])
+    assert read_source("tinyshakespeare", cache_dir=tmp_path).text == TEXT
+    assert kept.read_bytes() == TEXT.encode()
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_a_failing_server_says_what_to_do(server: Server, tmp_path: Path, status: int) -> None:
+    server.status = status
+    with pytest.raises(DataError) as caught:
+        read_source("tinyshakespeare", cache_dir=tmp_path)
+    assert str(status) in caught.value.got
+    assert str(tmp_path) in caught.value.fix
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_network_says_what_to_do(server: Server, tmp_path: Path) -> None:
+    server.close()
+    with pytest.raises(DataError) as caught:
+        read_source("tinyshakespeare", cache_dir=tmp_path)
+    assert caught.value.fix
+
+
+def test_only_the_web_is_asked(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(TEXT.encode())
+    monkeypatch.setenv("FUNDAMENTALLM_TINYSHAKESPEARE_URL", text.as_uri())
+    with pytest.raises(DataError, match="http"):
+        read_source("tinyshakespeare", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("in_the_way", ["tinyshakespeare.txt", ""])
+def test_a_cache_that_cannot_be_written_is_named(
+    server: Server, tmp_path: Path, in_the_way: str
+) -> None:
+    cache = tmp_path / "cache"
+    if in_the_way:
+        (cache / in_the_way).mkdir(parents=True)
+    else:
+        cache.write_text("a file where the folder should be")
+    with pytest.raises(DataError, match="XDG_CACHE_HOME"):
+        read_source("tinyshakespeare", cache_dir=cache)
+    left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")]
+    assert sorted(left) == ["cache", *(f"cache/{name}" for name in [in_the_way] if name)]
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(DataError, match="No space left"):
+        read_source("tinyshakespeare", cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kept_copy_needs_no_network(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "tinyshakespeare.txt").write_bytes(TEXT.encode())
+    assert read_source("tinyshakespeare", cache_dir=tmp_path).text == TEXT
+    assert server.requests == 0
+
+
+def test_a_copy_that_cannot_be_read_is_downloaded_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tinyshakespeare.txt").write_bytes(TEXT.encode())
+
+    def fail(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    assert read_source("tinyshakespeare", cache_dir=tmp_path).text == TEXT
+    assert server.requests == 1
+
+
+def test_an_answer_without_an_end_is_cut(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download_module, "LARGEST_DOWNLOAD", 10)
+    with pytest.raises(DataError) as caught:
+        read_source("tinyshakespeare", cache_dir=tmp_path)
+    assert sha256(TEXT.encode()[:10]) in caught.value.got
+
+
+def test_a_user_without_a_home_is_told_what_to_set(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", fail)
+    with pytest.raises(DataError, match="XDG_CACHE_HOME"):
+        read_source("tinyshakespeare")
+
+
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", b"SSH-2.0\r\n"]
+)
+def test_a_broken_answer_is_refused_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def respond() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=respond)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/x"
+        monkeypatch.setenv("FUNDAMENTALLM_TINYSHAKESPEARE_URL", url)
+        with pytest.raises(DataError, match="download"):
+            read_source("tinyshakespeare", cache_dir=tmp_path)
+        thread.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUNDAMENTALLM_TINYSHAKESPEARE_URL", "http://[bad")
+    with pytest.raises(DataError, match="download"):
+        read_source("tinyshakespeare", cache_dir=tmp_path)
