@@ -1,6 +1,7 @@
 """The training loop, drawn once, and the events that have a name of ours.
 
 ```
+FLLM_RUN_STARTED                once, before anything else; resume has put the state in place
 STARTED
   EPOCH_STARTED
     GET_BATCH_*                 the loader yields a window: the micro-batches of ONE optimizer step
@@ -24,6 +25,7 @@ STARTED
   EPOCH_COMPLETED
 FLLM_ROLLED_BACK                from Trainer.run, between two inner runs; STARTED fires again
 COMPLETED
+FLLM_RUN_ENDED                  once, however the run ended: an exception passes through here too
 ```
 
 One iteration is one optimizer step. Order comes from the event, never from a number or the order
@@ -42,6 +44,7 @@ from ignite.engine import EventEnum
 class TrainingEvents(EventEnum):
     """Events of a `Trainer` besides Ignite's own, each named for a fact."""
 
+    FLLM_RUN_STARTED = "fllm_run_started"
     FLLM_MICRO_BATCH_COMPLETED = "fllm_micro_batch_completed"
     FLLM_GRADIENTS_READY = "fllm_gradients_ready"
     FLLM_OPTIMIZER_STEPPED = "fllm_optimizer_stepped"
@@ -54,11 +57,13 @@ class TrainingEvents(EventEnum):
     FLLM_CHECKPOINT_SAVED = "fllm_checkpoint_saved"
     FLLM_INCIDENT_DETECTED = "fllm_incident_detected"
     FLLM_ROLLED_BACK = "fllm_rolled_back"
+    FLLM_RUN_ENDED = "fllm_run_ended"
 
 
 # The state attribute that an event's filters (every=, once=) count by. Whoever fires the event
 # advances the attribute: Ignite does so for its own events alone.
 EVENT_TO_ATTRIBUTE: dict[TrainingEvents, str] = {
+    TrainingEvents.FLLM_RUN_STARTED: "iteration",
     TrainingEvents.FLLM_MICRO_BATCH_COMPLETED: "micro_batches",
     TrainingEvents.FLLM_GRADIENTS_READY: "iteration",
     TrainingEvents.FLLM_OPTIMIZER_STEPPED: "optimizer_steps",
@@ -71,4 +76,5 @@ EVENT_TO_ATTRIBUTE: dict[TrainingEvents, str] = {
     TrainingEvents.FLLM_CHECKPOINT_SAVED: "checkpoints",
     TrainingEvents.FLLM_INCIDENT_DETECTED: "incidents",
     TrainingEvents.FLLM_ROLLED_BACK: "rollbacks",
+    TrainingEvents.FLLM_RUN_ENDED: "iteration",
 }

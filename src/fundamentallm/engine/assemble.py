@@ -110,7 +110,7 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
     val_loader = ValidationLoader(
         splits["val"], length, config.data.batch_size, rank=ranks.rank, world_size=ranks.world_size
     )
-    resolved, notes = resolve(config, tokenizer, len(train_loader), device, ranks)
+    resolved, notes = resolve(config, directory, tokenizer, len(train_loader), device, ranks)
     training = resolved.training
 
     # models compute; the ranks share the weights, and then each draws its own dropout
@@ -262,6 +262,7 @@ def read_corpus(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Corp
 
 def resolve(
     config: RunConfig,
+    directory: RunDirectory,
     tokenizer: Tokenizer,
     steps_per_epoch: int,
     device: torch.device,
@@ -285,9 +286,14 @@ def resolve(
         warmup, note = resolve_warmup(training, limits.total_steps)
     if note and getattr(SCHEDULERS.get(training.scheduler.name), "uses_warmup", False):
         notes.append(note)
+    automatic = training.precision, training.mixed_precision, training.compile
+    if directory.checkpoint is not None:
+        # What was chosen for the run stays: another precision would be another course.
+        began_with = directory.checkpoint.metadata["config"]["training"]
+        automatic = began_with["precision"], False, began_with["compile"]
     with config.blame("training.precision"):
-        precision = resolve_precision(training.precision, training.mixed_precision, device)
-    compile_model = device.type == "cuda" if training.compile == "auto" else training.compile
+        precision = resolve_precision(*automatic[:2], device)
+    compile_model = device.type == "cuda" if automatic[2] == "auto" else automatic[2]
     model = config.model.model_copy(
         update={
             "vocab_size": config.model.vocab_size or tokenizer.vocab_size,

@@ -21,6 +21,8 @@ from fundamentallm.training.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
 
+TOTAL_STEPS = "training.total_steps="
+
 
 def run(
     config_path: Path,
@@ -45,11 +47,17 @@ def run(
             directory = agree_on_directory(config, resume, run_dir, ranks)
             if directory.finished:
                 if ranks.is_writer:
-                    _tell_finished(directory, config_path)
+                    without = [word for word in overrides if not word.startswith(TOTAL_STEPS)]
+                    _tell_finished(directory, _command("run", config_path, *without))
                 return 0
+            again = _command("run", config_path, *overrides)
             if directory.note and ranks.is_writer:
                 logger.info("%s", directory.note)
-            return _train(config, config_path, directory, ranks)
+            if run_dir is not None:
+                again += _option("--run-dir", run_dir)
+            for module in plugins:
+                again += _option("--plugins", module)
+            return _train(config, directory, ranks, again)
     finally:
         leave_ranks()
 
@@ -81,7 +89,8 @@ def agree_on_directory(
     return RunDirectory(Path(path), Path(checkpoints), manifest, note, finished)
 
 
-def _train(config: RunConfig, config_path: Path, directory: RunDirectory, ranks: Ranks) -> int:
+def _train(config: RunConfig, directory: RunDirectory, ranks: Ranks, again: str) -> int:
+    """Train; `again` is the command that goes on with the run."""
     run = assemble(config, directory, ranks)
     trainer = run.trainer
     if ranks.is_writer:
@@ -100,10 +109,10 @@ def _train(config: RunConfig, config_path: Path, directory: RunDirectory, ranks:
                 f"stopped by signal {trainer.interrupted_by} at step {trainer.state.iteration};"
                 " the state is saved",
                 signal_number=trainer.interrupted_by,
-                fix=f"go on with: {_command('run', config_path)}",
+                fix=f"go on with: {again}",
             )
         if ranks.is_writer:
-            _conclude(run, config_path)
+            _conclude(run, again)
     return 0
 
 
@@ -138,22 +147,25 @@ def _announce(run: Run) -> None:
     logger.info("run directory: %s", run.directory.path)
 
 
-def _conclude(run: Run, config_path: Path) -> None:
+def _conclude(run: Run, again: str) -> None:
     """Say how it ended, show a sample, and name the next commands."""
     trainer = run.trainer
     state = trainer.state
-    path = shlex.quote(str(run.directory.path))
+    path = run.directory.path
     if not trainer.finished:
-        say(f"Saved at step {state.iteration}. Go on with: {_command('run', config_path)}")
+        say(f"Saved at step {state.iteration}. Go on with: {again}")
         return
     say()
     say(
         f"Done: {state.iteration:,} steps, {state.tokens_seen:,} tokens"
         f" in {trainer.elapsed_seconds():.0f} s ({trainer.finished})."
     )
-    best = trainer.history.best_val_loss
-    if best is not None:
-        say(f"Validation loss {trainer.history.val_loss[-1]:.4f} (best {best:.4f}).")
+    if "val/loss" in state.metrics:
+        best = _best_val_loss(run.directory)
+        say(
+            f"Validation loss {state.metrics['val/loss']:.4f}"
+            + (f" (best {best:.4f})." if best is not None else ".")
+        )
     samples = run.directory.path / "samples.jsonl"
     if samples.exists():
         lines = samples.read_text(encoding="utf-8").splitlines()
@@ -165,17 +177,28 @@ def _conclude(run: Run, config_path: Path) -> None:
     say("Next:")
     say(f"  {_command('generate', path)} --prompt 'The '")
     say(f"  {_command('evaluate', path)}")
-    say(f"  tensorboard --logdir {shlex.quote(str(run.directory.path / 'tensorboard'))}")
+    say(f"  tensorboard{_option('--logdir', path / 'tensorboard')}")
 
 
-def _tell_finished(directory: RunDirectory, config_path: Path) -> None:
-    path = shlex.quote(str(directory.path))
-    say(f"The run in {path} is finished: {directory.finished}.")
+def _best_val_loss(directory: RunDirectory) -> float | None:
+    """Return the validation loss of the best checkpoint, of whichever process of the run."""
+    store = CheckpointStore(directory.checkpoints)
+    best = store.resolve("best")
+    return store.manifest(best).metadata.get("val_loss") if best is not None else None
+
+
+def _tell_finished(directory: RunDirectory, again: str) -> None:
+    say(f"The run in {directory.path} is finished: {directory.finished}.")
     say("To train it further, give it a larger budget:")
-    say(f"  {_command('run', config_path)} training.num_epochs=10 --resume {path}")
+    say(f"  {again} {TOTAL_STEPS}N{_option('--resume', directory.path)}")
     say("To train a fresh one:")
-    say(f"  {_command('run', config_path)} --resume never")
+    say(f"  {again} --resume never")
 
 
-def _command(name: str, argument: Path | str) -> str:
-    return f"python -m fundamentallm.engine {name} {argument}"
+def _command(name: str, *arguments: Path | str) -> str:
+    words = " ".join(shlex.quote(str(argument)) for argument in arguments)
+    return f"python -m fundamentallm.engine {name} {words}"
+
+
+def _option(name: str, value: Path | str) -> str:
+    return f" {name} {shlex.quote(str(value))}"

@@ -19,6 +19,8 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.store import CheckpointStore
 
+BUDGET_FIELDS = ("num_epochs", "total_steps", "max_tokens", "max_seconds")
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -129,6 +131,8 @@ def _at(path: Path, config: RunConfig, resume: str) -> RunDirectory:
 
 
 def _continue_at(path: Path, config: RunConfig) -> RunDirectory:
+    if path.is_file() and path.name in ("best", "last"):
+        path = CheckpointStore(path.parent).resolve(path.name) or path
     if (path / "MANIFEST.json").exists():
         checkpoints = path.parent
         manifest: Manifest | None = CheckpointStore(checkpoints).verify(path)
@@ -141,7 +145,14 @@ def _continue_at(path: Path, config: RunConfig) -> RunDirectory:
     if manifest is None:
         raise CheckpointError("there is no checkpoint in this run", where=str(path))
     _refuse_drift(manifest, config, path)
-    return RunDirectory(run, checkpoints, manifest, _note(run, manifest))
+    finished = str(manifest.metadata.get("finished", ""))
+    if _budget(manifest.metadata["config_as_written"]) != _budget(config.model_dump(mode="json")):
+        finished = ""
+    return RunDirectory(run, checkpoints, manifest, _note(run, manifest), finished)
+
+
+def _budget(config: Mapping[str, Any]) -> list[Any]:
+    return [config["training"][field] for field in BUDGET_FIELDS]
 
 
 def _refuse_drift(manifest: Manifest, config: RunConfig, path: Path) -> None:

@@ -7,7 +7,9 @@ import contextlib
 import json
 import sys
 
-from fundamentallm.data.corpus import read_source, split_tokens
+import numpy as np
+
+from fundamentallm.data.corpus import Corpus, read_source, split_tokens
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import DataError, FundamentaLLMError
@@ -66,10 +68,21 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tokens(trained: Trained, data: str | None):  # type: ignore[no-untyped-def]
+def _tokens(trained: Trained, data: str | None) -> tuple[np.ndarray, str]:
     """Return the token ids to evaluate on, and what they are."""
     if data is not None:
-        tokens = trained.tokenizer.encode(read_source(data).text)
+        corpus = read_source(data)
+        if corpus.tokenizer is not None:
+            expected = trained.tokenizer.fingerprint()
+            if corpus.tokenizer.fingerprint() != expected:
+                raise DataError(
+                    "the token file was made with another tokenizer than the model's",
+                    where=data,
+                    got=f"tokenizer {corpus.tokenizer.fingerprint()[:16]}",
+                    expected=f"tokenizer {expected[:16]}",
+                    fix="name the text itself, or a token file made with the model's tokenizer",
+                )
+        tokens = _ids(trained, corpus)
         what = data
     else:
         copy = trained.run_dir / "corpus.txt"
@@ -84,10 +97,7 @@ def _tokens(trained: Trained, data: str | None):  # type: ignore[no-untyped-def]
                 expected=f"SHA-256 {expected}",
                 fix="restore the text, or name one with --data",
             )
-        tokens = (
-            corpus.tokens if corpus.tokens is not None else trained.tokenizer.encode(corpus.text)
-        )
-        tokens = split_tokens(tokens, trained.config.data.split)["val"]
+        tokens = split_tokens(_ids(trained, corpus), trained.config.data.split)["val"]
         what = "the run's validation split"
     if len(tokens) < 2:
         raise DataError(
@@ -98,6 +108,12 @@ def _tokens(trained: Trained, data: str | None):  # type: ignore[no-untyped-def]
             fix="name a text with --data",
         )
     return tokens, what
+
+
+def _ids(trained: Trained, corpus: Corpus) -> np.ndarray:
+    if corpus.tokens is not None:
+        return corpus.tokens
+    return trained.tokenizer.encode(corpus.text)
 
 
 def generate(options: argparse.Namespace) -> int:

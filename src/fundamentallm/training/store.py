@@ -3,6 +3,7 @@
     checkpoints/
       step-00000200/        a committed checkpoint (its files: checkpoint_directory.py)
       best, last            pointers: a checkpoint's name as text; hints, maybe missing or stale
+      superseded/           checkpoints of a course that the run has left; never read
       .NAME.tmp-*           being written; never read
       .NAME.old-*           whole, replaced by a later save; read only while NAME is missing
       .NAME.gone-*          being deleted; never read
@@ -42,6 +43,7 @@ from fundamentallm.training.filesystem import (
 )
 from fundamentallm.training.manifest import Manifest
 
+SUPERSEDED = "superseded"
 FREE_SPACE_FACTOR = 1.2
 MAX_POINTER_BYTES = 256
 MAX_NAME_BYTES = 200  # a file name has 255 at most, and the hidden names are longer
@@ -219,6 +221,13 @@ class CheckpointStore:
         """Return the manifests of the whole checkpoints, newest step first."""
         return self.scan()[0]
 
+    def newest(self) -> Manifest | None:
+        """Return the manifest of the newest whole checkpoint, None if none is whole."""
+        for name in self.step_names():
+            with contextlib.suppress(CheckpointError):
+                return self.verify(self.directory / name)
+        return None
+
     def _located(self, path: Path) -> tuple[Path, Manifest]:
         """Return where the checkpoint called `path` lies now, and its manifest.
 
@@ -311,6 +320,39 @@ class CheckpointStore:
                 if self.filesystem.status(path) is not None:
                     self._known_whole.pop(name, None)
                     self._discard(path, name)
+
+    def supersede(self, step: int) -> Sequence[str]:
+        """Move the checkpoints of later steps to `superseded/`: the run goes on from `step`.
+
+        Left among the others they would be taken for its newest state.
+
+        Returns:
+            The names of the moved, whole or not.
+
+        Raises:
+            CheckpointError: the disk refuses.
+        """
+        later = [name for name in self.step_names() if step_of(name) > step]
+        if not later:
+            return []
+        place = self.directory / SUPERSEDED
+        with saving_to(place):
+            make_directories(self.filesystem, place)
+            for name in later:  # newest first: after a crash in between, what is left is older
+                self._known_whole.pop(name, None)
+                while self.holds(name):  # once more for a version that a killed save set aside
+                    self._settle(name)
+                    self.filesystem.rename(self.directory / name, self._free_name(place / name))
+            self.filesystem.sync_directory(place)
+            self.filesystem.sync_directory(self.directory)
+        return later
+
+    def _free_name(self, path: Path) -> Path:
+        number, free = 1, path
+        while self.filesystem.status(free) is not None:
+            number += 1
+            free = path.with_name(f"{path.name}-{number}")
+        return free
 
     def prune(self, keep_last: int, keep: Collection[str] = ()) -> Sequence[str]:
         """Delete the checkpoints of old steps.

@@ -60,6 +60,7 @@ SELF_COUNTING = {
 
 # The order of events.py's drawing.
 LOOP_ORDER: tuple[Any, ...] = (
+    TrainingEvents.FLLM_RUN_STARTED,
     Events.STARTED,
     Events.EPOCH_STARTED,
     Events.GET_BATCH_STARTED,
@@ -81,6 +82,7 @@ LOOP_ORDER: tuple[Any, ...] = (
     TrainingEvents.FLLM_ROLLED_BACK,
     Events.TERMINATE,
     Events.COMPLETED,
+    TrainingEvents.FLLM_RUN_ENDED,
 )
 
 
@@ -125,7 +127,6 @@ class Trainer(Engine):
         evaluation_weights: a context in which the model holds the weights to evaluate and sample
             with; a handler may set another (weight EMA does).
         restore_point: whatever keeps earlier states; checkpointing sets itself.
-        closing: called when a run ends, however it ends.
         clock: seconds since the run's time began to count in this process.
         finished: why the run is complete; empty while it is not.
         interrupted_by: the number of the signal that asked the run to stop.
@@ -180,7 +181,6 @@ class Trainer(Engine):
         self.attached: dict[str, Any] = {}
         self.evaluation_weights: Callable[[], AbstractContextManager[None]] = nullcontext
         self.restore_point: RestorePoint | None = None
-        self.closing: list[Callable[[], None]] = []
         self.finished = ""
         self.interrupted_by: int | None = None
         constructed = time.monotonic()
@@ -302,7 +302,9 @@ class Trainer(Engine):
         self._step.vetoes_possible = self.ranks.any(
             bool(self._event_handlers[TrainingEvents.FLLM_GRADIENTS_READY])
         )
+        self._note_spent_budget()
         try:
+            self.notify(TrainingEvents.FLLM_RUN_STARTED)
             self._settle()
             while not self._is_over():
                 self._run_to_stop()
@@ -313,8 +315,7 @@ class Trainer(Engine):
             # at once without a step (held by tests/unit/test_ignite_contract.py).
             self._internal_run_generator = None
             self._dataloader_iter = None
-            for close in self.closing:
-                close()
+            self.notify(TrainingEvents.FLLM_RUN_ENDED)
         return self.state
 
     def _run_to_stop(self) -> None:
@@ -329,6 +330,15 @@ class Trainer(Engine):
             self.train_loader, max_iters=self.state.max_iters, epoch_length=self.steps_per_epoch
         )
 
+    def _note_spent_budget(self) -> None:
+        """A run that is resumed may have nothing left to do but its last evaluation."""
+        if self.state.iteration == 0:
+            return
+        if self.state.iteration >= (self.limits.total_steps or math.inf):
+            self.finish("the last step is done")
+        elif self.ranks.any(self._out_of_budget()):
+            self.finish("the budget is used up")
+
     def _settle(self) -> None:
         """Before the first step: save step 0, or do what an interruption left undone."""
         if self.state.iteration == 0 and self.restore_step() is None:
@@ -338,12 +348,7 @@ class Trainer(Engine):
             self.notify(TrainingEvents.FLLM_CHECKPOINT_DUE)
 
     def _is_over(self) -> bool:
-        total = self.limits.total_steps
-        return (
-            bool(self.finished)
-            or self._leaving
-            or (total is not None and self.state.iteration >= total)
-        )
+        return bool(self.finished) or self._leaving
 
     # ------------------------------------------------------------------ one iteration
 
@@ -416,6 +421,8 @@ class Trainer(Engine):
         if due and (self.finished or not leaving):
             self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
             leaving = leaving or (self.ranks.alone and self._wants_to_leave())
+            if self.evaluation_pending():
+                self.finished = ""  # a signal cut off the last evaluation: a resume makes up for it
         self._leaving = leaving
         if leaving or self.finished or self._checkpoint_due(due):
             self.notify(TrainingEvents.FLLM_CHECKPOINT_DUE)

@@ -15,7 +15,7 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training import snapshot
 from fundamentallm.training.handlers.base import HANDLERS
-from fundamentallm.training.store import CheckpointStore, step_name
+from fundamentallm.training.store import SUPERSEDED, CheckpointStore, step_name
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
@@ -129,7 +129,8 @@ class Checkpointing(Checkpoint):
 
     def _save(self, trainer: Trainer, state: dict[str, Any], step: int, best: bool) -> None:
         name = step_name(step)
-        val_loss = trainer.state.metrics.get("val/loss", math.nan)
+        measured_now = trainer.state.evaluated_step == step
+        val_loss = trainer.state.metrics.get("val/loss", math.nan) if measured_now else math.nan
         metadata = {
             "run_id": trainer.run_id,
             "finished": trainer.finished,
@@ -151,7 +152,7 @@ class Checkpointing(Checkpoint):
         """Before the first save: never mix two runs in one directory."""
         if self._is_ours:
             return
-        newest = next(iter(self.store.list()), None)
+        newest = self.store.newest()
         if newest is not None and newest.metadata.get("run_id") != trainer.run_id:
             raise CheckpointError(
                 "the checkpoints here belong to another run",
@@ -166,14 +167,14 @@ class Checkpointing(Checkpoint):
     @property
     def last_checkpoint(self) -> Path | None:
         """The path of the newest checkpoint, None before the first."""
-        newest = next(iter(self.store.list()), None)
+        newest = self.store.newest()
         return self.store.directory / newest.name if newest is not None else None
 
     # ------------------------------------------------------------------ the way back
 
     def newest_step(self) -> int | None:
         """Return the step of the newest whole checkpoint."""
-        newest = next(iter(self.store.list()), None)
+        newest = self.store.newest()
         return newest.step if newest is not None else None
 
     def restore_newest(self, trainer: Trainer) -> None:
@@ -183,7 +184,7 @@ class Checkpointing(Checkpoint):
         self.restore(trainer, path)
 
     def restore(self, trainer: Trainer, path: Path) -> None:
-        """Load a checkpoint into the trainer.
+        """Load a checkpoint into the trainer; later ones of its run are set aside.
 
         Raises:
             CheckpointError: it is damaged or of another run; nothing was changed.
@@ -192,6 +193,27 @@ class Checkpointing(Checkpoint):
         snapshot.restore(trainer, state)
         for name, thing in self.to_save.items():
             thing.load_state_dict(state["objects"][name])
+        if path.parent.resolve() == self.store.directory.resolve():
+            self._leave_later_ones(trainer)
+
+    def _leave_later_ones(self, trainer: Trainer) -> None:
+        """Make the restored state the newest, and the best what is best among those left."""
+        step = trainer.state.iteration
+        if self.best_step is not None and not self.store.holds(step_name(self.best_step)):
+            self.best_score, self.best_step = -math.inf, None
+        if trainer.ranks.is_writer:
+            superseded = self.store.supersede(step)
+            if superseded:
+                self.store.point("last", step_name(step))
+                if self.best_step is not None:
+                    self.store.point("best", step_name(self.best_step))
+                logger.info(
+                    "going on from step %d: moved %s to %s",
+                    step,
+                    ", ".join(superseded),
+                    self.store.directory / SUPERSEDED,
+                )
+        trainer.ranks.barrier()
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Return the best score and its step."""

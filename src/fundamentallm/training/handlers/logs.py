@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ignite.engine import Events
-
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.json_lines import JsonLines
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 
 @HANDLERS.register("logs")
@@ -33,35 +28,20 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "metrics.jsonl"
-        self._failed = False
+        self.file = JsonLines(run_dir / "metrics.jsonl", lambda record: "val/loss" in record)
 
     def attach(self, trainer: Trainer) -> None:
         """Write at FLLM_METRICS_READY and FLLM_EVALUATION_COMPLETED, on the rank that writes."""
         if not trainer.ranks.is_writer:
             return
-        trainer.add_event_handler(Events.STARTED, self.cut_back)
+        trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.cut_back)
+        trainer.add_event_handler(TrainingEvents.FLLM_ROLLED_BACK, self.cut_back)
         trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, self.log_training)
         trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_COMPLETED, self.log_validation)
 
     def cut_back(self, trainer: Trainer) -> None:
-        """Drop lines of steps that the restored state has not taken, and a torn last line."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that a killed process left half written
-            pending = step == trainer.state.iteration and trainer.evaluation_pending()
-            if step < trainer.state.iteration or (
-                step == trainer.state.iteration and not (pending and "val/loss" in line)
-            ):
-                kept.append(line + "\n")
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.path)
+        """Drop lines of steps that the restored state has not taken."""
+        self.file.cut_back(trainer.state.iteration, trainer.evaluation_pending())
 
     def log_training(self, trainer: Trainer) -> None:
         """Write the step's training metrics if it is a logging step."""
@@ -83,15 +63,7 @@ class MetricsLog:
         for key, value in state.metrics.items():
             if key.startswith(prefix):
                 record[key] = json_number(value)
-        try:
-            # Opened for each line: a line is then on its way to the disk when it is written, and
-            # a log that was moved or a disk that was full for a while does not end the run.
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-        except OSError as error:
-            if not self._failed:
-                logger.warning("metrics.jsonl cannot be written, training goes on: %s", error)
-            self._failed = True
+        self.file.append(record)
 
 
 def json_number(value: float) -> float | str:

@@ -50,8 +50,8 @@ class Progress:
         if not trainer.ranks.is_writer:
             return
         trainer.add_event_handler(Events.STARTED, self.open)
+        trainer.add_event_handler(TrainingEvents.FLLM_RUN_ENDED, self.close)
         trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, self.show)
-        trainer.closing.append(self.close)
 
     def open(self, trainer: Trainer) -> None:
         """Put up the bar at the run's current step; after a rollback, move it back."""

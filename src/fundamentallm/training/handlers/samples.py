@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.models.sampling import generate_tokens
 from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.json_lines import JsonLines
 from fundamentallm.training.step import undisturbed
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Samples:
         every: int = 1,
     ) -> None:
         self.tokenizer = tokenizer
-        self.path = run_dir / "samples.jsonl"
+        self.file = JsonLines(run_dir / "samples.jsonl", lambda record: True)
         self.seed = seed
         self.prompt = prompt
         self.num_tokens = num_tokens
@@ -60,10 +60,17 @@ class Samples:
 
     def attach(self, trainer: Trainer) -> None:
         """Sample at FLLM_EVALUATION_COMPLETED, on the rank that writes."""
-        if trainer.ranks.is_writer:
-            trainer.add_event_handler(
-                TrainingEvents.FLLM_EVALUATION_COMPLETED(every=self.every), self.sample
-            )
+        if not trainer.ranks.is_writer:
+            return
+        trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.cut_back)
+        trainer.add_event_handler(TrainingEvents.FLLM_ROLLED_BACK, self.cut_back)
+        trainer.add_event_handler(
+            TrainingEvents.FLLM_EVALUATION_COMPLETED(every=self.every), self.sample
+        )
+
+    def cut_back(self, trainer: Trainer) -> None:
+        """Drop samples of steps that the restored state has not taken."""
+        self.file.cut_back(trainer.state.iteration, trainer.evaluation_pending())
 
     def sample(self, trainer: Trainer) -> None:
         """Generate with the evaluation weights, log the text, add it to the file."""
@@ -83,12 +90,7 @@ class Samples:
                 )
             ]
         text = self.tokenizer.decode(ids)
-        record = {"step": trainer.state.iteration, "prompt": self.prompt, "text": text}
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        except OSError as error:
-            logger.warning("samples.jsonl cannot be written, training goes on: %s", error)
+        self.file.append({"step": trainer.state.iteration, "prompt": self.prompt, "text": text})
         logger.debug("sample at step %d:\n%s", trainer.state.iteration, text)
 
     def _prompt_ids(self) -> list[int]:

@@ -8,8 +8,7 @@ import threading
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ignite.engine import Events
-
+from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 
 if TYPE_CHECKING:
@@ -32,10 +31,10 @@ class Signals:
         self._trainer: Trainer | None = None
 
     def attach(self, trainer: Trainer) -> None:
-        """Listen to the operating system between STARTED and the end of the run."""
+        """Listen to the operating system while the trainer runs."""
         self._trainer = trainer
-        trainer.add_event_handler(Events.STARTED, self.install)
-        trainer.closing.append(self.restore)
+        trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.install)
+        trainer.add_event_handler(TrainingEvents.FLLM_RUN_ENDED, self.restore)
 
     def install(self) -> None:
         """Take over the signals; only a main thread can, elsewhere nothing is changed."""

@@ -6,8 +6,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ignite.engine import Events
-
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 
@@ -34,10 +32,11 @@ class TensorBoard:
         """Write at FLLM_METRICS_READY and FLLM_EVALUATION_COMPLETED, on the rank that writes."""
         if not trainer.ranks.is_writer:
             return
-        trainer.add_event_handler(Events.STARTED, self.open)
+        trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.open)
+        trainer.add_event_handler(TrainingEvents.FLLM_ROLLED_BACK, self.open)
         trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, self.log_training)
         trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_COMPLETED, self.log_validation)
-        trainer.closing.append(self.close)
+        trainer.add_event_handler(TrainingEvents.FLLM_RUN_ENDED, self.close)
 
     def open(self, trainer: Trainer) -> None:
         """Begin a file at the current step; TensorBoard hides what older files say beyond it."""

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from ignite.engine import Events
 from torch import Tensor
 
 from fundamentallm.events import TrainingEvents
@@ -42,7 +41,7 @@ class WeightEMA:
         """Average at FLLM_OPTIMIZER_STEPPED; lend the averages to every evaluation."""
         self._parameters = dict(trainer.model.named_parameters())
         trainer.evaluation_weights = self.swapped_in
-        trainer.add_event_handler(Events.STARTED, self.start)
+        trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.start)
         trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, self.update)
 
     @torch.no_grad()

@@ -1,0 +1,75 @@
+"""A file of JSON records, one a line, that tells one history through resumes and rollbacks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class JsonLines:
+    """Records that each have a `step`.
+
+    A disk that fails is no reason to end a run: it is said once, and training goes on.
+
+    Args:
+        path: the file; made by the first record.
+        of_evaluation: tells the records that an evaluation after the step wrote from those of the
+            step itself.
+    """
+
+    def __init__(self, path: Path, of_evaluation: Callable[[Mapping[str, Any]], bool]) -> None:
+        self.path = path
+        self._of_evaluation = of_evaluation
+        self._failed = False
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record."""
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            # Opened for each line: a line is then on its way to the disk when it is written, and
+            # a file that was moved or a disk that was full for a while is no lasting harm.
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
+                file.write(line)
+        except OSError as error:
+            self._give_up(error)
+
+    def cut_back(self, step: int, evaluation_pending: bool) -> None:
+        """Drop what the run no longer knows of, and a line that a killed process left torn.
+
+        Args:
+            step: the run's step; records of later ones go.
+            evaluation_pending: whether the evaluation after `step` is still to run, so that its
+                records go as well.
+        """
+        try:
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(True)
+            kept = [line for line in lines if self._is_kept(line, step, evaluation_pending)]
+            if kept != lines:
+                temporary = self.path.with_name(self.path.name + ".tmp")
+                temporary.write_text("".join(kept), encoding="utf-8", newline="\n")
+                temporary.replace(self.path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._give_up(error)
+
+    def _is_kept(self, line: str, step: int, evaluation_pending: bool) -> bool:
+        try:
+            record = json.loads(line)
+            later = record["step"] > step
+            repeated = record["step"] == step and evaluation_pending
+        except (ValueError, KeyError, TypeError):
+            return False
+        if later or not line.endswith("\n"):
+            return False
+        return not (repeated and self._of_evaluation(record))
+
+    def _give_up(self, error: OSError) -> None:
+        if not self._failed:
+            logger.warning("%s cannot be written, training goes on: %s", self.path.name, error)
+        self._failed = True
