@@ -586,6 +586,45 @@ def test_pruning_counts_only_whole_ones(store: CheckpointStore) -> None:
     assert (store.directory / step_name(5)).exists()
 
 
+def test_later_steps_are_superseded_and_never_read_again(store: CheckpointStore) -> None:
+    for step in (10, 20, 30, 40):
+        write(store, step)
+    (store.directory / step_name(30) / MANIFEST).write_text("damaged")
+
+    assert list(store.supersede(20)) == [step_name(40), step_name(30)]
+    assert list(store.step_names()) == [step_name(20), step_name(10)]
+    assert value_of(store.read(store.directory / "superseded" / step_name(40))) == 40
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 20
+
+    write(store, 40, value=41.0)
+    store.supersede(20)
+    assert value_of(store.read(store.directory / "superseded" / step_name(40))) == 40
+    assert (store.directory / "superseded" / f"{step_name(40)}-2").is_dir()
+    assert list(store.supersede(20)) == []
+
+
+def test_a_version_that_a_killed_save_set_aside_is_superseded_too(store: CheckpointStore) -> None:
+    write(store, 10)
+    write(store, 20)
+    path = store.directory / step_name(20)
+    path.rename(store.directory / f".{step_name(20)}.old-0123456789ab")
+    store.supersede(10)
+    assert list(store.step_names()) == [step_name(10)]
+    assert hidden(store) == []
+
+
+def test_the_newest_is_the_newest_whole_one(store: CheckpointStore) -> None:
+    assert store.newest() is None
+    write(store, 10)
+    write(store, 20)
+    (store.directory / step_name(20) / MANIFEST).unlink()
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 10
+
+
 def test_fewer_than_two_are_refused(store: CheckpointStore) -> None:
     with pytest.raises(ValueError, match="at least 2"):
         store.prune(1)

@@ -29,7 +29,8 @@ class JsonLines:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record."""
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        # In ASCII: text may hold characters such as U+2028 that end a line for some readers.
+        line = json.dumps(record, allow_nan=False) + "\n"
         try:
             # Opened for each line: a line is then on its way to the disk when it is written, and
             # a file that was moved or a disk that was full for a while is no lasting harm.

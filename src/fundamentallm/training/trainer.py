@@ -208,9 +208,12 @@ class Trainer(Engine):
             num_epochs: passes over the data in total, in place of the config's budgets.
             checkpoint_dir: where checkpoints go; without it, the config's directory if the
                 trainer was given a config, else none are written.
+
+        Raises:
+            ValueError: less than one epoch, or checkpoints go elsewhere already.
         """
         if checkpoint_dir is not None:
-            self._checkpoint_dir = Path(checkpoint_dir)
+            self._keep_checkpoints_in(Path(checkpoint_dir))
         if num_epochs is not None:
             if num_epochs < 1:
                 raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
@@ -231,7 +234,8 @@ class Trainer(Engine):
             CheckpointError: it is damaged, or of another model, optimizer or data.
         """
         path = Path(path)
-        self._checkpoint_dir = self._checkpoint_dir or path.parent
+        if not self._listens(Checkpointing):
+            self._checkpoint_dir = path.parent
         self.attach_defaults()
         if self.restore_point is None:
             raise ValueError("a handler switched checkpoints off: there is nothing to resume with")
@@ -672,6 +676,15 @@ class Trainer(Engine):
             Evaluation().attach(self)
         if self._checkpoint_dir is not None and not self._listens(Checkpointing):
             Checkpointing(self._checkpoint_dir, n_saved=self.config.keep_last).attach(self)
+
+    def _keep_checkpoints_in(self, directory: Path) -> None:
+        point = self.restore_point
+        if isinstance(point, Checkpointing) and point.store.directory != directory:
+            raise ValueError(
+                f"checkpoints of this trainer go to {point.store.directory} already, so"
+                f" checkpoint_dir={directory} would have no effect"
+            )
+        self._checkpoint_dir = directory
 
     def _listens(self, kind: type) -> bool:
         return any(

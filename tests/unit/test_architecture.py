@@ -1,0 +1,177 @@
+"""The house: imports go down only, doors open fast, and nothing in a load path runs code."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "src" / "fundamentallm"
+
+# Lowest first; a module may import from its own layer and from those before it. Longer prefixes
+# win, so that a file can stand elsewhere than its package.
+LAYERS = [
+    ["errors", "registry", "events"],
+    ["config"],
+    ["data", "models"],
+    ["training"],
+    ["training.step", "training.state"],
+    ["training.snapshot"],
+    ["training.handlers"],
+    ["training.trainer"],
+    ["inference"],
+    ["engine", "training.train", "testing"],
+]
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer_of(module: str) -> int:
+    matches = [
+        (len(prefix), number)
+        for number, prefixes in enumerate(LAYERS)
+        for prefix in prefixes
+        if module == prefix or module.startswith(prefix + ".")
+    ]
+    assert matches, f"{module} belongs to no layer: add it to LAYERS"
+    return max(matches)[1]
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the package's modules that a file imports when it runs, lazily or not."""
+    found = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if is_type_checking(node):
+            continue
+        waiting.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.startswith("fundamentallm."):
+                found.add(resolve(name.removeprefix("fundamentallm.")))
+    return found
+
+
+def resolve(dotted: str) -> str:
+    """Return the module in `module.attribute`."""
+    parts = dotted.split(".")
+    while parts:
+        path = PACKAGE.joinpath(*parts)
+        if path.with_suffix(".py").exists() or (path / "__init__.py").exists():
+            return ".".join(parts)
+        parts.pop()
+    return dotted.split(".")[0]
+
+
+# training/train.py is a door to the engine that its callers expect in this package.
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_go_down_only(path: Path) -> None:
+    module = module_name(path)
+    if module in ("", "training"):  # the packages' own doors, checked to be light below
+        return
+    upward = {name for name in imports_of(path) if layer_of(name) > layer_of(module)}
+    assert not upward, f"{module} imports from above: {sorted(upward)}"
+
+
+def test_the_order_would_notice_an_upward_import() -> None:
+    assert layer_of("training.losses") < layer_of("training.step") < layer_of("training.trainer")
+    assert layer_of("training.handlers.logs") < layer_of("training.trainer") < layer_of("engine")
+    assert "training.step" in imports_of(PACKAGE / "training" / "trainer.py")
+
+
+def test_a_handler_never_imports_the_engine_or_another_layer_above() -> None:
+    for path in (PACKAGE / "training" / "handlers").glob("*.py"):
+        assert not {name for name in imports_of(path) if name.startswith(("engine", "inference"))}
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print('\\n'.join(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return set(result.stdout.split())
+
+
+def test_errors_registry_events_and_config_do_without_torch() -> None:
+    modules = modules_after(
+        "import fundamentallm, fundamentallm.errors, fundamentallm.registry, fundamentallm.config"
+    )
+    assert not modules & {"torch", "ignite", "tensorboardX"}
+
+
+def test_the_command_line_starts_with_the_standard_library_alone() -> None:
+    modules = modules_after("import fundamentallm.engine.cli as cli; cli.build_parser()")
+    assert not modules & {"torch", "numpy", "pydantic", "yaml", "ignite", "safetensors"}
+
+
+def test_the_package_of_handlers_does_not_hide_the_module_train() -> None:
+    modules_after(
+        "import fundamentallm.training, fundamentallm.training.train as door;"
+        "assert callable(door.main)"
+    )
+
+
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_MODULES = {"pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib"}
+
+
+def calls_in(path: Path) -> list[tuple[int, str, ast.Call]]:
+    calls = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            calls.append((node.lineno, ast.unparse(node.func), node))
+    return calls
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_nothing_unpickles_or_evaluates(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in (
+            [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+        )
+        if name
+    }
+    assert not imported & FORBIDDEN_MODULES
+    for line, name, call in calls_in(path):
+        assert name not in FORBIDDEN_CALLS, f"{path}:{line}: {name}"
+        assert name not in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"), f"{path}:{line}"
+        if name == "torch.load":
+            options = {k.arg: k.value for k in call.keywords}
+            assert ast.unparse(options["weights_only"]) == "True", f"{path}:{line}"
+            assert path.name == "portable.py", f"{path}:{line}: .pt is read in one module alone"
+        if name == "importlib.import_module":
+            assert path.name == "plugins.py", f"{path}:{line}: plugins are imported in one place"
+        shell = [k for k in call.keywords if k.arg == "shell"]
+        assert not shell, f"{path}:{line}: shell="
+
+
+def test_no_command_reaches_the_module_that_reads_pt_files() -> None:
+    importers = {module_name(p) for p in SOURCES if "training.portable" in imports_of(p)}
+    assert importers == {"training.checkpoint"}
+    for path in (PACKAGE / "engine").glob("*.py"):
+        assert "CheckpointManager" not in path.read_text(encoding="utf-8").replace(
+            "CheckpointManager.load in Python", ""
+        )

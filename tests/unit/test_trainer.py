@@ -1,0 +1,559 @@
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Events
+from torch.utils.data import DataLoader
+
+from fundamentallm.config import TrainingConfig
+from fundamentallm.data.dataset import LanguageModelDataset
+from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.errors import CheckpointError, NumericalError
+from fundamentallm.events import TrainingEvents
+from fundamentallm.testing import (
+    RecordingHandler,
+    UniformModel,
+    tiny_loaders,
+    tiny_model,
+    tiny_tokens,
+)
+from fundamentallm.training.handlers import LossEMA, NaNRollback, Perplexity, WeightEMA
+from fundamentallm.training.optimizers import OptimizerBuilder
+from fundamentallm.training.schedulers import CosineAnnealingScheduler, LinearWarmup
+from fundamentallm.training.store import CheckpointStore
+from fundamentallm.training.trainer import Trainer
+
+
+def make_trainer(
+    checkpoint_dir: Path | None = None, handlers: tuple[Any, ...] = (), **fields: Any
+) -> Trainer:
+    """A trainer over tiny loaders of 10 steps an epoch; seeds the global random numbers."""
+    fields = {"eval_steps": 4, "learning_rate": 1e-2, "max_grad_norm": None, **fields}
+    if checkpoint_dir is not None:
+        fields["checkpoint_dir"] = str(checkpoint_dir)
+    torch.manual_seed(3)
+    model = tiny_model(dropout=0.1)
+    train, val = tiny_loaders(accumulation_steps=fields.get("accumulation_steps", 1))
+    config = TrainingConfig(**fields)
+    trainer = Trainer(model, train, val, device="cpu", config=config, handlers=handlers)
+    if checkpoint_dir is None:
+        trainer._checkpoint_dir = None
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+class InjectNaN:
+    """Writes a NaN into the gradients of chosen steps, before the guard looks."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = set(steps)
+
+    def attach(self, trainer: Trainer) -> None:
+        trainer.add_event_handler(TrainingEvents.FLLM_MICRO_BATCH_COMPLETED, self.inject)
+
+    def inject(self, trainer: Trainer) -> None:
+        if trainer.state.iteration in self.steps:
+            next(iter(trainer.model.parameters())).grad.view(-1)[0] = math.nan
+
+
+# ------------------------------------------------------------------ the contract
+
+
+def test_training_lowers_the_loss_and_tells_its_history() -> None:
+    trainer = make_trainer(handlers=(LossEMA(), Perplexity()))
+    history = trainer.train(num_epochs=3)
+    steps = 3 * len(trainer.train_loader)
+    assert history.steps == list(range(1, steps + 1))
+    assert len(history.train_loss) == len(history.lr) == len(history.loss_ema) == steps
+    assert [entry["epoch"] for entry in history.epochs] == [1, 2, 3]
+    assert history.epoch_train_loss[-1] < history.epoch_train_loss[0]
+    assert history.val_loss[-1] < history.val_loss[0]
+    assert history.perplexity[-1] == pytest.approx(math.exp(history.val_loss[-1]))
+
+
+def test_train_epoch_trains_to_the_end_of_the_epoch_and_returns_its_mean_loss() -> None:
+    trainer = make_trainer()
+    first = trainer.train_epoch()
+    length = len(trainer.train_loader)
+    assert trainer.state.iteration == length
+    losses = trainer.history.train_loss
+    tokens = [trainer.train_loader.window_at(0, step).num_tokens for step in range(length)]
+    mean = sum(x * n for x, n in zip(losses, tokens, strict=True)) / sum(tokens)
+    assert first == pytest.approx(mean, rel=1e-12)
+    assert trainer.train_epoch() < first
+    assert trainer.state.iteration == 2 * length
+
+
+def test_epochs_one_by_one_equal_epochs_at_once() -> None:
+    at_once = make_trainer()
+    at_once.train(num_epochs=2)
+    one_by_one = make_trainer()
+    one_by_one.train_epoch()
+    one_by_one.train_epoch()
+    assert_equal_weights(weights(at_once), weights(one_by_one))
+
+
+def test_validate_equals_the_loss_over_every_target_and_disturbs_nothing() -> None:
+    trainer = make_trainer()
+    trainer.model.train()
+    trainer.model.blocks[0].eval()  # a module that its owner froze stays frozen
+    modes = [module.training for module in trainer.model.modules()]
+    rng = torch.get_rng_state()
+    metrics = trainer.validate()
+    assert torch.equal(rng, torch.get_rng_state())
+    assert [module.training for module in trainer.model.modules()] == modes
+
+    tokens = torch.as_tensor(tiny_tokens()[320:].astype("int64"))
+    model = copy.deepcopy(trainer.model).eval().double()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 8):
+            piece = tokens[start : start + 9]
+            log_probabilities = model(piece[:-1].unsqueeze(0))[0].log_softmax(-1)
+            total -= float(log_probabilities.gather(1, piece[1:, None]).sum())
+            count += len(piece) - 1
+    assert count == len(tokens) - 1
+    assert metrics["val/loss"] == pytest.approx(total / count, rel=1e-5)
+    assert metrics["val/perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_validate_step_measures_one_batch() -> None:
+    trainer = make_trainer()
+    batch = next(iter(trainer.val_loader))
+    result = trainer._validate_step(batch)
+    assert result["num_tokens"] == int((batch["target_ids"] >= 0).sum())
+    assert 0 < result["loss"] < 10
+
+
+def test_train_step_takes_a_window_or_a_plain_batch() -> None:
+    trainer = make_trainer()
+    before = weights(trainer)
+    output = trainer._train_step(next(iter(trainer.val_loader)))
+    assert math.isfinite(output.loss)
+    assert any(not torch.equal(before[n], w) for n, w in weights(trainer).items())
+
+
+def test_a_plain_dataloader_trains_with_accumulation_and_a_short_last_window() -> None:
+    dataset = LanguageModelDataset(tiny_tokens(), 8)
+    loader = DataLoader(dataset, batch_size=4, shuffle=True)
+    config = TrainingConfig(accumulation_steps=3, learning_rate=1e-2, eval_steps=100)
+    trainer = Trainer(tiny_model(), loader, None, device="cpu", config=config)
+    trainer._checkpoint_dir = None
+    trainer.train(num_epochs=2)
+    assert trainer.steps_per_epoch == -(-len(loader) // 3)
+    assert trainer.state.micro_batches == 2 * len(loader)
+    assert trainer.state.sequences_seen == 2 * len(dataset)
+    assert trainer.state.tokens_seen == 2 * len(dataset) * 8
+
+
+def test_pairs_of_inputs_and_targets_train_as_well() -> None:
+    tokens = torch.as_tensor(tiny_tokens().astype("int64"))
+    pairs = [(tokens[i : i + 8][None], tokens[i + 1 : i + 9][None]) for i in range(0, 64, 8)]
+    trainer = Trainer(tiny_model(), pairs, pairs, device="cpu")
+    history = trainer.train(num_epochs=2)
+    assert len(history.train_loss) == 16
+    assert len(history.val_loss) == 2
+
+
+def test_the_loss_of_an_untrained_uniform_model_is_log_of_the_vocabulary() -> None:
+    train, val = tiny_loaders()
+    trainer = Trainer(UniformModel(11), train, val, device="cpu")
+    assert trainer.validate()["val/loss"] == pytest.approx(math.log(11), rel=1e-6)
+
+
+def test_an_empty_or_missing_validation_loader_is_no_fault() -> None:
+    train, _ = tiny_loaders()
+    for val in (None, ValidationLoader(tiny_tokens()[:1], 8, 4), []):
+        trainer = Trainer(tiny_model(), train, val, device="cpu")
+        assert trainer.validate() == {}
+        history = trainer.train(num_epochs=1)
+        assert history.val_loss == []
+
+
+def test_one_sequence_a_batch_and_one_token_a_sequence() -> None:
+    tokens = tiny_tokens(40)
+    train = TokenWindowLoader(tokens, 1, 1)
+    trainer = Trainer(tiny_model(), train, ValidationLoader(tokens, 1, 1), device="cpu")
+    trainer.run(max_iters=3)
+    assert trainer.state.tokens_seen == 3
+
+
+def test_a_very_long_sequence_trains_in_one_piece() -> None:
+    tokens = tiny_tokens(5_000)
+    train = TokenWindowLoader(tokens, 2_048, 1)
+    model = tiny_model(sequence_length=2_048)
+    trainer = Trainer(model, train, ValidationLoader(tokens, 2_048, 1), device="cpu")
+    trainer.run(max_iters=2)
+    assert trainer.state.tokens_seen == 2 * 2_048
+    assert math.isfinite(trainer.validate()["val/loss"])
+
+
+def test_a_torch_scheduler_is_refused_with_the_reason() -> None:
+    train, val = tiny_loaders()
+    model = tiny_model()
+    optimizer = OptimizerBuilder.build("adamw", model, 1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(TypeError, match="rollback"):
+        Trainer(model, train, val, optimizer, scheduler)
+
+
+def test_the_config_builds_the_optimizer_where_none_is_given() -> None:
+    train, val = tiny_loaders()
+    config = TrainingConfig(optimizer="sgd", learning_rate=0.5, optimizer_weight_decay=0.0)
+    trainer = Trainer(tiny_model(), train, val, device="cpu", config=config)
+    assert isinstance(trainer.optimizer, torch.optim.SGD)
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.5
+
+
+# ------------------------------------------------------------------ schedule, clipping, cadence
+
+
+def test_the_applied_learning_rate_of_every_step_is_the_formula() -> None:
+    train, val = tiny_loaders()
+    model = tiny_model()
+    optimizer = OptimizerBuilder.build("adamw", model, 1e-2)
+    scheduler = CosineAnnealingScheduler(optimizer, total_steps=20, warmup_steps=5, min_lr=1e-3)
+    trainer = Trainer(model, train, val, optimizer, scheduler, device="cpu")
+    applied: list[float] = []
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_OPTIMIZER_STEPPED,
+        lambda: applied.append(optimizer.param_groups[0]["lr"]),
+    )
+    trainer.train(num_epochs=2)
+    expected = [
+        1e-2 * k / 5
+        if k <= 5
+        else 1e-3 + (1e-2 - 1e-3) * (1 + math.cos(math.pi * (k - 5) / 15)) / 2
+        for k in range(1, 21)
+    ]
+    assert applied == pytest.approx(expected, rel=1e-12)
+    assert trainer.history.lr == pytest.approx(expected, rel=1e-12)
+
+
+def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_recorded() -> None:
+    trainer = make_trainer(max_grad_norm=1e-3, optimizer="sgd")
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+    trainer._step.optimizer = trainer.optimizer
+    trainer.scheduler.optimizer = trainer.optimizer
+    before = weights(trainer)
+    trainer.run(max_iters=1)
+    moved = math.sqrt(
+        sum(float((w - before[n]).double().pow(2).sum()) for n, w in weights(trainer).items())
+    )
+    assert trainer.state.output.grad_norm > 1e-2
+    assert moved == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_validation_runs_every_eval_steps_at_each_epochs_end_and_at_the_last_step() -> None:
+    trainer = make_trainer(eval_steps=4)
+    length = len(trainer.train_loader)
+    trainer.attach_defaults()
+    trainer.run(max_iters=2 * length + 3)
+    last = 2 * length + 3
+    expected = sorted(
+        {step for step in range(1, last + 1) if step % 4 == 0 or step % length == 0} | {last}
+    )
+    assert [entry["step"] for entry in trainer.history.validations] == expected
+
+
+def test_bf16_runs_in_training_and_in_validation_alike() -> None:
+    trainer = make_trainer(precision="bf16")
+    seen: set[tuple[bool, torch.dtype]] = set()
+    trainer.model.blocks[0].attention.register_forward_hook(
+        lambda module, args, output: seen.add((module.training, output.dtype))
+    )
+    trainer.train(num_epochs=1)
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
+    plain = make_trainer()
+    plain.run(max_iters=3)
+    checkpointed = make_trainer(gradient_checkpointing=True)
+    checkpointed.run(max_iters=3)
+    assert checkpointed.model.gradient_checkpointing
+    assert_equal_weights(weights(plain), weights(checkpointed))
+
+
+# ------------------------------------------------------------------ limits and stops
+
+
+def test_max_tokens_ends_the_run_at_the_first_step_that_reaches_it() -> None:
+    trainer = make_trainer(max_tokens=100)
+    trainer.train()
+    assert trainer.state.tokens_seen == 128  # steps of 32 tokens
+    assert trainer.finished
+
+
+def test_max_seconds_ends_the_run_by_the_clock() -> None:
+    trainer = make_trainer(max_seconds=5.0)
+    seconds = iter(range(1_000))
+    trainer.clock = lambda: float(next(seconds))
+    trainer.train()
+    assert trainer.finished == "the budget is used up"
+    assert 0 < trainer.state.iteration < 10
+
+
+def test_stop_after_seconds_saves_and_stops_unfinished(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, stop_after_seconds=1.0)
+    trainer.clock = lambda: float(trainer.state.iteration)
+    trainer.train(num_epochs=1)
+    assert not trainer.finished
+    assert trainer.state.iteration == 1
+    newest = CheckpointStore(tmp_path).newest()
+    assert newest is not None
+    assert newest.step == 1
+
+
+def test_a_finished_run_takes_no_further_step() -> None:
+    trainer = make_trainer()
+    trainer.train(num_epochs=1)
+    before, step = weights(trainer), trainer.state.iteration
+    trainer.train(num_epochs=1)
+    assert trainer.state.iteration == step
+    assert_equal_weights(before, weights(trainer))
+    trainer.train(num_epochs=2)
+    assert trainer.state.iteration == 2 * step
+
+
+def test_a_run_can_be_started_again_after_an_exception() -> None:
+    trainer = make_trainer()
+    handle = trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=3), lambda: (_ for _ in ()).throw(ArithmeticError("boom"))
+    )
+    with pytest.raises(ArithmeticError, match="boom"):
+        trainer.train(num_epochs=1)
+    assert trainer.state.iteration == 3
+    handle.remove()
+    trainer.train(num_epochs=1)
+    assert trainer.state.iteration == len(trainer.train_loader)
+
+
+def test_the_end_of_a_run_is_told_also_when_it_fails() -> None:
+    trainer = make_trainer()
+    ended: list[int] = []
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_RUN_ENDED, lambda: ended.append(trainer.state.iteration)
+    )
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=2), lambda: (_ for _ in ()).throw(ArithmeticError)
+    )
+    with pytest.raises(ArithmeticError):
+        trainer.train(num_epochs=1)
+    assert ended == [2]
+
+
+# ------------------------------------------------------------------ faults
+
+
+def test_a_non_finite_gradient_never_reaches_weights_or_optimizer() -> None:
+    trainer = make_trainer(handlers=(InjectNaN(3),))
+    trainer.run(max_iters=2)
+    before, moments = weights(trainer), copy.deepcopy(trainer.optimizer.state_dict())
+    trainer.run(max_iters=3)
+    assert trainer.state.output.rejection == "nonfinite"
+    assert_equal_weights(before, weights(trainer))
+    after = trainer.optimizer.state_dict()
+    for key, state in moments["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, after["state"][key][name])
+    assert trainer.state.skipped_steps == 1
+    assert trainer.state.optimizer_steps == 2
+    clean = make_trainer()
+    clean.run(max_iters=2)
+    assert_equal_weights(before, weights(clean))
+
+
+def test_a_rejected_step_leaves_the_weight_ema_alone() -> None:
+    ema = WeightEMA(0.9)
+    trainer = make_trainer(handlers=(ema, InjectNaN(2)))
+    trainer.run(max_iters=1)
+    before = {name: average.clone() for name, average in ema.averages.items()}
+    trainer.run(max_iters=2)
+    assert ema.num_updates == 1
+    assert_equal_weights(before, ema.averages)
+
+
+def test_a_healed_run_equals_a_clean_run_that_was_given_the_ledger(tmp_path: Path) -> None:
+    healed = make_trainer(tmp_path / "healed", handlers=(NaNRollback(), InjectNaN(7)))
+    healed.train(num_epochs=2)
+    assert healed.state.rollbacks == 1
+    assert healed.ledger == {7}
+    clean = make_trainer(tmp_path / "clean", handlers=(NaNRollback(),))
+    clean.ledger = {7}
+    clean.train(num_epochs=2)
+    assert_equal_weights(weights(healed), weights(clean))
+    # The loss of the window that was passed over is unknown in both.
+    for a, b in zip(healed.history.train_loss, clean.history.train_loss, strict=True):
+        assert a == b or (math.isnan(a) and math.isnan(b))
+    assert healed.history.val_loss == clean.history.val_loss
+
+
+def test_without_checkpoints_the_bad_window_alone_is_skipped() -> None:
+    trainer = make_trainer(handlers=(NaNRollback(), InjectNaN(3)))
+    trainer.train(num_epochs=1)
+    assert trainer.ledger == {3}
+    assert trainer.state.rollbacks == 0
+    assert trainer.state.iteration == len(trainer.train_loader)
+
+
+def test_a_permanent_fault_ends_the_run_within_its_bounds(tmp_path: Path) -> None:
+    handlers = (NaNRollback(max_rollbacks=4, max_per_region=3), InjectNaN(*range(1, 1_000)))
+    trainer = make_trainer(tmp_path, handlers=handlers)
+    before = weights(trainer)
+    with pytest.raises(NumericalError):
+        trainer.train(num_epochs=2)
+    assert trainer.state.rollbacks <= 4
+    assert_equal_weights(before, weights(trainer))
+
+
+def test_reject_step_refuses_the_update_with_its_reason() -> None:
+    trainer = make_trainer()
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_GRADIENTS_READY(once=2), lambda e: e.reject_step("a spike")
+    )
+    reasons: list[str] = []
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_STEP_REJECTED, lambda e: reasons.append(e.state.output.rejection)
+    )
+    trainer.run(max_iters=3)
+    assert reasons == ["a spike"]
+    assert trainer.state.optimizer_steps == 2
+    assert trainer.state.iteration == 3
+
+
+# ------------------------------------------------------------------ resume
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 9, 10, 11, 14])
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(tmp_path: Path, stop: int) -> None:
+    def trainer_at(place: str) -> Trainer:
+        handlers = (LossEMA(), Perplexity(), WeightEMA(0.9))
+        return make_trainer(tmp_path / place, handlers=handlers, accumulation_steps=2)
+
+    whole = trainer_at("whole")
+    whole.train(num_epochs=3)
+    total = whole.state.iteration
+    first = trainer_at("parts")
+    first.add_event_handler(Events.ITERATION_COMPLETED(once=stop), lambda e: e.interrupt_run(15))
+    first.train(num_epochs=3)
+    assert first.state.iteration == stop
+    assert not first.finished
+    torch.manual_seed(99)
+    second = trainer_at("parts")
+    second.resume(tmp_path / "parts" / f"step-{stop:08d}")
+    history = second.train(num_epochs=3)
+    assert second.state.iteration == total
+    assert_equal_weights(weights(whole), weights(second))
+    assert history.train_loss == whole.history.train_loss[stop:]
+    assert history.loss_ema == whole.history.loss_ema[stop:]
+    losses = {v["step"]: v["val_loss"] for v in whole.history.validations}
+    assert all(losses[v["step"]] == v["val_loss"] for v in history.validations)
+
+
+def test_resuming_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.train(num_epochs=2)
+    store = CheckpointStore(tmp_path)
+    older = store.step_names()[-1]
+    again = make_trainer(tmp_path)
+    again.resume(tmp_path / older)
+    step = again.state.iteration
+    assert store.step_names()[0] == older
+    assert (tmp_path / "superseded").is_dir()
+    assert store.resolve("last") == tmp_path / older
+    again.train(num_epochs=2)
+    assert again.state.iteration > step
+    assert_equal_weights(weights(trainer), weights(again))
+
+
+def test_checkpoints_go_beside_the_one_that_was_resumed(tmp_path: Path) -> None:
+    make_trainer(tmp_path / "first").train(num_epochs=1)
+    newest = CheckpointStore(tmp_path / "first").resolve("last")
+    assert newest is not None
+    again = make_trainer(tmp_path / "elsewhere")
+    again.resume(newest)
+    again.train(num_epochs=2)
+    assert CheckpointStore(tmp_path / "first").resolve("last") != newest
+    assert not (tmp_path / "elsewhere").exists()
+    with pytest.raises(ValueError, match="already"):
+        again.train(num_epochs=3, checkpoint_dir=tmp_path / "elsewhere")
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    make_trainer(tmp_path).train(num_epochs=1)
+    newest = CheckpointStore(tmp_path).resolve("last")
+    assert newest is not None
+    train, val = tiny_loaders()
+    other = Trainer(tiny_model(d_model=32), train, val, device="cpu")
+    before, rng = weights(other), torch.get_rng_state()
+    with pytest.raises(CheckpointError):
+        other.resume(newest)
+    assert_equal_weights(before, weights(other))
+    assert torch.equal(rng, torch.get_rng_state())
+    assert other.state.iteration == 0
+
+
+def test_a_directory_with_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path).train(num_epochs=1)
+    names = CheckpointStore(tmp_path).step_names()
+    with pytest.raises(CheckpointError, match="another run"):
+        make_trainer(tmp_path).train(num_epochs=1)
+    assert CheckpointStore(tmp_path).step_names() == names
+
+
+def test_data_of_another_length_is_refused_on_resume(tmp_path: Path) -> None:
+    make_trainer(tmp_path).train(num_epochs=1)
+    newest = CheckpointStore(tmp_path).resolve("last")
+    assert newest is not None
+    other = Trainer(tiny_model(), TokenWindowLoader(tiny_tokens(200), 8, 4), None, device="cpu")
+    with pytest.raises(CheckpointError, match="number of steps"):
+        other.resume(newest)
+
+
+# ------------------------------------------------------------------ events
+
+
+def test_two_handlers_of_one_name_with_state_are_refused() -> None:
+    trainer = make_trainer(handlers=(LossEMA(),))
+    with pytest.raises(ValueError, match="loss_ema"):
+        LossEMA(0.5).attach(trainer)
+
+
+def test_the_timeline_names_the_handlers_in_the_order_of_the_loop() -> None:
+    recorder = RecordingHandler()
+    trainer = make_trainer(handlers=(LossEMA(), NaNRollback()))
+    trainer.attach_defaults()
+    timeline = trainer.timeline()
+    assert ("ITERATION_STARTED", ["schedule"]) in timeline
+    assert ("ITERATION_COMPLETED", ["loss_ema"]) in timeline
+    assert [event for event, _ in timeline].index("ITERATION_STARTED") < [
+        event for event, _ in timeline
+    ].index("FLLM_EVALUATION_DUE")
+    recorder.attach(trainer)
+    assert any("RecordingHandler" in names for _, names in trainer.timeline())
+
+
+def test_a_warmup_schedule_from_the_class_is_applied_by_the_trainer_alone() -> None:
+    train, val = tiny_loaders()
+    model = tiny_model()
+    optimizer = OptimizerBuilder.build("adamw", model, 1.0)
+    trainer = Trainer(model, train, val, optimizer, LinearWarmup(optimizer, 4), device="cpu")
+    trainer.attach_defaults()
+    trainer.run(max_iters=6)
+    assert trainer.history.lr == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
