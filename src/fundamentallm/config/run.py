@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -81,6 +82,21 @@ class RunConfig(BaseConfig):
         is shown itself; a configuration made in Python has the key alone.
         """
         return self._document.locate(tuple(key.split("."))) if self._document else key
+
+    def checkpoints_in(self, run: Path) -> Path:
+        """Return where the run in a directory keeps its checkpoints."""
+        return run / self.training.checkpoint_dir
+
+    def run_of(self, checkpoints: Path) -> Path:
+        """Return the directory of the run whose checkpoints lie in `checkpoints`.
+
+        Where they were put at a place of their own, that is the run's default directory.
+        """
+        inside = PurePath(self.training.checkpoint_dir)
+        if inside.is_absolute():
+            return Path("runs") / self.name
+        # `run/../x/checkpoints` is told from its end, whatever the run itself is called now.
+        return checkpoints.parents[len(inside.parts) - 1] if inside.parts else checkpoints
 
     @contextmanager
     def blame(self, key: str) -> Iterator[None]:

@@ -14,7 +14,7 @@ from fundamentallm.engine.assemble import Run, assemble, check_names
 from fundamentallm.engine.console import say, speaking
 from fundamentallm.engine.fit import estimate_run, gib, memory_limit
 from fundamentallm.engine.plugins import load_plugins
-from fundamentallm.engine.run_directory import RunDirectory, checkpoints_of
+from fundamentallm.engine.run_directory import RunDirectory
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers.progress import format_seconds
 from fundamentallm.training.step import TrainStep
@@ -48,7 +48,7 @@ def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[st
 
 def _nowhere(config: RunConfig) -> RunDirectory:
     path = Path("runs") / config.name  # named to the handlers, made by none of them
-    return RunDirectory(path, checkpoints_of(path, config))
+    return RunDirectory(path, config.checkpoints_in(path))
 
 
 def _print_costs(run: Run) -> None:

@@ -7,9 +7,12 @@ command imports what it needs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fundamentallm.errors import FundamentaLLMError, InterruptedRunError, MachineError
@@ -188,25 +191,47 @@ def _add_plugins(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """While large libraries are imported, let Ctrl-C end the process at once and without a word.
+
+    A KeyboardInterrupt inside the import of an extension module comes out as an ImportError, or
+    ends in an abort.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _run(options: argparse.Namespace) -> int:
-    from fundamentallm.engine.run import run
+    with loading():
+        from fundamentallm.engine.run import run
 
     return run(options.config, options.overrides, options.resume, options.run_dir, options.plugins)
 
 
 def _check(options: argparse.Namespace) -> int:
-    from fundamentallm.engine.check import check
+    with loading():
+        from fundamentallm.engine.check import check
 
     return check(options.config, options.overrides, options.plugins)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from fundamentallm.engine.use import evaluate
+    with loading():
+        from fundamentallm.engine.use import evaluate
 
     return evaluate(options)
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from fundamentallm.engine.use import generate
+    with loading():
+        from fundamentallm.engine.use import generate
 
     return generate(options)

@@ -83,10 +83,7 @@ def printable(text: str) -> str:
     )
 
 
-def say(text: str = "") -> None:
-    """Print a line of results to standard output."""
-    try:
-        print(text, flush=True)
-    except UnicodeEncodeError:
-        encoding = sys.stdout.encoding or "ascii"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+def say(text: str = "", end: str = "\n") -> None:
+    """Print results to standard output; what its encoding lacks is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)

@@ -8,13 +8,15 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed as dist
+
 from fundamentallm.config import RunConfig, load_config
 from fundamentallm.engine import run_directory
 from fundamentallm.engine.assemble import Run, assemble, check_names, keep_corpus
 from fundamentallm.engine.console import logging_to, printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.run_directory import RunDirectory
-from fundamentallm.errors import InterruptedRunError
+from fundamentallm.errors import DataError, InterruptedRunError, MachineError
 from fundamentallm.training.distributed import Ranks, join_ranks, leave_ranks
 from fundamentallm.training.precision import resolve_device
 from fundamentallm.training.store import CheckpointStore
@@ -22,6 +24,7 @@ from fundamentallm.training.store import CheckpointStore
 logger = logging.getLogger(__name__)
 
 TOTAL_STEPS = "training.total_steps="
+RUN_DIR = "run_dir="
 
 
 def run(
@@ -36,6 +39,10 @@ def run(
     Raises:
         FundamentaLLMError: of the class of the fault; `InterruptedRunError` after a signal.
     """
+    for word in overrides:
+        if word.startswith(RUN_DIR):  # another way to write --run-dir
+            run_dir = Path(word.removeprefix(RUN_DIR))
+    overrides = [word for word in overrides if not word.startswith(RUN_DIR)]
     config = load_config(config_path, overrides)
     with config.blame("training.device"):
         device = resolve_device(config.training.device)
@@ -58,6 +65,15 @@ def run(
             for module in plugins:
                 again += _option("--plugins", module)
             return _train(config, directory, ranks, again)
+    except RuntimeError as error:
+        if ranks.alone or not ("gloo" in str(error) or isinstance(error, dist.DistError)):
+            raise
+        raise MachineError(
+            "another rank has ended, or cannot be reached",
+            where=f"rank {ranks.rank}",
+            got=str(error).splitlines()[0],
+            fix="see what the other ranks said; start all of them again to go on",
+        ) from error
     finally:
         leave_ranks()
 
@@ -175,9 +191,20 @@ def _conclude(run: Run, again: str) -> None:
             say(printable(json.loads(lines[-1])["text"]))
     say()
     say("Next:")
-    say(f"  {_command('generate', path)} --prompt 'The '")
+    say(f"  {_command('generate', path)}{_option('--prompt', _prompt_for(run))}")
     say(f"  {_command('evaluate', path)}")
     say(f"  tensorboard{_option('--logdir', path / 'tensorboard')}")
+
+
+def _prompt_for(run: Run) -> str:
+    """Return the beginning of a text that the vocabulary has the characters for."""
+    try:
+        run.tokenizer.encode("The ")
+    except DataError:
+        tokens = run.corpus.tokens
+        text = run.corpus.text if tokens is None else run.tokenizer.decode(tokens[:1_000])
+        return (text[:1_000].split() or [text[:1]])[0]
+    return "The "
 
 
 def _best_val_loss(directory: RunDirectory) -> float | None:

@@ -15,8 +15,9 @@ from typing import Any
 
 from fundamentallm.config import RunConfig
 from fundamentallm.config.difference import RESUME_MAY_DIFFER, config_differences
-from fundamentallm.errors import CheckpointError
+from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.training.manifest import Manifest
+from fundamentallm.training.snapshot import check_usable
 from fundamentallm.training.store import CheckpointStore
 
 BUDGET_FIELDS = ("num_epochs", "total_steps", "max_tokens", "max_seconds")
@@ -54,7 +55,7 @@ def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory
             directory holds something else.
     """
     if resume not in ("auto", "never"):
-        return _continue_at(Path(resume), config)
+        return _continue_at(Path(resume), config, run_dir)
     if run_dir is not None:
         return _at(run_dir, config, resume)
     base = Path("runs") / config.name
@@ -71,10 +72,10 @@ def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory
                 note += ": a fresh start was asked for"
             return RunDirectory(
                 candidate,
-                checkpoints_of(candidate, config),
+                config.checkpoints_in(candidate),
                 note=note if candidate != base else "",
             )
-        newest = newest_checkpoint(checkpoints_of(candidate, config))
+        newest = newest_checkpoint(config.checkpoints_in(candidate))
         if newest is None or resume == "never":
             continue
         differences = drift(newest, config)
@@ -94,26 +95,27 @@ def drift(manifest: Manifest, config: RunConfig) -> list[str]:
     ]
 
 
-def checkpoints_of(run: Path, config: RunConfig) -> Path:
-    """Return where a run keeps its checkpoints: inside it, unless the path is absolute."""
-    return run / config.training.checkpoint_dir
-
-
 def newest_checkpoint(checkpoints: Path) -> Manifest | None:
-    """Return the newest whole checkpoint of a run.
+    """Return the newest checkpoint of a run that is whole and finite.
 
     Raises:
-        CheckpointError: there are checkpoints and none is whole.
+        CheckpointError: there are checkpoints, and none of them is.
     """
-    store = CheckpointStore(checkpoints)
-    path = store.resolve("last") if store.directory.is_dir() else None
-    return store.manifest(path) if path is not None else None
+    newest, faults = CheckpointStore(checkpoints).find_newest(check_usable)
+    if newest is None and faults:
+        raise CheckpointError(
+            "no checkpoint here can be gone on from",
+            where=str(checkpoints),
+            got="\n            ".join(str(fault).splitlines()[0] for fault in faults),
+            fix="restore a copy, or start a fresh run with --resume never",
+        )
+    return newest
 
 
 def _at(path: Path, config: RunConfig, resume: str) -> RunDirectory:
     if _is_free(path, config):
-        return RunDirectory(path, checkpoints_of(path, config))
-    newest = newest_checkpoint(checkpoints_of(path, config))
+        return RunDirectory(path, config.checkpoints_in(path))
+    newest = newest_checkpoint(config.checkpoints_in(path))
     if newest is None:
         raise CheckpointError(
             "the directory is not empty and holds no run",
@@ -130,29 +132,37 @@ def _at(path: Path, config: RunConfig, resume: str) -> RunDirectory:
     return _going_on(path, newest, config)
 
 
-def _continue_at(path: Path, config: RunConfig) -> RunDirectory:
+def _continue_at(path: Path, config: RunConfig, run_dir: Path | None) -> RunDirectory:
     if path.is_file() and path.name in ("best", "last"):
         path = CheckpointStore(path.parent).resolve(path.name) or path
     if (path / "MANIFEST.json").exists():
         checkpoints = path.parent
         manifest: Manifest | None = CheckpointStore(checkpoints).verify(path)
-        run = checkpoints.parent
+        run = config.run_of(checkpoints)
     else:
         if not path.is_dir():
             raise CheckpointError("there is no run or checkpoint here", where=str(path))
-        checkpoints, run = checkpoints_of(path, config), path
+        checkpoints, run = config.checkpoints_in(path), path
         manifest = newest_checkpoint(checkpoints)
     if manifest is None:
         raise CheckpointError("there is no checkpoint in this run", where=str(path))
+    if run_dir is not None and run_dir.resolve() != run.resolve():
+        raise ConfigError(
+            "--resume goes on in the directory of its run, and --run-dir names another",
+            got=f"--run-dir {run_dir}",
+            expected=str(run),
+            fix="leave out --run-dir",
+        )
     _refuse_drift(manifest, config, path)
     finished = str(manifest.metadata.get("finished", ""))
-    if _budget(manifest.metadata["config_as_written"]) != _budget(config.model_dump(mode="json")):
+    if _has_larger_budget(config, manifest.metadata["config_as_written"]["training"]):
         finished = ""
     return RunDirectory(run, checkpoints, manifest, _note(run, manifest), finished)
 
 
-def _budget(config: Mapping[str, Any]) -> list[Any]:
-    return [config["training"][field] for field in BUDGET_FIELDS]
+def _has_larger_budget(config: RunConfig, saved: Mapping[str, Any]) -> bool:
+    budgets = [(getattr(config.training, field), saved[field]) for field in BUDGET_FIELDS]
+    return any(now is not None and (was is None or now > was) for now, was in budgets)
 
 
 def _refuse_drift(manifest: Manifest, config: RunConfig, path: Path) -> None:
@@ -168,7 +178,7 @@ def _refuse_drift(manifest: Manifest, config: RunConfig, path: Path) -> None:
 
 def _going_on(path: Path, newest: Manifest, config: RunConfig) -> RunDirectory:
     finished = str(newest.metadata.get("finished", ""))
-    checkpoints = checkpoints_of(path, config)
+    checkpoints = config.checkpoints_in(path)
     return RunDirectory(path, checkpoints, newest, _note(path, newest), finished)
 
 
@@ -182,7 +192,7 @@ def _is_free(path: Path, config: RunConfig) -> bool:
         return True
     if not path.is_dir():
         return False
-    checkpoints = checkpoints_of(path, config)
+    checkpoints = config.checkpoints_in(path)
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
         return False
     # What a run leaves that ended before its first checkpoint.

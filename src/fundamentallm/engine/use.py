@@ -12,7 +12,7 @@ import numpy as np
 from fundamentallm.data.corpus import Corpus, read_source, split_tokens
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
-from fundamentallm.errors import DataError, FundamentaLLMError
+from fundamentallm.errors import ConfigError, DataError, FundamentaLLMError
 from fundamentallm.inference.evaluate import evaluate_text
 from fundamentallm.inference.generate import stream_text
 from fundamentallm.inference.load import Trained, load_trained
@@ -121,6 +121,10 @@ def generate(options: argparse.Namespace) -> int:
     with speaking():
         load_plugins(options.plugins, "--plugins")
         trained = load_trained(options.model, resolve_device(options.device))
+        if options.num_samples < 1:
+            raise ConfigError(
+                "num_samples is out of range", got=str(options.num_samples), expected="at least 1"
+            )
         if options.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
             return _interactive(trained, options)
         for number in range(options.num_samples):
@@ -159,9 +163,7 @@ def _stream(trained: Trained, options: argparse.Namespace, prompt: str, seed: in
         top_p=options.top_p,
         seed=seed,
     )
-    sys.stdout.write(printable(prompt))
+    say(printable(prompt), end="")
     for piece in pieces:
-        sys.stdout.write(printable(piece))
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+        say(printable(piece), end="")
+    say()

@@ -11,6 +11,7 @@ from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.sampling import generate_tokens
 
+LARGEST_SEED = 2**63 - 1
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -43,7 +44,7 @@ def stream_text(
         DataError: the prompt holds characters that the vocabulary lacks.
         ConfigError: an option is out of its range.
     """
-    check_options(max_tokens, temperature, top_k, top_p, tokenizer.vocab_size)
+    check_options(max_tokens, temperature, top_k, top_p, seed, tokenizer.vocab_size)
     device = next(model.parameters()).device
     ids = [int(token) for token in tokenizer.encode(prompt)] or [0]
     generator = torch.Generator(device=device)
@@ -79,7 +80,12 @@ def decode_stream(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
 
 
 def check_options(
-    max_tokens: int, temperature: float, top_k: int | None, top_p: float | None, vocab_size: int
+    max_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    vocab_size: int,
 ) -> None:
     """Refuse sampling options out of range.
 
@@ -91,6 +97,7 @@ def check_options(
         ("temperature", temperature, 0.0 <= temperature < float("inf"), "0 or more"),
         ("top_k", top_k, top_k is None or top_k >= 1, f"1 to {vocab_size}"),
         ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0, "above 0, at most 1"),
+        ("seed", seed, 0 <= seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}"),
     ):
         if not fine:
             raise ConfigError(f"{key} is out of range", key=key, got=str(value), expected=expected)

@@ -41,7 +41,7 @@ class Trained:
     @property
     def run_dir(self) -> Path:
         """The run that the checkpoint lies in."""
-        return self.checkpoint.parent.parent
+        return self.config.run_of(self.checkpoint.parent)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -83,7 +83,7 @@ def find_checkpoint(path: Path) -> Path:
 def _checkpoints_in(run: Path) -> Path:
     """Return where a run keeps its checkpoints; the directory itself if it is no run."""
     if (run / "config.yaml").is_file():
-        return run / RunConfig.from_yaml(run / "config.yaml").training.checkpoint_dir
+        return RunConfig.from_yaml(run / "config.yaml").checkpoints_in(run)
     return run
 
 

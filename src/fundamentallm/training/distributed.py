@@ -121,13 +121,17 @@ def join_ranks(device: str) -> Ranks:
             got="without " + ", ".join(missing),
             fix="start with torchrun, or unset RANK and WORLD_SIZE",
         )
-    if int(os.environ["WORLD_SIZE"]) == 1:
-        return Ranks()
-    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+    rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    # isdecimal also takes digits of other scripts, and so does int.
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
         raise MachineError(
-            "RANK must be below WORLD_SIZE",
-            got=f"RANK={os.environ['RANK']}, WORLD_SIZE={os.environ['WORLD_SIZE']}",
+            "the environment describes a group of processes that cannot be",
+            got=f"RANK={rank}, WORLD_SIZE={world_size}",
+            expected="whole numbers, RANK below WORLD_SIZE",
+            fix="start with torchrun, or unset RANK and WORLD_SIZE",
         )
+    if int(world_size) == 1:
+        return Ranks()
     if not dist.is_initialized():
         try:
             # Through Ignite, so that its own first call is no surprise collective.

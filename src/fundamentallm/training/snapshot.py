@@ -4,7 +4,7 @@
 trainer     position, counters, ledger                 random      every generator, per rank
 model       weights and buffers                        handlers    by name: what each declares
 optimizer   moments and group values
-precision   the loss scale
+precision   the loss scale                             buffers     names of the model's buffers
 ```
 """
 
@@ -18,6 +18,7 @@ import torch
 
 from fundamentallm.training.checkpoint import check_model_state, check_optimizer_state
 from fundamentallm.training.distributed import Ranks
+from fundamentallm.training.finite import check_finite
 from fundamentallm.training.rng import capture_rng, restore_rng
 
 if TYPE_CHECKING:
@@ -67,11 +68,21 @@ def capture(trainer: Trainer) -> dict[str, Any]:
     return {
         "trainer": trainer.state_dict(),
         "model": trainer.model.state_dict(),
+        "buffers": [name for name, _ in trainer.model.named_buffers()],
         "optimizer": trainer.optimizer.state_dict(),
         "precision": trainer.precision.state_dict(),
         "random": RandomState(trainer.ranks).state_dict(),
         "handlers": {name: handler.state_dict() for name, handler in trainer.attached.items()},
     }
+
+
+def check_usable(state: Mapping[str, Any], where: str = "") -> None:
+    """Refuse a state that training must not go on from.
+
+    Raises:
+        CheckpointError: its weights, moments or averages are not finite. (A buffer may be: a mask.)
+    """
+    check_finite(state, where, state.get("buffers", ()))
 
 
 def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
@@ -80,6 +91,7 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the state is of another model, optimizer or data; nothing was changed.
     """
+    check_usable(state)
     check_model_state(trainer.model, state["model"])
     check_optimizer_state(trainer.optimizer, state["optimizer"])
     trainer.load_state_dict(state["trainer"])

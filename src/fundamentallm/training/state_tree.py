@@ -98,6 +98,16 @@ def flatten(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     return encode(tree, ()), tensors
 
 
+def copied(tree: Any) -> Any:
+    """Return a copy of a tree on the CPU that shares no memory with it; tied tensors stay tied.
+
+    Raises:
+        CheckpointError: as `flatten`.
+    """
+    skeleton, tensors = flatten(tree)
+    return unflatten(skeleton, {name: t.to("cpu", copy=True) for name, t in tensors.items()})
+
+
 def unflatten(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Put a tree together again: the inverse of `flatten`.
 

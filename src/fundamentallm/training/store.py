@@ -4,6 +4,7 @@
       step-00000200/        a committed checkpoint (its files: checkpoint_directory.py)
       best, last            pointers: a checkpoint's name as text; hints, maybe missing or stale
       superseded/           checkpoints of a course that the run has left; never read
+      corrupt/              what is damaged, kept as evidence; never read
       .NAME.tmp-*           being written; never read
       .NAME.old-*           whole, replaced by a later save; read only while NAME is missing
       .NAME.gone-*          being deleted; never read
@@ -18,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,20 @@ from fundamentallm.training.filesystem import (
 from fundamentallm.training.manifest import Manifest
 
 SUPERSEDED = "superseded"
+CORRUPT = "corrupt"
 FREE_SPACE_FACTOR = 1.2
 MAX_POINTER_BYTES = 256
 MAX_NAME_BYTES = 200  # a file name has 255 at most, and the hidden names are longer
 STEP_NAME = re.compile(r"step-(\d{8,})")
 HIDDEN_NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old|gone)-[0-9a-f]{12}")
+
+
+Check = Callable[[Mapping[str, Any], str], None]
+"""Raises CheckpointError for a state, given the place it was read from."""
+
+
+def no_check(state: Mapping[str, Any], where: str) -> None:
+    """Accept every whole state."""
 
 
 def step_name(step: int) -> str:
@@ -221,12 +231,37 @@ class CheckpointStore:
         """Return the manifests of the whole checkpoints, newest step first."""
         return self.scan()[0]
 
-    def newest(self) -> Manifest | None:
-        """Return the manifest of the newest whole checkpoint, None if none is whole."""
+    def newest(self, check: Check = no_check) -> Manifest | None:
+        """Return the manifest of the newest checkpoint that can be gone on from, if there is one.
+
+        Args:
+            check: raises CheckpointError for a whole state that is of no use.
+        """
+        return self.find_newest(check)[0]
+
+    def find_newest(
+        self, check: Check = no_check
+    ) -> tuple[Manifest | None, Sequence[CheckpointError]]:
+        """Find the newest checkpoint that can be gone on from.
+
+        Args:
+            check: raises CheckpointError for a whole state that is of no use.
+
+        Returns:
+            Its manifest, None if there is none, and what is wrong with each newer one.
+        """
+        passed_over: list[CheckpointError] = []
         for name in self.step_names():
-            with contextlib.suppress(CheckpointError):
-                return self.verify(self.directory / name)
-        return None
+            try:
+                return self._usable(name, check), passed_over
+            except CheckpointError as error:
+                passed_over.append(error)
+        return None, passed_over
+
+    def _usable(self, name: str, check: Check) -> Manifest:
+        path = self.directory / name
+        check(self.read(path), str(path))
+        return self.manifest(path)
 
     def _located(self, path: Path) -> tuple[Path, Manifest]:
         """Return where the checkpoint called `path` lies now, and its manifest.
@@ -335,17 +370,40 @@ class CheckpointStore:
         later = [name for name in self.step_names() if step_of(name) > step]
         if not later:
             return []
-        place = self.directory / SUPERSEDED
+        self._move(later, self.directory / SUPERSEDED)
+        return later
+
+    def quarantine(self, check: Check = no_check) -> Sequence[CheckpointError]:
+        """Move every checkpoint that is damaged or of no use to `corrupt/`.
+
+        Args:
+            check: as for `newest`.
+
+        Returns:
+            What is wrong with each of them.
+
+        Raises:
+            CheckpointError: the disk refuses.
+        """
+        faults = []
+        for name in self.step_names():
+            try:
+                self._usable(name, check)
+            except CheckpointError as error:
+                faults.append(error)
+                self._move([name], self.directory / CORRUPT)
+        return faults
+
+    def _move(self, names: Iterable[str], place: Path) -> None:
         with saving_to(place):
             make_directories(self.filesystem, place)
-            for name in later:  # newest first: after a crash in between, what is left is older
+            for name in names:  # newest first: after a crash in between, what is left is older
                 self._known_whole.pop(name, None)
                 while self.holds(name):  # once more for a version that a killed save set aside
                     self._settle(name)
                     self.filesystem.rename(self.directory / name, self._free_name(place / name))
             self.filesystem.sync_directory(place)
             self.filesystem.sync_directory(self.directory)
-        return later
 
     def _free_name(self, path: Path) -> Path:
         number, free = 1, path

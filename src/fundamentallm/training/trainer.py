@@ -310,7 +310,7 @@ class Trainer(Engine):
         try:
             self.notify(TrainingEvents.FLLM_RUN_STARTED)
             self._settle()
-            while not self._is_over():
+            while not self.stopping:
                 self._run_to_stop()
                 if self._rollback is not None:
                     self._go_back()
@@ -350,9 +350,6 @@ class Trainer(Engine):
         elif self.evaluation_pending():
             self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
             self.notify(TrainingEvents.FLLM_CHECKPOINT_DUE)
-
-    def _is_over(self) -> bool:
-        return bool(self.finished) or self._leaving
 
     # ------------------------------------------------------------------ one iteration
 
@@ -425,7 +422,7 @@ class Trainer(Engine):
         if due and (self.finished or not leaving):
             self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
             leaving = leaving or (self.ranks.alone and self._wants_to_leave())
-            if self.evaluation_pending():
+            if leaving and self.evaluation_pending():
                 self.finished = ""  # a signal cut off the last evaluation: a resume makes up for it
         self._leaving = leaving
         if leaving or self.finished or self._checkpoint_due(due):
@@ -518,6 +515,11 @@ class Trainer(Engine):
     def restore_step(self) -> int | None:
         """Return the step that a rollback would go to, None if there is none."""
         return self.restore_point.newest_step() if self.restore_point is not None else None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run ends with the current step, for good or for now."""
+        return bool(self.finished) or self._leaving
 
     def finish(self, reason: str) -> None:
         """End the run for good after this step."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from ignite.engine import Events
 from ignite.handlers import Checkpoint
 from ignite.handlers.checkpoint import BaseSaveHandler
 
@@ -15,7 +18,9 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training import snapshot
 from fundamentallm.training.handlers.base import HANDLERS
-from fundamentallm.training.store import SUPERSEDED, CheckpointStore, step_name
+from fundamentallm.training.manifest import Manifest
+from fundamentallm.training.state_tree import copied
+from fundamentallm.training.store import CORRUPT, SUPERSEDED, CheckpointStore, step_name
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
@@ -52,6 +57,48 @@ class StoreSaver(BaseSaveHandler):
         self.store.retire([filename])
 
 
+class BackgroundSave:
+    """One save, in this thread or in one of its own, and how it ended.
+
+    Args:
+        step: the step that is saved.
+        best_before: best score and step that hold again if the save fails.
+    """
+
+    def __init__(self, step: int, best_before: tuple[float, int | None]) -> None:
+        self.step = step
+        self.best_before = best_before
+        self._failure: CheckpointError | None = None
+        self._thread: threading.Thread | None = None
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do the work and keep its error."""
+        try:
+            work()
+        except CheckpointError as error:
+            self._failure = error
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Do the work in a thread."""
+        self._thread = threading.Thread(target=self.run, args=(work,), name=f"save-{self.step}")
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def join(self) -> None:
+        """Wait for the end."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def wait(self) -> CheckpointError | None:
+        """Wait for the end; return the error, None if the checkpoint is committed."""
+        self.join()
+        return self._failure
+
+
 @HANDLERS.register("checkpointing")
 class Checkpointing(Checkpoint):
     """Controls: saves the whole state when a checkpoint is due; what a rollback goes back to.
@@ -59,7 +106,7 @@ class Checkpointing(Checkpoint):
     It is Ignite's `Checkpoint` with Ignite's vocabulary, over a store that never deletes before
     the new checkpoint is committed, never counts a score that is not finite, and holds no pickle
     (ignite#1117, #1008, #1986 tell what its own saver loses). `best` and `last` are pointer files
-    beside the checkpoints.
+    beside the checkpoints; a checkpoint that any such file names is never deleted.
 
     Args:
         checkpoint_dir: the directory of the checkpoints.
@@ -69,6 +116,11 @@ class Checkpointing(Checkpoint):
         score_name: what the score is called in the log.
         to_save: further objects with `state_dict` and `load_state_dict`, by name. The trainer,
             model, optimizer, loss scale, random numbers and attached handlers are always saved.
+        asynchronous: hold the training for a copy of the state alone, and write the copy in a
+            thread. The next save waits for it, and so does the end of the run; the last save is
+            always written before training ends.
+        on_error: "stop" ends the run where a save fails, "continue" says so and trains on. Earlier
+            checkpoints stay whole either way.
     """
 
     def __init__(
@@ -78,6 +130,8 @@ class Checkpointing(Checkpoint):
         score_function: Callable[[Trainer], float | None] | None = None,
         score_name: str = "validation loss",
         to_save: Mapping[str, Any] | None = None,
+        asynchronous: bool = False,
+        on_error: Literal["stop", "continue"] = "stop",
     ) -> None:
         if n_saved < 2:
             raise ValueError(
@@ -92,54 +146,65 @@ class Checkpointing(Checkpoint):
         )
         self.score = score_function or negative_val_loss
         self.score_name = score_name
+        self.asynchronous = asynchronous
+        self.on_error = on_error
         self.best_score = -math.inf
         self.best_step: int | None = None
         self._is_ours = False
+        self._background: BackgroundSave | None = None
 
     def attach(self, trainer: Trainer) -> None:
         """Save at FLLM_CHECKPOINT_DUE; offer the trainer the way back."""
         trainer.restore_point = self
         trainer.add_event_handler(TrainingEvents.FLLM_CHECKPOINT_DUE, self)
+        if self.asynchronous:
+            trainer.add_event_handler(Events.ITERATION_COMPLETED, self._look_at_background)
+            trainer.add_event_handler(TrainingEvents.FLLM_RUN_ENDED, self._wait_at_the_end)
 
     def __call__(self, trainer: Trainer) -> None:  # type: ignore[override]
         """Save the state of the current step on the rank that writes, then prune.
 
         Raises:
-            CheckpointError: the save failed, on any rank; earlier checkpoints are whole.
+            CheckpointError: the save failed, on any rank, and `on_error` is "stop"; earlier
+                checkpoints are whole.
         """
-        self._refuse_foreign(trainer)
+        self._take_over(trainer)
+        self._finish_background(trainer)
         step = trainer.state.iteration
+        before = self.best_score, self.best_step
         score = self.score(trainer)
-        best = score is not None and math.isfinite(score) and score > self.best_score
-        if best:
-            assert score is not None
+        if score is not None and math.isfinite(score) and score > self.best_score:
             self.best_score, self.best_step = score, step
         state = snapshot.capture(trainer)
         state["objects"] = {name: thing.state_dict() for name, thing in self.to_save.items()}
-        failure: CheckpointError | None = None
+        snapshot.check_usable(state, f"step {step}")
+        save = BackgroundSave(step, before)
         if trainer.ranks.is_writer:
-            try:
-                self._save(trainer, state, step, best)
-            except CheckpointError as error:
-                failure = error
-        if trainer.ranks.any(failure is not None):
-            raise failure or CheckpointError("the first rank could not save the checkpoint")
-        trainer.state.last_checkpoint = self.store.directory / step_name(step)
-        trainer.notify(TrainingEvents.FLLM_CHECKPOINT_SAVED)
+            work = functools.partial(self._save, step, state, self._metadata(trainer))
+            if self.asynchronous and not trainer.stopping:
+                work = functools.partial(self._save, step, copied(state), self._metadata(trainer))
+                save.start(work)
+            else:
+                save.run(work)
+        self._background = save
+        if not (self.asynchronous and not trainer.stopping):
+            self._finish_background(trainer)
 
-    def _save(self, trainer: Trainer, state: dict[str, Any], step: int, best: bool) -> None:
-        name = step_name(step)
-        measured_now = trainer.state.evaluated_step == step
+    def _metadata(self, trainer: Trainer) -> dict[str, Any]:
+        measured_now = trainer.state.evaluated_step == trainer.state.iteration
         val_loss = trainer.state.metrics.get("val/loss", math.nan) if measured_now else math.nan
-        metadata = {
+        return {
             "run_id": trainer.run_id,
             "finished": trainer.finished,
             "val_loss": val_loss if math.isfinite(val_loss) else None,
             **trainer.description,
         }
+
+    def _save(self, step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
+        name = step_name(step)
         self.save_handler(state, name, metadata)
         self.store.point("last", name)
-        if best:
+        if self.best_step == step:
             self.store.point("best", name)
             logger.info("step %d: saved, the best %s so far", step, self.score_name)
         else:
@@ -148,11 +213,45 @@ class Checkpointing(Checkpoint):
         assert self.n_saved is not None
         self.store.prune(self.n_saved, keep)
 
-    def _refuse_foreign(self, trainer: Trainer) -> None:
-        """Before the first save: never mix two runs in one directory."""
+    # ------------------------------------------------------------------ in the background
+
+    def _look_at_background(self, trainer: Trainer) -> None:
+        # Ranks speak of it together, at the next save: one that raised here would strand the rest.
+        if self._background is not None and trainer.ranks.alone and not self._background.is_alive:
+            self._finish_background(trainer)
+
+    def _finish_background(self, trainer: Trainer) -> None:
+        """Wait for the save under way, and tell how it ended."""
+        if self._background is None:
+            return
+        save, self._background = self._background, None
+        failure = save.wait()
+        if trainer.ranks.any(failure is not None):
+            self.best_score, self.best_step = save.best_before
+            error = failure or CheckpointError("the first rank could not save the checkpoint")
+            if self.on_error == "stop":
+                raise error
+            logger.warning("step %d: not saved, training goes on: %s", save.step, error)
+            return
+        trainer.state.last_checkpoint = self.store.directory / step_name(save.step)
+        trainer.notify(TrainingEvents.FLLM_CHECKPOINT_SAVED)
+
+    def _wait_at_the_end(self) -> None:
+        """A run that ended in an exception must not leave a thread that writes."""
+        if self._background is not None and (failure := self._background.wait()) is not None:
+            logger.error("step %d: not saved: %s", self._background.step, failure)
+
+    # ------------------------------------------------------------------ whose directory it is
+
+    def _take_over(self, trainer: Trainer) -> None:
+        """Before the first save: never mix two runs in one directory, and clean up after a crash.
+
+        Raises:
+            CheckpointError: it holds another run's checkpoints.
+        """
         if self._is_ours:
             return
-        newest = self.store.newest()
+        newest = self.newest()
         if newest is not None and newest.metadata.get("run_id") != trainer.run_id:
             raise CheckpointError(
                 "the checkpoints here belong to another run",
@@ -160,25 +259,35 @@ class Checkpointing(Checkpoint):
                 fix="choose another checkpoint directory, or continue that run with"
                 " trainer.resume(path)",
             )
-        if trainer.ranks.is_writer:
+        if trainer.ranks.is_writer and self.store.directory.exists():
             self.store.recover()  # what a killed process left half done
+            for fault in self.store.quarantine(snapshot.check_usable):
+                logger.warning("moved to %s: %s", self.store.directory / CORRUPT, fault)
+        trainer.ranks.barrier()
         self._is_ours = True
 
     @property
     def last_checkpoint(self) -> Path | None:
         """The path of the newest checkpoint, None before the first."""
-        newest = self.store.newest()
+        newest = self.newest()
         return self.store.directory / newest.name if newest is not None else None
 
     # ------------------------------------------------------------------ the way back
 
+    def newest(self) -> Manifest | None:
+        """Return the manifest of the newest checkpoint that training can go on from."""
+        return self.store.newest(snapshot.check_usable)
+
     def newest_step(self) -> int | None:
-        """Return the step of the newest whole checkpoint."""
-        newest = self.store.newest()
+        """Return the step of the newest checkpoint."""
+        if self._background is not None:
+            self._background.join()
+        newest = self.newest()
         return newest.step if newest is not None else None
 
     def restore_newest(self, trainer: Trainer) -> None:
-        """Load the newest whole checkpoint into the trainer."""
+        """Load the newest checkpoint into the trainer."""
+        self._finish_background(trainer)
         path = self.last_checkpoint
         assert path is not None
         self.restore(trainer, path)
@@ -194,6 +303,8 @@ class Checkpointing(Checkpoint):
         for name, thing in self.to_save.items():
             thing.load_state_dict(state["objects"][name])
         if path.parent.resolve() == self.store.directory.resolve():
+            self._is_ours = False  # not before it was looked over once more
+            self._take_over(trainer)
             self._leave_later_ones(trainer)
 
     def _leave_later_ones(self, trainer: Trainer) -> None:

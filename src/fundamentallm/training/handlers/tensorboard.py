@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 30.0  # a flush waits for the disk
 
 
 @HANDLERS.register("tensorboard")
@@ -26,7 +31,7 @@ class TensorBoard:
     def __init__(self, run_dir: Path) -> None:
         self.directory = run_dir / "tensorboard"
         self._writer: Any = None
-        self._failed = False
+        self._flushed_at = 0.0
 
     def attach(self, trainer: Trainer) -> None:
         """Write at FLLM_METRICS_READY and FLLM_EVALUATION_COMPLETED, on the rank that writes."""
@@ -40,11 +45,24 @@ class TensorBoard:
 
     def open(self, trainer: Trainer) -> None:
         """Begin a file at the current step; TensorBoard hides what older files say beyond it."""
-        # Imported here: protobuf and the writer thread are not for those who switch this off.
-        from tensorboardX import SummaryWriter
+        # Imported here: protobuf is not for those who switch this off. RecordWriter, since the
+        # thread of SummaryWriter dies of a full disk, and the run would wait for it forever.
+        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.record_writer import RecordWriter
 
         self.close()
-        self._writer = SummaryWriter(str(self.directory), purge_step=trainer.state.iteration + 1)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            # Numbered, since files within one second would overwrite each other, and since
+            # readers take them in the order of their names.
+            number = len(list(self.directory.iterdir()))
+            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{number:04d}"
+            self._writer = RecordWriter(str(self.directory / name))
+        except OSError as error:
+            self._give_up(error)
+        step = trainer.state.iteration + 1
+        self._add(step, file_version="brain.Event:2")
+        self._add(step, session_log=SessionLog(status=SessionLog.START))
 
     def log_training(self, trainer: Trainer) -> None:
         """Write the step's training metrics if it is a logging step."""
@@ -58,16 +76,40 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and close the file."""
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.flush()
+                self._writer.close()
+            except OSError as error:
+                self._give_up(error)
             self._writer = None
 
     def _write(self, trainer: Trainer, prefix: str) -> None:
-        if self._failed:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(tag=key, simple_value=value)
+            for key, value in trainer.state.metrics.items()
+            if key.startswith(prefix)
+        ]
+        self._add(trainer.state.iteration, summary=Summary(value=values))
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        if self._writer is None:
             return
+        now = time.time()
         try:
-            for key, value in trainer.state.metrics.items():
-                if key.startswith(prefix):
-                    self._writer.add_scalar(key, value, trainer.state.iteration)
+            self._writer.write(Event(wall_time=now, step=step, **content).SerializeToString())
+            if now - self._flushed_at >= FLUSH_SECONDS:
+                self._flushed_at = now
+                self._writer.flush()
         except OSError as error:
-            self._failed = True
-            logger.warning("TensorBoard files cannot be written, training goes on: %s", error)
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        logger.warning("TensorBoard files cannot be written, training goes on: %s", error)
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+        self._writer = None

@@ -1,0 +1,52 @@
+"""Is every number of a state a number?"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fundamentallm.errors import CheckpointError
+
+# What a run learns. Scores and metrics elsewhere in a state may be infinite and mean it.
+LEARNED = ("model", "optimizer", "handlers")
+
+
+def nonfinite_tensors(tree: Any, path: str = "") -> Iterator[str]:
+    """Yield the dotted path of each floating-point tensor in a tree that holds NaN or infinity."""
+    if isinstance(tree, torch.Tensor):
+        if tree.is_floating_point() and not bool(torch.isfinite(tree).all()):
+            yield path
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from nonfinite_tensors(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, Sequence) and not isinstance(tree, str):
+        for index, value in enumerate(tree):
+            yield from nonfinite_tensors(value, f"{path}.{index}" if path else str(index))
+
+
+def check_finite(
+    state: Mapping[str, Any], where: str = "", constant_buffers: Collection[str] = ()
+) -> None:
+    """Refuse a state whose weights, moments or averages are not finite.
+
+    Args:
+        state: as `snapshot.capture` returns it.
+        where: the checkpoint, for the message.
+        constant_buffers: names under `model` that may be infinite, as a mask of -inf is.
+
+    Raises:
+        CheckpointError: naming the first tensors that are not.
+    """
+    learned = {part: state[part] for part in LEARNED if part in state}
+    allowed = {f"model.{name}" for name in constant_buffers}
+    found = [name for name in nonfinite_tensors(learned) if name not in allowed]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise CheckpointError(
+            "the state is not finite: it holds NaN or infinity",
+            where=where,
+            got=", ".join(found[:3]) + more,
+            fix="use an earlier checkpoint",
+        )

@@ -1,0 +1,473 @@
+"""What can only be seen from outside a process: signals, terminals, pipes, locales, ranks."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from fundamentallm.engine.cli import main
+
+TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
+CONFIG = """\
+name: tiny
+data: {source: text.txt, sequence_length: 16, batch_size: 4}
+model: {d_model: 16, num_layers: 1, num_heads: 2}
+training: {learning_rate: 1e-2, total_steps: 12, eval_steps: 4, log_steps: 1}
+handlers: {tensorboard: false, samples: false}
+plugins: [signals_at_step]
+"""
+# Sends the process a signal after a step, as exactly as nothing outside it could.
+PLUGIN = """
+import os
+from ignite.engine import Events
+from fundamentallm.training.handlers.progress import Progress
+
+def send(trainer):
+    for number in os.environ["SIGNALS"].split(","):
+        os.kill(os.getpid(), int(number))
+
+def attach(self, trainer, original=Progress.attach):
+    original(self, trainer)
+    if "AT_STEP" in os.environ:
+        at = int(os.environ["AT_STEP"])
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=at), send)
+
+Progress.attach = attach
+"""
+ENGINE = (sys.executable, "-m", "fundamentallm.engine")
+OF_TIME = ("elapsed_seconds", "train/tokens_per_second", "train/samples_per_second")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shutil.copy(TEXT, "text.txt")
+    Path("tiny.yaml").write_text(CONFIG)
+    Path("signals_at_step.py").write_text(PLUGIN)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run of CONFIG that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copy(TEXT, folder / "text.txt")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["run", "tiny.yaml", "plugins=[]"]) == 0
+    return folder / "runs" / "tiny"
+
+
+def run(arguments: Sequence[str], cwd: Path | None = None, **variables: str):
+    return subprocess.run(
+        [*ENGINE, *arguments],
+        cwd=cwd,
+        env={**os.environ, **variables},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def weights(run: Path | str) -> bytes:
+    return (Path(run) / "checkpoints" / "step-00000012" / "model.safetensors").read_bytes()
+
+
+def timeless(run: Path | str) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if key not in OF_TIME} for line in lines]
+
+
+def val_losses(run: Path | str) -> list[float]:
+    return [line["val/loss"] for line in timeless(run) if "val/loss" in line]
+
+
+# ---------------------------------------------------------------------- help
+
+
+HEAVY = ("torch", "numpy", "pydantic", "ignite", "safetensors", "tqdm", "yaml", "tensorboardX")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["trian"], ["run"]])
+def test_help_and_typos_import_nothing_heavy(arguments):
+    program = f"""
+import sys
+from fundamentallm.engine.cli import main
+try:
+    main({arguments!r})
+except SystemExit as stopped:
+    heavy = sorted(set(sys.modules) & set({HEAVY!r}))
+    print("imported", heavy, "code", stopped.code)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert result.stdout.endswith(f"imported [] code {0 if '--help' in arguments else 2}\n")
+
+
+def test_help_as_a_user_asks_for_it():
+    result = run(["--help"])
+
+    assert result.returncode == 0
+    for command in ("run", "check", "evaluate", "generate"):
+        assert re.search(rf"^ +{command} ", result.stdout, re.MULTILINE)
+    assert result.stderr == ""
+
+
+# ---------------------------------------------------------------------- signals
+
+
+SIGNALS = [
+    signal.SIGINT,
+    signal.SIGTERM,
+    pytest.param(signal.SIGHUP, marks=pytest.mark.long),
+    pytest.param(signal.SIGUSR1, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_the_step_and_the_run_goes_on_to_the_same_end(whole, capsys, number):
+    result = run(["run", "tiny.yaml"], AT_STEP="6", SIGNALS=str(int(number)))
+
+    assert result.returncode == 128 + number
+    assert f"stopped by signal {int(number)} at step 6; the state is saved" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert Path("runs/tiny/checkpoints/last").read_text() == "step-00000006\n"
+
+    assert main(["run", "tiny.yaml", "plugins=[]"]) == 0
+
+    assert "from step 6" in capsys.readouterr().err
+    assert weights("runs/tiny") == weights(whole)
+    assert timeless("runs/tiny") == timeless(whole)
+
+
+def test_a_second_signal_ends_the_process_at_once(whole):
+    result = run(["run", "tiny.yaml"], AT_STEP="6", SIGNALS="2,15")
+
+    assert result.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in result.stderr
+    # Nothing was saved on the way out, and nothing that was saved is lost.
+    assert Path("runs/tiny/checkpoints/last").read_text() == "step-00000004\n"
+
+
+@pytest.mark.long
+def test_a_killed_run_goes_on_to_the_same_end(whole):
+    result = run(["run", "tiny.yaml"], AT_STEP="6", SIGNALS="9")
+    assert result.returncode == -signal.SIGKILL
+
+    assert main(["run", "tiny.yaml", "plugins=[]"]) == 0
+
+    assert weights("runs/tiny") == weights(whole)
+    assert timeless("runs/tiny") == timeless(whole)
+
+
+@pytest.mark.long
+def test_a_signal_from_outside_is_heard(place):
+    """The clock decides where it arrives; wherever that is, the run is saved there."""
+    endless = ["training.total_steps=1000000", "training.eval_steps=1000000"]
+    process = subprocess.Popen(
+        [*ENGINE, "run", "tiny.yaml", *endless], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        metrics = Path("runs/tiny/metrics.jsonl")
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+
+    assert process.returncode == 130
+    step = int(re.search(r"at step (\d+); the state is saved", error)[1])
+    assert Path("runs/tiny/checkpoints/last").read_text() == f"step-{step:08d}\n"
+    assert timeless("runs/tiny")[-1]["step"] == step
+
+
+def test_a_signal_while_the_program_still_loads_is_no_traceback(place):
+    # Imported in place of the real one, as everything in the working directory is by `-m`.
+    Path("pydantic.py").write_text("import os\nos.kill(os.getpid(), 2)\nfor _ in range(9): pass\n")
+
+    result = run(["run", "tiny.yaml"])
+
+    assert result.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux to look inside")
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.5, 1.0])
+def test_a_signal_from_outside_while_the_program_still_loads_is_no_traceback(place, seconds):
+    process = subprocess.Popen(
+        [*ENGINE, "run", "tiny.yaml", "training.total_steps=1000000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        # Python's own start is not ours to answer for; the import of torch is.
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+
+    assert process.returncode in (130, -signal.SIGINT), error
+    assert "Traceback" not in error
+
+
+# ---------------------------------------------------------------------- terminals and pipes
+
+
+def in_terminal(
+    arguments: Sequence[str], dialogue: Sequence[tuple[bytes, bytes]] = ()
+) -> tuple[int, str]:
+    """Run a command in a terminal of its own.
+
+    Args:
+        arguments: the command.
+        dialogue: what to wait for, and what to type then.
+
+    Returns:
+        Its exit code and what the terminal saw.
+    """
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    process = subprocess.Popen(
+        [*ENGINE, *arguments],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, "TERM": "dumb"},
+    )
+    os.close(slave)
+    rest = list(dialogue)
+    seen, answered = b"", 0
+    deadline = time.monotonic() + 60
+    try:
+        while time.monotonic() < deadline:
+            if rest and rest[0][0] in seen[answered:]:
+                answered = len(seen)
+                os.write(master, rest.pop(0)[1])
+            if not select.select([master], [], [], 0.2)[0]:
+                continue
+            try:
+                data = os.read(master, 65536)
+            except OSError:  # Linux reports a terminal whose last user has left this way
+                break
+            if not data:
+                break
+            seen += data
+        return process.wait(timeout=10), seen.decode()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+def test_a_terminal_sees_a_progress_bar():
+    code, seen = in_terminal(["run", "tiny.yaml"])
+
+    assert code == 0, seen
+    assert "100%|" in seen
+    assert "12/12" in seen
+    assert re.search(r"12/12.*loss \d", seen)
+    assert "step 8: validation loss" in seen
+    assert "Done: 12 steps" in seen
+
+
+def test_no_terminal_sees_lines_and_no_bar(capsys):
+    assert main(["run", "tiny.yaml", "plugins=[]", "handlers.progress.min_interval=0.0"]) == 0
+
+    log = capsys.readouterr().err
+    assert "%|" not in log
+    assert "\r" not in log
+    assert "step 12/12: loss" in log
+
+
+def test_a_terminal_without_a_prompt_is_asked_for_one(whole):
+    code, seen = in_terminal(
+        ["generate", str(whole), "--max-tokens", "5"], [(b"> ", b"the \n"), (b"> ", b"\x04")]
+    )
+
+    assert code == 0, seen
+    assert "Ctrl-D" in seen
+    assert seen.count("the ") >= 2
+
+
+def test_a_reader_that_leaves_is_no_traceback(whole):
+    """As `... | head -1`: long output, and nobody there who reads it."""
+    process = subprocess.Popen(
+        [*ENGINE, "generate", str(whole), "--max-tokens", "3000"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr is not None
+    error = process.stderr.read().decode()
+    process.stderr.close()
+
+    assert process.wait(timeout=60) in (0, 128 + signal.SIGPIPE)
+    assert error == ""
+
+
+def test_a_run_whose_output_nobody_reads_still_finishes(place):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        result = subprocess.run(
+            [*ENGINE, "run", "tiny.yaml"],
+            stdout=writing,
+            stderr=writing,
+            stdin=subprocess.DEVNULL,
+            timeout=100,
+        )
+    finally:
+        os.close(writing)
+
+    assert result.returncode == 0
+    assert Path("runs/tiny/checkpoints/last").read_text() == "step-00000012\n"
+
+
+ACUTE = "\N{LATIN SMALL LETTER E WITH ACUTE}"
+POETRY = f"\N{EM DASH} {ACUTE}t{ACUTE} \N{SNOWMAN}" * 100
+POETIC = ("data.source=poetry.txt", "handlers.samples.num_tokens=20", "plugins=[]")
+
+
+@pytest.mark.long
+def test_a_locale_without_utf8_is_no_obstacle(place):
+    # PYTHONUTF8=0 and PYTHONCOERCECLOCALE=0: or Python would choose UTF-8 by itself.
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    Path("poetry.txt").write_text(POETRY, encoding="utf-8")
+
+    result = run(["run", "tiny.yaml", *POETIC], **plain)
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.isascii()
+    assert "It writes:" in result.stdout
+    assert "Error" not in result.stderr
+    sample = json.loads(Path("runs/tiny/samples.jsonl").read_text("utf-8").splitlines()[-1])
+    assert not sample["text"].isascii()
+
+
+class AsciiTerminal(io.TextIOWrapper):
+    """Standard output that takes ASCII alone."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="ascii", errors="strict")
+
+    def shown(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode("ascii")
+
+
+def test_a_sample_is_shown_on_a_terminal_that_cannot_show_it(place, monkeypatch):
+    Path("poetry.txt").write_text(POETRY, encoding="utf-8")
+    terminal = AsciiTerminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+
+    assert main(["run", "tiny.yaml", *POETIC]) == 0
+
+    assert "\\u2603" in terminal.shown().split("It writes:")[1]
+
+
+@pytest.mark.parametrize("prompt", ["", ACUTE], ids=["empty", "acute"])
+def test_text_is_generated_for_a_terminal_that_cannot_show_it(place, monkeypatch, prompt):
+    Path("poetry.txt").write_text(POETRY, encoding="utf-8")
+    assert main(["run", "tiny.yaml", *POETIC]) == 0
+    terminal = AsciiTerminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+
+    assert main(["generate", "runs/tiny", "--max-tokens", "20", "--prompt", prompt]) == 0
+
+    assert len(terminal.shown()) > 20
+
+
+# ---------------------------------------------------------------------- ranks
+
+
+def torchrun(arguments: Sequence[str], ranks: int = 2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*command, f"--nproc_per_node={ranks}", "-m", "fundamentallm.engine", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_two_ranks_learn_what_one_learns_with_accumulation():
+    half = ["data.batch_size=2", "training.total_steps=8", "plugins=[]"]
+
+    both = torchrun(["run", "tiny.yaml", *half, "--run-dir", "two"])
+
+    assert both.returncode == 0, both.stderr
+    double = ["training.accumulation_steps=2", "--run-dir", "one"]
+    assert main(["run", "tiny.yaml", *half, *double]) == 0
+    assert len(val_losses("two")) == 2
+    assert val_losses("two") == pytest.approx(val_losses("one"), rel=1e-6)
+    assert [line["tokens"] for line in timeless("two")] == [
+        line["tokens"] for line in timeless("one")
+    ]
+    assert both.stderr.count("run directory: two") == 1
+    assert both.stdout.count("Done: 8 steps") == 1
+    names = {path.name for path in Path("two/checkpoints").glob("step-*")}
+    assert names == {"step-00000000", "step-00000004", "step-00000008"}
+
+
+@pytest.mark.long
+def test_two_ranks_stop_and_go_on_to_the_same_end():
+    half = ["data.batch_size=2", "handlers.logs=true", "plugins=[]"]
+    shape = [*half, "training.stop_after_seconds=1"]
+    assert torchrun(["run", "tiny.yaml", *half, "--run-dir", "whole"]).returncode == 0
+
+    paused = torchrun(["run", "tiny.yaml", *shape, "--run-dir", "cut"])
+    assert paused.returncode == 0, paused.stderr
+    assert Path("cut/checkpoints/last").read_text() == "step-00000001\n"
+    again = torchrun(["run", "tiny.yaml", *half, "--run-dir", "cut"])
+
+    assert again.returncode == 0, again.stderr
+    assert weights("cut") == weights("whole")
+    assert timeless("cut") == timeless("whole")
+
+
+@pytest.mark.long
+def test_an_error_with_two_ranks_is_a_message_and_leaves_nothing(place):
+    before = {path.name for path in place.iterdir()}
+
+    result = torchrun(["run", "tiny.yaml", "data.source=nowhere.txt", "plugins=[]"])
+
+    assert result.returncode != 0
+    assert "nowhere.txt: no such file or folder" in result.stderr
+    # torchrun itself reports the exit codes with a traceback; frames of ours are another matter.
+    assert "fundamentallm/engine" not in result.stderr
+    assert {path.name for path in place.iterdir()} - before <= {"__pycache__"}

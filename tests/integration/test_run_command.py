@@ -1,0 +1,909 @@
+"""What `run`, `check`, `evaluate` and `generate` promise, on a run of a dozen steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ignite.engine import Events
+
+from fundamentallm.config import RunConfig
+from fundamentallm.engine import assemble as assembly
+from fundamentallm.engine import run as run_module
+from fundamentallm.engine.cli import main
+from fundamentallm.events import TrainingEvents
+from fundamentallm.training import train
+from fundamentallm.training.store import CheckpointStore
+from fundamentallm.training.trainer import Trainer
+
+TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
+CONFIG = """\
+name: tiny
+data: {source: text.txt, sequence_length: 16, batch_size: 4}
+model: {d_model: 16, num_layers: 1, num_heads: 2, dropout: 0.1}
+training: {learning_rate: 1e-2, total_steps: 12, eval_steps: 4, log_steps: 2}
+handlers: {tensorboard: false, samples: false, progress: false}
+"""
+STEPS_PER_EPOCH = 14  # of the excerpt's 900 training tokens in windows of 4 x 16
+OF_TIME = ("elapsed_seconds", "train/tokens_per_second", "train/samples_per_second")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    shutil.copy(TEXT, "text.txt")
+    Path("tiny.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A directory with a finished run of CONFIG; tests take a copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copy(TEXT, folder / "text.txt")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["run", "tiny.yaml"]) == 0
+    return folder
+
+
+@pytest.fixture
+def done(finished, place) -> Path:
+    shutil.copytree(finished / "runs", place / "runs")
+    return Path("runs/tiny")
+
+
+@pytest.fixture
+def at_step(monkeypatch) -> Callable[..., None]:
+    """Let a function be called at the n-th of an event, in the next runs."""
+
+    def arrange(
+        count: int, action: Callable[[Trainer], None], event: Any = Events.ITERATION_COMPLETED
+    ) -> None:
+        def assemble_and_listen(*arguments: Any) -> assembly.Run:
+            run = assembly.assemble(*arguments)
+            run.trainer.add_event_handler(event(once=count), action)
+            return run
+
+        monkeypatch.setattr(run_module, "assemble", assemble_and_listen)
+
+    return arrange
+
+
+def press_ctrl_c(trainer: Trainer) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def weights(run: Path | str, checkpoint: str = "step-00000012") -> bytes:
+    return (Path(run) / "checkpoints" / checkpoint / "model.safetensors").read_bytes()
+
+
+def lines(run: Path | str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(run: Path | str) -> list[dict[str, Any]]:
+    return [{key: line[key] for key in line if key not in OF_TIME} for line in lines(run)]
+
+
+def checkpoints(run: Path | str) -> list[str]:
+    return sorted(path.name for path in (Path(run) / "checkpoints").glob("step-*"))
+
+
+def last(run: Path | str) -> str:
+    return (Path(run) / "checkpoints" / "last").read_text().strip()
+
+
+def listing(place: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in place.rglob("*")}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+# ---------------------------------------------------------------------- the directory
+
+
+def test_the_directory_holds_what_is_promised(place):
+    on = ["handlers.tensorboard=true", "handlers.samples.num_tokens=5", "handlers.progress=true"]
+
+    assert main(["run", "tiny.yaml", *on]) == 0
+
+    run = Path("runs/tiny")
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "log.txt",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "tensorboard",
+    }
+    assert any((run / "tensorboard").iterdir())
+    assert checkpoints(run) == ["step-00000004", "step-00000008", "step-00000012"]
+    for name in checkpoints(run):
+        files = {path.name for path in (run / "checkpoints" / name).iterdir()}
+        assert files == {"MANIFEST.json", "model.safetensors", "state.json", "state.safetensors"}
+    assert last(run) == "step-00000012"
+    assert (run / "checkpoints" / "best").read_text().strip() in checkpoints(run)
+    assert "step 12: validation loss" in (run / "log.txt").read_text()
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [4, 8, 12]
+    assert [len(sample["text"]) for sample in samples] == [5, 5, 5]
+    assert {path.name for path in place.iterdir()} == {"runs", "text.txt", "tiny.yaml"}
+
+
+def test_the_stored_config_is_resolved_and_is_itself_a_config(done):
+    config = RunConfig.from_yaml(done / "config.yaml")
+
+    assert config.model.vocab_size == len(set(TEXT.read_text()))
+    assert config.model.sequence_length == 16
+    assert (config.training.warmup_steps, config.training.total_steps) == (1, 12)
+    assert (config.training.precision, config.training.device) == ("fp32", "cpu")
+    assert config.training.compile is False
+
+
+def test_the_stored_config_trains_to_the_same_weights(done):
+    shutil.copy(done / "config.yaml", "again.yaml")
+
+    assert main(["run", "again.yaml", "--run-dir", "again"]) == 0
+
+    assert weights("again") == weights(done)
+
+
+def test_what_auto_chooses_is_stored():
+    auto = ["training.device=auto", "training.precision=auto", "training.compile=auto"]
+
+    assert main(["run", "tiny.yaml", "training.total_steps=1", *auto]) == 0
+
+    stored = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["training"]
+    assert stored["device"] != "auto"
+    assert stored["precision"] in ("fp32", "bf16", "fp16")
+    assert stored["compile"] in (True, False)
+
+
+def test_every_line_of_metrics_has_its_keys(done):
+    written = lines(done)
+
+    for line in written:
+        assert {"step", "epoch", "tokens", "elapsed_seconds"} <= line.keys()
+        assert line["tokens"] == line["step"] * 64
+        assert line["epoch"] == 1
+    training = [line for line in written if "train/loss" in line]
+    assert [line["step"] for line in training] == [2, 4, 6, 8, 10, 12]
+    for line in training:
+        for key in ("loss", "loss_ema", "perplexity", "grad_norm", "lr"):
+            assert math.isfinite(line[f"train/{key}"])
+        assert line["train/tokens_per_second"] > 0
+        assert line["train/samples_per_second"] > 0
+    validation = [line for line in written if "val/loss" in line]
+    assert [line["step"] for line in validation] == [4, 8, 12]
+    for line in validation:
+        assert line["val/perplexity"] == pytest.approx(math.exp(line["val/loss"]))
+    assert validation[-1]["val/loss"] < validation[0]["val/loss"]
+
+
+def test_an_epochs_end_is_validated_and_its_loss_is_logged():
+    steps = f"training.total_steps={STEPS_PER_EPOCH + 1}"
+    assert main(["run", "tiny.yaml", steps, "training.eval_steps=1000"]) == 0
+
+    by_step = {line["step"]: line for line in lines("runs/tiny") if "train/loss" in line}
+    assert "train/epoch_loss" in by_step[STEPS_PER_EPOCH]
+    assert by_step[STEPS_PER_EPOCH + 1]["epoch"] == 2
+    evaluated = [line["step"] for line in lines("runs/tiny") if "val/loss" in line]
+    assert evaluated == [STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1]
+    assert checkpoints("runs/tiny")[0] == "step-00000000"
+
+
+def test_the_best_pointer_stays_when_the_loss_rises(at_step, capsys):
+    def spoil(trainer: Trainer) -> None:
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.mul_(30)
+
+    at_step(5, spoil)
+    assert main(["run", "tiny.yaml", "training.keep_last=2", "training.eval_steps=2"]) == 0
+
+    losses = {line["step"]: line["val/loss"] for line in lines("runs/tiny") if "val/loss" in line}
+    assert min(losses, key=losses.__getitem__) == 4
+    assert Path("runs/tiny/checkpoints/best").read_text().strip() == "step-00000004"
+    assert checkpoints("runs/tiny") == ["step-00000004", "step-00000010", "step-00000012"]
+    capsys.readouterr()
+    assert main(["evaluate", "runs/tiny", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(losses[4], rel=1e-6)
+
+
+def test_only_the_newest_and_the_best_checkpoints_stay():
+    assert main(["run", "tiny.yaml", "training.checkpoint_steps=1", "training.keep_last=2"]) == 0
+
+    best = Path("runs/tiny/checkpoints/best").read_text().strip()
+    assert checkpoints("runs/tiny") == sorted({best, "step-00000011", "step-00000012"})
+
+
+def test_a_built_in_source_is_kept_beside_the_run():
+    tiny = ["training.total_steps=1", "data.split=[0.002,0.001,0.997]"]
+
+    assert main(["run", "tiny.yaml", "data.source=python-docs", *tiny]) == 0
+
+    from fundamentallm.data.corpus import python_docs
+
+    assert Path("runs/tiny/corpus.txt").read_text(encoding="utf-8") == python_docs()
+
+
+def test_an_absolute_checkpoint_dir_is_taken_as_it_is(place):
+    assert main(["run", "tiny.yaml", f"training.checkpoint_dir={place}/elsewhere"]) == 0
+
+    assert last_name(place / "elsewhere") == "step-00000012"
+    assert not Path("runs/tiny/checkpoints").exists()
+
+
+def last_name(folder: Path) -> str:
+    return (folder / "last").read_text().strip()
+
+
+# ---------------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("step", [3, 4, 7])
+def test_an_interrupted_run_goes_on_to_the_same_end(done, at_step, capsys, step):
+    at_step(step, press_ctrl_c)
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 130
+    error = capsys.readouterr().err
+    assert f"stopped by signal 2 at step {step}" in error
+    assert last("cut") == f"step-{step:08d}"
+    assert lines("cut")[-1]["step"] <= step
+
+    at_step(10**6, press_ctrl_c)
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 0
+
+    assert f"going on with cut from step {step}" in capsys.readouterr().err
+    assert weights("cut") == weights(done)
+    assert timeless("cut") == timeless(done)
+    store, reference = CheckpointStore("cut/checkpoints"), CheckpointStore(done / "checkpoints")
+    state = store.read(store.directory / "step-00000012")
+    expected = reference.read(reference.directory / "step-00000012")
+    assert same(state["optimizer"], expected["optimizer"])
+
+
+def test_the_way_on_that_an_interrupted_run_names_works(at_step, capsys):
+    at_step(5, press_ctrl_c)
+    start = ["data.batch_size=2", "training.scheduler={name: cosine}", "--run-dir", "my run"]
+    assert main(["run", "tiny.yaml", *start]) == 130
+    words = shlex.split(capsys.readouterr().err.split("go on with: ")[1].splitlines()[0])
+    at_step(10**6, press_ctrl_c)
+
+    assert words[:3] == ["python", "-m", "fundamentallm.engine"]
+    assert main(words[3:]) == 0
+
+    assert last("my run") == "step-00000012"
+    assert not Path("runs").exists()
+
+
+def test_an_evaluation_cut_short_runs_again(done, at_step):
+    at_step(2, press_ctrl_c, TrainingEvents.FLLM_EVALUATION_STARTED)
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 130
+    assert last("cut") == "step-00000008"
+    at_step(10**6, press_ctrl_c)
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 0
+
+    assert weights("cut") == weights(done)
+    assert timeless("cut") == timeless(done)
+
+
+def test_a_run_in_its_own_directory_goes_on_by_itself(at_step):
+    at_step(5, press_ctrl_c)
+    assert main(["run", "tiny.yaml"]) == 130
+    at_step(10**6, press_ctrl_c)
+
+    assert main(["run", "tiny.yaml", "--resume", "auto"]) == 0
+
+    assert [path.name for path in Path("runs").iterdir()] == ["tiny"]
+    assert last("runs/tiny") == "step-00000012"
+
+
+def test_a_cut_in_the_second_epoch_goes_on_to_the_same_end(at_step):
+    longer = ["training.total_steps=20", "training.scheduler=cosine"]
+    assert main(["run", "tiny.yaml", *longer, "--run-dir", "whole"]) == 0
+    at_step(STEPS_PER_EPOCH + 2, press_ctrl_c)
+    assert main(["run", "tiny.yaml", *longer, "--run-dir", "cut"]) == 130
+    at_step(10**6, press_ctrl_c)
+    assert main(["run", "tiny.yaml", *longer, "--run-dir", "cut"]) == 0
+
+    assert weights("cut", "step-00000020") == weights("whole", "step-00000020")
+    assert timeless("cut") == timeless("whole")
+
+
+def test_a_crash_goes_on_from_the_newest_checkpoint_with_one_history(done, at_step):
+    def crash(trainer: Trainer) -> None:
+        raise ZeroDivisionError
+
+    at_step(7, crash)
+    with pytest.raises(ZeroDivisionError):
+        main(["run", "tiny.yaml", "--run-dir", "cut"])
+    assert last("cut") == "step-00000004"
+    with Path("cut/metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "tr')  # a line that the crash left half written
+    at_step(10**6, press_ctrl_c)
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 0
+
+    assert weights("cut") == weights(done)
+    assert timeless("cut") == timeless(done)
+
+
+def test_a_pause_is_saved_and_resumed(done, monkeypatch, capsys):
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(assembly, "seconds_since_start", lambda: float(next(seconds)))
+    pause = ["--run-dir", "cut", "training.stop_after_seconds=20"]
+    assert main(["run", "tiny.yaml", *pause]) == 0
+    assert "Saved at step" in capsys.readouterr().out
+    stopped_at = last("cut")
+    assert "step-00000000" < stopped_at < "step-00000012"
+
+    monkeypatch.setattr(assembly, "seconds_since_start", lambda: 0.0)
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 0
+
+    assert weights("cut") == weights(done)
+    assert timeless("cut") == timeless(done)
+
+
+def test_a_finished_run_says_so_and_takes_no_step(done, place, capsys):
+    before = listing(place)
+
+    assert main(["run", "tiny.yaml"]) == 0
+
+    out = capsys.readouterr().out
+    assert "finished" in out
+    assert "--resume runs/tiny" in out
+    assert "--resume never" in out
+    assert listing(place) == before
+
+
+def test_the_ways_on_that_a_finished_run_names_work(done, capsys):
+    assert main(["run", "tiny.yaml"]) == 0
+    ways = re.findall(r"^  python -m fundamentallm.engine (.*)$", capsys.readouterr().out, re.M)
+    assert len(ways) == 2
+
+    assert main(shlex.split(ways[0].replace("=N ", "=14 "))) == 0
+    assert "from step 12" in capsys.readouterr().err
+    assert last(done) == "step-00000014"
+
+    assert main(shlex.split(ways[1])) == 0
+    assert last("runs/tiny-2") == "step-00000012"
+
+
+def test_a_smaller_budget_is_no_way_on(done, place, capsys):
+    before = listing(place)
+
+    assert main(["run", "tiny.yaml", "training.total_steps=10", "--resume", "runs/tiny"]) == 0
+
+    assert "finished" in capsys.readouterr().out
+    assert listing(place) == before
+
+
+def test_a_longer_run_equals_one_that_was_long_from_the_start(done):
+    longer = ["training.total_steps=16", "training.scheduler=linear_warmup"]
+    steady = ["training.warmup_steps=1"]
+    assert main(["run", "tiny.yaml", *steady, "--run-dir", "grown"]) == 0
+    assert main(["run", "tiny.yaml", *steady, *longer, "--resume", "grown"]) == 0
+    assert main(["run", "tiny.yaml", *steady, *longer, "--run-dir", "long"]) == 0
+
+    assert weights("grown", "step-00000016") == weights("long", "step-00000016")
+
+
+def test_resuming_a_finished_run_by_path_without_more_budget_says_so(done, place, capsys):
+    before = {**listing(place)}
+
+    assert main(["run", "tiny.yaml", "--resume", "runs/tiny"]) == 0
+
+    assert "finished" in capsys.readouterr().out
+    assert last(done) == "step-00000012"
+    assert [line["step"] for line in lines(done)][-1] == 12
+    assert listing(place) == before
+
+
+def test_a_changed_config_starts_the_next_directory_and_says_so(done, capsys):
+    assert main(["run", "tiny.yaml", "training.learning_rate=2e-2"]) == 0
+
+    error = capsys.readouterr().err
+    assert "runs/tiny-2" in error
+    assert "training.learning_rate: 0.01 there, 0.02 here" in error
+    assert last("runs/tiny-2") == "step-00000012"
+    assert weights("runs/tiny-2") != weights(done)
+    assert main(["run", "tiny.yaml", "training.learning_rate=2e-2"]) == 0
+    assert main(["run", "tiny.yaml", "training.learning_rate=3e-2"]) == 0
+    assert {path.name for path in Path("runs").iterdir()} == {"tiny", "tiny-2", "tiny-3"}
+
+
+def test_resume_never_takes_the_next_free_directory(done):
+    assert main(["run", "tiny.yaml", "--resume", "never"]) == 0
+    assert main(["run", "tiny.yaml", "--resume", "never"]) == 0
+
+    assert {path.name for path in Path("runs").iterdir()} == {"tiny", "tiny-2", "tiny-3"}
+    assert weights("runs/tiny-2") == weights("runs/tiny-3") == weights(done)
+
+
+def test_logging_and_budgets_are_no_other_run(done, capsys):
+    assert main(["run", "tiny.yaml", "training.log_steps=1", "handlers.logs=false"]) == 0
+
+    assert "finished" in capsys.readouterr().out
+    assert [path.name for path in Path("runs").iterdir()] == ["tiny"]
+
+
+def test_resume_from_an_unfinished_run_by_path(done, at_step):
+    at_step(6, press_ctrl_c)
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 130
+    at_step(10**6, press_ctrl_c)
+
+    assert main(["run", "tiny.yaml", "--resume", "cut"]) == 0
+
+    assert weights("cut") == weights(done)
+    assert not Path("runs/cut").exists()
+
+
+def test_resume_from_the_newest_checkpoint_by_path(done, at_step):
+    at_step(6, press_ctrl_c)
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 130
+    at_step(10**6, press_ctrl_c)
+
+    assert main(["run", "tiny.yaml", "--resume", "cut/checkpoints/step-00000006"]) == 0
+
+    assert weights("cut") == weights(done)
+    assert timeless("cut") == timeless(done)
+
+
+def test_resume_by_a_pointer(done):
+    longer = ["training.total_steps=14", "--resume", "runs/tiny/checkpoints/last"]
+
+    assert main(["run", "tiny.yaml", *longer]) == 0
+
+    assert last(done) == "step-00000014"
+
+
+def test_resume_from_a_checkpoint_that_lies_deeper_in_its_run(at_step):
+    deep = "training.checkpoint_dir=deep/down"
+    at_step(6, press_ctrl_c)
+    assert main(["run", "tiny.yaml", deep]) == 130
+    at_step(10**6, press_ctrl_c)
+
+    assert main(["run", "tiny.yaml", deep, "--resume", "runs/tiny/deep/down/step-00000006"]) == 0
+
+    assert last_name(Path("runs/tiny/deep/down")) == "step-00000012"
+    assert [line["step"] for line in lines("runs/tiny")][-1] == 12
+    assert {path.name for path in Path("runs/tiny/deep").iterdir()} == {"down"}
+
+
+def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(done):
+    reference, metrics = weights(done), timeless(done)
+
+    assert main(["run", "tiny.yaml", "--resume", "runs/tiny/checkpoints/step-00000004"]) == 0
+
+    assert weights(done) == reference
+    assert timeless(done) == metrics
+    aside = done / "checkpoints" / "superseded"
+    names = {path.name for path in aside.rglob("step-*")}
+    assert {name[:13] for name in names} == {"step-00000008", "step-00000012"}
+    assert last(done) == "step-00000012"
+
+
+def test_the_run_goes_on_as_usual_after_an_older_checkpoint_was_chosen(done, at_step):
+    at_step(6, press_ctrl_c)
+    older = str(done / "checkpoints" / "step-00000004")
+    reference = weights(done)
+    assert main(["run", "tiny.yaml", "--resume", older]) == 130
+    assert last(done) == "step-00000006"
+    at_step(10**6, press_ctrl_c)
+
+    assert main(["run", "tiny.yaml"]) == 0
+
+    assert weights(done) == reference
+    assert [path.name for path in Path("runs").iterdir()] == ["tiny"]
+
+
+def test_what_auto_chose_is_not_chosen_again_on_resume(at_step, monkeypatch, capsys):
+    """As on a machine that chooses bf16, and then on one that would choose fp32."""
+
+    def choosing(choice: str) -> Callable[..., str]:
+        return lambda name, *_: choice if name == "auto" else name
+
+    at_step(5, press_ctrl_c)
+    monkeypatch.setattr(assembly, "resolve_precision", choosing("bf16"))
+    assert main(["run", "tiny.yaml", "training.precision=auto"]) == 130
+    at_step(10**6, press_ctrl_c)
+    monkeypatch.setattr(assembly, "resolve_precision", choosing("fp32"))
+    capsys.readouterr()
+    assert main(["run", "tiny.yaml", "training.precision=auto"]) == 0
+
+    assert "on cpu in bf16" in capsys.readouterr().err
+    stored = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["training"]
+    assert stored["precision"] == "bf16"
+
+
+def test_drift_is_refused_with_every_difference(done, place, capsys):
+    before = listing(place)
+    changes = ["training.learning_rate=2e-2", "model.d_model=32", "data.batch_size=8", "seed=7"]
+
+    assert main(["run", "tiny.yaml", *changes, "--resume", "runs/tiny"]) == 4
+
+    error = capsys.readouterr().err
+    assert "training.learning_rate: 0.01 there, 0.02 here" in error
+    assert "model.d_model: 16 there, 32 here" in error
+    assert "data.batch_size: 4 there, 8 here" in error
+    assert "seed: 42 there, 7 here" in error
+    assert "--resume never" in error
+    assert "Traceback" not in error
+    assert listing(place) == before
+
+
+# ---------------------------------------------------------------------- places and doors
+
+
+def test_run_dir_is_used_instead_of_runs(place):
+    assert main(["run", "tiny.yaml", "--run-dir", "some/where"]) == 0
+
+    assert last("some/where") == "step-00000012"
+    assert not Path("runs").exists()
+
+
+def test_run_dir_as_an_override(place):
+    assert main(["run", "tiny.yaml", "run_dir=elsewhere"]) == 0
+
+    assert last("elsewhere") == "step-00000012"
+    assert not Path("runs").exists()
+
+
+def test_run_dir_with_other_things_in_it_is_refused(place, capsys):
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+
+    assert main(["run", "tiny.yaml", "--run-dir", "mine"]) == 4
+
+    assert "mine" in capsys.readouterr().err
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
+
+
+def test_overrides_stand_anywhere_after_the_config():
+    command = "run tiny.yaml training.total_steps=2 --resume never training.eval_steps=1 --run-dir"
+    assert main([*command.split(), "here", "seed=3", "training.learning_rate=1e-3"]) == 0
+
+    stored = yaml.safe_load(Path("here/config.yaml").read_text())
+    assert (stored["training"]["total_steps"], stored["training"]["eval_steps"]) == (2, 1)
+    assert (stored["seed"], stored["training"]["learning_rate"]) == (3, 1e-3)
+
+
+PLUGIN = """
+from pathlib import Path
+from ignite.engine import Events
+from fundamentallm.training.handlers import HANDLERS
+
+@HANDLERS.register("{name}")
+class Note:
+    def __init__(self, path: str = "noted.txt") -> None:
+        self.path = path
+    def attach(self, trainer):
+        trainer.add_event_handler(Events.COMPLETED, self.note)
+    def note(self, trainer):
+        Path(self.path).write_text(str(trainer.state.iteration))
+"""
+
+
+@pytest.mark.parametrize("way", ["option", "file"])
+def test_a_plugin_adds_a_handler_and_is_announced(place, monkeypatch, capsys, way):
+    name = f"note_by_{way}"
+    Path(f"{name}_plugin.py").write_text(PLUGIN.format(name=name))
+    monkeypatch.syspath_prepend(place)
+    chosen = f"handlers.{name}.path=seen.txt"
+    if way == "option":
+        arguments = ["--plugins", f"{name}_plugin", chosen]
+    else:
+        arguments = [f"plugins=[{name}_plugin]", chosen]
+
+    assert main(["run", "tiny.yaml", *arguments]) == 0
+
+    assert Path("seen.txt").read_text() == "12"
+    assert f"importing the plugin {name}_plugin" in capsys.readouterr().err
+
+
+def test_a_stored_config_imports_nothing_by_itself(done, place, capsys, monkeypatch):
+    """What a checkpoint names under plugins is not imported by evaluate and generate."""
+    monkeypatch.syspath_prepend(place)
+    Path("trap_plugin.py").write_text("")
+    assert main(["run", "tiny.yaml", "--run-dir", "trapped", "plugins=[trap_plugin]"]) == 0
+    monkeypatch.delitem(sys.modules, "trap_plugin")
+    Path("trap_plugin.py").write_text("raise SystemExit('imported')")
+    capsys.readouterr()
+
+    assert main(["evaluate", "trapped"]) == 0
+    assert main(["generate", "trapped", "--max-tokens", "2"]) == 0
+
+    assert "plugin" not in capsys.readouterr().err
+
+
+def test_the_other_door_is_the_same_run(done, place):
+    Path("bare.yaml").write_text(CONFIG.replace("source: text.txt, ", ""))
+
+    code = train.main(["--config", "bare.yaml", "--data-path", "text.txt", "--run-dir", "door"])
+
+    assert code == 0
+    assert weights("door") == weights(done)
+    assert timeless("door") == timeless(done)
+
+
+# ---------------------------------------------------------------------- budgets and notes
+
+
+def test_max_tokens_ends_the_run():
+    assert main(["run", "tiny.yaml", "training.total_steps=null", "training.max_tokens=300"]) == 0
+
+    assert last("runs/tiny") == "step-00000005"
+    assert lines("runs/tiny")[-1]["tokens"] == 320
+
+
+def test_the_first_limit_ends_the_run():
+    assert main(["run", "tiny.yaml", "training.max_tokens=100000000"]) == 0
+
+    assert last("runs/tiny") == "step-00000012"
+
+
+def test_num_epochs_end_the_run_where_nothing_else_does():
+    assert main(["run", "tiny.yaml", "training.total_steps=null", "training.num_epochs=1"]) == 0
+
+    assert last("runs/tiny") == f"step-{STEPS_PER_EPOCH:08d}"
+
+
+def test_max_seconds_finish_the_run(monkeypatch, capsys):
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(assembly, "seconds_since_start", lambda: float(next(seconds)))
+    budget = ["training.total_steps=null", "training.max_seconds=40"]
+    assert main(["run", "tiny.yaml", *budget]) == 0
+
+    step = int(last("runs/tiny").removeprefix("step-"))
+    assert 0 < step < 40
+    assert lines("runs/tiny")[-1]["val/loss"] > 0
+    capsys.readouterr()
+    assert main(["run", "tiny.yaml", *budget]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert last("runs/tiny") == f"step-{step:08d}"
+
+
+def test_a_handler_switched_off_is_off():
+    off = [f"handlers.{name}=false" for name in ("logs", "loss_ema", "throughput", "evaluation")]
+
+    assert main(["run", "tiny.yaml", *off]) == 0
+
+    assert not Path("runs/tiny/metrics.jsonl").exists()
+    assert not Path("runs/tiny/samples.jsonl").exists()
+    assert not Path("runs/tiny/tensorboard").exists()
+    assert not Path("runs/tiny/checkpoints/best").exists()
+    assert last("runs/tiny") == "step-00000012"
+
+
+def test_observers_do_not_change_the_training(done):
+    on = ["handlers.samples=true", "handlers.tensorboard=true", "handlers.progress=true"]
+
+    assert main(["run", "tiny.yaml", *on, "--run-dir", "watched"]) == 0
+
+    assert weights("watched") == weights(done)
+
+
+def test_the_warmup_that_was_chosen_is_said(capsys):
+    assert main(["run", "tiny.yaml", "training.total_steps=2"]) == 0
+    assert "warmup_steps: 0, a tenth of the run's 2 steps" in capsys.readouterr().err
+
+    assert main(["run", "tiny.yaml", "training.scheduler=constant", "training.total_steps=2"]) == 0
+    assert "warmup_steps" not in capsys.readouterr().err
+
+    assert main(["run", "tiny.yaml", "training.warmup_steps=1", "training.total_steps=2"]) == 0
+    assert "a tenth of" not in capsys.readouterr().err
+
+
+def test_the_end_names_the_next_commands_and_they_work(capsys):
+    assert main(["run", "tiny.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "Done: 12 steps, 768 tokens" in out
+
+    commands = [line.split()[3:] for line in out.splitlines() if "python -m" in line]
+    # The text has no T: the prompt is one that its vocabulary has.
+    assert commands == [["generate", "runs/tiny", "--prompt", "First"], ["evaluate", "runs/tiny"]]
+    for command in commands:
+        assert main(command) == 0
+
+
+def test_accumulation_gives_the_loss_of_the_larger_batch(done):
+    split = ["data.batch_size=2", "training.accumulation_steps=2", "model.dropout=0.0"]
+    assert main(["run", "tiny.yaml", *split, "--run-dir", "two"]) == 0
+    assert main(["run", "tiny.yaml", "model.dropout=0.0", "--run-dir", "one"]) == 0
+
+    for a, b in zip(lines("two"), lines("one"), strict=True):
+        if "val/loss" in a:
+            assert a["val/loss"] == pytest.approx(b["val/loss"], rel=1e-5)
+
+
+# ---------------------------------------------------------------------- check
+
+
+def test_check_prints_costs_and_timeline_and_writes_nothing(place, capsys):
+    before = listing(place)
+
+    assert main(["check", "tiny.yaml", "training.learning_rate=1e-3"]) == 0
+
+    out = capsys.readouterr().out
+    figures = {line[:17].strip(): line[17:] for line in out.splitlines() if line[17:]}
+    assert figures["tokens per step"] == "64"
+    assert figures["steps per epoch"] == str(STEPS_PER_EPOCH)
+    assert figures["steps"] == "12 (768 tokens)"
+    assert float(figures["FLOPs"]) > 1e6
+    assert "MiB" in figures["memory"]
+    assert "ms a step" in figures["time"]
+    events = ["ITERATION_COMPLETED", "FLLM_METRICS_READY", "FLLM_EVALUATION_DUE"]
+    positions = [out.index(f"  {event} ") for event in [*events, "FLLM_CHECKPOINT_DUE"]]
+    assert positions == sorted(positions)
+    assert "schedule" in out
+    assert listing(place) == before
+
+
+def test_check_counts_the_parameters_that_the_run_trains(done, capsys):
+    capsys.readouterr()
+    assert main(["check", "tiny.yaml"]) == 0
+
+    out = capsys.readouterr().out
+    manifest_store = CheckpointStore(done / "checkpoints")
+    tree = manifest_store.read(manifest_store.directory / "step-00000012")["model"]
+    distinct = {(t.data_ptr(), t.shape): t.numel() for t in tree.values()}
+    (line,) = [line for line in out.splitlines() if line.startswith("parameters")]
+    assert int(line.split()[1].replace(",", "")) == sum(distinct.values())
+
+
+def test_check_shows_what_a_config_changes(capsys):
+    changed = ["handlers.weight_ema=true", "handlers.nan_rollback=false"]
+
+    assert main(["check", "tiny.yaml", *changed]) == 0
+
+    timeline = capsys.readouterr().out.split("firing order:")[1]
+    assert "weight_ema" in timeline
+    assert "nan_rollback" not in timeline
+
+
+# ---------------------------------------------------------------------- evaluate
+
+
+def test_evaluate_reports_the_last_validation_loss(done, capsys):
+    best = (done / "checkpoints" / "best").read_text().strip()
+    assert best == "step-00000012"
+
+    assert main(["evaluate", "runs/tiny", "--json"]) == 0
+
+    result = json.loads(capsys.readouterr().out)
+    expected = [line["val/loss"] for line in lines(done) if "val/loss" in line][-1]
+    assert result["loss"] == pytest.approx(expected, rel=1e-6)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert result["step"] == 12
+    assert result["num_tokens"] == 99
+    # One token of the character tokenizer is one character, and this text is ASCII.
+    assert result["bits_per_character"] == pytest.approx(result["loss"] / math.log(2))
+    assert result["bits_per_byte"] == pytest.approx(result["bits_per_character"])
+
+
+def test_evaluate_prints_the_same_figures(done, capsys):
+    assert main(["evaluate", "runs/tiny", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+
+    assert main(["evaluate", "runs/tiny"]) == 0
+
+    out = capsys.readouterr().out
+    assert f"loss                {result['loss']:.4f} nats per token" in out
+    assert "validation split" in out
+    assert "step-00000012" in out
+
+
+@pytest.mark.parametrize("name", ["", "step-00000004", "best", "last"])
+def test_evaluate_takes_a_run_a_checkpoint_or_a_pointer(done, capsys, name):
+    path = done / "checkpoints" / name if name else done
+
+    assert main(["evaluate", str(path), "--json"]) == 0
+
+    step = json.loads(capsys.readouterr().out)["step"]
+    assert step == (4 if "4" in name else 12)
+
+
+def test_evaluate_on_another_text(done, capsys):
+    Path("other.txt").write_text(TEXT.read_text()[:50])
+
+    assert main(["evaluate", "runs/tiny", "--data", "other.txt", "--json"]) == 0
+
+    result = json.loads(capsys.readouterr().out)
+    assert result["num_tokens"] == 49
+    assert result["data"] == "other.txt"
+
+
+def test_evaluate_and_generate_write_nothing(done, place):
+    before = listing(place)
+
+    assert main(["evaluate", "runs/tiny"]) == 0
+    assert main(["generate", "runs/tiny", "--max-tokens", "3"]) == 0
+
+    assert listing(place) == before
+
+
+def test_evaluate_uses_averaged_weights_where_they_are_on(capsys):
+    assert main(["run", "tiny.yaml", "handlers.weight_ema.decay=0.5"]) == 0
+    capsys.readouterr()
+
+    assert main(["evaluate", "runs/tiny/checkpoints/last", "--json"]) == 0
+
+    result = json.loads(capsys.readouterr().out)
+    expected = [line["val/loss"] for line in lines("runs/tiny") if "val/loss" in line][-1]
+    assert result["averaged_weights"] is True
+    assert result["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+# ---------------------------------------------------------------------- generate
+
+
+def test_generate_is_the_same_for_a_seed(done, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["generate", "runs/tiny", "--max-tokens", "40", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+
+    assert texts[0] == texts[1] != texts[2]
+    assert len(texts[0]) == 41
+
+
+def test_generate_continues_the_prompt(done, capsys):
+    assert main(["generate", "runs/tiny", "--prompt", "the ", "--max-tokens", "10"]) == 0
+
+    out = capsys.readouterr().out
+    assert out.startswith("the ")
+    assert len(out) == 4 + 10 + 1
+
+
+def test_temperature_0_is_greedy_whatever_the_seed(done, capsys):
+    texts = set()
+    for options in (["--seed", "1"], ["--seed", "2"], ["--top-k", "1", "--temperature", "1"]):
+        greedy = [] if "--top-k" in options else ["--temperature", "0"]
+        assert main(["generate", "runs/tiny", "--max-tokens", "20", *greedy, *options]) == 0
+        texts.add(capsys.readouterr().out)
+
+    assert len(texts) == 1
+
+
+def test_generate_several_samples(done, capsys):
+    assert main(["generate", "runs/tiny", "--max-tokens", "20", "--num-samples", "2"]) == 0
+
+    first, second = capsys.readouterr().out.split("--- sample 2 ---\n")
+    assert first.removeprefix("--- sample 1 ---\n") != second
+
+
+def test_a_prompt_longer_than_the_context_is_no_obstacle(done, capsys):
+    prompt = "the " * 20
+
+    assert main(["generate", "runs/tiny", "--prompt", prompt, "--max-tokens", "3"]) == 0
+
+    assert capsys.readouterr().out.startswith(prompt)
+
+
+def test_a_prompt_outside_the_vocabulary_is_refused(done, capsys):
+    assert main(["generate", "runs/tiny", "--prompt", "\N{GREEK SMALL LETTER PI}"]) == 3
+
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "\N{GREEK SMALL LETTER PI}" in captured.err or "03c0" in captured.err.lower()

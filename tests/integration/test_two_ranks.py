@@ -1,0 +1,546 @@
+"""Two real processes over gloo against one: the same gradients, the same decisions, no hang.
+
+Both processes start once, run every scenario in turn and leave their results as JSON; the tests
+read those. Floats survive JSON bit for bit. Run as a script this file is one of the two ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Events
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fundamentallm.config import TrainingConfig
+from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader, Window, count_valid
+from fundamentallm.events import TrainingEvents
+from fundamentallm.testing import tiny_model, tiny_tokens
+from fundamentallm.training.distributed import Ranks, join_ranks, leave_ranks
+from fundamentallm.training.handlers import Checkpointing, NaNRollback
+from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss, compute_loss
+from fundamentallm.training.step import evaluate
+from fundamentallm.training.trainer import Trainer
+
+VOCABULARY = 11
+LENGTH = 8
+SECONDS = 90  # until a run of both processes counts as hanging
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+GRADIENT_BOUND = {"float64": 1e-12, "float32": 1e-6}
+DRIFT = {"float64": 1e-10, "float32": 1e-6}
+FAULT_AT = 6  # the step in which one rank meets a fault
+
+# Valid targets a row of each micro-batch, by window, by rank.
+LAYOUTS: dict[str, tuple[list[list[int]], list[list[int]]]] = {
+    "equal": ([[8, 8], [8, 8]], [[8, 8], [8, 8]]),
+    "unequal": ([[8, 1], [2, 0]], [[7, 7, 8], [5]]),
+    "one target against many": ([[1], [0]], [[8, 8, 8], [8, 8, 8]]),
+    "first rank masked": ([[0, 0], [0, 0]], [[8, 3], [1, 4]]),
+    "second rank masked": ([[8, 3], [1, 4]], [[0, 0], [0, 0]]),
+    "masked in turns": ([[0], [5]], [[6], [0]]),
+    "nothing at the end": ([[8, 8], [3]], [[8, 8], [0]]),
+}
+
+
+def layout_windows() -> dict[str, tuple[list[dict], list[dict]]]:
+    """Each layout's micro-batches by rank, the same in every process."""
+    generator = torch.Generator().manual_seed(5)
+
+    def batch(valid: list[int]) -> dict[str, Tensor]:
+        ids = torch.randint(VOCABULARY, (len(valid), LENGTH + 1), generator=generator)
+        targets = ids[:, 1:].clone()
+        for row, count in enumerate(valid):
+            targets[row, count:] = -100
+        return {"input_ids": ids[:, :-1].contiguous(), "target_ids": targets}
+
+    return {
+        name: tuple([batch(valid) for valid in rank] for rank in ranks)  # type: ignore[misc]
+        for name, ranks in LAYOUTS.items()
+    }
+
+
+class FixedWindows:
+    """A loader of windows that were laid out by hand."""
+
+    def __init__(self, windows: list[list[dict[str, Tensor]]]) -> None:
+        self.windows = windows
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def set_position(self, epoch: int, step: int) -> None:
+        self.position = step
+
+    def __iter__(self) -> Iterator[Window]:
+        for batches in self.windows[self.position :]:
+            yield Window(batches, sum(count_valid(batch["target_ids"]) for batch in batches))
+
+
+def make_model(dtype: str = "float64") -> nn.Module:
+    torch.manual_seed(0)
+    # Drawn in float32, so that both types begin with the same numbers.
+    return tiny_model(VOCABULARY, LENGTH, dropout=0.0).to(DTYPES[dtype])
+
+
+def flat(tensors: Any) -> list[float]:
+    return torch.cat([t.detach().reshape(-1).double() for t in tensors]).tolist()
+
+
+def make_trainer(
+    ranks: Ranks,
+    dtype: str = "float64",
+    accumulation: int = 2,
+    steps: int = 12,
+    loss_fn: Callable[..., Tensor] | None = None,
+    directory: Path | None = None,
+) -> Trainer:
+    """A run over 41 sequences an epoch: three steps of 12 and a tail of 5."""
+    tokens = tiny_tokens(42 * LENGTH + 3, VOCABULARY)
+    model = make_model(dtype)
+    loader = TokenWindowLoader(
+        tokens, LENGTH, 3, accumulation, seed=1, rank=ranks.rank, world_size=ranks.world_size
+    )
+    config = TrainingConfig(
+        total_steps=steps,
+        learning_rate=0.01,
+        optimizer_weight_decay=0.1,
+        max_grad_norm=0.5,
+        checkpoint_steps=4,
+    )
+    trainer = Trainer(model, loader, device="cpu", config=config, loss_fn=loss_fn)
+    if directory is not None:
+        Checkpointing(directory).attach(trainer)
+    return trainer
+
+
+def run_and_report(trainer: Trainer) -> dict[str, Any]:
+    """What a rank knows of a run after it."""
+    steps: list[tuple[int, str, float, float, int]] = []
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def note() -> None:
+        out = trainer.state.output
+        steps.append(
+            (trainer.state.iteration, out.rejection, out.loss, out.grad_norm, out.num_tokens)
+        )
+
+    trainer.run()
+    return {
+        "steps": steps,
+        "iteration": trainer.state.iteration,
+        "finished": trainer.finished,
+        "rollbacks": trainer.state.rollbacks,
+        "skipped": trainer.state.skipped_steps,
+        "ledger": sorted(trainer.ledger),
+        "weights": flat(trainer.model.parameters()),
+        "saved": trainer.state.checkpoints,
+    }
+
+
+# ---------------------------------------------------------------- what each rank does
+
+
+def gradients(ranks: Ranks, dtype: str, chunked: bool) -> dict[str, Any]:
+    windows = layout_windows()
+    model = make_model(dtype)
+    trainer = Trainer(
+        model,
+        FixedWindows([by_rank[ranks.rank] for by_rank in windows.values()]),
+        device="cpu",
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+        loss_fn=ChunkedCrossEntropy(3) if chunked else LanguageModelingLoss(),
+        config=TrainingConfig(total_steps=len(windows), max_grad_norm=None),
+    )
+    assert isinstance(trainer._step.forward, DistributedDataParallel)
+    found = []
+
+    @trainer.on(TrainingEvents.FLLM_GRADIENTS_READY)
+    def note() -> None:
+        found.append(flat(p.grad for p in model.parameters()))
+
+    report = run_and_report(trainer)
+    return {
+        name: {"gradient": gradient, "loss": step[2], "norm": step[3], "num_tokens": step[4]}
+        for name, gradient, step in zip(windows, found, report["steps"], strict=True)
+    }
+
+
+class Fault:
+    """The plain loss, spoilt on one rank in one step: its value or only its gradient."""
+
+    is_nll = True
+
+    def __init__(self, afflicted: bool, in_gradient: bool) -> None:
+        self.afflicted, self.in_gradient = afflicted, in_gradient
+        self.trainer: Trainer | None = None
+
+    def __call__(self, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        loss = compute_loss(logits, targets, reduction)
+        assert self.trainer is not None
+        if not self.afflicted or self.trainer.state.iteration != FAULT_AT:
+            return loss
+        if self.in_gradient:
+            loss.register_hook(lambda grad: grad * math.inf)
+            return loss
+        return loss + math.nan  # of a finite gradient, so the other rank sees no trace of it
+
+
+def fault(
+    ranks: Ranks, directory: Path | None, on_rank: int, in_gradient: bool = False
+) -> dict[str, Any]:
+    loss_fn = Fault(ranks.rank == on_rank, in_gradient)
+    trainer = make_trainer(ranks, loss_fn=loss_fn, directory=directory)
+    loss_fn.trainer = trainer
+    if directory is not None:
+        NaNRollback().attach(trainer)
+    return run_and_report(trainer)
+
+
+def told_to_skip(ranks: Ranks) -> dict[str, Any]:
+    trainer = make_trainer(ranks)
+    trainer.ledger.add(FAULT_AT)
+    return run_and_report(trainer)
+
+
+def veto(ranks: Ranks) -> dict[str, Any]:
+    trainer = make_trainer(ranks)
+    if ranks.rank == 1:
+
+        @trainer.on(TrainingEvents.FLLM_GRADIENTS_READY)
+        def refuse() -> None:
+            if trainer.state.iteration == FAULT_AT:
+                trainer.reject_step("no")
+
+    return run_and_report(trainer)
+
+
+def stop(ranks: Ranks, directory: Path, event: Events) -> dict[str, Any]:
+    """Interrupt rank 1 at its sixth step; then go on from what was saved."""
+    trainer = make_trainer(ranks, directory=directory)
+    writes = []
+    store = trainer.restore_point.store  # type: ignore[union-attr]
+    write = store.write
+    store.write = lambda name, *args, **options: (
+        writes.append(name),
+        write(name, *args, **options),
+    )
+    if ranks.rank == 1:
+
+        @trainer.on(event(once=FAULT_AT))
+        def interrupt() -> None:
+            trainer.interrupt_run(15)
+
+    report = run_and_report(trainer)
+    again = make_trainer(ranks, directory=directory)
+    again.resume(directory / f"step-{report['iteration']:08d}")
+    return {
+        **report,
+        "writes": writes,
+        "interrupted": trainer.interrupted_by,
+        "resumed": run_and_report(again),
+    }
+
+
+def out_of_time(ranks: Ranks) -> dict[str, Any]:
+    """The clock of rank 1 alone reaches the limit, in its sixth step."""
+    trainer = make_trainer(ranks)
+    trainer.limits = type(trainer.limits)(trainer.limits.total_steps, max_seconds=1000.0)
+    if ranks.rank == 1:
+        trainer.clock = lambda: 2000.0 if trainer.state.iteration >= FAULT_AT else 0.0
+    return run_and_report(trainer)
+
+
+def evaluation(ranks: Ranks) -> dict[str, Any]:
+    # Five batches: three for the first rank, two for the second.
+    loader = ValidationLoader(
+        tiny_tokens(70, VOCABULARY), LENGTH, 2, rank=ranks.rank, world_size=ranks.world_size
+    )
+    model = make_model()
+    trainer = make_trainer(ranks)
+    output = evaluate(model, loader, trainer.precision, ranks)
+    return {"nll": output.nll, "num_tokens": output.num_tokens, "batches": len(list(loader))}
+
+
+def sums(ranks: Ranks) -> dict[str, Any]:
+    odd = ranks.rank == 1
+    gathered = ranks.gather_bytes(torch.tensor([ranks.rank, 255, 0], dtype=torch.uint8))
+    ranks.barrier()
+    return {
+        "ranks": [ranks.rank, ranks.world_size, ranks.local_rank],
+        "writer": ranks.is_writer,
+        "alone": ranks.alone,
+        "counts": ranks.sum_counts([2**24 + 1 - odd, 2**53 + odd, 2**62 - 1 + odd, 0]),
+        "any": [ranks.any(flag) for flag in (False, True, odd, not odd)],
+        "text": [ranks.broadcast_text(text) for text in (f"rank {ranks.rank} \u00e9\u4e16", "")],
+        "bytes": [part.tolist() for part in gathered],
+        "tensor": ranks.sum_tensor(torch.tensor([0.5, math.inf if odd else 1.0])).tolist(),
+    }
+
+
+def all_scenarios(ranks: Ranks, place: Path) -> Iterator[tuple[str, Any]]:
+    yield "sums", sums(ranks)
+    for dtype in DTYPES:
+        yield f"gradients {dtype}", gradients(ranks, dtype, chunked=False)
+        yield f"chunked gradients {dtype}", gradients(ranks, dtype, chunked=True)
+        yield f"course {dtype}", run_and_report(make_trainer(ranks, dtype, steps=20))
+    yield "whole", run_and_report(make_trainer(ranks))
+    yield "skip", told_to_skip(ranks)
+    for rank in (0, 1):
+        for kind in ("loss", "gradient"):
+            inside = kind == "gradient"
+            yield f"{kind} fault on {rank}", fault(ranks, None, rank, inside)
+            directory = place / f"{kind}-{rank}"
+            yield f"{kind} fault on {rank}, rolled back", fault(ranks, directory, rank, inside)
+    yield "veto", veto(ranks)
+    for event in (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED):
+        yield f"stop at {event.name}", stop(ranks, place / event.name, event)
+    yield "out of time", out_of_time(ranks)
+    yield "evaluation", evaluation(ranks)
+
+
+def run_as_a_rank(place: Path) -> None:
+    torch.set_num_threads(1)
+    ranks = join_ranks("cpu")
+    results = dict(all_scenarios(ranks, place))
+    (place / f"rank-{ranks.rank}.json").write_text(json.dumps(results))
+    leave_ranks()
+
+
+# ---------------------------------------------------------------- starting both
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two-ranks")
+
+
+@pytest.fixture(scope="module")
+def both(place: Path) -> list[dict[str, Any]]:
+    """Results of rank 0 and rank 1; a rank that waits for ever is ended and is a failure."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    logs = [place / f"rank-{rank}.log" for rank in range(2)]
+    processes = []
+    for rank, log in enumerate(logs):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        with log.open("w") as output:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, __file__, str(place)],
+                    env={**os.environ, **group, **own},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    deadline = time.monotonic() + SECONDS
+    try:
+        while any(process.poll() is None for process in processes):
+            if time.monotonic() > deadline or any(process.poll() for process in processes):
+                break
+            time.sleep(0.05)
+    finally:
+        codes = [process.poll() for process in processes]
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], [log.read_text()[-3000:] for log in logs]
+    return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def relative(actual: list[float], expected: list[float]) -> float:
+    a, b = (torch.tensor(values, dtype=torch.float64) for values in (actual, expected))
+    return float((a - b).norm() / b.norm())
+
+
+def rejections(report: dict[str, Any]) -> dict[int, str]:
+    return {step[0]: step[1] for step in report["steps"] if step[1]}
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def large_batch(name: str) -> tuple[list[float], float, int]:
+    """Gradient and loss of all rows of a layout as one batch, from the definition, in float64."""
+    batches = [batch for rank in layout_windows()[name] for batch in rank]
+    inputs = torch.cat([batch["input_ids"] for batch in batches])
+    targets = torch.cat([batch["target_ids"] for batch in batches])
+    model = make_model("float64")
+    valid = targets >= 0
+    log_p = model(inputs).log_softmax(-1)
+    nll = -log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)[valid].sum()
+    loss = nll / valid.sum()
+    loss.backward()
+    return flat(p.grad for p in model.parameters()), float(loss.detach()), int(valid.sum())
+
+
+@pytest.mark.parametrize("kind", ["gradients", "chunked gradients"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_with_accumulation_give_the_gradient_of_one_large_batch(
+    both, layout, dtype, kind
+):
+    gradient, loss, num_tokens = large_batch(layout)
+    first, second = (results[f"{kind} {dtype}"][layout] for results in both)
+    assert first == second
+    assert first["num_tokens"] == num_tokens
+    assert relative(first["gradient"], gradient) <= GRADIENT_BOUND[dtype]
+    assert first["loss"] == pytest.approx(loss, rel=GRADIENT_BOUND[dtype], abs=0)
+    norm = math.hypot(*gradient)
+    assert first["norm"] == pytest.approx(norm, rel=GRADIENT_BOUND[dtype], abs=0)
+
+
+@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"equal"}))
+def test_a_mean_over_ranks_would_break_the_bounds(layout):
+    gradient, _, _ = large_batch(layout)
+    total = torch.zeros(len(gradient), dtype=torch.float64)
+    for batches in layout_windows()[layout]:
+        model = make_model("float64")
+        count = sum(count_valid(batch["target_ids"]) for batch in batches)
+        for batch in batches:
+            nll = compute_loss(model(batch["input_ids"]), batch["target_ids"], "sum")
+            (nll / (2 * max(1, count))).backward()
+        total += torch.tensor(flat(p.grad for p in model.parameters()))
+    assert relative(total.tolist(), gradient) > 1e3 * GRADIENT_BOUND["float32"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_ranks_take_the_course_of_one_process(both, dtype):
+    one = run_and_report(make_trainer(Ranks(), dtype, accumulation=4, steps=20))
+    first, second = (results[f"course {dtype}"] for results in both)
+    assert first == second
+    assert len(first["steps"]) == 20
+    # Some steps were clipped, and each epoch ends with a shorter one.
+    assert any(step[3] > 0.5 for step in first["steps"])
+    assert [step[4] for step in first["steps"]] == [96, 96, 96, 40] * 5
+    assert relative(first["weights"], one["weights"]) <= DRIFT[dtype]
+    for two, single in zip(first["steps"], one["steps"], strict=True):
+        assert two[:2] + two[4:] == list(single[:2] + single[4:])
+        assert two[2:4] == pytest.approx(single[2:4], rel=10 * DRIFT[dtype], abs=0)
+
+
+# ---------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_fault_on_one_rank_makes_both_refuse_the_same_step(both, kind, rank):
+    first, second = (results[f"{kind} fault on {rank}"] for results in both)
+    assert first["weights"] == second["weights"]
+    for report in (first, second):
+        assert rejections(report) == {FAULT_AT: "nonfinite"}
+        assert report["iteration"] == 12
+    # The refused window changed nothing: as if it had been told to skip it.
+    assert first["weights"] == both[0]["skip"]["weights"]
+    assert first["weights"] != both[0]["whole"]["weights"]
+    faulty = first["steps"][FAULT_AT - 1]
+    assert math.isfinite(faulty[2]) == (kind == "gradient")
+    assert math.isfinite(faulty[3]) == (kind == "loss")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_fault_on_one_rank_takes_both_back_and_on_without_the_window(both, kind, rank):
+    first, second = (results[f"{kind} fault on {rank}, rolled back"] for results in both)
+    assert first["weights"] == second["weights"] == both[0]["skip"]["weights"]
+    for report in (first, second):
+        visited = [step[0] for step in report["steps"]]
+        # Checkpoints are at 0, 4, 8 and 12.
+        assert visited == [*range(1, FAULT_AT + 1), *range(5, 13)]
+        assert [step[1] for step in report["steps"] if step[0] == FAULT_AT] == [
+            "nonfinite",
+            "ledger",
+        ]
+        assert (report["rollbacks"], report["ledger"]) == (1, [FAULT_AT])
+
+
+def test_a_veto_on_one_rank_holds_on_both(both):
+    first, second = (results["veto"] for results in both)
+    assert rejections(second) == {FAULT_AT: "no"}
+    assert rejections(first) == {FAULT_AT: "rejected on another rank"}
+    assert first["weights"] == second["weights"] == both[0]["skip"]["weights"]
+
+
+# ---------------------------------------------------------------- votes
+
+
+@pytest.mark.parametrize(
+    ("event", "last"),
+    [("ITERATION_STARTED", FAULT_AT), ("ITERATION_COMPLETED", FAULT_AT + 1)],
+)
+def test_an_interruption_of_one_rank_stops_both_at_one_step_saved_once(both, event, last):
+    first, second = (results[f"stop at {event}"] for results in both)
+    # The vote is taken at a step's start; what comes later counts for the next.
+    assert [first["iteration"], second["iteration"]] == [last, last]
+    assert [first["interrupted"], second["interrupted"]] == [None, 15]
+    assert first["finished"] == second["finished"] == ""
+    assert first["weights"] == second["weights"]
+    assert first["writes"] == [f"step-{step:08d}" for step in (0, 4, last)]
+    assert second["writes"] == []
+
+
+@pytest.mark.parametrize("event", ["ITERATION_STARTED", "ITERATION_COMPLETED"])
+def test_both_go_on_to_the_end_of_a_run_that_was_never_stopped(both, event):
+    for results in both:
+        resumed = results[f"stop at {event}"]["resumed"]
+        assert resumed["iteration"] == 12
+        assert resumed["weights"] == both[0]["whole"]["weights"]
+
+
+def test_one_rank_out_of_time_finishes_both(both):
+    first, second = (results["out of time"] for results in both)
+    assert first["iteration"] == second["iteration"] == FAULT_AT
+    assert first["finished"] == second["finished"] == "the budget is used up"
+    assert first["weights"] == second["weights"]
+
+
+def test_an_undisturbed_run_ends_alike_on_both(both):
+    first, second = (results["whole"] for results in both)
+    assert first == second
+    assert rejections(first) == {}
+    assert (first["iteration"], first["finished"]) == (12, "the last step is done")
+
+
+# ---------------------------------------------------------------- sums
+
+
+def test_counts_are_exact_beyond_what_floats_hold(both):
+    for results in both:
+        assert results["sums"]["counts"] == [2**25 + 1, 2**54 + 1, 2**63 - 1, 0]
+
+
+def test_ranks_know_their_place_and_what_the_others_say(both):
+    for rank, results in enumerate(both):
+        found = results["sums"]
+        assert found["ranks"] == [rank, 2, rank]
+        assert (found["writer"], found["alone"]) == (rank == 0, False)
+        assert found["any"] == [False, True, True, True]
+        assert found["text"] == ["rank 0 \u00e9\u4e16", ""]
+        assert found["bytes"] == [[0, 255, 0], [1, 255, 0]]
+        assert found["tensor"] == [1.0, math.inf]
+
+
+def test_evaluation_adds_up_over_ranks_with_unequal_shares(both):
+    alone = evaluation(Ranks())
+    assert alone["batches"] == 5
+    assert [results["evaluation"]["batches"] for results in both] == [3, 2]
+    for results in both:
+        assert results["evaluation"]["num_tokens"] == alone["num_tokens"] == 69
+        assert results["evaluation"]["nll"] == pytest.approx(alone["nll"], rel=1e-14)
+
+
+if __name__ == "__main__":
+    run_as_a_rank(Path(sys.argv[1]))

@@ -1,0 +1,237 @@
+"""Which checkpoints are kept, which is the best, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fundamentallm.config.training import TrainingConfig
+from fundamentallm.errors import CheckpointError
+from fundamentallm.events import TrainingEvents
+from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.training.handlers import Checkpointing, Evaluation
+from fundamentallm.training.trainer import Trainer
+
+NAN = math.nan
+
+
+def make_trainer(*handlers: Any, **options: Any) -> Trainer:
+    torch.manual_seed(1)
+    train, val = tiny_loaders()
+    config = TrainingConfig(**{"learning_rate": 1e-2, "total_steps": 6, **options})
+    return Trainer(
+        tiny_model(dropout=0.1), train, val, device="cpu", config=config, handlers=handlers
+    )
+
+
+def kept(directory: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in directory.glob("step-*"))
+
+
+def pointer(directory: Path, name: str) -> int | None:
+    path = directory / name
+    return int(path.read_text().strip()[5:]) if path.exists() else None
+
+
+def scored_run(directory: Path, scores: list[float | None], n_saved: int = 2) -> Checkpointing:
+    """Save after each step, with the score that the list has for that step."""
+    handler = Checkpointing(
+        directory, n_saved, score_function=lambda engine: scores[engine.state.iteration]
+    )
+    make_trainer(handler, checkpoint_steps=1, total_steps=len(scores) - 1).run()
+    return handler
+
+
+@pytest.mark.parametrize(
+    ("scores", "best", "expected"),
+    [
+        ([None, 1.0, 2.0, 3.0, 4.0], 4, [3, 4]),
+        ([None, 4.0, 3.0, 2.0, 1.0], 1, [1, 3, 4]),
+        ([None, 1.0, 5.0, 2.0, 3.0, 4.0], 2, [2, 4, 5]),
+        ([None, 2.0, 2.0, 2.0, 2.0], 1, [1, 3, 4]),  # of equals the first
+        ([None, NAN, 1.0, NAN, NAN, NAN], 2, [2, 4, 5]),
+        ([None, -math.inf, math.inf, -3.0, NAN], 3, [3, 4]),  # what is not finite is no score
+        ([0.5, None, None, None], 0, [0, 2, 3]),
+        ([None, NAN, NAN, NAN], None, [2, 3]),
+        ([None, None, None, None], None, [2, 3]),
+    ],
+)
+def test_keeps_the_newest_and_the_best(tmp_path, scores, best, expected):
+    handler = scored_run(tmp_path, scores)
+    assert kept(tmp_path) == expected
+    assert pointer(tmp_path, "best") == best
+    assert pointer(tmp_path, "last") == len(scores) - 1
+    assert handler.best_step == best
+    assert handler.last_checkpoint == tmp_path / f"step-{len(scores) - 1:08d}"
+
+
+def test_keeps_as_many_as_it_is_told(tmp_path):
+    scored_run(tmp_path, [None] * 7, n_saved=4)
+    assert kept(tmp_path) == [3, 4, 5, 6]
+
+
+def test_saves_after_each_validation_and_at_both_ends(tmp_path):
+    trainer = make_trainer(Evaluation(), Checkpointing(tmp_path, 9), total_steps=13, eval_steps=4)
+    trainer.run()
+    assert kept(tmp_path) == [0, 4, 8, 10, 12, 13]
+    assert trainer.state.checkpoints == 6
+
+
+def test_saves_at_its_own_pace(tmp_path):
+    make_trainer(
+        Evaluation(), Checkpointing(tmp_path, 9), total_steps=8, eval_steps=2, checkpoint_steps=3
+    ).run()
+    assert kept(tmp_path) == [0, 3, 6, 8]
+
+
+def test_the_best_is_the_one_of_the_lowest_validation_loss(tmp_path):
+    trainer = make_trainer(
+        Evaluation(), Checkpointing(tmp_path), total_steps=12, eval_steps=3, learning_rate=0.1
+    )
+    trainer.run()
+    losses = {entry["step"]: entry["val_loss"] for entry in trainer.history.validations}
+    assert pointer(tmp_path, "best") == min(losses, key=losses.__getitem__)
+
+
+def test_a_validation_of_an_earlier_step_is_no_score(tmp_path):
+    # Steps 3 and 6 are saved, 4 is measured: no checkpoint has a loss of its own but the last.
+    trainer = make_trainer(
+        Evaluation(), Checkpointing(tmp_path, 9), total_steps=7, eval_steps=4, checkpoint_steps=3
+    )
+    best = []
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_CHECKPOINT_SAVED,
+        lambda engine: best.append((engine.state.iteration, pointer(tmp_path, "best"))),
+    )
+    trainer.run()
+    assert best == [(0, None), (3, None), (6, None), (7, 7)]
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def test_a_resumed_run_is_bitwise_the_run_that_was_not_cut(tmp_path):
+    whole = make_trainer(Evaluation(), Checkpointing(tmp_path / "whole"), total_steps=13)
+    whole.run()
+
+    options = {"total_steps": 13, "checkpoint_steps": 5}
+    first = make_trainer(Evaluation(), Checkpointing(tmp_path / "cut"), **options)
+    first.add_event_handler(
+        TrainingEvents.FLLM_OPTIMIZER_STEPPED(once=7), lambda engine: engine.interrupt_run(15)
+    )
+    first.run()
+    assert first.state.iteration == 7
+    assert kept(tmp_path / "cut") == [0, 5, 7]
+
+    resumed = make_trainer(Evaluation(), Checkpointing(tmp_path / "cut"), **options)
+    torch.rand(5)  # the generators are restored, not left alone
+    resumed.resume(tmp_path / "cut" / "step-00000007")
+    resumed.run()
+    assert resumed.run_id == first.run_id
+    assert first.history.train_loss + resumed.history.train_loss == whole.history.train_loss
+    assert resumed.history.validations == whole.history.validations
+    for a, b in zip(weights(resumed), weights(whole), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_best_survives_a_resume(tmp_path):
+    def scored(scores: dict[int, float], total_steps: int) -> Trainer:
+        handler = Checkpointing(
+            tmp_path, 2, score_function=lambda engine: scores.get(engine.state.iteration)
+        )
+        return make_trainer(handler, checkpoint_steps=1, total_steps=total_steps)
+
+    scored({1: 5.0, 2: 1.0, 3: 1.0}, 3).run()
+    resumed = scored({4: 4.0, 5: 4.5}, 5)
+    resumed.resume(tmp_path / "step-00000003")
+    resumed.run()
+    assert pointer(tmp_path, "best") == 1
+    assert kept(tmp_path) == [1, 4, 5]
+
+
+def test_refuses_the_directory_of_another_run(tmp_path):
+    make_trainer(Checkpointing(tmp_path), total_steps=2).run()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = make_trainer(Checkpointing(tmp_path), total_steps=2)
+    with pytest.raises(CheckpointError, match="belong to another run"):
+        other.run()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_refuses_to_keep_one_alone(tmp_path):
+    with pytest.raises(ValueError, match="n_saved must be at least 2"):
+        Checkpointing(tmp_path, n_saved=1)
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.value = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.value = state_dict["value"]
+
+
+def test_saves_further_objects(tmp_path):
+    counter = Counter()
+    trainer = make_trainer(Checkpointing(tmp_path, to_save={"mine": counter}), checkpoint_steps=2)
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_METRICS_READY,
+        lambda engine: setattr(counter, "value", 10 * engine.state.iteration),
+    )
+    trainer.run()
+    other = Counter()
+    resumed = make_trainer(Checkpointing(tmp_path, to_save={"mine": other}))
+    resumed.resume(tmp_path / "step-00000004")
+    assert other.value == 40
+
+
+def test_the_manifest_describes_the_run(tmp_path):
+    handler = Checkpointing(tmp_path)
+    trainer = make_trainer(Evaluation(), handler, total_steps=3)
+    trainer.description = {"corpus": "tiny"}
+    trainer.run()
+    zero = handler.store.manifest(tmp_path / "step-00000000").metadata
+    last = handler.store.manifest(tmp_path / "step-00000003").metadata
+    assert zero["val_loss"] is None
+    assert last["val_loss"] == trainer.history.val_loss[-1]
+    assert zero["finished"] == ""
+    assert last["finished"] == "the last step is done"
+    assert zero["run_id"] == last["run_id"] == trainer.run_id
+    assert zero["corpus"] == last["corpus"] == "tiny"
+
+
+def test_a_failed_save_ends_the_run_and_leaves_the_earlier_ones_whole(tmp_path, monkeypatch):
+    handler = Checkpointing(tmp_path)
+    trainer = make_trainer(handler, checkpoint_steps=2)
+    write = handler.store.write
+
+    def full(name: str, *args: Any, **kwargs: Any) -> Path:
+        if name == "step-00000004":
+            raise CheckpointError("the disk is full")
+        return write(name, *args, **kwargs)
+
+    monkeypatch.setattr(handler.store, "write", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        trainer.run()
+    assert [manifest.step for manifest in handler.store.list()] == [2, 0]
+    assert trainer.state.checkpoints == 2
+
+
+def test_the_way_back_passes_a_damaged_checkpoint_over(tmp_path):
+    handler = Checkpointing(tmp_path)
+    trainer = make_trainer(handler, checkpoint_steps=2)
+    trainer.run()
+    assert handler.newest_step() == 6
+    for path in (tmp_path / "step-00000006").iterdir():
+        if path.suffix != ".json":
+            path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    fresh = Checkpointing(tmp_path)
+    assert fresh.newest_step() == 4

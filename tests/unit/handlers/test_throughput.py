@@ -1,0 +1,104 @@
+"""Speed by a clock that stands still but where a test moves it."""
+
+from __future__ import annotations
+
+import pytest
+from ignite.engine import Events
+
+from fundamentallm.config.training import TrainingConfig
+from fundamentallm.events import TrainingEvents
+from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.training.handlers import Evaluation, Throughput
+from fundamentallm.training.trainer import Trainer
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def timed_run(window: int, seconds: list[float], pause: float = 0.0) -> list[tuple[float, float]]:
+    """Train one step per entry of `seconds`; return tokens and samples a second after each."""
+    clock = FakeClock()
+    train, val = tiny_loaders()
+    config = TrainingConfig(total_steps=len(seconds), eval_steps=1)
+    trainer = Trainer(
+        tiny_model(),
+        train,
+        val,
+        device="cpu",
+        config=config,
+        handlers=[Throughput(window, clock), Evaluation()],
+    )
+    rates: list[tuple[float, float]] = []
+
+    def step(engine: Trainer) -> None:
+        clock.advance(seconds[engine.state.iteration - 1])
+
+    def read(engine: Trainer) -> None:
+        metrics = engine.state.metrics
+        rates.append((metrics["train/tokens_per_second"], metrics["train/samples_per_second"]))
+
+    trainer.add_event_handler(TrainingEvents.FLLM_MICRO_BATCH_COMPLETED, step)
+    trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, read)
+    for event in (
+        Events.STARTED,
+        Events.EPOCH_STARTED,
+        TrainingEvents.FLLM_EVALUATION_STARTED,
+        TrainingEvents.FLLM_EVALUATION_COMPLETED,
+        TrainingEvents.FLLM_CHECKPOINT_DUE,
+    ):
+        trainer.add_event_handler(event, lambda: clock.advance(pause))
+    trainer.run()
+    return rates
+
+
+def test_counts_tokens_and_samples_over_the_last_steps():
+    # 4 sequences of 8 tokens a step.
+    rates = timed_run(window=2, seconds=[1.0, 3.0, 4.0])
+    expected = [(32 / 1, 4 / 1), (64 / 4, 8 / 4), (64 / 7, 8 / 7)]
+    assert rates == [pytest.approx(pair) for pair in expected]
+
+
+def test_leaves_pauses_out():
+    seconds = [0.5] * 12
+    assert timed_run(50, seconds, pause=100.0) == [
+        pytest.approx(pair) for pair in timed_run(50, seconds)
+    ]
+
+
+def test_counts_the_wait_for_the_data():
+    clock = FakeClock()
+    train, _ = tiny_loaders()
+    trainer = Trainer(
+        tiny_model(),
+        train,
+        device="cpu",
+        config=TrainingConfig(total_steps=1),
+        handlers=[Throughput(5, clock)],
+    )
+    trainer.add_event_handler(Events.GET_BATCH_COMPLETED, lambda: clock.advance(8.0))
+    trainer.run()
+    assert trainer.state.metrics["train/tokens_per_second"] == pytest.approx(4.0)
+
+
+def test_counts_the_fewer_tokens_of_an_epochs_last_step():
+    # 39 sequences: the tenth step has three.
+    rates = timed_run(window=1, seconds=[1.0] * 11)
+    assert [tokens for tokens, _ in rates] == pytest.approx([32.0] * 9 + [24.0, 32.0])
+
+
+def test_survives_a_clock_that_stands_still():
+    (tokens, samples), *_ = timed_run(window=3, seconds=[0.0])
+    assert tokens > samples > 0
+
+
+def test_refuses_an_empty_window():
+    with pytest.raises(ValueError, match="window must be at least 1 step"):
+        Throughput(window=0)

@@ -1,0 +1,209 @@
+"""The captured state is the whole state: spoil everything, restore, and go on bitwise."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fundamentallm.config.training import TrainingConfig
+from fundamentallm.errors import CheckpointError
+from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.training import snapshot
+from fundamentallm.training.handlers import (
+    EarlyStopping,
+    Evaluation,
+    LossEMA,
+    NaNRollback,
+    Perplexity,
+    Schedule,
+    WeightEMA,
+)
+from fundamentallm.training.limits import Limits
+from fundamentallm.training.schedulers import LinearWarmup
+from fundamentallm.training.trainer import Trainer
+
+
+def make_trainer(**options: Any) -> Trainer:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    train, val = tiny_loaders()
+    trainer = Trainer(
+        tiny_model(dropout=0.2, **options),
+        train,
+        val,
+        device="cpu",
+        config=TrainingConfig(total_steps=5, eval_steps=2, learning_rate=1e-2),
+        handlers=[
+            LossEMA(0.8),
+            Perplexity(),
+            WeightEMA(0.9),
+            Evaluation(),
+            EarlyStopping(patience=50),
+            NaNRollback(),
+        ],
+    )
+    trainer.ledger = {3, 8}
+    Schedule(LinearWarmup(trainer.optimizer, warmup_steps=20)).attach(trainer)
+    trainer.run()
+    return trainer
+
+
+def capture(trainer: Trainer) -> dict[str, Any]:
+    """A state that later steps cannot reach: a checkpoint packs it at once."""
+    return copy.deepcopy(snapshot.capture(trainer))
+
+
+def go_on(trainer: Trainer, to: int) -> dict[str, Any]:
+    """Train on; return everything that the steps have brought about."""
+    trainer.limits = Limits(to)
+    trainer.history.cut_back(0)
+    trainer.clock = lambda: 0.0
+    trainer.run()
+    return {
+        "state": capture(trainer),
+        "losses": trainer.history.train_loss,
+        "validations": trainer.history.validations,
+        "python": random.random(),
+        "numpy": float(np.random.rand()),
+    }
+
+
+def assert_same(one: Any, other: Any, path: str = "") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}/{index}")
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, float) and math.isnan(one):
+        assert math.isnan(other), path
+    else:
+        assert one == other, path
+
+
+def spoil(trainer: Trainer) -> None:
+    """NaN into every tensor, nonsense into every number and generator."""
+    with torch.no_grad():
+        for tensor in trainer.model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)
+    for state in trainer.optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.fill_(math.nan)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = math.nan
+        group["weight_decay"] = 77.0
+    for handler in trainer.attached.values():
+        for name, value in vars(handler).items():
+            if isinstance(value, (int, float)) and name in handler.state_dict():
+                setattr(handler, name, 0 if isinstance(value, int) else math.nan)
+    for average in trainer.attached["weight_ema"].averages.values():
+        average.fill_(math.nan)
+    trainer.state.iteration = 0
+    trainer.state.tokens_seen = trainer.state.optimizer_steps = trainer.state.evaluations = 0
+    trainer.state.epoch_nll, trainer.state.epoch_tokens = math.nan, 0
+    trainer.ledger = {1}
+    trainer.run_id = "another"
+    trainer.model.eval()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
+def test_restores_a_spoilt_trainer_to_the_same_next_steps():
+    reference = make_trainer()
+    run_id = reference.run_id
+    expected = go_on(reference, to=12)
+
+    trainer = make_trainer()
+    trainer.run_id = run_id
+    trainer.clock = lambda: 0.0
+    state = capture(trainer)
+    spoil(trainer)
+    snapshot.restore(trainer, state)
+    assert_same(capture(trainer), state)
+    actual = go_on(trainer, to=12)
+    assert len(actual["losses"]) == 7
+    assert math.isnan(actual["losses"][2])  # step 8 is in the ledger
+    for tree in (expected, actual):
+        tree["state"]["trainer"].pop("elapsed_before")  # of real seconds
+    assert_same(actual, expected)
+
+
+def test_restores_into_a_fresh_trainer():
+    trainer = make_trainer()
+    state = capture(trainer)
+    fresh = make_trainer()
+    spoil(fresh)
+    snapshot.restore(fresh, state)
+    assert fresh.run_id == trainer.run_id
+    assert fresh.ledger == {3, 8}
+    for (name, a), b in zip(
+        fresh.model.named_parameters(), trainer.model.parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_holds_what_its_drawing_says():
+    trainer = make_trainer()
+    state = capture(trainer)
+    assert {"trainer", "model", "optimizer", "precision", "random", "handlers"} <= state.keys()
+    assert state["handlers"].keys() == {
+        "schedule",
+        "loss_ema",
+        "perplexity",
+        "weight_ema",
+        "early_stopping",
+        "nan_rollback",
+    }
+    assert state["trainer"]["iteration"] == 5
+    assert state["trainer"]["ledger"] == [3, 8]
+
+
+def test_a_state_of_another_model_changes_nothing():
+    state = capture(make_trainer(d_model=32))
+    trainer = make_trainer()
+    trainer.clock = lambda: 0.0
+    before = capture(trainer)
+    with pytest.raises(CheckpointError):
+        snapshot.restore(trainer, state)
+    assert_same(capture(trainer), before)
+
+
+def test_handlers_that_one_side_does_not_know_are_named(caplog):
+    trainer = make_trainer()
+    state = capture(trainer)
+    state["handlers"]["mystery"] = {"x": 1}
+    del state["handlers"]["loss_ema"]
+    trainer.attached["loss_ema"].count = 99
+    with caplog.at_level(logging.WARNING, "fundamentallm"):
+        snapshot.restore(trainer, state)
+    assert "knows no handler 'loss_ema'" in caplog.text
+    assert "handler 'mystery' is not attached" in caplog.text
+    assert trainer.attached["loss_ema"].count == 99
+
+
+def test_the_random_numbers_of_another_number_of_ranks_are_told(caplog):
+    trainer = make_trainer()
+    state = snapshot.RandomState(trainer.ranks).state_dict()
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    with caplog.at_level(logging.WARNING, "fundamentallm"):
+        snapshot.RandomState(trainer.ranks).load_state_dict({"rank 1": state["rank 0"]})
+    assert "was not part of the saved run" in caplog.text
+    assert torch.equal(torch.get_rng_state(), before)
