@@ -1,0 +1,1 @@
+"""Long trials of what a run must survive, one command each, and the fault tools that they share."""
