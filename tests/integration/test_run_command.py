@@ -131,6 +131,7 @@ def test_the_directory_holds_what_is_promised(place):
 
     run = Path("runs/tiny")
     assert {path.name for path in run.iterdir()} == {
+        ".lock",
         "checkpoints",
         "config.yaml",
         "log.txt",

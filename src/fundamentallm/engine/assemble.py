@@ -5,21 +5,18 @@ Read `assemble` from top to bottom as a recipe; a script can copy its lines and 
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from typing import Any
 
-import ignite
-import numpy as np
 import torch
 
-import fundamentallm
 from fundamentallm.config import DataConfig, RunConfig
 from fundamentallm.config.training import resolve_warmup
 from fundamentallm.data.corpus import Corpus, read_source, split_tokens
 from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
 from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.tokenizer import TOKENIZERS, Tokenizer, build_tokenizer
+from fundamentallm.engine.exactness import circumstances, versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
 from fundamentallm.errors import CheckpointError
@@ -46,6 +43,7 @@ DEFAULT_HANDLERS: dict[str, dict[str, Any]] = {
     "checkpointing": {},
     "nan_rollback": {},
     "signals": {},
+    "stop_file": {},
     "progress": {},
     "logs": {},
     "tensorboard": {},
@@ -157,13 +155,8 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
             resolved,
             tokenizer=tokenizer.to_dict(),
             data={"sha256": corpus.sha256, "num_tokens": len(tokens)},
-            versions={
-                "fundamentallm": fundamentallm.__version__,
-                "torch": torch.__version__,
-                "ignite": ignite.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
+            versions=versions(),
+            circumstances=circumstances(device, ranks),
         )
     )
 

@@ -111,6 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto (default): continue the unfinished run of the same config; never: start afresh;"
         " PATH: continue that run or checkpoint",
     )
+    run.add_argument(
+        "--allow-inexact",
+        action="store_true",
+        help="go on although other versions of the libraries make the course another one",
+    )
     run.add_argument("--run-dir", type=Path, metavar="DIR", help="instead of runs/<name>")
 
     check = _add(commands, "check", _check, "validate a YAML file and show what it would do")
@@ -124,6 +129,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="text to evaluate on, instead of the run's own validation split",
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verify = _add(commands, "verify", _verify, "prove a run's checkpoints whole, or one")
+    verify.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
+    _add_plugins(verify)
 
     generate = _add(commands, "generate", _generate, "let a trained model write")
     _add_model(generate)
@@ -213,7 +222,14 @@ def _run(options: argparse.Namespace) -> int:
     with loading():
         from fundamentallm.engine.run import run
 
-    return run(options.config, options.overrides, options.resume, options.run_dir, options.plugins)
+    return run(
+        options.config,
+        options.overrides,
+        options.resume,
+        options.run_dir,
+        options.plugins,
+        options.allow_inexact,
+    )
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -228,6 +244,13 @@ def _evaluate(options: argparse.Namespace) -> int:
         from fundamentallm.engine.use import evaluate
 
     return evaluate(options)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    with loading():
+        from fundamentallm.engine.verify import verify
+
+    return verify(options)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shlex
@@ -14,8 +15,10 @@ from fundamentallm.config import RunConfig, load_config
 from fundamentallm.engine import run_directory
 from fundamentallm.engine.assemble import Run, assemble, check_names, keep_corpus
 from fundamentallm.engine.console import logging_to, printable, say, speaking
+from fundamentallm.engine.exactness import refuse_other_versions, tell_other_circumstances
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.run_directory import RunDirectory
+from fundamentallm.engine.run_lock import owning, refuse_if_owned
 from fundamentallm.errors import DataError, InterruptedRunError, MachineError
 from fundamentallm.training.distributed import Ranks, join_ranks, leave_ranks
 from fundamentallm.training.precision import resolve_device
@@ -33,6 +36,7 @@ def run(
     resume: str = "auto",
     run_dir: Path | None = None,
     plugins: Sequence[str] = (),
+    allow_inexact: bool = False,
 ) -> int:
     """Train, or go on training, the run that a configuration describes; return the exit code.
 
@@ -57,9 +61,13 @@ def run(
                     without = [word for word in overrides if not word.startswith(TOTAL_STEPS)]
                     _tell_finished(directory, _command("run", config_path, *without))
                 return 0
+            if ranks.is_writer:
+                refuse_if_owned(directory.path)
             again = _command("run", config_path, *overrides)
             if directory.note and ranks.is_writer:
                 logger.info("%s", directory.note)
+            if directory.checkpoint is not None:
+                refuse_other_versions(directory.checkpoint, allow_inexact)
             if run_dir is not None:
                 again += _option("--run-dir", run_dir)
             for module in plugins:
@@ -109,15 +117,18 @@ def _train(config: RunConfig, directory: RunDirectory, ranks: Ranks, again: str)
     """Train; `again` is the command that goes on with the run."""
     run = assemble(config, directory, ranks)
     trainer = run.trainer
-    if ranks.is_writer:
-        directory.path.mkdir(parents=True, exist_ok=True)
-        run.config.to_yaml(directory.path / "config.yaml")
-        keep_corpus(run)
-    ranks.barrier()
-    with logging_to(directory.path / "log.txt") if ranks.is_writer else speaking(quiet=True):
+    with contextlib.ExitStack() as held:
+        if ranks.is_writer:
+            directory.path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(owning(directory.path))
+            run.config.to_yaml(directory.path / "config.yaml")
+            keep_corpus(run)
+            held.enter_context(logging_to(directory.path / "log.txt"))
+        ranks.barrier()
         if ranks.is_writer:
             _announce(run)
         if directory.checkpoint is not None:
+            tell_other_circumstances(directory.checkpoint, trainer.device, ranks)
             trainer.resume(directory.checkpoints / directory.checkpoint.name)
         trainer.run()
         if trainer.interrupted_by is not None and not trainer.finished:

@@ -196,7 +196,7 @@ def _is_free(path: Path, config: RunConfig) -> bool:
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
         return False
     # What a run leaves that ended before its first checkpoint.
-    left = {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "corpus.txt"}
+    left = {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "corpus.txt", ".lock"}
     return {entry.name for entry in path.iterdir()} <= left | {checkpoints.name}
 
 

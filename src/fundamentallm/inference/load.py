@@ -52,6 +52,28 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none, or none that is whole.
     """
+    refuse_foreign_files(path)
+    if path.is_file() and path.name in ("best", "last"):
+        found = CheckpointStore(path.parent).resolve(path.name)
+    elif (path / "MANIFEST.json").exists():
+        found = path
+    else:
+        found = CheckpointStore(checkpoints_in(path)).resolve("best")
+    if found is None:
+        raise CheckpointError(
+            "there is no checkpoint here",
+            where=str(path),
+            fix="name a run directory, as runs/quickstart",
+        )
+    return found
+
+
+def refuse_foreign_files(path: Path) -> None:
+    """Refuse a path that is nothing of ours before anything is opened.
+
+    Raises:
+        CheckpointError: there is nothing, or a file that torch.save wrote.
+    """
     if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
         raise CheckpointError(
             "files that torch.save wrote are not opened here, for they can run code",
@@ -65,22 +87,9 @@ def find_checkpoint(path: Path) -> Path:
             where=str(path),
             fix="name a directory like runs/quickstart or runs/quickstart/checkpoints/best",
         )
-    if path.is_file() and path.name in ("best", "last"):
-        found = CheckpointStore(path.parent).resolve(path.name)
-    elif (path / "MANIFEST.json").exists():
-        found = path
-    else:
-        found = CheckpointStore(_checkpoints_in(path)).resolve("best")
-    if found is None:
-        raise CheckpointError(
-            "there is no checkpoint here",
-            where=str(path),
-            fix="name a run directory, as runs/quickstart",
-        )
-    return found
 
 
-def _checkpoints_in(run: Path) -> Path:
+def checkpoints_in(run: Path) -> Path:
     """Return where a run keeps its checkpoints; the directory itself if it is no run."""
     if (run / "config.yaml").is_file():
         return RunConfig.from_yaml(run / "config.yaml").checkpoints_in(run)

@@ -315,7 +315,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints and none of them is whole.
         """
-        name = self._pointed(pointer)
+        name = self.pointed(pointer)
         if name is not None:
             with contextlib.suppress(CheckpointError):
                 return self.directory / self.verify(self.directory / name).name
@@ -329,7 +329,7 @@ class CheckpointStore:
             )
         return self.directory / whole[0].name if whole else None
 
-    def _pointed(self, pointer: str) -> str | None:
+    def pointed(self, pointer: str) -> str | None:
         """Return the name in a pointer file, or None for whatever is no plain name."""
         path = self.directory / pointer
         with contextlib.suppress(ValueError, OSError):
@@ -434,7 +434,7 @@ class CheckpointStore:
         names = self.step_names()
         if len(names) <= keep_last:
             return []
-        kept = set(keep) | {self._pointed(file) for file in self.filesystem.names(self.directory)}
+        kept = set(keep) | {self.pointed(file) for file in self.filesystem.names(self.directory)}
         whole = [name for name in names if self._is_whole(name)]
         victims = [name for name in whole[keep_last:] if name not in kept]
         self.retire(victims)

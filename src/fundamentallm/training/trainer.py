@@ -130,6 +130,8 @@ class Trainer(Engine):
         clock: seconds since the run's time began to count in this process.
         finished: why the run is complete; empty while it is not.
         interrupted_by: the number of the signal that asked the run to stop.
+        pause_when: asked with every step and validation batch; one that says True makes the run
+            save and stop, to be resumed later.
     """
 
     state: TrainingState
@@ -183,6 +185,7 @@ class Trainer(Engine):
         self.restore_point: RestorePoint | None = None
         self.finished = ""
         self.interrupted_by: int | None = None
+        self.pause_when: list[Callable[[], bool]] = []
         constructed = time.monotonic()
         self.clock: Callable[[], float] = lambda: time.monotonic() - constructed
         self._checkpoint_dir = Path(self.config.checkpoint_dir) if config is not None else None
@@ -264,7 +267,7 @@ class Trainer(Engine):
         if not self._can_evaluate():
             return {}
         # Ranks agree on leaving at the next step: one that left here would strand the others.
-        poll = (lambda _: self.interrupted_by is not None) if self.ranks.alone else None
+        poll = (lambda _: self._wants_to_leave()) if self.ranks.alone else None
         batches = (as_window(batch).micro_batches[0] for batch in self.val_loader)
         with self.evaluation_weights():
             output = evaluate(self.model, batches, self.precision, self.ranks, poll, self.loss_fn)
@@ -628,7 +631,11 @@ class Trainer(Engine):
 
     def _wants_to_leave(self) -> bool:
         pause = self.config.stop_after_seconds
-        return self.interrupted_by is not None or (pause is not None and self.clock() >= pause)
+        return (
+            self.interrupted_by is not None
+            or (pause is not None and self.clock() >= pause)
+            or any(asks() for asks in self.pause_when)
+        )
 
     def _can_evaluate(self) -> bool:
         return self.val_loader is not None and len(self.val_loader) > 0

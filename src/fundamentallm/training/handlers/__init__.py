@@ -16,6 +16,7 @@ from fundamentallm.training.handlers.progress import Progress
 from fundamentallm.training.handlers.samples import Samples
 from fundamentallm.training.handlers.schedule import Schedule
 from fundamentallm.training.handlers.signals import Signals
+from fundamentallm.training.handlers.stop_file import StopFile
 from fundamentallm.training.handlers.tensorboard import TensorBoard
 from fundamentallm.training.handlers.throughput import Throughput
 from fundamentallm.training.handlers.weight_ema import WeightEMA
@@ -35,6 +36,7 @@ __all__ = [
     "Samples",
     "Schedule",
     "Signals",
+    "StopFile",
     "TensorBoard",
     "Throughput",
     "WeightEMA",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,41 +57,61 @@ class Samples:
         self.num_tokens = num_tokens
         self.temperature = temperature
         self.every = every
+        self.owed: int | None = None
 
     def attach(self, trainer: Trainer) -> None:
-        """Sample at FLLM_EVALUATION_COMPLETED, on the rank that writes."""
-        if not trainer.ranks.is_writer:
-            return
-        trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.cut_back)
+        """Sample at FLLM_EVALUATION_COMPLETED; only the rank that writes does any work."""
+        trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.begin)
         trainer.add_event_handler(TrainingEvents.FLLM_ROLLED_BACK, self.cut_back)
         trainer.add_event_handler(
             TrainingEvents.FLLM_EVALUATION_COMPLETED(every=self.every), self.sample
         )
 
+    def begin(self, trainer: Trainer) -> None:
+        """Tell one history, and write the sample that a stop cut off."""
+        self.cut_back(trainer)
+        if self.owed == trainer.state.iteration:
+            self.sample(trainer)
+
     def cut_back(self, trainer: Trainer) -> None:
         """Drop samples of steps that the restored state has not taken."""
-        self.file.cut_back(trainer.state.iteration, trainer.evaluation_pending())
+        if trainer.ranks.is_writer:
+            self.file.cut_back(trainer.state.iteration, trainer.evaluation_pending())
 
     def sample(self, trainer: Trainer) -> None:
         """Generate with the evaluation weights, log the text, add it to the file."""
-        device = trainer.device
+        if not trainer.ranks.is_writer:
+            return
+        step, device = trainer.state.iteration, trainer.device
         generator = torch.Generator(device=device)
-        generator.manual_seed(derive_key(self.seed, trainer.state.iteration) % 2**63)
+        generator.manual_seed(derive_key(self.seed, step) % 2**63)
         prompt = torch.as_tensor(self._prompt_ids(), dtype=torch.int64, device=device).unsqueeze(0)
+        tokens = generate_tokens(
+            trainer.model,
+            prompt,
+            self.num_tokens,
+            temperature=self.temperature,
+            generator=generator,
+        )
+        ids = []
         with trainer.evaluation_weights(), undisturbed(trainer.model):
-            ids = [
-                int(token)
-                for token in generate_tokens(
-                    trainer.model,
-                    prompt,
-                    self.num_tokens,
-                    temperature=self.temperature,
-                    generator=generator,
-                )
-            ]
+            for token in tokens:
+                if trainer.interrupted_by is not None:
+                    self.owed = step
+                    return
+                ids.append(int(token))
+        self.owed = None
         text = self.tokenizer.decode(ids)
-        self.file.append({"step": trainer.state.iteration, "prompt": self.prompt, "text": text})
-        logger.debug("sample at step %d:\n%s", trainer.state.iteration, text)
+        self.file.append({"step": step, "prompt": self.prompt, "text": text})
+        logger.debug("sample at step %d:\n%s", step, text)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step whose sample was cut off, None if none was."""
+        return {"owed": self.owed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what is owed."""
+        self.owed = state_dict["owed"]
 
     def _prompt_ids(self) -> list[int]:
         try:

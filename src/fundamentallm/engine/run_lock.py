@@ -1,0 +1,93 @@
+"""One process a run: whoever trains in a directory holds its lock.
+
+The lock is the system's own on an open file, so it ends with its process, however that ends: there
+is never a stale one to remove by hand. What the file says is for the message alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from fundamentallm.errors import MachineError
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def owning(run: Path) -> Iterator[None]:
+    """Hold the lock of a run for a block.
+
+    Args:
+        run: the run's directory, which exists.
+
+    Raises:
+        MachineError: another process holds it; the message has its pid and host.
+    """
+    with (run / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        _take(file, run)
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
+        file.flush()
+        yield
+
+
+def refuse_if_owned(run: Path) -> None:
+    """Look whether another process trains in a directory, without writing anything.
+
+    Raises:
+        MachineError: one does.
+    """
+    with contextlib.suppress(OSError), (run / LOCK_FILE).open("r+", encoding="utf-8") as file:
+        _take(file, run)
+
+
+def _take(file: IO[str], run: Path) -> None:
+    try:
+        _lock(file)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            # A network file system without locks: better no guard than no run.
+            logger.warning("%s cannot be locked, so two processes could use it: %s", run, error)
+            return
+        owner = _owner(file)
+        raise MachineError(
+            "another process is training in this directory",
+            where=str(run),
+            got=owner,
+            fix="wait for it or stop it; --run-dir or --resume never takes another directory",
+        ) from error
+
+
+def _owner(file: IO[str]) -> str:
+    try:
+        file.seek(0)
+        said = json.loads(file.read(1_000))
+        return f"process {int(said['pid'])} on {str(said['host'])[:100]}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a process that did not say which"
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: IO[str]) -> None:
+        # A byte beyond what is written, so that the owner's name can be read.
+        file.seek(1 << 20)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(file: IO[str]) -> None:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

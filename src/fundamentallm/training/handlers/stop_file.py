@@ -1,0 +1,43 @@
+"""Stop on a file, with everything saved."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fundamentallm.events import TrainingEvents
+from fundamentallm.training.handlers.base import HANDLERS
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+
+@HANDLERS.register("stop_file")
+class StopFile:
+    """Controls: saves and stops after the step in which the file STOP appears in the run directory.
+
+    For jobs that one can reach only through a shared disk: `touch runs/mine/STOP`. The file is
+    removed when the run has stopped, so that the next start goes on.
+
+    Args:
+        run_dir: the directory that is watched.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "STOP"
+
+    def attach(self, trainer: Trainer) -> None:
+        """Be asked with every step, on the rank that writes; remove the file at FLLM_RUN_ENDED."""
+        if not trainer.ranks.is_writer:
+            return
+        trainer.pause_when.append(self.is_there)
+        trainer.add_event_handler(TrainingEvents.FLLM_RUN_ENDED, self.remove)
+
+    def is_there(self) -> bool:
+        """Look for the file."""
+        return os.path.exists(self.path)  # noqa: PTH110 (a tenth of Path.exists' time, each step)
+
+    def remove(self) -> None:
+        """Take the file away."""
+        self.path.unlink(missing_ok=True)
