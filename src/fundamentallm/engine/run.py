@@ -204,7 +204,7 @@ def _conclude(run: Run, again: str) -> None:
     say("Next:")
     say(f"  {_command('generate', path)}{_option('--prompt', _prompt_for(run))}")
     say(f"  {_command('evaluate', path)}")
-    say(f"  tensorboard{_option('--logdir', path / 'tensorboard')}")
+    say(f"  tensorboard{_option('--logdir', path / 'tensorboard')}    # pip install tensorboard")
 
 
 def _prompt_for(run: Run) -> str:
