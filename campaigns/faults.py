@@ -1,8 +1,12 @@
-"""Faults on purpose: a disk that fails or stops at a chosen operation."""
+"""Faults on purpose: a disk that fails or stops at a chosen operation, and one that takes notes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,15 @@ CHANGES = (
     "remove_file",
     "remove_directory",
 )
+
+
+@contextlib.contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """Yield a new empty directory, in memory where the system has one: the disk is not tested."""
+    memory = Path("/dev/shm")
+    in_memory = memory.is_dir() and os.access(memory, os.W_OK)
+    with tempfile.TemporaryDirectory(dir=memory if in_memory else None) as scratch:
+        yield Path(scratch)
 
 
 class Crash(BaseException):
@@ -77,3 +90,61 @@ class FaultyFilesystem(Filesystem):
 
     def remove_directory(self, path: Path) -> None:
         self._step("remove_directory", lambda: Filesystem.remove_directory(self, path))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One recorded operation: its method's name, where, and to what path or with which bytes."""
+
+    kind: str
+    path: Path
+    target: Path | None = None
+    data: bytes = b""
+
+
+class RecordingFilesystem(Filesystem):
+    """Writes down every operation that changes the disk, and the syncs, which it does not make.
+
+    Args:
+        forget: kinds that are left out of the record, as if the program had never asked for them.
+    """
+
+    def __init__(self, forget: Collection[str] = ()) -> None:
+        self.forget = forget
+        self.log: list[Operation] = []
+
+    def _note(self, operation: Operation) -> None:
+        if operation.kind not in self.forget:
+            self.log.append(operation)
+
+    def make_directory(self, path: Path) -> None:
+        super().make_directory(path)
+        self._note(Operation("make_directory", path))
+
+    def create(self, path: Path) -> FileIO:
+        file = super().create(path)
+        self._note(Operation("create", path))
+        return file
+
+    def write(self, file: FileIO, data: memoryview) -> int:
+        written = super().write(file, data)
+        self._note(Operation("write", Path(str(file.name)), data=bytes(data[:written])))
+        return written
+
+    def sync(self, file: FileIO) -> None:
+        self._note(Operation("sync", Path(str(file.name))))
+
+    def sync_directory(self, path: Path) -> None:
+        self._note(Operation("sync_directory", path))
+
+    def rename(self, source: Path, target: Path) -> None:
+        super().rename(source, target)
+        self._note(Operation("rename", source, target))
+
+    def remove_file(self, path: Path) -> None:
+        super().remove_file(path)
+        self._note(Operation("remove_file", path))
+
+    def remove_directory(self, path: Path) -> None:
+        super().remove_directory(path)
+        self._note(Operation("remove_directory", path))

@@ -13,7 +13,9 @@ import contextlib
 import errno
 import hashlib
 import os
+import queue
 import shutil
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -107,9 +109,8 @@ def write_file(
     filesystem: Filesystem, path: Path, chunks: Iterable[bytes | memoryview]
 ) -> FileRecord:
     """Write a new file, hash it on the way, and sync its contents (not its directory)."""
-    digest = hashlib.sha256()
     size = 0
-    with filesystem.create(path) as file:
+    with filesystem.create(path) as file, HashBeside() as digest:
         for chunk in chunks:
             rest = memoryview(chunk)
             digest.update(rest)
@@ -121,6 +122,41 @@ def write_file(
                 rest = rest[written:]
         filesystem.sync(file)
     return FileRecord(size, digest.hexdigest())
+
+
+class HashBeside:
+    """SHA-256 of what is being written, computed in a thread beside the writing.
+
+    Hashing costs as much as writing, and neither holds Python's lock meanwhile. A few chunks wait
+    in a queue at most; nothing may change them before the block ends.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._chunks: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
+        self._thread = threading.Thread(target=self._work, name="sha256", daemon=True)
+
+    def __enter__(self) -> HashBeside:
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Wait until everything handed over is hashed."""
+        self._chunks.put(None)
+        self._thread.join()
+
+    def update(self, chunk: memoryview) -> None:
+        """Hand over the next bytes."""
+        self._chunks.put(chunk)
+
+    def hexdigest(self) -> str:
+        """Return the hash, once the block has ended."""
+        return self._digest.hexdigest()
+
+    def _work(self) -> None:
+        while (chunk := self._chunks.get()) is not None:
+            self._digest.update(chunk)
 
 
 def replace_file(

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint import check_model_state, check_optimizer_state
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.finite import check_finite
 from fundamentallm.training.rng import capture_rng, restore_rng
+from fundamentallm.training.state_tree import copied
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
@@ -86,14 +88,35 @@ def check_usable(state: Mapping[str, Any], where: str = "") -> None:
 
 
 def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    """Put the trainer into a captured state.
+    """Put the trainer into a captured state; every rank must call it.
 
     Raises:
-        CheckpointError: the state is of another model, optimizer or data; nothing was changed.
+        CheckpointError: the state is of another model, optimizer or data, or a part of the trainer
+            refuses its share. Nothing was changed.
     """
     check_usable(state)
-    check_model_state(trainer.model, state["model"])
-    check_optimizer_state(trainer.optimizer, state["optimizer"])
+    before, elapsed = copied(capture(trainer)), trainer.state.elapsed_before
+    try:
+        check_model_state(trainer.model, state["model"])
+        check_optimizer_state(trainer.optimizer, state["optimizer"])
+        saved_handlers = state["handlers"].keys()
+        _load(trainer, state)
+    except Exception as error:  # whatever a handler's own load_state_dict raises
+        _load(trainer, before)
+        trainer.state.elapsed_before = elapsed  # the captured one has this process's time in it
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            "the checkpoint was refused; everything is as it was",
+            got=f"{type(error).__name__}: {error}",
+        ) from error
+    for name in trainer.attached.keys() - saved_handlers:
+        logger.warning("the checkpoint knows no handler '%s': it begins anew", name)
+    for name in saved_handlers - trainer.attached.keys():
+        logger.warning("the checkpoint's handler '%s' is not attached: its state is left out", name)
+
+
+def _load(trainer: Trainer, state: Mapping[str, Any]) -> None:
     trainer.load_state_dict(state["trainer"])
     trainer.model.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])
@@ -101,10 +124,6 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
     for name, handler in trainer.attached.items():
         if name in state["handlers"]:
             handler.load_state_dict(state["handlers"][name])
-        else:
-            logger.warning("the checkpoint knows no handler '%s': it begins anew", name)
-    for name in state["handlers"].keys() - trainer.attached.keys():
-        logger.warning("the checkpoint's handler '%s' is not attached: its state is left out", name)
     RandomState(trainer.ranks).load_state_dict(state["random"])
 
 

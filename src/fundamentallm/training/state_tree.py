@@ -98,14 +98,28 @@ def flatten(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     return encode(tree, ()), tensors
 
 
-def copied(tree: Any) -> Any:
+def copied(tree: Any, buffers: dict[str, Tensor] | None = None) -> Any:
     """Return a copy of a tree on the CPU that shares no memory with it; tied tensors stay tied.
+
+    Args:
+        tree: the state.
+        buffers: the memory of an earlier copy, which this one takes over where names and shapes
+            fit (fresh memory costs as much again); it is left holding this copy's.
 
     Raises:
         CheckpointError: as `flatten`.
     """
     skeleton, tensors = flatten(tree)
-    return unflatten(skeleton, {name: t.to("cpu", copy=True) for name, t in tensors.items()})
+    buffers = {} if buffers is None else buffers
+    old = dict(buffers)
+    buffers.clear()
+    for name, tensor in tensors.items():
+        buffer = old.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffers[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        else:
+            buffers[name] = buffer.copy_(tensor)
+    return unflatten(skeleton, buffers)
 
 
 def unflatten(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -193,6 +193,7 @@ class Trainer(Engine):
         self._rollback: tuple[list[int], str] | None = None
         self._leaving = False
         self._votes = (False, False)
+        self._saving_on_schedule = False
         self._began = (0.0, 0)
 
         self.add_event_handler(Events.ITERATION_COMPLETED, self._relay)
@@ -349,10 +350,16 @@ class Trainer(Engine):
     def _settle(self) -> None:
         """Before the first step: save step 0, or do what an interruption left undone."""
         if self.state.iteration == 0 and self.restore_step() is None:
-            self.notify(TrainingEvents.FLLM_CHECKPOINT_DUE)
+            self._ask_for_checkpoint(on_schedule=True)
         elif self.evaluation_pending():
             self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
-            self.notify(TrainingEvents.FLLM_CHECKPOINT_DUE)
+            # Cut off once more, it is still owed: no step may be taken before it.
+            if self.evaluation_pending() and self.ranks.any(self._wants_to_leave()):
+                self._leaving, self.finished = True, ""
+            self._ask_for_checkpoint(on_schedule=bool(self.finished) or self._checkpoint_due(True))
+        # A budget that ends while a run starts must not keep it from ever taking a step.
+        if self.ranks.any(self.interrupted_by is not None):
+            self._leaving = True
 
     # ------------------------------------------------------------------ one iteration
 
@@ -428,10 +435,22 @@ class Trainer(Engine):
             if leaving and self.evaluation_pending():
                 self.finished = ""  # a signal cut off the last evaluation: a resume makes up for it
         self._leaving = leaving
-        if leaving or self.finished or self._checkpoint_due(due):
-            self.notify(TrainingEvents.FLLM_CHECKPOINT_DUE)
+        on_schedule = bool(self.finished) or self._checkpoint_due(due)
+        if leaving or on_schedule:
+            self._ask_for_checkpoint(on_schedule)
         if self.state.iteration % self.steps_per_epoch != 0:
             self._stop_if_over()
+
+    def _ask_for_checkpoint(self, on_schedule: bool) -> None:
+        """Have the state saved; it counts its own save unless only a stop asked for it.
+
+        So a run that is resumed from any checkpoint counts like one that was never stopped.
+        """
+        self._saving_on_schedule = on_schedule and not self.evaluation_pending()
+        try:
+            self.notify(TrainingEvents.FLLM_CHECKPOINT_DUE)
+        finally:
+            self._saving_on_schedule = False
 
     def _stop_if_over(self) -> None:
         """Stop the inner run; at an epoch's end only after EPOCH_COMPLETED, not without it."""
@@ -646,6 +665,7 @@ class Trainer(Engine):
         """Return the position, the counters, the ledger and the run's id."""
         state = {name: getattr(self.state, name) for name in COUNTERS}
         state["elapsed_before"] = self.elapsed_seconds()
+        state["checkpoints"] += self._saving_on_schedule
         return {
             "iteration": self.state.iteration,
             "epoch_length": self.steps_per_epoch,

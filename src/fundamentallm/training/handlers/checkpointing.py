@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ignite.engine import Events
 from ignite.handlers import Checkpoint
 from ignite.handlers.checkpoint import BaseSaveHandler
+from torch import Tensor
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
@@ -68,14 +69,14 @@ class BackgroundSave:
     def __init__(self, step: int, best_before: tuple[float, int | None]) -> None:
         self.step = step
         self.best_before = best_before
-        self._failure: CheckpointError | None = None
+        self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def run(self, work: Callable[[], None]) -> None:
         """Do the work and keep its error."""
         try:
             work()
-        except CheckpointError as error:
+        except Exception as error:  # raised again by whoever waits
             self._failure = error
 
     def start(self, work: Callable[[], None]) -> None:
@@ -93,7 +94,7 @@ class BackgroundSave:
         if self._thread is not None:
             self._thread.join()
 
-    def wait(self) -> CheckpointError | None:
+    def wait(self) -> Exception | None:
         """Wait for the end; return the error, None if the checkpoint is committed."""
         self.join()
         return self._failure
@@ -152,6 +153,7 @@ class Checkpointing(Checkpoint):
         self.best_step: int | None = None
         self._is_ours = False
         self._background: BackgroundSave | None = None
+        self._buffers: dict[str, Tensor] = {}
 
     def attach(self, trainer: Trainer) -> None:
         """Save at FLLM_CHECKPOINT_DUE; offer the trainer the way back."""
@@ -177,17 +179,17 @@ class Checkpointing(Checkpoint):
             self.best_score, self.best_step = score, step
         state = snapshot.capture(trainer)
         state["objects"] = {name: thing.state_dict() for name, thing in self.to_save.items()}
-        snapshot.check_usable(state, f"step {step}")
-        save = BackgroundSave(step, before)
+        save = self._background = BackgroundSave(step, before)
+        beside = self.asynchronous and not trainer.stopping
         if trainer.ranks.is_writer:
+            if beside:
+                state = copied(state, self._buffers)
             work = functools.partial(self._save, step, state, self._metadata(trainer))
-            if self.asynchronous and not trainer.stopping:
-                work = functools.partial(self._save, step, copied(state), self._metadata(trainer))
+            if beside:
                 save.start(work)
             else:
                 save.run(work)
-        self._background = save
-        if not (self.asynchronous and not trainer.stopping):
+        if not beside:
             self._finish_background(trainer)
 
     def _metadata(self, trainer: Trainer) -> dict[str, Any]:
@@ -202,6 +204,7 @@ class Checkpointing(Checkpoint):
 
     def _save(self, step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
         name = step_name(step)
+        snapshot.check_usable(state, f"step {step}")
         self.save_handler(state, name, metadata)
         self.store.point("last", name)
         if self.best_step == step:
@@ -229,8 +232,8 @@ class Checkpointing(Checkpoint):
         if trainer.ranks.any(failure is not None):
             self.best_score, self.best_step = save.best_before
             error = failure or CheckpointError("the first rank could not save the checkpoint")
-            if self.on_error == "stop":
-                raise error
+            if self.on_error == "stop" or not isinstance(error, CheckpointError):
+                raise error  # "continue" is for a disk that fails, not for a bug
             logger.warning("step %d: not saved, training goes on: %s", save.step, error)
             return
         trainer.state.last_checkpoint = self.store.directory / step_name(save.step)

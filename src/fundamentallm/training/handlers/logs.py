@@ -60,7 +60,8 @@ class MetricsLog:
             "tokens": state.tokens_seen,
             "elapsed_seconds": round(trainer.elapsed_seconds(), 3),
         }
-        for key, value in state.metrics.items():
+        # In an order of names: that of the dict depends on where the process began.
+        for key, value in sorted(state.metrics.items()):
             if key.startswith(prefix):
                 record[key] = json_number(value)
         self.file.append(record)

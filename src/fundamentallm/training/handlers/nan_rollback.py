@@ -92,10 +92,16 @@ class NaNRollback:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, so that a resumed run has no fresh allowance."""
-        return {"total": self.total, "region": self.region, "in_region": self.in_region}
+        return {
+            "total": self.total,
+            "region": self.region,
+            "in_region": self.in_region,
+            "overflows": self.overflows,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take counts over; never fewer than are known, for a rollback loads an older state."""
+        self.overflows = state_dict["overflows"]
         if state_dict["total"] >= self.total:
             self.total = state_dict["total"]
             self.region = state_dict["region"]

@@ -1,0 +1,65 @@
+"""A sample of `python -m campaigns.resume`, which stops everywhere; the whole of it is `long`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from campaigns.resume import (
+    FAULTY_STEP,
+    ITEMS,
+    Forgetting,
+    Outcome,
+    Stop,
+    expected,
+    main,
+    run,
+)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Outcome:
+    return run("fp16")
+
+
+@pytest.fixture(scope="module")
+def forgetting(reference, tmp_path_factory) -> Forgetting:
+    return Forgetting("fp16", reference, tmp_path_factory.mktemp("stopped"))
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        [Stop(20)],  # the end of an epoch, where a validation is due as well
+        [Stop(FAULTY_STEP - 1)],  # the rollback goes to the stop's own checkpoint
+        [Stop(FAULTY_STEP)],
+        [Stop(60)],
+        [Stop(30, "step"), Stop(30, "validation")],  # the validation that is made up for is cut
+        [Stop(30, "evaluation"), Stop(30, "start")],  # the sample that is made up for is cut
+        [Stop(40, "crash")],
+        [Stop(step) for step in (4, 24, 25, 36, 38, 59)],
+    ],
+    ids=lambda stops: " ".join(f"{stop.instant}-{stop.step}" for stop in stops),
+)
+def test_a_stopped_and_resumed_run_is_the_run_that_was_not_stopped(reference, stops):
+    assert expected(reference, stops).differences(run("fp16", stops)) == []
+
+
+def test_the_run_has_something_of_everything(reference):
+    lines = [json.loads(line) for line in reference.lines["metrics.jsonl"]]
+    assert sum("val/loss" in line for line in lines) == 12
+    assert sum(line.get("train/loss") == "NaN" for line in lines) == 1  # the skipped window
+    assert sum(line.get("train/grad_norm") == "Infinity" for line in lines) > 1  # overflows
+    assert len(reference.lines["samples.jsonl"]) == 6
+    assert len(reference.leaves) > 300
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_forgetting_an_item_of_the_state_is_noticed(forgetting, name):
+    assert bool(forgetting.forget(name)) != bool(ITEMS[name].unnoticed_because)
+
+
+@pytest.mark.long
+def test_the_whole_campaign(capsys):
+    assert main(["--chains", "4"]) == 0
+    assert json.loads(capsys.readouterr().out)["sound"] is True
