@@ -192,6 +192,20 @@ def read_chunks(filesystem: Filesystem, path: Path) -> Iterator[bytes]:
             yield chunk
 
 
+def same_contents(filesystem: Filesystem, path: Path, chunks: Iterable[bytes | memoryview]) -> bool:
+    """Tell whether a file holds these bytes and no more."""
+    with filesystem.open(path) as file:
+        for chunk in chunks:
+            rest = memoryview(chunk).cast("B")
+            while rest.nbytes:
+                data = file.read(min(READ_CHUNK_BYTES, rest.nbytes))
+                # As bytes: two of them are compared at once, views element by element.
+                if not data or bytes(rest[: len(data)]) != data:
+                    return False
+                rest = rest[len(data) :]
+        return not file.read(1)
+
+
 def random_suffix() -> str:
     """Return 12 hexadecimal digits that no other call returns (no global RNG is drawn from)."""
     return uuid.uuid4().hex[:12]

@@ -306,6 +306,19 @@ class CheckpointStore:
         with saving_to(path):
             replace_file(self.filesystem, path, [f"{name}\n".encode()])
 
+    def forget(self, pointer: str) -> None:
+        """Remove a pointer, if it is there.
+
+        Raises:
+            CheckpointError: the disk refuses.
+            ValueError: a pointer that is no plain file name.
+        """
+        path = self.directory / checked_name(pointer)
+        with saving_to(path):
+            if self.filesystem.status(path) is not None:
+                self.filesystem.remove_file(path)
+                self.filesystem.sync_directory(self.directory)
+
     def resolve(self, pointer: str) -> Path | None:
         """Return the checkpoint that a pointer names, if whole, else the newest whole one.
 

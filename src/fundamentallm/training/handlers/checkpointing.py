@@ -64,11 +64,15 @@ class BackgroundSave:
     Args:
         step: the step that is saved.
         best_before: best score and step that hold again if the save fails.
+
+    Attributes:
+        committed: whether the checkpoint is on the disk; what fails after that loses nothing.
     """
 
     def __init__(self, step: int, best_before: tuple[float, int | None]) -> None:
         self.step = step
         self.best_before = best_before
+        self.committed = False
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
 
@@ -184,7 +188,7 @@ class Checkpointing(Checkpoint):
         if trainer.ranks.is_writer:
             if beside:
                 state = copied(state, self._buffers)
-            work = functools.partial(self._save, step, state, self._metadata(trainer))
+            work = functools.partial(self._save, save, state, self._metadata(trainer))
             if beside:
                 save.start(work)
             else:
@@ -202,19 +206,27 @@ class Checkpointing(Checkpoint):
             **trainer.description,
         }
 
-    def _save(self, step: int, state: dict[str, Any], metadata: dict[str, Any]) -> None:
-        name = step_name(step)
+    def _save(self, save: BackgroundSave, state: dict[str, Any], metadata: dict[str, Any]) -> None:
+        step, name = save.step, step_name(save.step)
         snapshot.check_usable(state, f"step {step}")
         self.save_handler(state, name, metadata)
-        self.store.point("last", name)
+        save.committed = True
+        self._point_at(step)
         if self.best_step == step:
-            self.store.point("best", name)
             logger.info("step %d: saved, the best %s so far", step, self.score_name)
         else:
             logger.debug("step %d: saved", step)
         keep = {step_name(self.best_step)} if self.best_step is not None else set()
         assert self.n_saved is not None
         self.store.prune(self.n_saved, keep)
+
+    def _point_at(self, step: int) -> None:
+        """Let the pointers say what this object knows, whatever a crash has left them saying."""
+        self.store.point("last", step_name(step))
+        if self.best_step is None:
+            self.store.forget("best")
+        elif self.store.pointed("best") != step_name(self.best_step):
+            self.store.point("best", step_name(self.best_step))
 
     # ------------------------------------------------------------------ in the background
 
@@ -229,13 +241,19 @@ class Checkpointing(Checkpoint):
             return
         save, self._background = self._background, None
         failure = save.wait()
-        if trainer.ranks.any(failure is not None):
-            self.best_score, self.best_step = save.best_before
+        lost, trouble = trainer.ranks.sum_counts(
+            [failure is not None and not save.committed, failure is not None]
+        )
+        if trouble:
+            if lost:
+                self.best_score, self.best_step = save.best_before
             error = failure or CheckpointError("the first rank could not save the checkpoint")
             if self.on_error == "stop" or not isinstance(error, CheckpointError):
                 raise error  # "continue" is for a disk that fails, not for a bug
-            logger.warning("step %d: not saved, training goes on: %s", save.step, error)
-            return
+            what = "not saved" if lost else "saved, but not tidied up"
+            logger.warning("step %d: %s, training goes on: %s", save.step, what, error)
+            if lost:
+                return
         trainer.state.last_checkpoint = self.store.directory / step_name(save.step)
         trainer.notify(TrainingEvents.FLLM_CHECKPOINT_SAVED)
 
@@ -317,10 +335,8 @@ class Checkpointing(Checkpoint):
             self.best_score, self.best_step = -math.inf, None
         if trainer.ranks.is_writer:
             superseded = self.store.supersede(step)
+            self._point_at(step)
             if superseded:
-                self.store.point("last", step_name(step))
-                if self.best_step is not None:
-                    self.store.point("best", step_name(self.best_step))
                 logger.info(
                     "going on from step %d: moved %s to %s",
                     step,
