@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fundamentallm.errors import CheckpointError, ConfigError
@@ -144,6 +144,7 @@ def test_a_horizon_is_reached_exactly_and_held(counts, floor, fraction):
 
 @settings(max_examples=60, deadline=None)
 @given(COUNTS, FLOORS, st.floats(0.01, 1))
+@example((10, 0), 0.9999999999999999, 1.0)  # a floor one rounding error below the base
 def test_bounded_continuous_and_one_peak(counts, floor, fraction):
     total, warmup = counts
     min_lr = BASE * floor

@@ -178,8 +178,10 @@ class _HorizonScheduler(LearningRateScheduler):
         if step < self.warmup_steps:
             return _warmup(step, self.warmup_steps)
         height = self._height(step, progress)
-        # In this form both ends are exact: 1 at height 1, the floor at height 0.
-        return height + (1.0 - height) * self.floor
+        if height == 1.0:  # the sum below may miss it by a rounding error
+            return 1.0
+        # In this form rounding never makes a falling height a rising rate.
+        return min(1.0, self.floor + height * (1.0 - self.floor))
 
     @abstractmethod
     def _height(self, step: int, progress: float | None) -> float:
