@@ -2,111 +2,184 @@
 
     python -m campaigns.signals [--trials 200] [--seed 0]
 
-SIGTERM, SIGINT, SIGHUP or SIGUSR1 comes in a step, while waiting for data, in an evaluation, in a
-sample or in a save. The run must end with 128 + n, with a checkpoint of the step where it stood,
-and go on to what a run gives that nobody stopped. A second signal must end it within a second.
-Prints one JSON object; exits with 1 if any trial failed.
+SIGTERM, SIGINT, SIGHUP or SIGUSR1 comes in a step, in a wait for data, in an evaluation, in a
+sample, in a save or right after the start; where it was received is what the run itself tells. The
+run must end with 128 + n at the step it was in, with a checkpoint of just that step, and go on to
+what a run gives that nobody stopped. Besides, a second signal must end it within a second wherever
+it stands. A third of the runs saves in a thread. Prints one JSON object; exits with 1 if any trial
+failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from campaigns.victim import RESULT, STEPS, Child, Plan, undisturbed
+from campaigns.faults import scratch_directory
+from campaigns.kill import difference
+from campaigns.victim import RESULT, STEPS, Child, Plan, result_of, steps_told, undisturbed
 from fundamentallm.training.store import CheckpointStore
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-MOMENTS = ("step", "evaluating", "sampling", "saving", "ready")
+# Where to send one, and how many times the run comes there while it takes ten steps.
+MOMENTS = {"step": 10, "waiting": 10, "evaluating": 2, "generating": 2, "saving": 2, "ready": 1}
+STOPS_OF_A_RUN = 5
+LONGER = 0.008  # seconds that a moment is made to last, each time it is entered
+MOST_SECONDS_AFTER_A_WORD = 0.008
+STUCK = 5.0  # seconds without an end in sight, for a second signal
+MOST_SECONDS_OF_A_SECOND = 1.0
 
 
-def stop_once(run_dir: Path, chance: random.Random, moment: str) -> list[str]:
-    """Send one signal at a moment of the run; return what was wrong."""
+@dataclass
+class Counts:
+    """What a campaign has seen.
+
+    Attributes:
+        received: trials, by the moment at which the run received the signal.
+        numbers: trials, by the signal's name.
+        late: signals that came when the last step was done, and stopped nothing; no trials.
+        seconds: how long second signals took.
+        runs: runs that were stopped until they ended by themselves.
+        faults: what was wrong.
+    """
+
+    received: Counter[str] = field(default_factory=Counter)
+    numbers: Counter[str] = field(default_factory=Counter)
+    late: int = 0
+    seconds: list[float] = field(default_factory=list)
+    runs: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def send_at(child: Child, moment: str, times: int, delay: float, number: int) -> None:
+    """Send a signal so long after the run has come to a moment for so many times."""
+    for line in child.listen():
+        times -= line.split()[0] == moment
+        if times == 0:
+            time.sleep(delay)
+            child.kill(number)
+            return
+
+
+def stop_once(
+    run_dir: Path, plan: Plan, chance: random.Random, moment: str, counts: Counts
+) -> None:
+    """Send one signal at a moment of the run, and look at what it left."""
     number = chance.choice(SIGNALS)
-    child = Child(run_dir, Plan(slow=chance.choice((0.0, 0.002))))
-    wanted = 1 if moment == "ready" else chance.randint(1, 4)
-    for line in child.listen():
-        wanted -= line.startswith(moment)
-        if wanted == 0:
-            time.sleep(chance.random() * 0.01)
-            os.kill(child.pid, number)
-            break
+    slow = chance.random() < 0.6
+    child = Child(run_dir, replace(plan, slow_in=moment, slow=LONGER if slow else 0.0))
+    times = chance.randint(1, MOMENTS[moment])
+    # Most moments are short: the delays crowd at their beginning.
+    send_at(child, moment, times, chance.random() ** 2 * MOST_SECONDS_AFTER_A_WORD, number)
     code = child.wait()
-    steps = [int(line.split()[1]) for line in child.told if line.startswith("step")]
-    if code == 0:
-        return [] if steps[-1:] == [STEPS] or not steps else ["ended early with code 0"]
+    begun = steps_told(child.told, "step")
+    at = (steps_told(child.told, "ready") + begun)[-1]
+    received = [line.split() for line in child.told if line.startswith("signal")]
+    if not received or (code == 0 and at == STEPS):
+        counts.late += 1
+        # Behind the run's end a signal is nobody's but the system's.
+        if code not in (0, -number):
+            counts.faults.append(f"{moment}: not received, exit code {code}: {child.told[-2:]}")
+        return
+    _, _, word, step = received[0]
+    counts.received[word] += 1
+    counts.numbers[number.name] += 1
     faults = [] if code == 128 + number else [f"exit code {code}, not {128 + number}"]
-    # Nothing was begun and left: the last step that was begun is the one that is saved.
-    saved = [int(line.split()[1]) for line in child.told if line.startswith("saved")]
+    if at > int(step) + 1:
+        faults.append(f"received in step {step}, and went on to {at}")
     newest = CheckpointStore(run_dir / "checkpoints").newest()
-    at = newest.step if newest is not None else None
-    if steps and at != steps[-1]:
-        faults.append(f"step {steps[-1]} was taken, and step {at} is saved")
-    if saved and at != saved[-1]:
-        faults.append(f"step {saved[-1]} was reported as saved, and step {at} is newest")
-    return faults
+    saved = newest.step if newest is not None else None
+    if saved != at:
+        faults.append(f"stopped at step {at}, and step {saved} is the newest checkpoint")
+    counts.faults += [f"{number.name} at {word} {step}: {fault}" for fault in faults]
 
 
-def second_signal_ends_it(run_dir: Path) -> list[str]:
-    """Send two signals while nothing moves; return what was wrong."""
-    child = Child(run_dir, Plan(slow=5.0))
+def stop_twice(
+    run_dir: Path, plan: Plan, chance: random.Random, moment: str, counts: Counts
+) -> None:
+    """Send two signals while nothing moves; the second must end it at once, and lose nothing."""
+    first, second = chance.sample(SIGNALS, 2)
+    before = CheckpointStore(run_dir / "checkpoints").newest()
+    child = Child(run_dir, replace(plan, slow_in=moment, slow=STUCK))
+    send_at(child, moment, 1, 0.01 + chance.random() * 0.03, first)
     for line in child.listen():
-        if line == "ready":
+        if line.startswith("signal"):
             break
-    time.sleep(0.3)
-    os.kill(child.pid, signal.SIGINT)
-    time.sleep(0.1)
+    time.sleep(chance.random() * 0.05)
     started = time.perf_counter()
-    os.kill(child.pid, signal.SIGTERM)
+    child.kill(second)
     code = child.wait()
     seconds = time.perf_counter() - started
-    if code != 128 + signal.SIGTERM or seconds > 1.0:
-        return [f"a second signal: exit code {code} after {seconds:.2f} s"]
-    return []
+    counts.seconds.append(seconds)
+    if code != 128 + second or seconds > MOST_SECONDS_OF_A_SECOND:
+        counts.faults.append(f"second signal at {moment}: exit code {code} after {seconds:.2f} s")
+    after, damaged = CheckpointStore(run_dir / "checkpoints").scan()
+    if damaged or (before is not None and (not after or after[0].step < before.step)):
+        counts.faults.append(f"second signal at {moment}: checkpoints {after}, damaged {damaged}")
 
 
-def campaign(trials: int, seed: int = 0) -> dict[str, Any]:
+def stop_a_run(
+    run_dir: Path,
+    plan: Plan,
+    chance: random.Random,
+    expected: Mapping[str, Any],
+    counts: Counts,
+    stops: int,
+) -> None:
+    """Stop a run so many times, once of them with two signals, let it end, and compare."""
+    run_dir.mkdir()
+    twice = chance.randrange(stops)
+    for stop in range(stops):
+        if stop == twice:
+            # A start is over before a second signal comes: it would be one in a step.
+            stuck = ("step", "waiting", "evaluating", "generating", "saving")[counts.runs % 5]
+            if not (stuck == "saving" and plan.asynchronous):  # a thread holds nothing up
+                stop_twice(run_dir, plan, chance, stuck, counts)
+        # The moment that was hit least so far.
+        moment = min(MOMENTS, key=lambda word: (counts.received[word], chance.random()))
+        stop_once(run_dir, plan, chance, moment, counts)
+        if (run_dir / RESULT).exists():
+            break
+    code = Child(run_dir, plan).wait()
+    counts.runs += 1
+    if code != 0 or not (run_dir / RESULT).exists():
+        counts.faults.append(f"run {run_dir.name} ended with {code}")
+    elif result_of(run_dir) != expected:
+        counts.faults.append(f"run {run_dir.name}: {difference(result_of(run_dir), expected)}")
+
+
+def campaign(trials: int, seed: int = 0, plan: Plan | None = None) -> dict[str, Any]:
     """Send so many signals and return the counts."""
+    plan = plan or Plan()
     chance = random.Random(seed)
-    moments: Counter[str] = Counter()
-    faults: list[str] = []
+    counts = Counts()
     started = time.perf_counter()
-    runs = 0
-    with tempfile.TemporaryDirectory(prefix="signals-") as top:
-        expected = undisturbed(Path(top) / "undisturbed")
-        while moments.total() < trials:
-            run_dir = Path(top) / str(runs)
-            run_dir.mkdir()
-            for _ in range(4):
-                moment = MOMENTS[moments.total() % len(MOMENTS)]
-                found = stop_once(run_dir, chance, moment)
-                moments[moment] += 1
-                faults += [f"{moment}: {fault}" for fault in found]
-                if (run_dir / RESULT).exists():
-                    break
-            if not (run_dir / RESULT).exists():
-                Child(run_dir, Plan()).wait()
-            if json.loads((run_dir / RESULT).read_text()) != expected:
-                faults.append(f"run {runs} differs from the undisturbed one")
-            runs += 1
-        (Path(top) / "twice").mkdir()
-        faults += second_signal_ends_it(Path(top) / "twice")
+    with scratch_directory() as top:
+        expected = undisturbed(top / "undisturbed")
+        while (left := trials - counts.received.total()) > 0:
+            how = replace(plan, asynchronous=plan.asynchronous or counts.runs % 3 == 2)
+            stops = min(STOPS_OF_A_RUN, left)
+            stop_a_run(top / str(counts.runs), how, chance, expected, counts, stops)
     return {
         "campaign": "signals",
-        "trials": moments.total(),
-        "moments": dict(moments),
-        "runs": runs,
-        "faults": faults,
+        "seed": seed,
+        "trials": counts.received.total(),
+        "received": dict(counts.received),
+        "signals": dict(counts.numbers),
+        "came too late": counts.late,
+        "second signals": len(counts.seconds),
+        "slowest second signal": round(max(counts.seconds, default=0.0), 3),
+        "runs": counts.runs,
+        "faults": counts.faults,
         "seconds": round(time.perf_counter() - started, 1),
     }
 

@@ -1,30 +1,47 @@
-"""A small real run to be killed: it goes on from what it finds, and tells where it stands.
+"""A small real run to be killed or stopped: it goes on from what it finds, and tells where it is.
 
-It is forked, not started: a fork of a process that has imported torch costs milliseconds.
+    python -m campaigns.victim RUN_DIR [PLAN as JSON]
+
+It is forked rather than started: a fork of a process that has imported torch, and has run nothing
+with it, costs milliseconds. The command is for trials with processes of their own.
+
+What it tells, a line each, is a word and the step: `ready`, `waiting` for data, `step`,
+`evaluating`, `generating`, `saving`, `writing` to `written` around what a save does to the disk,
+and `saved`. `signal N WORD STEP` says where a signal was received.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
+import random
 import signal
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch._dynamo  # the first optimizer imports it, which takes most of a second a fork
 from ignite.engine import Events
 
+from campaigns.faults import Crash, FaultyFilesystem
 from fundamentallm.config import TrainingConfig
 from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader, Window
 from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_model, tiny_tokens
-from fundamentallm.training import snapshot
+from fundamentallm.training import snapshot, state_tree
+from fundamentallm.training import store as store_module
 from fundamentallm.training.filesystem import Filesystem
 from fundamentallm.training.handlers import (
     Checkpointing,
@@ -35,14 +52,21 @@ from fundamentallm.training.handlers import (
     Signals,
     WeightEMA,
 )
+from fundamentallm.training.handlers.checkpointing import negative_val_loss
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.schedulers import CosineAnnealingScheduler
-from fundamentallm.training.store import CheckpointStore
+from fundamentallm.training.store import CheckpointStore, step_of
 from fundamentallm.training.trainer import Trainer
 
 STEPS = 24
+SAVED_EVERY = 4
+N_SAVED = 2
+BEST_LOSS = 2.15  # the score is best near it: in the middle of the run, not always at its end
 UNREPEATABLE = ("elapsed_seconds", "train/tokens_per_second", "train/samples_per_second")
 RESULT = "result.json"
+LONGEST_SECONDS = 120  # of a process; one that hangs is a failed trial, not a hanging campaign
+ROOT = Path(__file__).resolve().parents[1]
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -51,118 +75,219 @@ class Plan:
 
     Args:
         asynchronous: save in a thread.
-        kill_at: SIGKILL itself at this operation of a save that changes the disk, from 0.
-        slow: seconds that a batch, a validation batch and a file's sync take besides.
+        kill_in: "save" or "resume" for SIGKILL to itself at an operation on the disk inside, or
+            outside of, what a save does to the disk.
+        kill_at: the number of that operation, from 0.
+        slow_in: the word at which everything takes longer.
+        slow: by so many seconds a batch, a forward pass or a sync.
         rng_is_saved: False forgets the random numbers at a resume, which must be noticed.
-        in_place: write checkpoints without staging, which must be noticed.
+        position_is_saved: False begins the data anew at a resume, which must be noticed.
+        is_staged: False writes a checkpoint under its final name, which must be noticed.
+        is_saved_at_stop: False leaves a stop to the checkpoints of the schedule, likewise.
     """
 
     asynchronous: bool = False
-    kill_at: int | None = None
+    kill_in: str = ""
+    kill_at: int = 0
+    slow_in: str = ""
     slow: float = 0.0
     rng_is_saved: bool = True
-    in_place: bool = False
+    position_is_saved: bool = True
+    is_staged: bool = True
+    is_saved_at_stop: bool = True
 
 
-class DeadlyFilesystem(Filesystem):
-    """Ends the process at an operation, and can be slow."""
+class Watch:
+    """Knows where the run is, and tells.
 
-    def __init__(self, plan: Plan) -> None:
+    Args:
+        plan: how the run goes.
+        tell: called with every line.
+    """
+
+    def __init__(self, plan: Plan, tell: Tell) -> None:
         self.plan = plan
+        self.tell = tell
+        self.word = ""
+        self.writing = False
+        self.trainer: Trainer | None = None
+
+    @property
+    def step(self) -> int:
+        """The run's step."""
+        assert self.trainer is not None
+        return self.trainer.state.iteration
+
+    def at(self, word: str) -> None:
+        """Tell that the run has come to `word`."""
+        self.word = word
+        self.tell(f"{word} {self.step}")
+
+    def linger(self, word: str) -> None:
+        """Take the time that the plan adds to `word`."""
+        if self.plan.slow_in == word:
+            time.sleep(self.plan.slow)
+
+    def received(self, number: int) -> None:
+        """Tell of a signal."""
+        self.tell(f"signal {number} {self.word} {self.step}")
+
+
+class Announce:
+    """A handler that tells when an event comes to its place in the order of handlers."""
+
+    def __init__(self, watch: Watch, event: Any, word: str) -> None:
+        self.watch = watch
+        self.event = event
+        self.word = word
+
+    def attach(self, trainer: Trainer) -> None:
+        """Listen."""
+        trainer.add_event_handler(self.event, self._announce)
+
+    def _announce(self) -> None:
+        self.watch.at(self.word)
+
+
+class Saved:
+    """A handler that tells which step was saved: a thread's report comes some steps later."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def attach(self, trainer: Trainer) -> None:
+        """Listen."""
+        trainer.add_event_handler(TrainingEvents.FLLM_CHECKPOINT_SAVED, self._tell)
+
+    def _tell(self, trainer: Trainer) -> None:
+        assert trainer.state.last_checkpoint is not None
+        self.watch.word = "saved"
+        self.watch.tell(f"saved {step_of(trainer.state.last_checkpoint.name)}")
+
+
+class DeadlyFilesystem(FaultyFilesystem):
+    """Kills the process at the operation of the plan, a write halfway; syncs are made."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__(None, Crash)
+        self.watch = watch
         self.count = 0
 
-    def _step(self) -> None:
-        if self.count == self.plan.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.count += 1
+    def _step(
+        self, operation: str, act: Callable[[], Any], torn: Callable[[], Any] = lambda: None
+    ) -> Any:
+        plan = self.watch.plan
+        if plan.kill_in == ("save" if self.watch.writing else "resume"):
+            if self.count == plan.kill_at:
+                torn()
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.count += 1
+        return act()
 
-    def make_directory(self, path: Path) -> None:
-        self._step()
-        super().make_directory(path)
-
-    def write(self, file: Any, data: memoryview) -> int:
-        self._step()
-        return super().write(file, data)
-
-    def sync(self, file: Any) -> None:
-        self._step()
-        time.sleep(self.plan.slow)
-        super().sync(file)
+    def sync(self, file: FileIO) -> None:
+        self.watch.linger("saving")
+        self._step("sync", lambda: Filesystem.sync(self, file))
 
     def sync_directory(self, path: Path) -> None:
-        self._step()
-        super().sync_directory(path)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._step()
-        super().rename(source, target)
-
-    def remove_file(self, path: Path) -> None:
-        self._step()
-        super().remove_file(path)
-
-    def remove_directory(self, path: Path) -> None:
-        self._step()
-        super().remove_directory(path)
+        self._step("sync_directory", lambda: Filesystem.sync_directory(self, path))
 
 
 class SlowWindows(TokenWindowLoader):
-    """Windows that one has to wait for."""
+    """Windows that one may have to wait for."""
 
-    seconds = 0.0
+    watch: Watch
 
     def window_at(self, epoch: int, step: int) -> Window:
-        time.sleep(self.seconds)
+        self.watch.linger("waiting")
         return super().window_at(epoch, step)
 
 
-class SlowValidation(ValidationLoader):
-    """Validation batches that one has to wait for."""
-
-    seconds = 0.0
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for batch in super().__iter__():
-            time.sleep(self.seconds)
-            yield batch
-
-
-def build(run_dir: Path, plan: Plan) -> Trainer:
+def build(run_dir: Path, watch: Watch) -> Trainer:
     """Return the trainer of a run with dropout, accumulation, averages and a schedule."""
     torch.manual_seed(7)
+    random.seed(7)  # Python seeds it by chance in every fork
+    np.random.seed(7)
     tokens = tiny_tokens(1_000)
     train = SlowWindows(tokens[:800], 8, 2, accumulation_steps=3, seed=5)
-    val = SlowValidation(tokens[800:], 8, 4)
-    train.seconds = val.seconds = plan.slow
+    train.watch = watch
     model = tiny_model(dropout=0.2)
+    model.register_forward_pre_hook(lambda *_: watch.linger(watch.word))
     optimizer = OptimizerBuilder.build("adamw", model, 1e-2)
-    scheduler = CosineAnnealingScheduler(optimizer, STEPS, warmup_steps=4, min_lr=1e-4)
     checkpointing = Checkpointing(
-        run_dir / "checkpoints", n_saved=2, asynchronous=plan.asynchronous
+        run_dir / "checkpoints",
+        n_saved=N_SAVED,
+        score_function=_score,
+        asynchronous=watch.plan.asynchronous,
     )
-    checkpointing.store.filesystem = DeadlyFilesystem(plan)
-    tokenizer = CharacterTokenizer("abcdefghijk")
-    return Trainer(
+    _watch_the_disk(checkpointing.store, watch)
+    trainer = Trainer(
         model,
         train,
-        val,
+        ValidationLoader(tokens[800:], 8, 4),
         optimizer,
-        scheduler,
+        CosineAnnealingScheduler(optimizer, STEPS, warmup_steps=4, min_lr=1e-4),
         device="cpu",
-        config=TrainingConfig(total_steps=STEPS, eval_steps=4, log_steps=1),
+        config=TrainingConfig(total_steps=STEPS, eval_steps=SAVED_EVERY, log_steps=1),
         handlers=(
             LossEMA(),
             Perplexity(),
             WeightEMA(0.9),
-            checkpointing,
-            MetricsLog(run_dir),
-            Samples(tokenizer, run_dir, num_tokens=12),
             Signals(),
+            MetricsLog(run_dir),
+            # Each stands in front of what it announces, and what reports an end behind it.
+            Announce(watch, TrainingEvents.FLLM_RUN_STARTED, "ready"),
+            Announce(watch, Events.GET_BATCH_STARTED, "waiting"),
+            Announce(watch, Events.ITERATION_STARTED, "step"),
+            Announce(watch, TrainingEvents.FLLM_EVALUATION_STARTED, "evaluating"),
+            Announce(watch, TrainingEvents.FLLM_EVALUATION_COMPLETED, "generating"),
+            Samples(CharacterTokenizer("abcdefghijk"), run_dir, num_tokens=12),
+            Announce(watch, TrainingEvents.FLLM_CHECKPOINT_DUE, "saving"),
+            checkpointing,
+            Saved(watch),
         ),
     )
+    watch.trainer = trainer
+    return trainer
 
 
-def live(run_dir: Path, plan: Plan, tell: Callable[[str], None]) -> int:
+def _score(trainer: Trainer) -> float | None:
+    negative = negative_val_loss(trainer)
+    return None if negative is None else score_of(-negative)
+
+
+def score_of(val_loss: float) -> float:
+    """Return the score of a validation loss."""
+    return -abs(val_loss - BEST_LOSS)
+
+
+def _watch_the_disk(store: CheckpointStore, watch: Watch) -> None:
+    """Give a store the filesystem of the plan, and tell what it does."""
+    store.filesystem = DeadlyFilesystem(watch)
+    write, prune = store.write, store.prune
+    if not watch.plan.is_staged:
+
+        def write(name: str, tree: Any, metadata: Any = None, *, step: int) -> Path:
+            target = store.directory / name
+            store.directory.mkdir(parents=True, exist_ok=True)
+            state = store_module.pack(tree)
+            store_module.write_checkpoint(store.filesystem, target, state, metadata or {}, step)
+            return target
+
+    def watched_write(name: str, tree: Any, metadata: Any = None, *, step: int) -> Path:
+        watch.writing = True  # in this order: a count begins inside what was told
+        watch.tell(f"writing {step}")
+        return write(name, tree, metadata, step=step)
+
+    def watched_prune(*arguments: Any) -> Any:
+        victims = prune(*arguments)
+        watch.tell("written")
+        watch.writing = False
+        return victims
+
+    store.write, store.prune = watched_write, watched_prune  # type: ignore[method-assign]
+
+
+def live(run_dir: Path, plan: Plan, tell: Tell) -> int:
     """Run to the end, or to a signal; return the exit code.
 
     Args:
@@ -170,34 +295,32 @@ def live(run_dir: Path, plan: Plan, tell: Callable[[str], None]) -> int:
         plan: how.
         tell: called with a line at every moment that an observer may act on.
     """
+    signal.alarm(LONGEST_SECONDS)
+    logging.disable(logging.CRITICAL)  # a hundred lives warn of what each has found
     torch.set_num_threads(1)
-    if plan.in_place:
-        _write_in_place()
-    trainer = build(run_dir, plan)
-    trainer.attach_defaults()
-    trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, lambda: tell("ready"))
-    trainer.add_event_handler(
-        Events.ITERATION_STARTED, lambda: tell(f"step {trainer.state.iteration}")
-    )
-    for event, word in (
-        (TrainingEvents.FLLM_EVALUATION_STARTED, "evaluating"),
-        (TrainingEvents.FLLM_EVALUATION_COMPLETED, "sampling"),
-        (TrainingEvents.FLLM_CHECKPOINT_SAVED, "saved"),
-    ):
-        trainer.add_event_handler(
-            event, lambda word=word: tell(f"{word} {trainer.state.iteration}")
+    watch = Watch(plan, tell)
+    trainer = build(run_dir, watch)
+    interrupt_run, ask = trainer.interrupt_run, trainer._ask_for_checkpoint
+
+    def heard(number: int) -> None:
+        interrupt_run(number)
+        watch.received(number)
+
+    trainer.interrupt_run = heard  # type: ignore[method-assign]
+    if not plan.is_saved_at_stop:
+        trainer._ask_for_checkpoint = (  # type: ignore[method-assign]
+            lambda on_schedule: ask(on_schedule) if on_schedule else None
         )
-    # First in line at this event: the save itself is a handler of it.
-    due = trainer._event_handlers[TrainingEvents.FLLM_CHECKPOINT_DUE]
-    trainer.add_event_handler(
-        TrainingEvents.FLLM_CHECKPOINT_DUE, lambda: tell(f"saving {trainer.state.iteration}")
-    )
-    due.insert(0, due.pop())
     newest = CheckpointStore(run_dir / "checkpoints").newest(snapshot.check_usable)
     if newest is not None:
         trainer.resume(run_dir / "checkpoints" / newest.name)
         if not plan.rng_is_saved:
-            torch.manual_seed(int(time.time_ns()) % 2**31)
+            torch.manual_seed(99)
+        if not plan.position_is_saved:
+            place = trainer.train_loader.set_position
+            trainer.train_loader.set_position = lambda *_: place(0, 0)
+    else:
+        trainer.attach_defaults()
     trainer.run()
     if trainer.interrupted_by is not None and not trainer.finished:
         return 128 + trainer.interrupted_by
@@ -207,32 +330,26 @@ def live(run_dir: Path, plan: Plan, tell: Callable[[str], None]) -> int:
 
 def outcome(run_dir: Path, trainer: Trainer) -> dict[str, Any]:
     """Return what must be the same however often the run was stopped."""
-    digest = hashlib.sha256()
-    for tensor in trainer.model.state_dict().values():
-        digest.update(tensor.numpy().tobytes())
+    state = snapshot.capture(trainer)
+    for name in ("elapsed_before", "run_id"):
+        del state["trainer"][name]
     lines = []
     for name in ("metrics.jsonl", "samples.jsonl"):
         for line in (run_dir / name).read_text().splitlines():
             record = json.loads(line)
             lines.append({k: v for k, v in record.items() if k not in UNREPEATABLE})
-    return {"weights": digest.hexdigest(), "lines": lines}
+    return {"weights": digest(state["model"]), "state": digest(state), "lines": lines}
 
 
-def _write_in_place() -> None:
-    """Break the store: files appear under their final name as they are written."""
-    from fundamentallm.training import store as module
-
-    def write(
-        self: CheckpointStore, name: str, tree: Any, metadata: Any = None, *, step: int
-    ) -> Path:
-        target = self.directory / name
-        self.directory.mkdir(parents=True, exist_ok=True)
-        module.write_checkpoint(self.filesystem, target, module.pack(tree), metadata or {}, step)
-        for other in self.step_names()[1:]:
-            self.retire([other])  # before anybody knows whether the new one is whole
-        return target
-
-    CheckpointStore.write = write  # type: ignore[method-assign]
+def digest(tree: Mapping[str, Any]) -> str:
+    """Return a hash of every value and every tensor's bits in a state."""
+    plain, tensors = state_tree.flatten(tree)
+    result = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        result.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return result.hexdigest()
 
 
 class Child:
@@ -244,23 +361,24 @@ class Child:
     """
 
     def __init__(self, run_dir: Path, plan: Plan) -> None:
+        self.told: list[str] = []
+        self._begin(run_dir, plan)
+
+    def _begin(self, run_dir: Path, plan: Plan) -> None:
         reader, writer = os.pipe()
         with warnings.catch_warnings():
             # Python warns of forks beside threads; the child uses none of its parent's.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:
-            os.close(reader)
             code = 70
             try:
-                code = live(run_dir, plan, lambda line: os.write(writer, f"{line}\n".encode()))
-            except BaseException as error:  # a fork must never return into its parent's code
-                os.write(writer, f"error {error!r}\n".encode())
-            finally:
+                os.close(reader)
+                code = told_life(run_dir, plan, writer)
+            finally:  # a fork must never return into its parent's code
                 os._exit(code)
         os.close(writer)
         self._pipe = os.fdopen(reader, "r", encoding="utf-8")
-        self.told: list[str] = []
 
     def listen(self) -> Iterator[str]:
         """Yield what it tells until it ends."""
@@ -268,12 +386,48 @@ class Child:
             self.told.append(line.rstrip("\n"))
             yield self.told[-1]
 
+    def kill(self, number: int) -> None:
+        """Send a signal; nothing is sent to one that has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
     def wait(self) -> int:
         """Hear it out and return its exit code, negative for the signal that ended it."""
         for _ in self.listen():
             pass
         self._pipe.close()
+        return self._reap()
+
+    def _reap(self) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+class ColdChild(Child):
+    """A victim in a process that was started, as a user's run is."""
+
+    def _begin(self, run_dir: Path, plan: Plan) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "campaigns.victim", str(run_dir), json.dumps(asdict(plan))],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        self.pid = self._process.pid
+        assert self._process.stdout is not None
+        self._pipe = self._process.stdout  # type: ignore[assignment]
+
+    def _reap(self) -> int:
+        return self._process.wait()
+
+
+def told_life(run_dir: Path, plan: Plan, writer: int) -> int:
+    """Live, telling into a file descriptor; an exception is told as well."""
+    # One system call a line: those of threads and signal handlers never mix.
+    try:
+        return live(run_dir, plan, lambda line: os.write(writer, f"{line}\n".encode()) and None)
+    except BaseException as error:  # whatever it is, the observer shall hear of it
+        os.write(writer, f"error {error!r}\n".encode())
+        return 70
 
 
 def undisturbed(run_dir: Path) -> dict[str, Any]:
@@ -283,5 +437,25 @@ def undisturbed(run_dir: Path) -> dict[str, Any]:
     code = child.wait()
     if code != 0:
         raise RuntimeError(f"the undisturbed run ended with {code}: {child.told[-3:]}")
+    return result_of(run_dir)
+
+
+def result_of(run_dir: Path) -> dict[str, Any]:
+    """Return the outcome that a finished run has written."""
     result: dict[str, Any] = json.loads((run_dir / RESULT).read_text())
     return result
+
+
+def steps_told(told: list[str], word: str) -> list[int]:
+    """Return the steps at which a word was told."""
+    return [int(line.split()[1]) for line in told if line.split()[0] == word]
+
+
+if __name__ == "__main__":
+    sys.exit(
+        told_life(
+            Path(sys.argv[1]),
+            Plan(**json.loads(sys.argv[2])) if len(sys.argv) > 2 else Plan(),
+            sys.stdout.fileno(),
+        )
+    )

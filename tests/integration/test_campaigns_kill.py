@@ -13,11 +13,33 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+SAMPLES = """
+import json
+from campaigns import kill, signals
+from campaigns.victim import Plan
+
+print(json.dumps({
+    "kill": kill.campaign(12, 1),
+    "random numbers": kill.campaign(12, 1, Plan(rng_is_saved=False)),
+    "position": kill.campaign(12, 1, Plan(position_is_saved=False)),
+    "in place": kill.campaign(12, 2, Plan(is_staged=False)),
+    "signals": signals.campaign(8, 2),
+    "unsaved": signals.campaign(6, 1, Plan(is_saved_at_stop=False)),
+}))
+"""
+
+LARGER_SAMPLES = """
+import json
+from campaigns import kill, signals
+
+print(json.dumps({"kill": kill.campaign(60, 2, cold=4), "signals": signals.campaign(40, 3)}))
+"""
+
 
 def run(code: str) -> Any:
     """Run Python in a process of its own: victims are forked, and a test process has threads."""
     result = subprocess.run(
-        [sys.executable, "-c", f"import json; {code}"],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -27,42 +49,47 @@ def run(code: str) -> Any:
     return json.loads(result.stdout)
 
 
-def kills(trials: int, plan: str = "", seed: int = 1) -> Any:
-    return run(
-        "from campaigns.kill import campaign; from campaigns.victim import Plan;"
-        f"print(json.dumps(campaign({trials}, {seed}, Plan({plan}))))"
-    )
+@pytest.fixture(scope="module")
+def reports() -> Any:
+    return run(SAMPLES)  # in one process: importing torch takes longer than a campaign
 
 
-def test_a_run_that_is_killed_again_and_again_loses_nothing() -> None:
-    report = kills(6)
-    assert report["trials"] >= 6
-    assert report["inside a save"] >= 2
-    assert (report["lost"], report["stuck"], report["unequal"]) == (0, 0, 0)
+def check_kills(report: dict[str, Any], trials: int) -> None:
+    assert report["trials"] == trials
+    assert report["inside a save"] >= 0.25 * trials  # 40 % of many, by chance fewer of a few
+    assert (report["lost"], report["manual"], report["unequal"]) == (0, 0, 0), report["faults"]
 
 
-def test_a_run_that_forgets_its_random_numbers_is_noticed() -> None:
-    assert kills(2, "rng_is_saved=False")["unequal"] > 0
-
-
-@pytest.mark.long
-def test_a_store_that_writes_in_place_is_noticed() -> None:
-    report = kills(30, "in_place=True")
-    assert report["lost"] + report["stuck"] + report["unequal"] > 0
-
-
-def test_a_signal_at_any_moment_stops_saves_and_goes_on() -> None:
-    report = run("from campaigns.signals import campaign; print(json.dumps(campaign(5, 3)))")
-    assert report["trials"] >= 5
-    assert set(report["moments"]) == {"step", "evaluating", "sampling", "saving", "ready"}
+def check_signals(report: dict[str, Any], trials: int) -> None:
+    assert report["trials"] >= trials
+    assert report["second signals"] > 0
     assert report["faults"] == []
+
+
+def test_a_run_that_is_killed_again_and_again_loses_nothing(reports: Any) -> None:
+    check_kills(reports["kill"], 12)
+
+
+@pytest.mark.parametrize("part", ["random numbers", "position"])
+def test_a_checkpoint_without_a_part_of_the_state_is_noticed(reports: Any, part: str) -> None:
+    assert reports[part]["unequal"] > 0
+
+
+def test_a_store_that_writes_in_place_is_noticed(reports: Any) -> None:
+    assert reports["in place"]["lost"] > 0
+
+
+def test_a_signal_at_any_moment_stops_saves_and_goes_on(reports: Any) -> None:
+    check_signals(reports["signals"], 8)
+    assert len(reports["signals"]["received"]) >= 4
+
+
+def test_a_stop_that_is_not_saved_is_noticed(reports: Any) -> None:
+    assert any("newest checkpoint" in fault for fault in reports["unsaved"]["faults"])
 
 
 @pytest.mark.long
 def test_the_campaigns_hold_in_larger_samples() -> None:
-    report = kills(60, seed=2)
-    assert (report["lost"], report["stuck"], report["unequal"]) == (0, 0, 0)
-    assert (
-        run("from campaigns.signals import campaign; print(json.dumps(campaign(40)))")["faults"]
-        == []
-    )
+    larger = run(LARGER_SAMPLES)
+    check_kills(larger["kill"], 60)
+    check_signals(larger["signals"], 40)

@@ -76,7 +76,10 @@ class Samples:
     def cut_back(self, trainer: Trainer) -> None:
         """Drop samples of steps that the restored state has not taken."""
         if trainer.ranks.is_writer:
-            self.file.cut_back(trainer.state.iteration, trainer.evaluation_pending())
+            step = trainer.state.iteration
+            # A process killed after it had made up for an owed sample has left that in the file.
+            owed = self.owed == step
+            self.file.cut_back(step, trainer.evaluation_pending() or owed)
 
     def sample(self, trainer: Trainer) -> None:
         """Generate with the evaluation weights, log the text, add it to the file."""
