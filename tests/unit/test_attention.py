@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fundamentallm.models.attention import Attention, causal_attention
+from fundamentallm.models import attention as attention_module
+from fundamentallm.models.attention import KERNELS, Attention, flash_attention, use_kernel
 from fundamentallm.models.positions import POSITIONS, Positions
 
 B, T, D, H = 2, 7, 24, 6
@@ -41,14 +42,64 @@ def naive_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
+@pytest.mark.parametrize("span", [1, 3, T, 64])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 3, 6])
-def test_causal_attention_is_its_formula(num_kv_heads: int) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_is_its_formula(
+    kernel: str, num_kv_heads: int, span: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_module, "_SPAN", span)
     query = random(B, H, T, 4, seed=1)
     key, value = random(2, B, num_kv_heads, T, 4, seed=2)
     expected = naive_attention(query, key, value)
     torch.testing.assert_close(
-        causal_attention(query, key, value), expected, rtol=1e-12, atol=1e-12
+        KERNELS[kernel](query, key, value, 0.0), expected, rtol=1e-12, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("num_kv_heads", [2, 6])
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "flash"])
+def test_a_kernel_has_the_gradients_of_flash(
+    kernel: str, num_kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_module, "_SPAN", 3)
+    inputs = [random(B, heads, T, 4, seed=heads) for heads in (H, num_kv_heads, num_kv_heads)]
+    gradients = []
+    for function in (flash_attention, KERNELS[kernel]):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        function(*leaves, 0.0).backward(random(B, H, T, 4, seed=9))
+        gradients.append([leaf.grad for leaf in leaves])
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_in_bfloat16_errs_by_its_inputs_rounding_alone(kernel: str) -> None:
+    # 4,096 equal keys: a softmax summed in bfloat16 would stop growing at 256.
+    query, key = torch.zeros(2, 1, 1, 4096, 8, dtype=torch.bfloat16)
+    value = torch.ones(1, 1, 4096, 8, dtype=torch.bfloat16)
+    out = KERNELS[kernel](query, key, value, 0.0)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_drops_weights_and_keeps_their_mean(kernel: str) -> None:
+    torch.manual_seed(0)
+    query, key = torch.zeros(2, 1, 1, 1, 4)
+    value = torch.ones(4000, 1, 1, 4)
+    query, key = query.expand(4000, 1, 1, 4), key.expand(4000, 1, 1, 4)
+    out = KERNELS[kernel](query, key, value, 0.25)
+    torch.testing.assert_close(out.unique(), torch.tensor([0.0, 4 / 3]))
+    assert out.mean().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_kernel_is_chosen_for_all_layers_by_name() -> None:
+    layers = torch.nn.ModuleList([module(), module()])
+    use_kernel(layers, "explicit")
+    assert [layer.kernel for layer in layers] == ["explicit", "explicit"]
+    with pytest.raises(ValueError, match=r"'fast', expected flash, explicit"):
+        use_kernel(layers, "fast")
 
 
 def module(*, num_kv_heads: int = H, qk_norm: bool = False, bias: bool = False) -> Attention:
@@ -102,12 +153,14 @@ def test_shared_heads_equal_repeated_heads() -> None:
     seed=st.integers(0, 100),
     num_kv_heads=st.sampled_from([1, 3, 6]),
     qk_norm=st.booleans(),
+    kernel=st.sampled_from(list(KERNELS)),
 )
 @settings(deadline=None, max_examples=40)
 def test_changing_a_row_leaves_the_rows_before_it_bitwise_unchanged(
-    changed: int, seed: int, num_kv_heads: int, qk_norm: bool
+    changed: int, seed: int, num_kv_heads: int, qk_norm: bool, kernel: str
 ) -> None:
     attention = module(num_kv_heads=num_kv_heads, qk_norm=qk_norm)
+    use_kernel(attention, kernel)
     x = random(B, T, D, seed=seed)
     other = x.clone()
     other[:, changed] += 1.0

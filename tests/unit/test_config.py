@@ -97,6 +97,9 @@ class TestDefaults:
             "qk_norm": False,
             "tie_embeddings": True,
             "logit_softcap": None,
+            "embedding_norm": False,
+            "residual_mix": False,
+            "zero_init": False,
         }
 
     def test_data(self):

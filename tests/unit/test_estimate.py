@@ -42,6 +42,8 @@ def test_parameters_are_exact(normalization: str, positions: str, feedforward: s
         bias=tied,
         qk_norm=not tied,
         num_kv_heads=2,
+        residual_mix=tied,
+        embedding_norm=not tied,
     )
     model, costs = Transformer(choice), estimate(choice)
     assert costs.parameters == model.num_parameters()

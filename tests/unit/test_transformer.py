@@ -33,16 +33,19 @@ CHOICES = [
 ]
 # All flags off, all on, and each pair of values for each pair of flags (an orthogonal array).
 FLAGS = [
-    {"bias": a, "qk_norm": b, "tie_embeddings": c, "num_kv_heads": d, "logit_softcap": e}
-    for a, b, c, d, e in [
-        (False, False, False, None, None),
-        (False, False, True, 2, 5.0),
-        (False, True, False, 2, 5.0),
-        (False, True, True, None, None),
-        (True, False, False, 2, None),
-        (True, False, True, None, 5.0),
-        (True, True, False, None, 5.0),
-        (True, True, True, 2, None),
+    {
+        **{"bias": a, "qk_norm": b, "tie_embeddings": c, "num_kv_heads": d, "logit_softcap": e},
+        **{"residual_mix": f, "embedding_norm": g},
+    }
+    for a, b, c, d, e, f, g in [
+        (False, False, False, None, None, False, False),
+        (False, False, True, 2, 5.0, False, True),
+        (False, True, False, 2, 5.0, True, False),
+        (False, True, True, None, None, True, True),
+        (True, False, False, 2, None, True, True),
+        (True, False, True, None, 5.0, True, False),
+        (True, True, False, None, 5.0, False, True),
+        (True, True, True, 2, None, False, False),
     ]
 ]
 IDS = ["-".join(choice.values()) for choice in CHOICES]
@@ -146,8 +149,14 @@ class NaiveTransformer:
 
     def logits(self, sequence: list[int]) -> np.ndarray:
         rows = [self.embed(t, token) for t, token in enumerate(sequence)]
+        if self.config.embedding_norm:
+            rows = [self.norm("embedding_norm", x) for x in rows]
+        embedded = rows
         for layer in range(self.config.num_layers):
             block = f"blocks.{layer}"
+            if self.config.residual_mix:
+                a, b = self.weights[f"{block}.residual_mix.weights"]
+                rows = [a * x + b * x0 for x, x0 in zip(rows, embedded, strict=True)]
             normed = [self.norm(f"{block}.attention_norm", x) for x in rows]
             branch = self.attention(f"{block}.attention", normed)
             rows = [x + y for x, y in zip(rows, branch, strict=True)]
@@ -262,6 +271,26 @@ def test_weights_start_with_the_documented_spread(tied: bool) -> None:
             assert abs(parameter.mean().item()) < expected * 0.05, name
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_zero_init_begins_with_blocks_that_add_nothing(tied: bool) -> None:
+    plain, zeros = model(tie_embeddings=tied), model(tie_embeddings=tied, zero_init=True)
+    for name, value in zeros.state_dict().items():
+        if name.endswith("output.weight") or (name == "head.weight" and not tied):
+            assert torch.all(value == 0), name
+        else:  # the other draws are those of the same seed
+            assert torch.equal(value, plain.state_dict()[name]), name
+    x = torch.randn(2, T, 16)
+    assert torch.equal(zeros.blocks[0](x, zeros.positions, x), x)
+    if not tied:
+        assert torch.all(zeros(tokens()) == 0)
+
+
+def test_a_residual_mix_begins_as_the_stream_alone() -> None:
+    plain, mixed = model(), model(residual_mix=True)
+    assert torch.equal(plain(tokens()), mixed(tokens()))
+    assert mixed.num_parameters() - plain.num_parameters() == 2 * 2
+
+
 def test_the_seed_decides_the_weights() -> None:
     first, again, other = model(seed=1), model(seed=1), model(seed=2)
     for name, value in first.state_dict().items():
@@ -318,7 +347,7 @@ def gradients(transformer: Transformer, ids: Tensor) -> dict[str, Tensor]:
 def test_gradient_checkpointing_changes_no_gradient(
     choice: dict[str, str], dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    transformer, ids = model(dropout=dropout, **choice), tokens()
+    transformer, ids = model(dropout=dropout, residual_mix=True, **choice), tokens()
     calls = 0
     attention_forward = type(transformer.blocks[0]).forward
 

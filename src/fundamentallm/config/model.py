@@ -61,6 +61,17 @@ class TransformerConfig(BaseConfig):
     logit_softcap: Positive | None = None
     """Logits are bounded to (-c, c) as c tanh(logits / c); None: they are not."""
 
+    embedding_norm: bool = False
+    """Whether the embeddings are normalized before the first block."""
+
+    residual_mix: bool = False
+    """Whether each block reads a trained mixture of the residual stream and the embeddings, from
+    the stream alone at the start."""
+
+    zero_init: bool = False
+    """Whether the linear layers that write into the residual stream start at 0, and the head too
+    where it is not tied: each block begins as the identity."""
+
     @property
     def head_width(self) -> int:
         """Width of one head."""

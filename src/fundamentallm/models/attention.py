@@ -6,6 +6,9 @@ Shapes: B batch, T time, D model width, H query heads, G key and value heads, K 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,6 +32,10 @@ class Attention(nn.Module):
             with RMSNorm as in Qwen3). It bounds the scores, whatever the weights grow to.
         dropout: probability of dropping an attention weight, in training only.
 
+    Attributes:
+        kernel: the name in `KERNELS` of how the attention is computed; set it at any time, the
+            result is the same but for rounding.
+
     Raises:
         ValueError: heads that do not divide.
     """
@@ -51,6 +58,7 @@ class Attention(nn.Module):
             )
         self.head_width = width // num_heads
         self.dropout = dropout
+        self.kernel = "flash"
         kv_width = num_kv_heads * self.head_width
         self.query = nn.Linear(width, width, bias=bias)
         self.key = nn.Linear(width, kv_width, bias=bias)
@@ -73,7 +81,7 @@ class Attention(nn.Module):
         value = self._heads(self.value(x))  # (B, G, T, K)
         query, key = positions.rotate(query, key)
         dropout = self.dropout if self.training else 0.0
-        heads = causal_attention(query, key, value, dropout)  # (B, H, T, K)
+        heads = KERNELS[self.kernel](query, key, value, dropout)  # (B, H, T, K)
         return self.output(  # type: ignore[no-any-return]
             heads.transpose(1, 2).reshape(batch, time, width)
         )
@@ -84,8 +92,10 @@ class Attention(nn.Module):
         return x.view(batch, time, -1, self.head_width).transpose(1, 2)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
     """Return softmax(query key^T / sqrt(K)) value over the past and the present.
+
+    Torch's fused kernel: it holds no T x T scores (Dao et al. 2022).
 
     Args:
         query: (B, H, T, K).
@@ -104,3 +114,55 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float =
         is_causal=True,
         enable_gqa=query.size(1) != key.size(1),
     )
+
+
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+    """Return what `flash_attention` does, by batched products and a softmax in float32.
+
+    On CPUs, whose fused kernel is slow backwards in bfloat16, this is the faster way where the
+    context is short. Queries go in spans of `_SPAN` rows, each against the keys up to its own end:
+    of the square of scores little more than the causal half is computed.
+
+    Args:
+        query, key, value, dropout: as for `flash_attention`.
+    """
+    time, head_width = query.shape[-2:]
+    if query.size(1) != key.size(1):
+        copies = query.size(1) // key.size(1)
+        key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
+    query = query * head_width**-0.5
+    spans = []
+    for start in range(0, time, _SPAN):
+        end = min(start + _SPAN, time)
+        # A product in bfloat16 adds in float32; its softmax must not be in bfloat16 either.
+        scores = query[..., start:end, :] @ key[..., :end, :].transpose(-1, -2)
+        row = torch.arange(start, end, device=query.device).unsqueeze(1)
+        future = torch.arange(end, device=query.device) > row
+        scores = scores.to(_softmax_type(scores)).masked_fill(future, -torch.inf)
+        weights = F.dropout(scores.softmax(dim=-1), dropout).to(value.dtype)
+        spans.append(weights @ value[..., :end, :])
+    return torch.cat(spans, dim=-2) if len(spans) > 1 else spans[0]
+
+
+_SPAN = 64  # measured at contexts of 64 to 256: shorter ones save less than their calls cost
+
+Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+KERNELS: dict[str, Kernel] = {"flash": flash_attention, "explicit": explicit_attention}
+
+
+def use_kernel(model: nn.Module, name: str) -> None:
+    """Have every `Attention` in the model computed by the kernel of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"unknown attention kernel {name!r}, expected {', '.join(KERNELS)}")
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.kernel = name
+
+
+def _softmax_type(scores: Tensor) -> torch.dtype:
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32

@@ -87,6 +87,7 @@ def build_block(config: TransformerConfig) -> Block:
         feedforward_norm=build_normalization(config),
         feedforward=build_feedforward(config),
         dropout=config.dropout,
+        residual_mix=config.residual_mix,
     )
 
 

@@ -99,12 +99,13 @@ def estimate(
         norm_parameters = _count(build_normalization(config))
         stream = torch.empty(batch_size, time, config.d_model, requires_grad=True)
         stream_bytes = stream.nbytes
-        block_bytes = _kept_bytes(lambda: block(stream, positions), (block, positions))
+        block_bytes = _kept_bytes(lambda: block(stream, positions, stream), (block, positions))
 
     table = vocab_size * config.d_model
     body = config.num_layers * block_parameters + norm_parameters
     tables = table if config.tie_embeddings else 2 * table
-    parameters = body + position_parameters + tables
+    embedding_norm_parameters = norm_parameters if config.embedding_norm else 0
+    parameters = body + embedding_norm_parameters + position_parameters + tables
     if gradient_checkpointing:
         blocks_bytes = config.num_layers * stream_bytes + block_bytes
     else:
@@ -115,7 +116,8 @@ def estimate(
         parameters=parameters,
         non_embedding_parameters=parameters - table - position_parameters,
         # The head multiplies, tied or not; looking up a token or a position does not.
-        flops_per_token=6 * (body + table) + 12 * config.num_layers * config.d_model * time,
+        flops_per_token=6 * (body + embedding_norm_parameters + table)
+        + 12 * config.num_layers * config.d_model * time,
         weight_bytes=parameters * _FLOAT32_BYTES,
         gradient_bytes=parameters * _FLOAT32_BYTES,
         optimizer_bytes=parameters * _FLOAT32_BYTES * optimizer_states,

@@ -4,6 +4,7 @@
 - Normalization, positions and feed-forward are chosen by name: see the registries.
 - Grouped-query attention where num_kv_heads is below num_heads.
 - The head has no bias and may share its matrix with the token embedding.
+- Optionally the embeddings are normalized and mixed in again at each block.
 - Dropout on embeddings, attention weights and what each branch adds.
 
 Shapes: B batch, T time, D model width, V vocabulary.
@@ -55,13 +56,14 @@ class Transformer(nn.Module):
 
         self.token_embedding = nn.Embedding(vocab_size, config.d_model)
         self.positions = build_positions(config)
+        self.embedding_norm = build_normalization(config) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(build_block(config) for _ in range(config.num_layers))
         self.norm = build_normalization(config)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
-        initialize(self, config.d_model, config.num_layers)
+        initialize(self, config.d_model, config.num_layers, zero_outputs=config.zero_init)
 
     def forward(self, input_ids: Tensor, *, return_hidden: bool = False) -> Tensor:
         """Return logits that at position t depend on tokens 0 to t alone.
@@ -85,14 +87,15 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"the input has {time} tokens, the context length is {self.sequence_length}"
             )
-        x = self.dropout(self.positions.embed(self.token_embedding(input_ids)))
+        x = self.positions.embed(self.token_embedding(input_ids))
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        x = embedded = self.dropout(x)
         for block in self.blocks:
             if self.gradient_checkpointing:
-                x = checkpoint(
-                    block, x, self.positions, use_reentrant=False, preserve_rng_state=True
-                )
+                x = checkpoint(block, x, self.positions, embedded, use_reentrant=False)
             else:
-                x = block(x, self.positions)
+                x = block(x, self.positions, embedded)
         hidden: Tensor = self.norm(x)
         return hidden if return_hidden else self.logits_from_hidden(hidden)
 
