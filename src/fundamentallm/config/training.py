@@ -38,7 +38,7 @@ class TrainingConfig(BaseConfig):
     """Peak learning rate; the schedule multiplies it."""
 
     optimizer: Component = Component(name="adamw")
-    """The optimizer: adamw, adam, sgd, rmsprop."""
+    """The optimizer: adamw, adam, sgd, rmsprop, lion, muon."""
 
     optimizer_eps: Positive = 1e-8
     """Added to the denominator of an adaptive optimizer."""

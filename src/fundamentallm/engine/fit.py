@@ -10,7 +10,8 @@ from fundamentallm.config import RunConfig
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.estimate import Estimate, estimate
 
-OPTIMIZER_STATES = {"sgd": 1, "rmsprop": 1}  # float32 numbers a parameter; Adam's two otherwise
+# Float32 numbers a parameter; Adam's two otherwise.
+OPTIMIZER_STATES = {"sgd": 1, "rmsprop": 1, "lion": 1, "muon": 1}
 
 
 def estimate_run(config: RunConfig) -> Estimate:

@@ -1,12 +1,15 @@
 """Optimizers by name, over parameters grouped by whether they decay.
 
-The updates are torch's own. An optimizer of yours is one decorated function whose typed
-keyword parameters are its options:
+The updates are torch's own, but for Lion and Muon, which have files of their own. An optimizer of
+yours is one decorated function whose typed keyword parameters are its options:
 
 ```python
-@OPTIMIZERS.register("lion")
-def lion(params, lr: float, *, betas: tuple[float, float] = (0.9, 0.99)) -> Optimizer: ...
+@OPTIMIZERS.register("signsgd")
+def sign_sgd(params, lr: float, *, momentum: float = 0.9) -> Optimizer: ...
 ```
+
+One that treats layers by their kind takes a parameter `model` as well. Each group has a learning
+rate of its own, and a schedule multiplies them all by the same number.
 
 Weight decay shrinks linear weights alone. Biases and normalization gains are no maps between
 spaces, and an embedding row would shrink in every step in which its token does not occur.
@@ -16,14 +19,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn, optim
 from torch.optim import Optimizer
 
 from fundamentallm.registry import Registry
+from fundamentallm.training.lion import Lion
+from fundamentallm.training.muon import Muon, Scale, hidden_matrices
 
-OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", supplied=("params", "lr"))
+OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", supplied=("params", "lr", "model"))
 
 _KERNEL_DEVICES = {"cpu", "cuda"}
 
@@ -45,7 +51,7 @@ class OptimizerBuilder:
         Args:
             optimizer_name: a name in `OPTIMIZERS`.
             model: on its final device; every parameter that requires a gradient is optimized.
-            lr: base learning rate of both groups, finite and above 0.
+            lr: base learning rate, finite and above 0.
             defaults: options that this optimizer takes if it has them (a weight decay means
                 nothing to "adam"); kwargs win over them.
             kwargs: the optimizer's own options, each of which it must have.
@@ -56,7 +62,8 @@ class OptimizerBuilder:
         """
         if not (lr > 0 and math.isfinite(lr)):
             raise ValueError(f"the learning rate must be finite and above 0, got {lr}")
-        context = {**(defaults or {}), "params": parameter_groups(model), "lr": lr}
+        groups = parameter_groups(model)
+        context = {**(defaults or {}), "params": groups, "lr": lr, "model": model}
         return OPTIMIZERS.build(optimizer_name, kwargs, **context)
 
 
@@ -199,6 +206,94 @@ def rmsprop(
         momentum=momentum,
         weight_decay=weight_decay,
         foreach=_on_kernel_devices(groups) or None,
+    )
+
+
+@OPTIMIZERS.register("lion")
+def lion(
+    params: Iterable[Any],
+    lr: float,
+    *,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.01,
+) -> Optimizer:
+    """The sign of a momentum (Chen et al. 2023, algorithm 2): see `Lion`.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate, by which every weight moves in each step.
+        betas: share of the momentum in the direction, and its decay rate, each in [0, 1).
+        weight_decay: each step multiplies a decaying weight by 1 - lr * weight_decay.
+    """
+    return Lion(list(params), lr, betas, weight_decay)
+
+
+@OPTIMIZERS.register("muon")
+def muon(
+    params: Iterable[Any],
+    lr: float,
+    model: nn.Module,
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    num_steps: int = 5,
+    scale: Scale = "spectral",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    weight_decay: float = 0.01,
+    adamw_lr: float = 3e-3,
+    head_lr: float | None = None,
+    embedding_lr: float | None = None,
+    vector_lr: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+) -> Optimizer:
+    """Orthogonalized momentum for hidden matrices (see `Muon`), AdamW for the rest.
+
+    Its groups are "matrices", "head" (other linear weights, a tied head among them),
+    "embeddings" and "vectors"; the first two decay.
+
+    Args:
+        params: the groups of `parameter_groups`.
+        lr: learning rate of the matrices.
+        model: tells an embedding and the head from other layers.
+        momentum: share of the past in the momentum of a matrix, in [0, 1).
+        nesterov: look ahead along the momentum.
+        num_steps: Newton-Schulz iterations, >= 1.
+        scale: how a matrix's learning rate follows its shape: "spectral" or "adamw".
+        dtype: type of the iterations; auto: bfloat16 on a GPU, float32 elsewhere.
+        weight_decay: each step multiplies a decaying weight by 1 - (its lr) * weight_decay.
+        adamw_lr: learning rate of the other groups, where theirs is None.
+        head_lr, embedding_lr, vector_lr: learning rates of the groups of these names.
+        betas: decay rates of AdamW's moments, each in [0, 1).
+        eps: added to the root of AdamW's second moment.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    decaying, others = (group["params"] for group in params)
+    matrices = hidden_matrices(model, decaying)
+    hidden = {id(weight) for weight in matrices}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    adamw_groups = [
+        ("head", [p for p in decaying if id(p) not in hidden], head_lr, weight_decay),
+        ("embeddings", [p for p in others if id(p) in tables], embedding_lr, 0.0),
+        ("vectors", [p for p in others if id(p) not in tables], vector_lr, 0.0),
+    ]
+    groups: list[dict[str, Any]] = []
+    for name, weights, own_lr, decay in adamw_groups:
+        rate = adamw_lr if own_lr is None else own_lr
+        if not (rate > 0 and math.isfinite(rate)):
+            raise ValueError(f"the learning rate of the {name} must be above 0, got {rate}")
+        options = {"betas": betas, "eps": eps, "weight_decay": decay, "fused": _fused(weights)}
+        groups.append({"name": name, "params": weights, "lr": rate, **options})
+    return Muon(
+        {"name": "matrices", "params": matrices, "lr": lr, "weight_decay": weight_decay},
+        groups,
+        momentum=momentum,
+        nesterov=nesterov,
+        num_steps=num_steps,
+        scale=scale,
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
     )
 
 

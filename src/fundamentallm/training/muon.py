@@ -1,0 +1,181 @@
+"""Muon: momentum whose matrices are orthogonalized (Jordan et al. 2024, kellerjordan.github.io/
+posts/muon).
+
+A gradient of a linear layer is of low rank in effect: a few directions are large, the others
+drown. Muon replaces the update by the nearest matrix whose directions all have one size, which a
+few matrix products approximate. Whatever is no map between hidden spaces (embeddings, the head,
+vectors, scalars) goes by AdamW.
+
+Matrices of one shape are orthogonalized together, in one batched product: matrix by matrix, the
+calls cost more than the arithmetic on CPUs, and leave a GPU idle.
+
+Shapes: N matrices of R rows and C columns; `...` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn, optim
+from torch.optim import Optimizer
+
+Scale = Literal["spectral", "adamw"]
+
+# Jordan's quintic: after 5 steps singular values from 0.01 to 1 lie within about [0.7, 1.2]. A
+# higher slope at 0 matters more than an exact 1, which a convergent polynomial would reach.
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices: Tensor, num_steps: int = 5) -> Tensor:
+    """Bring all singular values of each matrix near 1, by a Newton-Schulz iteration.
+
+    X <- a X + (b A + c A^2) X with A = X X^T, which maps each singular value s to
+    a s + b s^3 + c s^5 and leaves the singular vectors.
+
+    Args:
+        matrices: (..., R, C) floating point; all products are taken in its type.
+        num_steps: iterations, >= 1.
+
+    Returns:
+        (..., R, C); 0 where a matrix is 0.
+    """
+    a, b, c = _QUINTIC
+    *_, rows, columns = matrices.shape
+    tall = rows > columns
+    x = (matrices.mT if tall else matrices).reshape(-1, min(rows, columns), max(rows, columns))
+    # The Frobenius norm bounds the largest singular value, from where the iteration may begin.
+    x = x / torch.linalg.matrix_norm(x.float(), keepdim=True).clamp(min=1e-7).to(x.dtype)
+    for _ in range(num_steps):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape)
+
+
+class Muon(Optimizer):
+    """Muon for some groups, AdamW for the others, in one state.
+
+    For a matrix with gradient g and momentum m: m <- mu m + (1 - mu) g; the update is
+    `orthogonalize` of (1 - mu) g + mu m with Nesterov, of m without; then
+    w <- (1 - lr decay) w - lr s update, with a scale s by shape.
+
+    Args:
+        matrices: a parameter group, of weights with at least two dimensions (the last two are the
+            matrix), with `lr` and `weight_decay`.
+        others: parameter groups for `torch.optim.AdamW`, with whatever it takes.
+        momentum: mu, in [0, 1).
+        nesterov: look ahead along the momentum.
+        num_steps: iterations of `orthogonalize`, >= 1.
+        scale: "spectral": s = sqrt(max(1, R / C)), Jordan's; "adamw": s = 0.2 sqrt(max(R, C)),
+            the root mean square of a usual AdamW update, so that AdamW's learning rates fit (Liu
+            et al. 2025, "Muon is scalable", section 2.2).
+        dtype: type in which matrices are orthogonalized; None: bfloat16 on a GPU, else that of
+            the gradient, at least float32.
+
+    Raises:
+        ValueError: an argument is out of range, or a parameter of the first group is no matrix.
+    """
+
+    def __init__(
+        self,
+        matrices: dict[str, Any],
+        others: list[dict[str, Any]],
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        num_steps: int = 5,
+        scale: Scale = "spectral",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if any(weight.ndim < 2 for weight in matrices["params"]):
+            raise ValueError("Muon updates matrices; vectors and scalars go to AdamW")
+        # AdamW computes; its parameters' state is kept here, with all else.
+        self._adamw = optim.AdamW(others) if others else None
+        group = {**matrices, "momentum": momentum, "nesterov": nesterov, "num_steps": num_steps}
+        group["scale"] = scale
+        super().__init__([group, *(self._adamw.param_groups if self._adamw else [])], {})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; return what the closure does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step_matrices(self.param_groups[0])
+        if self._adamw is not None:
+            # A loaded state brings new groups and a new mapping.
+            self._adamw.param_groups, self._adamw.state = self.param_groups[1:], self.state
+            self._adamw.step()
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        if not weights:
+            return
+        gradients = [weight.grad for weight in weights]
+        momenta = [self._momentum(weight) for weight in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates: Sequence[Tensor] = momenta
+        if group["nesterov"]:
+            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+
+        of_one_shape = defaultdict(list)
+        for weight, update in zip(weights, updates, strict=True):
+            of_one_shape[weight.shape, weight.device].append((weight, update))
+        for (shape, device), pairs in of_one_shape.items():
+            batch, raw = zip(*pairs, strict=True)
+            stacked = torch.stack(raw).to(self._dtype_on(device, raw[0].dtype))
+            orthogonal = orthogonalize(stacked, group["num_steps"]).to(batch[0].dtype)
+            step = group["lr"] * _scale(group["scale"], shape)
+            torch._foreach_mul_(batch, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(batch, list(orthogonal.unbind()), alpha=-step)
+
+    def _momentum(self, weight: Tensor) -> Tensor:
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+        momentum: Tensor = state["momentum"]
+        return momentum
+
+    def _dtype_on(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        if device.type == "cuda":
+            return torch.bfloat16
+        return torch.promote_types(dtype, torch.float32)
+
+
+def hidden_matrices(model: nn.Module, linear_weights: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Return those linear weights that map one hidden space to another.
+
+    Left out are the model's last layer, `model.head` if there is one, and whatever is an
+    embedding too: their rows belong to tokens, each of which has a scale of its own.
+
+    Args:
+        model: the model.
+        linear_weights: candidates, which also may have one dimension.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = getattr(model, "head", None)
+    if isinstance(head, nn.Module):
+        tables |= {id(parameter) for parameter in head.parameters()}
+    return [weight for weight in linear_weights if id(weight) not in tables and weight.ndim >= 2]
+
+
+def _scale(scale: Scale, shape: torch.Size) -> float:
+    rows, columns = shape[-2:]
+    return (
+        math.sqrt(max(1.0, rows / columns))
+        if scale == "spectral"
+        else 0.2 * math.sqrt(max(rows, columns))
+    )
