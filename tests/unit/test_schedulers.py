@@ -20,6 +20,7 @@ from fundamentallm.training.schedulers import (
     ExponentialDecayScheduler,
     InverseSquareRootScheduler,
     LearningRateScheduler,
+    LinearDecayScheduler,
     LinearWarmup,
     WarmupStableDecayScheduler,
 )
@@ -74,6 +75,11 @@ CASES = {
     ),
     "cosine_bare": (lambda o: CosineAnnealingScheduler(o, 20), by_half_angle(20, 0, 0.0)),
     "cosine_one_step": (lambda o: CosineAnnealingScheduler(o, 1, 0, 0.01), lambda k: 0.5),
+    "linear": (
+        lambda o: LinearDecayScheduler(o, 30, 5, 0.002),
+        by_interpolation(30, 5, 0.1, 5),
+    ),
+    "linear_bare": (lambda o: LinearDecayScheduler(o, 20), by_interpolation(20, 0, 0.0, 0)),
     "wsd": (
         lambda o: WarmupStableDecayScheduler(o, 40, 5, 0.002, 0.25),
         by_interpolation(40, 5, 0.1, 30),
@@ -131,6 +137,7 @@ def test_a_horizon_is_reached_exactly_and_held(counts, floor, fraction):
     min_lr = BASE * floor
     for scheduler in (
         CosineAnnealingScheduler(sgd(), total, warmup, min_lr),
+        LinearDecayScheduler(sgd(), total, warmup, min_lr),
         WarmupStableDecayScheduler(sgd(), total, warmup, min_lr, fraction),
     ):
         if warmup:
@@ -152,6 +159,7 @@ def test_bounded_continuous_and_one_peak(counts, floor, fraction):
     # The steepest slope of each course after the warmup, per step.
     courses = [
         (CosineAnnealingScheduler(sgd(), total, warmup, min_lr), math.pi / 2 / (total - warmup)),
+        (LinearDecayScheduler(sgd(), total, warmup, min_lr), 1 / (total - warmup)),
         (WarmupStableDecayScheduler(sgd(), total, warmup, min_lr, fraction), 1 / decay_steps),
         (LinearWarmup(sgd(), warmup), 0.0),
         (InverseSquareRootScheduler(sgd(), warmup), 0.5 / max(1, warmup)),
@@ -215,6 +223,7 @@ def test_a_foreign_state_is_refused(state):
 def test_progress_takes_the_place_of_steps():
     for scheduler in (
         CosineAnnealingScheduler(sgd(), 40, 8, 0.002),
+        LinearDecayScheduler(sgd(), 40, 8, 0.002),
         WarmupStableDecayScheduler(sgd(), 40, 8, 0.002),
     ):
         for k in range(1, 41):
@@ -295,6 +304,7 @@ def test_the_names_and_their_options():
         "cosine": [],
         "exponential": ["decay_rate"],
         "inverse_square_root": [],
+        "linear": [],
         "linear_warmup": [],
         "warmup_stable_decay": ["decay_fraction"],
     }

@@ -26,6 +26,7 @@ DEFAULT_WARMUP_STEPS = 500
 _SCHEDULES_THAT_WARM_UP = {
     "linear_warmup",
     "cosine",
+    "linear",
     "warmup_stable_decay",
     "inverse_square_root",
 }
@@ -47,8 +48,8 @@ class TrainingConfig(BaseConfig):
     """Weight decay of linear weights, in optimizers that have one."""
 
     scheduler: Component = Component(name="linear_warmup")
-    """The learning rate over time: linear_warmup, constant, cosine, exponential,
-    warmup_stable_decay, inverse_square_root."""
+    """The learning rate over time: linear_warmup, constant, cosine, linear,
+    exponential, warmup_stable_decay, inverse_square_root."""
 
     warmup_steps: CountOrZero = DEFAULT_WARMUP_STEPS
     """Steps over which the learning rate rises from 0; left unset in a run shorter than 5,000

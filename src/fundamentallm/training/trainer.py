@@ -620,11 +620,18 @@ class Trainer(Engine):
         return float(self.state.elapsed_before) + self.clock()
 
     def clock_progress(self) -> float | None:
-        """How much of a budget in seconds is spent, in [0, 1]; None where steps count."""
+        """How much of a budget in seconds is spent, in [0, 1]; None where steps count.
+
+        By the first rank's clock; every rank must call it.
+        """
         if not self.limits.follows_clock:
             return None
         assert self.limits.max_seconds is not None
-        return min(1.0, self.elapsed_seconds() / self.limits.max_seconds)
+        progress = min(1.0, self.elapsed_seconds() / self.limits.max_seconds)
+        if self.ranks.alone:
+            return progress
+        # Clocks differ, and ranks with different learning rates would drift apart.
+        return self.ranks.sum_counts([round(progress * 1e9) * self.ranks.is_writer])[0] / 1e9
 
     def seconds_remaining(self) -> float | None:
         """Estimate the seconds to the end of the run; None while there is nothing to go by."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers import Checkpointing, NaNRollback, Schedule
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.schedulers import CosineAnnealingScheduler, LearningRateScheduler
@@ -120,6 +121,30 @@ def test_goes_by_the_clock_only_where_the_clock_alone_ends_the_run(total_steps):
     trainer.run()
     shares = [0.25, 0.5, 0.75, 1.0] if total_steps is None else [-1.0] * 4
     assert trainer.history.lr == pytest.approx([0.02 * share for share in shares])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_go_by_the_first_ones_clock(rank, monkeypatch):
+    train, _ = tiny_loaders()
+    config = TrainingConfig(total_steps=None, max_seconds=5.0)
+    trainer = Trainer(tiny_model(), train, device="cpu", config=config)
+    trainer.clock = lambda: [1.25, 4.0][rank]
+    trainer.ranks = Ranks(rank, 2)
+    # What all_reduce gives each rank: its own share and the other's.
+    monkeypatch.setattr(
+        Ranks, "sum_counts", lambda self, counts: [counts[0] + [0, 250_000_000][self.rank]]
+    )
+    assert trainer.clock_progress() == 0.25
+
+
+def test_a_resumed_run_goes_on_from_the_progress_in_its_state():
+    train, _ = tiny_loaders()
+    config = TrainingConfig(total_steps=None, max_seconds=8.0)
+    first, second = (Trainer(tiny_model(), train, device="cpu", config=config) for _ in range(2))
+    first.clock = lambda: 3.0
+    second.clock = lambda: 1.0  # of its own process
+    second.load_state_dict(first.state_dict())
+    assert second.clock_progress() == 0.5
 
 
 def test_a_trainer_without_a_schedule_keeps_the_rate():
