@@ -23,7 +23,7 @@ from fundamentallm.engine import assemble as assembly
 from fundamentallm.engine import run as run_module
 from fundamentallm.engine.cli import main
 from fundamentallm.events import TrainingEvents
-from fundamentallm.training import train
+from fundamentallm.training import compilation, train
 from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
@@ -171,7 +171,8 @@ def test_the_stored_config_trains_to_the_same_weights(done):
     assert weights("again") == weights(done)
 
 
-def test_what_auto_chooses_is_stored():
+def test_what_auto_chooses_is_stored(monkeypatch):
+    monkeypatch.setattr(compilation, "find_compiler", lambda: None)  # it takes seconds to call
     auto = ["training.device=auto", "training.precision=auto", "training.compile=auto"]
 
     assert main(["run", "tiny.yaml", "training.total_steps=1", *auto]) == 0
@@ -179,7 +180,9 @@ def test_what_auto_chooses_is_stored():
     stored = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["training"]
     assert stored["device"] != "auto"
     assert stored["precision"] in ("fp32", "bf16", "fp16")
-    assert stored["compile"] in (True, False)
+    assert stored["bf16_weights"] in (True, False)
+    assert stored["attention"] in ("flash", "explicit")
+    assert stored["compile"] is False
 
 
 def test_every_line_of_metrics_has_its_keys(done):

@@ -64,6 +64,8 @@ class TestDefaults:
             "gradient_checkpointing": False,
             "mixed_precision": False,
             "precision": "fp32",
+            "bf16_weights": "auto",
+            "attention": "auto",
             "compile": False,
             "num_epochs": 3,
             "total_steps": None,

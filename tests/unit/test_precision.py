@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fundamentallm.errors import CheckpointError, ConfigError, MachineError
+from fundamentallm.models.feedforward import FEEDFORWARDS
+from fundamentallm.models.normalization import NORMALIZATIONS
+from fundamentallm.models.positions import POSITIONS
+from fundamentallm.testing import tiny_model
 from fundamentallm.training import precision as module
+from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.optimizers import OptimizerBuilder
-from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
+from fundamentallm.training.precision import (
+    Precision,
+    resolve_bf16_weights,
+    resolve_device,
+    resolve_precision,
+)
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -69,6 +81,146 @@ def test_only_fp16_scales(name):
 def test_another_name_is_refused():
     with pytest.raises(ValueError, match="fp32, bf16 or fp16, got 'auto'"):
         Precision("auto", CPU)
+    with pytest.raises(ValueError, match="bf16_weights are for precision bf16, not fp32"):
+        Precision("fp32", CPU, bf16_weights=True)
+
+
+MODERN = {"qk_norm": True, "residual_mix": True, "embedding_norm": True, "logit_softcap": 5.0}
+
+
+def loss_of(model: nn.Module, seed: int = 0) -> torch.Tensor:
+    ids = torch.randint(11, (3, 9), generator=torch.Generator().manual_seed(seed))
+    return compute_loss(model(ids[:, :-1]), ids[:, 1:], "sum")
+
+
+def with_rounded_weights(**options) -> nn.Module:
+    """A model whose weights lose nothing in bfloat16."""
+    torch.manual_seed(0)
+    model = tiny_model(**options)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_copies_compute_in_bfloat16_and_gather_gradients_in_float32(tied, checkpointing):
+    model = with_rounded_weights(tie_embeddings=tied, **MODERN)
+    twin = copy.deepcopy(model)
+    model.gradient_checkpointing = checkpointing
+    seen = set()
+    model.blocks[1].register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    for seed in range(2):  # as two micro-batches
+        with Precision("bf16", CPU, bf16_weights=True).weights(model):
+            assert model.head.weight.dtype == torch.bfloat16
+            assert (model.head.weight is model.token_embedding.weight) == tied
+            loss = loss_of(model, seed)
+            loss.backward()
+        expected = loss_of(twin, seed)
+        expected.backward()
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+    assert seen == {torch.bfloat16}
+    for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert isinstance(parameter, nn.Parameter), name
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+        # Bfloat16 has 8 bits; what counts is that the direction is the same.
+        cosine = F.cosine_similarity(parameter.grad.flatten(), other.grad.flatten(), dim=0)
+        assert cosine > 0.99, name
+        assert parameter.grad.norm().item() == pytest.approx(other.grad.norm().item(), rel=0.05)
+
+
+def test_a_window_adds_up_gradients_that_bfloat16_would_lose():
+    model = nn.Linear(1, 1, bias=False)
+    precision = Precision("bf16", CPU, bf16_weights=True)
+    for value in [256.0, *[1.0] * 8]:
+        with precision.weights(model):
+            model(torch.tensor([[value]], dtype=torch.bfloat16)).float().backward()
+    assert model.weight.grad.item() == 264  # in bfloat16, 256 + 1 is 256
+
+
+def test_copies_are_taken_back_whatever_happens():
+    model = with_rounded_weights()
+    parameters = dict(model.named_parameters())
+    with (
+        pytest.raises(ArithmeticError),
+        Precision("bf16", CPU, bf16_weights=True).weights(model),
+    ):
+        raise ArithmeticError
+    assert {name: id(p) for name, p in model.named_parameters()} == {
+        name: id(p) for name, p in parameters.items()
+    }
+
+
+def test_a_buffer_and_a_parameter_that_is_no_number_stay():
+    model = nn.Module()
+    model.counts = nn.Parameter(torch.arange(3), requires_grad=False)
+    model.weight = nn.Parameter(torch.ones(3))
+    model.register_parameter("none", None)
+    model.register_buffer("table", torch.ones(3))
+    with Precision("bf16", CPU, bf16_weights=True).weights(model):
+        types = (model.counts.dtype, model.weight.dtype, model.table.dtype)
+        assert types == (torch.int64, torch.bfloat16, torch.float32)
+        assert model.none is None
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_without_copies_the_model_is_left_alone(name):
+    model = linear(CPU)
+    with Precision(name, CPU).weights(model):
+        assert model.weight.dtype == torch.float32
+
+
+def test_copies_take_the_place_of_autocast():
+    with Precision("bf16", CPU, bf16_weights=True).autocast():
+        assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    ("choice", "precision", "device", "follows", "expected"),
+    [
+        ("auto", "bf16", CPU, lambda: True, True),
+        ("auto", "bf16", CPU, lambda: False, False),
+        ("auto", "bf16", CPU, None, False),
+        ("auto", "bf16", CUDA, lambda: True, False),
+        ("auto", "fp32", CPU, lambda: True, False),
+        (True, "bf16", CUDA, None, True),
+        (True, "fp32", CPU, lambda: True, False),
+        (False, "bf16", CPU, lambda: True, False),
+    ],
+)
+def test_copies_are_chosen_on_cpus_by_models_that_can(choice, precision, device, follows, expected):
+    assert resolve_bf16_weights(choice, precision, device, follows) is expected
+
+
+def test_a_part_that_widens_activations_is_noticed():
+    class Widening(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(width))
+            self.register_buffer("table", torch.ones(width))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.gain * self.table
+
+    NORMALIZATIONS.register("widening")(Widening)
+    try:
+        assert not tiny_model(normalization="widening").follows_weight_type()
+    finally:
+        del NORMALIZATIONS._factories["widening"]
+
+
+@pytest.mark.parametrize("positions", POSITIONS.names())
+@pytest.mark.parametrize("normalization", NORMALIZATIONS.names())
+@pytest.mark.parametrize("feedforward", FEEDFORWARDS.names())
+def test_every_part_of_ours_follows_the_type_of_the_weights(positions, normalization, feedforward):
+    parts = {"positions": positions, "normalization": normalization, "feedforward": feedforward}
+    model = tiny_model(**parts, **MODERN)
+    before = torch.get_rng_state()
+    assert model.follows_weight_type()
+    assert torch.equal(torch.get_rng_state(), before)
+    with Precision("bf16", CPU, bf16_weights=True).weights(model):
+        assert model(torch.zeros(2, 8, dtype=torch.int64)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "sgd", "rmsprop"])

@@ -79,8 +79,16 @@ class TrainingConfig(BaseConfig):
     """Type of matrix multiplications; auto: the narrow type on a GPU, fp32 elsewhere unless
     mixed_precision is true."""
 
+    bf16_weights: bool | Literal["auto"] = "auto"
+    """In bf16, compute with bfloat16 copies of the weights, made for each micro-batch, in place of
+    autocast; auto: on a CPU, if the model's parts can."""
+
+    attention: Literal["auto", "flash", "explicit"] = "auto"
+    """How attention is computed, to the same result: torch's fused kernel, or batched products and
+    a softmax; auto: explicit on a CPU in bf16 with a context up to 1,024 tokens, else flash."""
+
     compile: bool | Literal["auto"] = False
-    """Compile the model with torch.compile; auto: on a GPU."""
+    """Compile the model's block with torch.compile; auto: where a C++ compiler is found."""
 
     num_epochs: Count = 3
     """Passes over the training split, if no other budget ends the run."""

@@ -6,6 +6,7 @@ Read `assemble` from top to bottom as a recipe; a script can copy its lines and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,21 @@ from fundamentallm.engine.exactness import circumstances, versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
 from fundamentallm.errors import CheckpointError
-from fundamentallm.models.components import check_components
+from fundamentallm.models.attention import choose_kernel
+from fundamentallm.models.components import check_components, follows_weight_type
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.clock import seconds_since_start
+from fundamentallm.training.compilation import resolve_compile
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers import HANDLERS
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import LOSSES
 from fundamentallm.training.optimizers import OPTIMIZERS, OptimizerBuilder
-from fundamentallm.training.precision import resolve_device, resolve_precision
+from fundamentallm.training.precision import (
+    resolve_bf16_weights,
+    resolve_device,
+    resolve_precision,
+)
 from fundamentallm.training.schedulers import SCHEDULERS
 from fundamentallm.training.trainer import Trainer
 
@@ -279,27 +286,33 @@ def resolve(
         warmup, note = resolve_warmup(training, limits.total_steps)
     if note and getattr(SCHEDULERS.get(training.scheduler.name), "uses_warmup", False):
         notes.append(note)
-    automatic = training.precision, training.mixed_precision, training.compile
+    chosen = training
     if directory.checkpoint is not None:
         # What was chosen for the run stays: another precision would be another course.
         began_with = directory.checkpoint.metadata["config"]["training"]
-        automatic = began_with["precision"], False, began_with["compile"]
+        fields = ("precision", "mixed_precision", "bf16_weights", "attention", "compile")
+        chosen = training.model_copy(update={name: began_with[name] for name in fields})
     with config.blame("training.precision"):
-        precision = resolve_precision(*automatic[:2], device)
-    compile_model = device.type == "cuda" if automatic[2] == "auto" else automatic[2]
+        precision = resolve_precision(chosen.precision, chosen.mixed_precision, device)
     model = config.model.model_copy(
         update={
             "vocab_size": config.model.vocab_size or tokenizer.vocab_size,
             "sequence_length": config.model.sequence_length or config.data.sequence_length,
         }
     )
+    bf16_weights = resolve_bf16_weights(
+        chosen.bf16_weights, precision, device, partial(follows_weight_type, model)
+    )
+    context = model.sequence_length or config.data.sequence_length
     resolved = training.model_copy(
         update={
             "warmup_steps": warmup,
             "total_steps": limits.total_steps,
             "precision": precision,
             "mixed_precision": precision != "fp32",
-            "compile": compile_model,
+            "bf16_weights": bf16_weights,
+            "attention": choose_kernel(chosen.attention, device, bf16_weights, context),
+            "compile": resolve_compile(chosen.compile),
             "device": str(device),
         }
     )

@@ -16,6 +16,7 @@ from fundamentallm.errors import ConfigError, DataError, FundamentaLLMError
 from fundamentallm.inference.evaluate import evaluate_text
 from fundamentallm.inference.generate import stream_text
 from fundamentallm.inference.load import Trained, load_trained
+from fundamentallm.models.attention import use_kernel
 from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
 
 
@@ -35,7 +36,9 @@ def evaluate(options: argparse.Namespace) -> int:
             if device.type == "cuda" or name != "fp16"
             else resolve_precision("auto", False, device),
             device,
+            trained.config.training.bf16_weights is True,
         )
+        use_kernel(trained.model, trained.config.training.attention)
         result = evaluate_text(
             trained.model,
             trained.tokenizer,

@@ -58,7 +58,7 @@ def evaluate_text(
         tokens: (N,) token ids, N >= 2.
         sequence_length: the windows' length in tokens.
         batch_size: windows evaluated at once.
-        precision: autocast as in training.
+        precision: the compute type, as in training.
     """
     loader = ValidationLoader(tokens, sequence_length, batch_size)
     output = evaluate(model, loader, precision)

@@ -80,7 +80,8 @@ class Attention(nn.Module):
         key = self.key_norm(self._heads(self.key(x)))  # (B, G, T, K)
         value = self._heads(self.value(x))  # (B, G, T, K)
         query, key = positions.rotate(query, key)
-        dropout = self.dropout if self.training else 0.0
+        # Asked in this order, so that code compiled for training serves evaluation too.
+        dropout = self.dropout if self.dropout and self.training else 0.0
         heads = KERNELS[self.kernel](query, key, value, dropout)  # (B, H, T, K)
         return self.output(  # type: ignore[no-any-return]
             heads.transpose(1, 2).reshape(batch, time, width)
@@ -162,6 +163,21 @@ def use_kernel(model: nn.Module, name: str) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.kernel = name
+
+
+def choose_kernel(choice: str, device: torch.device, bf16_weights: bool, context: int) -> str:
+    """Return the name of a kernel.
+
+    Args:
+        choice: a name, or "auto": flash, but on a CPU in bfloat16 with a context up to 1,024 tokens
+            explicit, which is faster there and still holds its scores.
+        device: where the model computes.
+        bf16_weights: whether queries, keys and values are bfloat16 throughout.
+        context: T, tokens in a sequence.
+    """
+    if choice != "auto":
+        return choice
+    return "explicit" if device.type == "cpu" and bf16_weights and context <= 1024 else "flash"
 
 
 def _softmax_type(scores: Tensor) -> torch.dtype:

@@ -61,7 +61,8 @@ class Block(nn.Module):
         self.attention = attention
         self.feedforward_norm = feedforward_norm
         self.feedforward = feedforward
-        self.dropout = nn.Dropout(dropout)
+        # Without dropout nothing here depends on the mode, which compiled code would have to ask.
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.residual_mix = ResidualMix() if residual_mix else None
 
     def forward(self, x: Tensor, positions: Positions, embedded: Tensor) -> Tensor:

@@ -106,6 +106,27 @@ def check_components(config: TransformerConfig) -> None:
         build_block(config)
 
 
+def follows_weight_type(config: TransformerConfig) -> bool:
+    """Whether a block with bfloat16 weights maps bfloat16 to bfloat16.
+
+    A component from elsewhere may hold a float32 tensor that is no parameter: mixed with
+    activations it widens them, and the next linear layer refuses two types. It takes no memory.
+    """
+    x = torch.empty(1, 2, config.d_model, dtype=torch.bfloat16, device="meta")
+    with torch.device("meta"):
+        positions = build_positions(config.model_copy(update={"sequence_length": 2}))
+        block = build_block(config)
+    for parameter in (*positions.parameters(), *block.parameters()):
+        parameter.data = parameter.data.to(torch.bfloat16)
+    try:
+        with torch.no_grad():
+            embedded = positions.embed(x)
+            out: torch.Tensor = block(embedded, positions, embedded)
+    except RuntimeError:
+        return False
+    return out.dtype == torch.bfloat16
+
+
 @contextmanager
 def addressable(config: TransformerConfig) -> Iterator[None]:
     """Turn torch's error about a tensor beyond all addresses into a `ConfigError`."""

@@ -94,7 +94,7 @@ class SinusoidalPositions(Positions):
     def embed(self, x: Tensor) -> Tensor:
         """Return (B, T, D) with the waves added: sines at even columns, cosines at odd ones."""
         _, num_positions, _ = x.shape
-        return x + self.table[:num_positions]
+        return x + self.table[:num_positions].to(x.dtype)
 
 
 @POSITIONS.register("rotary")
@@ -145,7 +145,7 @@ def _turn(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + K/2]) of (..., T, K) by the angles of (T, K/2)."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
-    # The tables keep float32 under autocast; the result must match the values' type again.
+    # The tables stay float32 beside narrow values; the result must match their type again.
     return turned.type_as(x)
 
 

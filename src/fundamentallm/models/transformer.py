@@ -12,6 +12,8 @@ Shapes: B batch, T time, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,9 +23,17 @@ from fundamentallm.models.components import (
     build_block,
     build_normalization,
     build_positions,
+    follows_weight_type,
     required,
 )
 from fundamentallm.models.initialization import initialize
+from fundamentallm.models.positions import Positions
+
+
+def run_block(block: nn.Module, x: Tensor, positions: Positions, embedded: Tensor) -> Tensor:
+    """Call a block as it is."""
+    out: Tensor = block(x, positions, embedded)
+    return out
 
 
 class Transformer(nn.Module):
@@ -40,6 +50,8 @@ class Transformer(nn.Module):
         sequence_length: context length, the longest input in tokens.
         head: the last linear layer, D to V; `head.weight` is the token embedding's own parameter
             where the config ties them.
+        run_block: how a block is called; set another function of the same form, such as a compiled
+            one.
         gradient_checkpointing: set it to keep only the blocks' inputs in training and compute the
             rest again in the backward pass, dropout included: less memory, equal gradients.
 
@@ -52,6 +64,7 @@ class Transformer(nn.Module):
         vocab_size = required(config, "vocab_size")
         self.config = config
         self.sequence_length = required(config, "sequence_length")
+        self.run_block: Callable[[nn.Module, Tensor, Positions, Tensor], Tensor] = run_block
         self.gradient_checkpointing = False
 
         self.token_embedding = nn.Embedding(vocab_size, config.d_model)
@@ -92,10 +105,11 @@ class Transformer(nn.Module):
             x = self.embedding_norm(x)
         x = embedded = self.dropout(x)
         for block in self.blocks:
+            inputs = (block, x, self.positions, embedded)
             if self.gradient_checkpointing:
-                x = checkpoint(block, x, self.positions, embedded, use_reentrant=False)
+                x = checkpoint(self.run_block, *inputs, use_reentrant=False)
             else:
-                x = block(x, self.positions, embedded)
+                x = self.run_block(*inputs)
         hidden: Tensor = self.norm(x)
         return hidden if return_hidden else self.logits_from_hidden(hidden)
 
@@ -108,6 +122,10 @@ class Transformer(nn.Module):
         logits: Tensor = self.head(hidden)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def follows_weight_type(self) -> bool:
+        """Whether the model can compute with bfloat16 weights, without autocast."""
+        return follows_weight_type(self.config)
 
     def num_parameters(self, non_embedding: bool = False) -> int:
         """Count the parameters, a shared one once.

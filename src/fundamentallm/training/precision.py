@@ -1,19 +1,26 @@
-"""Where the numbers live and how wide they are: device, autocast, loss scale.
+"""Where the numbers live and how wide they are: device, compute type, loss scale.
 
 Weights, gradients and optimizer state stay in float32; "bf16" and "fp16" mean that matrix
-multiplications run in that type (autocast). Only fp16 needs a loss scale: its smallest normal
-number is 6e-5, and many gradients lie below that (Micikevicius et al. 2018, section 3.2).
+multiplications run in that type, in one of two ways:
+
+- autocast: each operation chooses its type, and converts what it reads.
+- bfloat16 copies of the weights: lent to the model for one micro-batch, so that all activations
+  are bfloat16. On CPUs autocast's conversions can cost more than the narrow products gain.
+
+Normalizations, softmax and losses reduce in float32 in both. Only fp16 needs a loss scale: its
+smallest normal number is 6e-5, and many gradients lie below that (Micikevicius et al. 2018,
+section 3.2).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fundamentallm.errors import CheckpointError, ConfigError, MachineError, did_you_mean
@@ -35,28 +42,37 @@ class Precision:
     Args:
         name: "fp32", "bf16" or "fp16".
         device: where the model is.
+        bf16_weights: for "bf16", whether copies of the weights take the place of autocast.
 
     Attributes:
         name: as given.
         device: as given.
+        bf16_weights: as given.
         scaler: the loss scale; None unless fp16.
 
     Raises:
-        ValueError: another name.
+        ValueError: another name, or copies in bfloat16 for another type.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, bf16_weights: bool = False) -> None:
         if name != "fp32" and name not in _AUTOCAST_TYPES:
             raise ValueError(f"precision must be fp32, bf16 or fp16, got {name!r}")
+        if bf16_weights and name != "bf16":
+            raise ValueError(f"bf16_weights are for precision bf16, not {name}")
         self.name = name
         self.device = device
+        self.bf16_weights = bf16_weights
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context for forward passes, in training and in validation alike."""
-        if self.name == "fp32":
+        if self.name == "fp32" or self.bf16_weights:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_AUTOCAST_TYPES[self.name])
+
+    def weights(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context for a micro-batch, its backward pass included; see `narrowed`."""
+        return narrowed(model, torch.bfloat16) if self.bf16_weights else nullcontext()
 
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss times the loss scale."""
@@ -98,6 +114,55 @@ class Precision:
             )
         if self.scaler is not None:
             self.scaler.load_state_dict(dict(state_dict))
+
+
+@contextmanager
+def narrowed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Lend a model narrow copies of its floating-point parameters, one copy for a shared one.
+
+    The copies hang on the parameters: a backward pass adds its gradients to the parameters' own,
+    in their type. It must run inside the context, since checkpointed activations are computed
+    again from what the model then holds.
+
+    Args:
+        model: its parameters; buffers stay as they are.
+        dtype: type of the copies.
+    """
+    places = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_floating_point()
+    ]
+    with torch.enable_grad():  # also in evaluation, where compiled code expects what it knows
+        copies = {id(parameter): parameter.to(dtype) for _, _, parameter in places}
+    try:
+        for parameters, name, parameter in places:
+            # Assigned as an attribute, a tensor that is no nn.Parameter would be refused.
+            parameters[name] = copies[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for parameters, name, parameter in places:
+            parameters[name] = parameter
+
+
+def resolve_bf16_weights(
+    choice: bool | Literal["auto"],
+    precision: str,
+    device: torch.device,
+    follows: Callable[[], bool] | None,
+) -> bool:
+    """Choose between copies of the weights and autocast.
+
+    Args:
+        choice: "auto" for copies on a CPU, where the model can compute with them.
+        precision: the resolved name.
+        device: where the model is.
+        follows: tells whether it can, as `Transformer.follows_weight_type`; None: unknown.
+    """
+    if precision != "bf16" or choice != "auto":
+        return precision == "bf16" and choice is True
+    return device.type == "cpu" and follows is not None and follows()
 
 
 def resolve_precision(

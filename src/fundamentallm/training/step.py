@@ -64,7 +64,7 @@ class TrainStep:
             says that the value is the plain negative log-likelihood, so that it need not be
             computed again for the log; `takes_hidden_states` (default False) asks for
             `loss_fn(hidden, model, targets, reduction="sum")`.
-        precision: autocast and loss scaling.
+        precision: compute type and loss scaling.
         ranks: the ranks over which loss and votes are summed.
         max_grad_norm: clip the global gradient norm to this; None leaves it.
         notify: called with each event as it happens.
@@ -137,7 +137,7 @@ class TrainStep:
         total = torch.zeros((), dtype=_accumulator(device), device=device)
         last = len(window.micro_batches) - 1
         for index, batch in enumerate(window.micro_batches):
-            with self._gradient_sync(index == last):
+            with self._gradient_sync(index == last), self.precision.weights(self.model):
                 objective, nll = self._objective(to_device(batch, device))
                 self.precision.scale(objective * scale).backward()  # type: ignore[no-untyped-call]
             total += nll
@@ -237,7 +237,7 @@ def evaluate_batch(
     num_tokens = int((batch["target_ids"] >= 0).sum())
     batch = to_device(batch, precision.device)
     options = {"return_hidden": True} if getattr(loss_fn, "takes_hidden_states", False) else {}
-    with torch.no_grad(), precision.autocast():
+    with torch.no_grad(), precision.weights(model), precision.autocast():
         states = model(batch["input_ids"], **options)
         return summed_nll(states, model, batch["target_ids"], loss_fn), num_tokens
 
@@ -255,7 +255,7 @@ def evaluate(
     Args:
         model: without a wrapper for ranks, which may hold different numbers of batches.
         batches: this rank's share.
-        precision: autocast as in training.
+        precision: the compute type, as in training.
         ranks: over which sums are taken at the end.
         progress: called with the tokens of each batch; True ends the pass early.
         loss_fn: the training objective, as in `summed_nll`.

@@ -28,6 +28,8 @@ from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.loader import as_window, as_window_loader
 from fundamentallm.errors import CheckpointError
 from fundamentallm.events import EVENT_TO_ATTRIBUTE, TrainingEvents
+from fundamentallm.models.attention import choose_kernel, use_kernel
+from fundamentallm.training.compilation import compiled, resolve_compile
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers.base import HANDLERS, Handler
 from fundamentallm.training.handlers.checkpointing import Checkpointing
@@ -37,7 +39,12 @@ from fundamentallm.training.history import History
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import LanguageModelingLoss
 from fundamentallm.training.optimizers import OptimizerBuilder
-from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
+from fundamentallm.training.precision import (
+    Precision,
+    resolve_bf16_weights,
+    resolve_device,
+    resolve_precision,
+)
 from fundamentallm.training.schedulers import ConstantLRScheduler, LearningRateScheduler
 from fundamentallm.training.state import COUNTERS, IRREVERSIBLE, TrainingState
 from fundamentallm.training.step import StepOutput, TrainStep, evaluate, evaluate_batch, undisturbed
@@ -155,11 +162,8 @@ class Trainer(Engine):
         self.config = config if config is not None else TrainingConfig()
         self.ranks = Ranks.current()
         self.device = resolve_device(device) if isinstance(device, str) else device
-        self.precision = Precision(
-            resolve_precision(self.config.precision, self.config.mixed_precision, self.device),
-            self.device,
-        )
         self.model = model.to(self.device)
+        self.precision = self._build_precision()
         self.train_loader = as_window_loader(
             train_loader, self.config.accumulation_steps, self.config.seed
         )
@@ -729,6 +733,13 @@ class Trainer(Engine):
             for handler, _, _ in entries
         )
 
+    def _build_precision(self) -> Precision:
+        config = self.config
+        name = resolve_precision(config.precision, config.mixed_precision, self.device)
+        follows = getattr(self.model, "follows_weight_type", None)
+        bf16_weights = resolve_bf16_weights(config.bf16_weights, name, self.device, follows)
+        return Precision(name, self.device, bf16_weights)
+
     def _build_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         return OptimizerBuilder.build(
@@ -745,11 +756,14 @@ class Trainer(Engine):
     def _make_step(self) -> TrainStep:
         if self.config.gradient_checkpointing:
             self.model.gradient_checkpointing = True  # type: ignore[assignment]
+        context = getattr(self.model, "sequence_length", 0)
+        bf16_weights = self.precision.bf16_weights
+        use_kernel(
+            self.model, choose_kernel(self.config.attention, self.device, bf16_weights, context)
+        )
         forward = self.model
-        if self.config.compile is True or (
-            self.config.compile == "auto" and self.device.type == "cuda"
-        ):
-            forward = torch.compile(forward)  # type: ignore[assignment]
+        if resolve_compile(self.config.compile):
+            forward = compiled(forward)
         if not self.ranks.alone:
             forward = DistributedDataParallel(
                 forward,
