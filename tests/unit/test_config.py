@@ -64,6 +64,7 @@ class TestDefaults:
             "gradient_checkpointing": False,
             "mixed_precision": False,
             "precision": "fp32",
+            "eval_epochs": True,
             "bf16_weights": "auto",
             "attention": "auto",
             "compile": False,

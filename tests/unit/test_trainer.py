@@ -270,6 +270,16 @@ def test_validation_runs_every_eval_steps_at_each_epochs_end_and_at_the_last_ste
     assert [entry["step"] for entry in trainer.history.validations] == expected
 
 
+def test_validation_leaves_out_the_epochs_ends_if_told_so() -> None:
+    trainer = make_trainer(eval_steps=4, eval_epochs=False)
+    length = len(trainer.train_loader)
+    assert length % 4 != 0
+    trainer.attach_defaults()
+    trainer.run(max_iters=length + 1)
+    expected = sorted({*range(4, length + 2, 4), length + 1})
+    assert [entry["step"] for entry in trainer.history.validations] == expected
+
+
 def test_bf16_runs_in_training_and_in_validation_alike() -> None:
     trainer = make_trainer(precision="bf16")
     seen: set[tuple[bool, torch.dtype]] = set()

@@ -109,6 +109,9 @@ class TrainingConfig(BaseConfig):
     eval_steps: Count = 100
     """Steps from one validation to the next."""
 
+    eval_epochs: bool = True
+    """Whether validation also runs at the end of each epoch."""
+
     log_steps: Count = 10
     """Steps from one line of metrics to the next."""
 

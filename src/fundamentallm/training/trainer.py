@@ -597,7 +597,7 @@ class Trainer(Engine):
         step = self.state.iteration
         return step > 0 and (
             step % self.config.eval_steps == 0
-            or step % self.steps_per_epoch == 0
+            or (self.config.eval_epochs and step % self.steps_per_epoch == 0)
             or bool(self.finished)
         )
 
