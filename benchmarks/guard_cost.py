@@ -47,7 +47,7 @@ def make_trainer(guarded: bool) -> Trainer:
     torch.manual_seed(0)
     train, _ = tiny_loaders(sequence_length=64, batch_size=4)
     trainer = Trainer(
-        tiny_model(sequence_length=64, d_model=128, num_layers=3, num_heads=4),
+        tiny_model(sequence_length=64, d_model=96, num_layers=2, num_heads=4),
         train,
         device="cpu",
         config=TrainingConfig(total_steps=10**6, warmup_steps=0),

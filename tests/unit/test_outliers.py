@@ -24,6 +24,8 @@ def test_the_score_is_the_distance_from_the_median_in_scaled_mads(values, new, s
     scale = np.median(np.abs(known - median)) / NORMAL_MAD
     expected = (new - median) / max(scale, 0.1 * abs(median), 1e-12)
     assert window.score(new) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    for threshold in (0.5, 3.0, 10.0):
+        assert window.exceeds(new, threshold) == (window.score(new) > threshold)
 
 
 def test_a_normal_sample_has_a_scale_of_one():

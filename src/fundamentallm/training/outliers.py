@@ -67,6 +67,14 @@ class RobustWindow:
             return (value - self.median) / max(self.early * abs(self.median), self.smallest)
         return (value - self.median) / self.scale
 
+    def exceeds(self, value: float, threshold: float) -> bool:
+        """Tell whether the score is above a threshold, without the MAD where the floors decide."""
+        if len(self._values) >= self.needed and math.isfinite(value):
+            median = self.median
+            if value - median <= threshold * max(self.floor * abs(median), self.smallest):
+                return False
+        return self.score(value) > threshold
+
     @property
     def median(self) -> float:
         """The median of the values; NaN if there are none."""

@@ -51,7 +51,7 @@ def capture_generators(device: torch.device) -> dict[str, Any]:
 
     Cheap enough for every step; `restore_generators` takes it.
     """
-    state = {"torch": torch.get_rng_state()}
+    state = {"torch": torch.default_generator.get_state()}
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
         state[f"{CUDA}{index}"] = torch.cuda.get_rng_state(index)

@@ -82,10 +82,10 @@ class Spikes:
         """Look before each update; count what was accepted after it."""
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.check)
         if self.policy == "report":
-            trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, self.look)
+            trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, self.look_and_accept)
         else:
             trainer.add_event_handler(TrainingEvents.FLLM_GRADIENTS_READY, self.look_and_refuse)
-        trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, self.accept)
+            trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, self.accept)
 
     def check(self, trainer: Trainer) -> None:
         """Refuse a policy that nobody would carry out.
@@ -109,11 +109,10 @@ class Spikes:
             ("loss", self.losses, loss, loss),
             ("gradient norm", self.norms, _log(norm), norm),
         ):
-            score = window.score(value)
-            if score > self.threshold:
+            if window.exceeds(value, self.threshold):
                 found.append(
-                    f"{name} {shown:.4g} is {score:.0f} deviations above those of the last"
-                    f" {len(window)} steps"
+                    f"{name} {shown:.4g} is {window.score(value):.0f} deviations above those of"
+                    f" the last {len(window)} steps"
                 )
         self._risen = (
             self.rise is not None
@@ -125,6 +124,11 @@ class Spikes:
                 f" {self.lowest:.4g} to {self.newest.median:.4g}"
             )
         self._found = " and ".join(found)
+
+    def look_and_accept(self, trainer: Trainer) -> None:
+        """Look at a step that was taken in any case; one handler less costs a step less."""
+        self.look(trainer)
+        self.accept(trainer)
 
     def look_and_refuse(self, trainer: Trainer) -> None:
         """Refuse the update of a step that stands out; what is not finite the guard refuses."""
