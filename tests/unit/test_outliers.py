@@ -16,7 +16,7 @@ VALUES = st.lists(st.floats(-1e6, 1e6, allow_nan=False), min_size=4, max_size=60
 
 @given(VALUES, st.floats(-1e6, 1e6), st.integers(4, 20))
 def test_the_score_is_the_distance_from_the_median_in_scaled_mads(values, new, size):
-    window = RobustWindow(size, needed=4, floor=0.1)
+    window = RobustWindow(size, needed=4, floor=0.1, every=1)
     for value in values:
         window.accept(value)
     known = np.array(values[-size:])
@@ -24,8 +24,17 @@ def test_the_score_is_the_distance_from_the_median_in_scaled_mads(values, new, s
     scale = np.median(np.abs(known - median)) / NORMAL_MAD
     expected = (new - median) / max(scale, 0.1 * abs(median), 1e-12)
     assert window.score(new) == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    for threshold in (0.5, 3.0, 10.0):
-        assert window.exceeds(new, threshold) == (window.score(new) > threshold)
+
+
+@given(VALUES, st.integers(2, 9))
+def test_once_there_are_enough_values_the_window_is_looked_at_now_and_then(values, every):
+    lazy, eager = RobustWindow(20, needed=4, every=every), RobustWindow(20, needed=4, every=1)
+    for count, value in enumerate(values, start=1):
+        eager.accept(value)
+        due = count <= 4 or (count - 4) % every == 0
+        assert lazy.accept(value) == due
+        if due:
+            assert (lazy.median, lazy.scale) == (eager.median, eager.scale)
 
 
 def test_a_normal_sample_has_a_scale_of_one():
@@ -62,7 +71,7 @@ def test_what_is_not_finite_stands_out_and_never_enters():
 
 
 def test_almost_half_of_the_window_may_be_wild():
-    window = RobustWindow(21, needed=4)
+    window = RobustWindow(21, needed=4, every=1)
     for index in range(21):
         window.accept(1e9 if index % 2 else 1.0 + index * 1e-3)
     assert abs(window.score(1.0)) < 3.0

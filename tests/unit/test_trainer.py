@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -533,6 +534,33 @@ def test_two_handlers_of_one_name_with_state_are_refused() -> None:
     trainer = make_trainer(handlers=(LossEMA(),))
     with pytest.raises(ValueError, match="loss_ema"):
         LossEMA(0.5).attach(trainer)
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+def test_handlers_of_any_signature_are_called_in_order(level: int) -> None:
+    trainer = make_trainer(total_steps=2)
+    heard: list[tuple[str, int]] = []
+
+    def step() -> int:
+        return trainer.state.iteration
+
+    def with_engine_and_more(engine: Trainer, name: str, *, sign: int) -> None:
+        assert engine is trainer
+        heard.append((name, sign * step()))
+
+    event = TrainingEvents.FLLM_OPTIMIZER_STEPPED
+    trainer.add_event_handler(event, lambda: heard.append(("alone", step())))
+    trainer.add_event_handler(event, lambda word: heard.append((word, step())), "word")
+    trainer.add_event_handler(event, with_engine_and_more, "more", sign=-1)
+    trainer.add_event_handler(event(once=2), lambda _: heard.append(("once", step())))
+    before = trainer.logger.level
+    trainer.logger.setLevel(level)
+    try:
+        trainer.train()
+    finally:
+        trainer.logger.setLevel(before)
+    first = [("alone", 1), ("word", 1), ("more", -1)]
+    assert heard == [*first, ("alone", 2), ("word", 2), ("more", -2), ("once", 2)]
 
 
 def test_the_timeline_names_the_handlers_in_the_order_of_the_loop() -> None:

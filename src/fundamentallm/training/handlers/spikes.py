@@ -103,27 +103,32 @@ class Spikes:
 
     def look(self, trainer: Trainer) -> None:
         """Say whether this step stands out."""
-        loss, norm = trainer.window_loss, trainer.window_grad_norm
-        found = []
-        for name, window, value, shown in (
-            ("loss", self.losses, loss, loss),
-            ("gradient norm", self.norms, _log(norm), norm),
-        ):
-            if window.exceeds(value, self.threshold):
-                found.append(
-                    f"{name} {shown:.4g} is {window.score(value):.0f} deviations above those of"
-                    f" the last {len(window)} steps"
-                )
+        loss, norm = trainer.window_loss, _log(trainer.window_grad_norm)
         self._risen = (
             self.rise is not None
             and self.newest.median > self.lowest + self.rise * self.lowest_scale
         )
+        loss_score, norm_score = self.losses.score(loss), self.norms.score(norm)
+        if max(loss_score, norm_score) > self.threshold or self._risen:
+            self._found = self._describe(trainer, loss_score, norm_score)
+        else:
+            self._found = ""
+
+    def _describe(self, trainer: Trainer, loss_score: float, norm_score: float) -> str:
+        found = [
+            f"{name} {value:.4g} is {score:.0f} deviations above those of the last {known} steps"
+            for name, value, score, known in (
+                ("loss", trainer.window_loss, loss_score, len(self.losses)),
+                ("gradient norm", trainer.window_grad_norm, norm_score, len(self.norms)),
+            )
+            if score > self.threshold
+        ]
         if self._risen:
             found.append(
                 f"the median loss of {len(self.newest)} steps has risen from"
                 f" {self.lowest:.4g} to {self.newest.median:.4g}"
             )
-        self._found = " and ".join(found)
+        return " and ".join(found)
 
     def look_and_accept(self, trainer: Trainer) -> None:
         """Look at a step that was taken in any case; one handler less costs a step less."""
@@ -161,8 +166,8 @@ class Spikes:
     def _learn(self, loss: float, norm: float) -> None:
         self.losses.accept(loss)
         self.norms.accept(_log(norm))
-        self.newest.accept(loss)
-        if len(self.newest) == self.newest.needed and self.newest.median < self.lowest:
+        taken = self.newest.accept(loss)
+        if taken and len(self.newest) == self.newest.needed and self.newest.median < self.lowest:
             self.lowest, self.lowest_scale = self.newest.median, self.newest.scale
 
     def _begin_anew(self) -> None:
