@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from ignite.engine import Events
 from torch import Tensor
 
 from fundamentallm.config import TrainingConfig
@@ -70,6 +71,7 @@ def seconds_a_step(trainer: Trainer, steps: int, guarded: bool) -> float:
         for _ in range(steps):
             trainer.state.iteration += 1
             trainer.state.output = trainer._train_step(window)
+            trainer.fire_event(Events.ITERATION_COMPLETED)
         return (time.perf_counter() - began) / steps
     finally:
         trainer_module.capture_generators = capture

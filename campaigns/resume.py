@@ -407,7 +407,7 @@ HANDLER_ITEMS = {
     "perplexity": ("nll", "num_tokens"),
     "early_stopping": ("best", "waited"),
     "nan_rollback": ("total", "region_end", "in_region", "good_steps"),
-    "spikes": ("losses", "norms", "newest"),
+    "spikes": ("losses", "norms", "newest", "accepted", "lowest"),
     "adaptive_clip": ("first_norms", "mean", "variance", "num_clipped"),
     "checkpointing": ("best_score", "best_step"),
 }
@@ -438,10 +438,6 @@ ITEMS: dict[str, Item] = {
         for handler, keys in HANDLER_ITEMS.items()
         for key in keys
     },
-    "spikes lowest": Item(
-        reset("handlers", "spikes", "lowest"),
-        unnoticed_because="the loss falls to the end, and the newest level is the lowest",
-    ),
     "samples owed": Item(reset("handlers", "samples", "owed"), Stop(30, "evaluation")),
 }
 

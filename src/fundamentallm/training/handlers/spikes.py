@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+EVERY = 8  # accepted steps between two looks at the windows: of 128 values, 8 change little
+
 
 @HANDLERS.register("spikes")
 class Spikes:
@@ -75,8 +77,9 @@ class Spikes:
         self.lowest = math.inf
         self.lowest_scale = math.inf
         self.in_a_row = 0
+        self._accepted: list[tuple[float, float]] = []
         self._found = ""
-        self._risen = False
+        self._take_limits()
 
     def attach(self, trainer: Trainer) -> None:
         """Look before each update; count what was accepted after it."""
@@ -103,25 +106,23 @@ class Spikes:
 
     def look(self, trainer: Trainer) -> None:
         """Say whether this step stands out."""
-        loss, norm = trainer.window_loss, _log(trainer.window_grad_norm)
-        self._risen = (
-            self.rise is not None
-            and self.newest.median > self.lowest + self.rise * self.lowest_scale
+        calm = (
+            trainer.window_loss <= self._highest_loss
+            and trainer.window_grad_norm <= self._highest_norm
+            and not self._risen
         )
-        loss_score, norm_score = self.losses.score(loss), self.norms.score(norm)
-        if max(loss_score, norm_score) > self.threshold or self._risen:
-            self._found = self._describe(trainer, loss_score, norm_score)
-        else:
-            self._found = ""
+        self._found = "" if calm else self._describe(trainer)
 
-    def _describe(self, trainer: Trainer, loss_score: float, norm_score: float) -> str:
+    def _describe(self, trainer: Trainer) -> str:
+        loss, norm = trainer.window_loss, trainer.window_grad_norm
         found = [
-            f"{name} {value:.4g} is {score:.0f} deviations above those of the last {known} steps"
-            for name, value, score, known in (
-                ("loss", trainer.window_loss, loss_score, len(self.losses)),
-                ("gradient norm", trainer.window_grad_norm, norm_score, len(self.norms)),
+            f"{name} {value:.4g} is {window.score(measured):.0f} deviations above those of the last"
+            f" {len(window)} steps"
+            for name, value, window, measured, highest in (
+                ("loss", loss, self.losses, loss, self._highest_loss),
+                ("gradient norm", norm, self.norms, _log(norm), self._highest_norm),
             )
-            if score > self.threshold
+            if not value <= highest
         ]
         if self._risen:
             found.append(
@@ -149,7 +150,9 @@ class Spikes:
         """Remember an accepted step that does not stand out; report one that does."""
         if not self._found:
             self.in_a_row = 0
-            self._learn(trainer.window_loss, trainer.window_grad_norm)
+            self._accepted.append((trainer.window_loss, trainer.window_grad_norm))
+            if len(self._accepted) >= EVERY or not self.losses.full:
+                self._learn()
             return
         self.in_a_row += 1
         lasting = self._risen or self.in_a_row == self.patience
@@ -163,18 +166,32 @@ class Spikes:
         if lasting:
             self._begin_anew()
 
-    def _learn(self, loss: float, norm: float) -> None:
-        self.losses.accept(loss)
-        self.norms.accept(_log(norm))
-        taken = self.newest.accept(loss)
-        if taken and len(self.newest) == self.newest.needed and self.newest.median < self.lowest:
+    def _learn(self) -> None:
+        """Take the accepted steps into the windows, and the limits from these."""
+        losses = [loss for loss, _ in self._accepted]
+        self.losses.extend(losses)
+        self.newest.extend(losses)
+        self.norms.extend(_log(norm) for _, norm in self._accepted)
+        self._accepted.clear()
+        if self.newest.full and self.newest.median < self.lowest:
             self.lowest, self.lowest_scale = self.newest.median, self.newest.scale
+        self._take_limits()
 
     def _begin_anew(self) -> None:
         for window in (self.losses, self.norms, self.newest):
             window.clear()
+        self._accepted.clear()
         self.lowest = self.lowest_scale = math.inf
         self.in_a_row = 0
+        self._take_limits()
+
+    def _take_limits(self) -> None:
+        self._highest_loss = self.losses.limit(self.threshold)
+        self._highest_norm = _exp(self.norms.limit(self.threshold))
+        self._risen = (
+            self.rise is not None
+            and self.newest.median > self.lowest + self.rise * self.lowest_scale
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the windows, the lowest level and the length of the series."""
@@ -183,6 +200,7 @@ class Spikes:
             "losses": self.losses.state_dict(),
             "norms": self.norms.state_dict(),
             "newest": self.newest.state_dict(),
+            "accepted": [list(pair) for pair in self._accepted],
             "lowest": [self.lowest, self.lowest_scale] if known else None,
             "in_a_row": self.in_a_row,
         }
@@ -192,10 +210,19 @@ class Spikes:
         self.losses.load_state_dict(state_dict["losses"])
         self.norms.load_state_dict(state_dict["norms"])
         self.newest.load_state_dict(state_dict["newest"])
+        self._accepted = [(loss, norm) for loss, norm in state_dict["accepted"]]
         self.lowest, self.lowest_scale = state_dict["lowest"] or (math.inf, math.inf)
         self.in_a_row = state_dict["in_a_row"]
+        self._take_limits()
 
 
 def _log(norm: float) -> float:
     """Return the logarithm; a norm of 0 is no outlier upwards, and has none."""
     return math.log(norm) if norm > 0.0 else -math.inf if norm == 0.0 else math.nan
+
+
+def _exp(logarithm: float) -> float:
+    try:
+        return math.exp(logarithm)
+    except OverflowError:
+        return math.inf
