@@ -134,6 +134,11 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
     _add_plugins(verify)
 
+    replay = _add(commands, "replay", _replay, "reproduce a recorded numerical incident")
+    replay.add_argument("incident", type=Path, metavar="INCIDENT_DIR")
+    replay.add_argument("--device", default="cpu", help="cpu (default), auto, cuda, cuda:0, mps")
+    _add_plugins(replay)
+
     generate = _add(commands, "generate", _generate, "let a trained model write")
     _add_model(generate)
     generate.add_argument(
@@ -251,6 +256,13 @@ def _verify(options: argparse.Namespace) -> int:
         from fundamentallm.engine.verify import verify
 
     return verify(options)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    with loading():
+        from fundamentallm.engine.replay import replay
+
+    return replay(options)
 
 
 def _generate(options: argparse.Namespace) -> int:
