@@ -26,7 +26,7 @@ Reduction = Literal["mean", "sum", "none", "sample"]
 
 LOSSES: Registry[Callable[..., Tensor]] = Registry("loss")
 
-_MASKED = -100  # the one negative value that `F.cross_entropy` is told to ignore
+_MASKED = -1  # what every negative target is made, since `F.cross_entropy` ignores one value
 
 
 class Head(Protocol):
@@ -68,6 +68,9 @@ def compute_loss(
     """
     _check_terms(label_smoothing, z_loss)
     _check_targets("logits", logits, targets, reduction)
+    if reduction == "sum" and not (label_smoothing or z_loss):
+        # What every step of a plain training needs: one operation, without a loss a token.
+        return _cross_entropy(logits, targets, "sum")
     losses = _token_losses(logits, targets, label_smoothing, z_loss)
     return _reduce(losses, targets, reduction)
 
@@ -175,20 +178,26 @@ class ChunkedCrossEntropy:
 
 def _token_losses(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
     """Return one loss a target, in its shape (...), 0 where it is masked."""
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    targets = targets.long()
-    losses = F.cross_entropy(
-        logits.reshape(-1, logits.size(-1)),
-        targets.masked_fill(targets < 0, _MASKED).reshape(-1),
+    losses = _cross_entropy(logits, targets, "none", label_smoothing).reshape(targets.shape)
+    if z_loss:
+        losses = losses + z_loss * (_wide(logits).logsumexp(-1) ** 2).masked_fill(targets < 0, 0.0)
+    return losses
+
+
+def _cross_entropy(
+    logits: Tensor, targets: Tensor, reduction: str, label_smoothing: float = 0.0
+) -> Tensor:
+    return F.cross_entropy(
+        _wide(logits).reshape(-1, logits.size(-1)),
+        targets.long().clamp_min(_MASKED).reshape(-1),
         ignore_index=_MASKED,
-        reduction="none",
+        reduction=reduction,
         label_smoothing=label_smoothing,
     )
-    losses = losses.reshape(targets.shape)
-    if z_loss:
-        losses = losses + z_loss * (logits.logsumexp(-1) ** 2).masked_fill(targets < 0, 0.0)
-    return losses
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _reduce(losses: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
