@@ -161,10 +161,11 @@ def _history() -> Iterator[None]:
     """Give `input` line editing and the prompts of earlier sessions, where there is readline."""
     try:
         import readline
-    except ImportError:
+
+        path = history_path()
+    except (ImportError, RuntimeError):  # the latter: a user without a home
         yield
         return
-    path = history_path()
     # A home that cannot be read or written is no reason to refuse a prompt.
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
