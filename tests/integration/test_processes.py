@@ -245,13 +245,13 @@ def test_a_signal_from_outside_while_the_program_still_loads_is_no_traceback(pla
 
 
 def in_terminal(
-    arguments: Sequence[str], dialogue: Sequence[tuple[bytes, bytes]] = ()
+    arguments: Sequence[str], dialogue: Sequence[tuple[bytes, bytes | signal.Signals]] = ()
 ) -> tuple[int, str]:
     """Run a command in a terminal of its own.
 
     Args:
         arguments: the command.
-        dialogue: what to wait for, and what to type then.
+        dialogue: what to wait for, and what to type or which signal to send then.
 
     Returns:
         Its exit code and what the terminal saw.
@@ -263,7 +263,7 @@ def in_terminal(
         stdin=slave,
         stdout=slave,
         stderr=slave,
-        env={**os.environ, "TERM": "dumb"},
+        env={**os.environ, "TERM": "dumb", "XDG_STATE_HOME": str(Path("state").resolve())},
     )
     os.close(slave)
     rest = list(dialogue)
@@ -273,7 +273,11 @@ def in_terminal(
         while time.monotonic() < deadline:
             if rest and rest[0][0] in seen[answered:]:
                 answered = len(seen)
-                os.write(master, rest.pop(0)[1])
+                _, answer = rest.pop(0)
+                if isinstance(answer, bytes):
+                    os.write(master, answer)
+                else:
+                    process.send_signal(answer)
             if not select.select([master], [], [], 0.2)[0]:
                 continue
             try:
@@ -318,6 +322,30 @@ def test_a_terminal_without_a_prompt_is_asked_for_one(whole):
     assert code == 0, seen
     assert "Ctrl-D" in seen
     assert seen.count("the ") >= 2
+
+
+def test_prompts_of_an_earlier_session_come_back(whole):
+    pytest.importorskip("readline")
+    ask = ["generate", str(whole), "--max-tokens", "5", "--stop", "zzz"]
+    first, _ = in_terminal(ask, [(b"> ", b"hi then \n"), (b"> ", b"\x04")])
+    again, seen = in_terminal(ask, [(b"> ", b"\x10\n"), (b"> ", b"\x04")])  # Ctrl-P
+
+    assert (first, again) == (0, 0)
+    assert seen.count("hi then ") >= 2
+    history = Path("state/fundamentallm/prompts")
+    assert "hi then " in history.read_text()
+    assert history.stat().st_mode & 0o077 == 0
+
+
+def test_ctrl_c_stops_a_text_and_not_the_session(whole):
+    ask = ["generate", str(whole), "--max-tokens", "1000000"]
+    code, seen = in_terminal(
+        ask, [(b"> ", b"the \n"), (b"\nthe ", signal.SIGINT), (b"> ", b"\x04")]
+    )
+
+    assert code == 0, seen
+    assert "Traceback" not in seen
+    assert "interrupted" not in seen
 
 
 def test_a_reader_that_leaves_is_no_traceback(whole):

@@ -894,6 +894,24 @@ def test_generate_several_samples(done, capsys):
     assert first.removeprefix("--- sample 1 ---\n") != second
 
 
+def test_each_sample_of_a_batch_is_the_text_of_its_own_seed(done, capsys):
+    """17 of them, which do not fit into one batch."""
+    rules = ["--prompt", "the ", "--max-tokens", "30", "--min-p", "0.02"]
+    rules += ["--repetition-penalty", "1.2", "--stop", "e", "--stop", "o\n"]
+    alone = []
+    for seed in range(5, 22):
+        assert main(["generate", "runs/tiny", *rules, "--seed", str(seed)]) == 0
+        alone.append(capsys.readouterr().out)
+
+    assert main(["generate", "runs/tiny", *rules, "--seed", "5", "--num-samples", "17"]) == 0
+
+    together = re.split(r"--- sample \d+ ---\n", capsys.readouterr().out)
+    assert together == ["", *alone]
+    assert len(set(alone)) > 10
+    for text in alone:
+        assert "e" not in text.removeprefix("the ")
+
+
 def test_a_prompt_longer_than_the_context_is_no_obstacle(done, capsys):
     prompt = "the " * 20
 

@@ -156,8 +156,36 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="sample among the likeliest that hold probability P",
     )
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
-    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="default 1")
+    generate.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="sample among the tokens at least P times as likely as the likeliest",
+    )
+    generate.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1, tokens that the text holds already become less likely; default 1",
+    )
+    generate.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text is written; may be given several times",
+    )
+    generate.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the first sample; default 0"
+    )
+    generate.add_argument(
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="texts for a prompt, written as one batch; default 1",
+    )
     return parser
 
 

@@ -6,11 +6,16 @@ Shapes: B batch, T time, D model width, H query heads, G key and value heads, K 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fundamentallm.models.normalization import RMSNorm
-from fundamentallm.models.positions import Positions
+from fundamentallm.models.positions import Marks
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Query (B, H, T, K), key and value (B, G, T, K) to what is read, (B, H, T, K)."""
 
 
 class Attention(nn.Module):
@@ -59,21 +64,26 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_width) if qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_width) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, positions: Positions) -> Tensor:
+    def forward(self, x: Tensor, positions: Marks, attend: Attend | None = None) -> Tensor:
         """Return (B, T, D) from (B, T, D); row t depends on rows 0 to t alone.
 
         Args:
             x: (B, T, D).
             positions: marks the queries and keys with their positions. It is passed in, not held,
                 because all layers share one.
+            attend: stands in for `causal_attention`, where x continues a text whose keys and
+                values were kept (see `fundamentallm.models.cache`).
         """
         batch, time, width = x.shape
         query = self.query_norm(self._heads(self.query(x)))  # (B, H, T, K)
         key = self.key_norm(self._heads(self.key(x)))  # (B, G, T, K)
         value = self._heads(self.value(x))  # (B, G, T, K)
         query, key = positions.rotate(query, key)
-        dropout = self.dropout if self.training else 0.0
-        heads = causal_attention(query, key, value, dropout)  # (B, H, T, K)
+        if attend is None:
+            dropout = self.dropout if self.training else 0.0
+            heads = causal_attention(query, key, value, dropout)  # (B, H, T, K)
+        else:
+            heads = attend(query, key, value)
         return self.output(  # type: ignore[no-any-return]
             heads.transpose(1, 2).reshape(batch, time, width)
         )
@@ -104,3 +114,24 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float =
         is_causal=True,
         enable_gqa=query.size(1) != key.size(1),
     )
+
+
+def cached_attention(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None = None
+) -> Tensor:
+    """Return what one query a row reads from all keys that are visible to it.
+
+    The query heads that share a key head stand in the place of time, so no key is copied for them.
+
+    Args:
+        query: (B, H, 1, K).
+        keys, values: (B, G, L, K), where G divides H, as in `causal_attention`.
+        visible: (B, 1, 1, L) bool, at least one true in each row; None: all.
+
+    Returns:
+        (B, H, 1, K).
+    """
+    batch, _, _, width = query.shape
+    grouped = query.view(batch, keys.size(1), -1, width)  # (B, G, H/G, K)
+    read = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible)
+    return read.view_as(query)

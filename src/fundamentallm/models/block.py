@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fundamentallm.models.attention import Attention
-from fundamentallm.models.positions import Positions
+from fundamentallm.models.attention import Attend, Attention
+from fundamentallm.models.positions import Marks
 
 
 class Block(nn.Module):
@@ -43,7 +43,12 @@ class Block(nn.Module):
         self.feedforward = feedforward
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, positions: Positions) -> Tensor:
-        """Return the residual stream (B, T, D) after this block, from the one before it."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), positions))
+    def forward(self, x: Tensor, positions: Marks, attend: Attend | None = None) -> Tensor:
+        """Return the residual stream (B, T, D) after this block, from the one before it.
+
+        Args:
+            x: (B, T, D).
+            positions, attend: as in `Attention.forward`.
+        """
+        x = x + self.dropout(self.attention(self.attention_norm(x), positions, attend))
         return x + self.dropout(self.feedforward(self.feedforward_norm(x)))  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fundamentallm.config.model import TransformerConfig
+from fundamentallm.models.cache import CacheUse, KVCache
 from fundamentallm.models.components import (
     build_block,
     build_normalization,
@@ -63,12 +64,16 @@ class Transformer(nn.Module):
             self.head.weight = self.token_embedding.weight
         initialize(self, config.d_model, config.num_layers)
 
-    def forward(self, input_ids: Tensor, *, return_hidden: bool = False) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, *, return_hidden: bool = False, cache: CacheUse | None = None
+    ) -> Tensor:
         """Return logits that at position t depend on tokens 0 to t alone.
 
         Args:
             input_ids: (B, T) int64, T at most `sequence_length`.
             return_hidden: stop before the head.
+            cache: keeps the keys and values of these tokens and, in a decoding step, stands for
+                the tokens before them; see `new_cache`.
 
         Returns:
             Logits (B, T, V), or with `return_hidden` what `logits_from_hidden` takes, (B, T, D).
@@ -85,14 +90,22 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"the input has {time} tokens, the context length is {self.sequence_length}"
             )
-        x = self.dropout(self.positions.embed(self.token_embedding(input_ids)))
-        for block in self.blocks:
-            if self.gradient_checkpointing:
-                x = checkpoint(
-                    block, x, self.positions, use_reentrant=False, preserve_rng_state=True
-                )
-            else:
-                x = block(x, self.positions)
+        embedded = self.token_embedding(input_ids)
+        if cache is not None:
+            marks = self.positions.at(cache.places)
+            assert marks is not None  # else there is no cache
+            x = self.dropout(marks.embed(embedded))
+            for block, attend in zip(self.blocks, cache.layers, strict=True):
+                x = block(x, marks, attend)
+        else:
+            x = self.dropout(self.positions.embed(embedded))
+            for block in self.blocks:
+                if self.gradient_checkpointing:
+                    x = checkpoint(
+                        block, x, self.positions, use_reentrant=False, preserve_rng_state=True
+                    )
+                else:
+                    x = block(x, self.positions)
         hidden: Tensor = self.norm(x)
         return hidden if return_hidden else self.logits_from_hidden(hidden)
 
@@ -105,6 +118,26 @@ class Transformer(nn.Module):
         logits: Tensor = self.head(hidden)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache | None:
+        """Return an empty cache for `forward`; None if the positions cannot do with one.
+
+        Args:
+            batch: number of rows.
+            capacity: tokens a row, 1 to `sequence_length`.
+        """
+        weight = self.token_embedding.weight
+        if self.positions.at(torch.zeros(1, 1, dtype=torch.int64, device=weight.device)) is None:
+            return None
+        return KVCache(
+            batch,
+            capacity,
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.kv_heads,
+            head_width=self.config.head_width,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
 
     def num_parameters(self, non_embedding: bool = False) -> int:
         """Count the parameters, a shared one once.
