@@ -19,7 +19,8 @@ from fundamentallm.data.tokenizer import TOKENIZERS, Tokenizer, build_tokenizer
 from fundamentallm.engine.exactness import circumstances, versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
-from fundamentallm.errors import CheckpointError
+from fundamentallm.engine.starting_point import starting_point
+from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.components import check_components
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.clock import seconds_since_start
@@ -83,16 +84,19 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
     Raises:
         FundamentaLLMError: of the class of whatever part cannot be built.
     """
-    training = config.training
+    written = config
     device = resolve_run_device(config, ranks)
+    start = starting_point(config, directory)
+    config = start.config
+    training = config.training
 
     # data feeds
     corpus = read_corpus(config.data, directory, ranks)
-    tokenizer = (
-        build_tokenizer(config.data.tokenizer.name, config.data.tokenizer.options, corpus.text)
-        if corpus.tokenizer is None
-        else corpus.tokenizer
-    )
+    tokenizer = corpus.tokenizer or start.tokenizer()
+    if tokenizer is None:
+        tokenizer = build_tokenizer(
+            config.data.tokenizer.name, config.data.tokenizer.options, corpus.text
+        )
     tokens = tokenizer.encode(corpus.text) if corpus.tokens is None else corpus.tokens
     length = config.data.sequence_length
     splits = split_tokens(tokens, config.data.split)
@@ -109,13 +113,16 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
         splits["val"], length, config.data.batch_size, rank=ranks.rank, world_size=ranks.world_size
     )
     resolved, notes = resolve(config, directory, tokenizer, len(train_loader), device, ranks)
+    notes = [*start.notes, *notes]
     training = resolved.training
 
     # models compute; the ranks share the weights, and then each draws its own dropout
     torch.manual_seed(config.seed)
     with config.blame("model"):
         refuse_what_cannot_fit(resolved, device)
-        model = Transformer(resolved.model).to(device)
+        model = Transformer(resolved.model)
+        start.load_into(model)
+    model.to(device)
     if not ranks.alone:
         torch.manual_seed(derive_key(config.seed, ranks.rank) % 2**63)
 
@@ -151,7 +158,7 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
     trainer.clock = seconds_since_start
     trainer.description = dict(
         describe(
-            config,
+            written,
             resolved,
             tokenizer=tokenizer.to_dict(),
             data={"sha256": corpus.sha256, "num_tokens": len(tokens)},
@@ -293,6 +300,17 @@ def resolve(
             "sequence_length": config.model.sequence_length or config.data.sequence_length,
         }
     )
+    assert model.vocab_size is not None
+    if tokenizer.vocab_size > model.vocab_size:
+        with config.blame("model.vocab_size"):
+            raise ConfigError(
+                "the tokenizer has more tokens than the model",
+                got=f"model.vocab_size {model.vocab_size}",
+                expected=f"at least {tokenizer.vocab_size}, the tokenizer's",
+                fix="choose the model's own tokenizer"
+                if model.init_from
+                else "remove model.vocab_size",
+            )
     resolved = training.model_copy(
         update={
             "warmup_steps": warmup,
