@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from fundamentallm.config import DataConfig, RunConfig
 from fundamentallm.config.training import resolve_warmup
 from fundamentallm.data.corpus import Corpus, read_source, split_tokens
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.examples import ExampleLoader, ExampleValidationLoader, encode_examples
+from fundamentallm.data.loader import EpochLoader, TokenWindowLoader, ValidationLoader
 from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.tokenizer import TOKENIZERS, Tokenizer, build_tokenizer
 from fundamentallm.engine.exactness import circumstances, versions
@@ -97,22 +99,10 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
         tokenizer = build_tokenizer(
             config.data.tokenizer.name, config.data.tokenizer.options, corpus.text
         )
-    tokens = tokenizer.encode(corpus.text) if corpus.tokens is None else corpus.tokens
-    length = config.data.sequence_length
-    splits = split_tokens(tokens, config.data.split)
-    train_loader = TokenWindowLoader(
-        splits["train"],
-        length,
-        config.data.batch_size,
-        training.accumulation_steps,
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+    train_loader, val_loader, num_tokens = build_loaders(config, corpus, tokenizer, ranks)
+    resolved, notes = resolve(
+        config, directory, tokenizer, len(train_loader), train_loader.tokens_per_step, device
     )
-    val_loader = ValidationLoader(
-        splits["val"], length, config.data.batch_size, rank=ranks.rank, world_size=ranks.world_size
-    )
-    resolved, notes = resolve(config, directory, tokenizer, len(train_loader), device, ranks)
     notes = [*start.notes, *notes]
     training = resolved.training
 
@@ -161,7 +151,7 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
             written,
             resolved,
             tokenizer=tokenizer.to_dict(),
-            data={"sha256": corpus.sha256, "num_tokens": len(tokens)},
+            data={"sha256": corpus.sha256, "num_tokens": num_tokens},
             versions=versions(),
             circumstances=circumstances(device, ranks),
         )
@@ -260,13 +250,45 @@ def read_corpus(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Corp
     return corpus
 
 
+def build_loaders(
+    config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, ranks: Ranks
+) -> tuple[EpochLoader, ValidationLoader | ExampleValidationLoader, int]:
+    """Cut the source into its parts and build the loaders for training and validation.
+
+    Returns:
+        Both, and the number of tokens of the whole source.
+
+    Raises:
+        DataError: there is too little, or an example does not fit.
+    """
+    data, accumulation_steps = config.data, config.training.accumulation_steps
+    sizes = data.sequence_length, data.batch_size
+    own = {"rank": ranks.rank, "world_size": ranks.world_size}
+    if corpus.examples is not None:
+        encoded = encode_examples(corpus.examples, tokenizer, data.sequence_length)
+        parts = split_tokens(np.arange(len(encoded)), data.split)
+        examples, held_out = encoded.part(parts["train"]), encoded.part(parts["val"])
+        return (
+            ExampleLoader(examples, *sizes, accumulation_steps, seed=config.seed, **own),
+            ExampleValidationLoader(held_out, *sizes, **own),
+            len(encoded.ids),
+        )
+    tokens = tokenizer.encode(corpus.text) if corpus.tokens is None else corpus.tokens
+    splits = split_tokens(tokens, data.split)
+    return (
+        TokenWindowLoader(splits["train"], *sizes, accumulation_steps, seed=config.seed, **own),
+        ValidationLoader(splits["val"], *sizes, **own),
+        len(tokens),
+    )
+
+
 def resolve(
     config: RunConfig,
     directory: RunDirectory,
     tokenizer: Tokenizer,
     steps_per_epoch: int,
+    tokens_per_step: int,
     device: torch.device,
-    ranks: Ranks,
 ) -> tuple[RunConfig, list[str]]:
     """Fill in everything that the file leaves open.
 
@@ -274,12 +296,6 @@ def resolve(
         The configuration that the run uses and stores, and notes for the user.
     """
     training = config.training
-    tokens_per_step = (
-        config.data.sequence_length
-        * config.data.batch_size
-        * training.accumulation_steps
-        * ranks.world_size
-    )
     limits = Limits.resolve(training, steps_per_epoch, tokens_per_step)
     notes = []
     with config.blame("training.warmup_steps"):
