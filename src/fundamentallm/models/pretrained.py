@@ -7,6 +7,7 @@ code. A tensor that is missing or too much, or of another shape, refuses the who
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ class Pretrained:
             CheckpointError: there is no such folder, or it cannot be read.
             ConfigError: it describes a model that cannot be built here.
         """
-        path = Path(folder).expanduser()
+        path = Path(folder)
+        with contextlib.suppress(RuntimeError):  # "~models" looks like the home of a user
+            path = path.expanduser()
         if not path.is_dir():
             raise CheckpointError(
                 "there is no such folder to start from",
