@@ -82,6 +82,7 @@ class TestDefaults:
 
     def test_model(self):
         assert TransformerConfig().to_dict() == {
+            "init_from": None,
             "vocab_size": None,
             "d_model": 128,
             "num_layers": 4,

@@ -17,7 +17,8 @@ class DataConfig(BaseConfig):
     """Where the text comes from and how it is cut."""
 
     source: Text | Annotated[list[Text], Field(min_length=1)] = "python-docs"
-    """A built-in name (python-docs, tinyshakespeare), a file, a folder, or a list of files."""
+    """A built-in name (python-docs, tinyshakespeare), a file, a folder, or a list of files; .jsonl
+    files hold prompts and responses for fine-tuning."""
 
     tokenizer: Component = Component(name="character")
     """How text becomes tokens: character, byte."""

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from fundamentallm.data.download import default_cache_dir, download
+from fundamentallm.data.examples import SUFFIX as EXAMPLES_SUFFIX
+from fundamentallm.data.examples import Example, digest, read_examples
 from fundamentallm.data.text_file import read_text, to_utf8, unreadable
 from fundamentallm.data.token_file import read_tokens
 from fundamentallm.data.tokenizer import Tokenizer
@@ -46,6 +48,8 @@ class Corpus:
             download.
         tokens: (N,) memory-mapped token ids of a token file, else None.
         tokenizer: the token file's, else None.
+        examples: of prompt and response; None for text and token files. `text` is then all of
+            theirs, joined, and `sha256` is over the pairs.
     """
 
     text: str
@@ -54,10 +58,13 @@ class Corpus:
     built_in: bool = False
     tokens: np.ndarray | None = None
     tokenizer: Tokenizer | None = None
+    examples: list[Example] | None = None
 
 
 def read_source(source: str | Sequence[str], cache_dir: Path | None = None) -> Corpus:
     """Read a built-in source, a file, a folder, a token file (.npy), or a list of texts.
+
+    Files of examples (.jsonl, see `fundamentallm.data.examples`) stand alone or in a list of them.
 
     Args:
         source: a name in `SOURCES`, a path, or a list of these, whose texts are joined in that
@@ -77,6 +84,8 @@ def read_source(source: str | Sequence[str], cache_dir: Path | None = None) -> C
             )
         tokens, tokenizer, sha256 = read_tokens(_existing(names[0]))
         return Corpus("", [(names[0], 0, len(tokens))], sha256, False, tokens, tokenizer)
+    if any(name.endswith(EXAMPLES_SUFFIX) for name in names):
+        return _read_examples(names)
     parts = []
     pieces = []
     position = 0
@@ -94,6 +103,34 @@ def read_source(source: str | Sequence[str], cache_dir: Path | None = None) -> C
         )
     sha256 = hashlib.sha256(to_utf8(text)).hexdigest()
     return Corpus(text, pieces, sha256, built_in=any(name in SOURCES for name in names))
+
+
+def _read_examples(names: Sequence[str]) -> Corpus:
+    others = [name for name in names if not name.endswith(EXAMPLES_SUFFIX)]
+    if others:
+        raise DataError(
+            "examples cannot be joined with text, which has no prompts to mask",
+            where=", ".join(others),
+            fix=f"name {EXAMPLES_SUFFIX} files alone in data.source",
+        )
+    examples: list[Example] = []
+    pieces = []
+    position = 0
+    for name in names:
+        own = read_examples(_existing(name))
+        length = sum(len(example.prompt) + len(example.response) for example in own)
+        pieces.append((name, position, length))
+        position += length
+        examples += own
+    if not examples:
+        raise DataError(
+            "there is no example in the source",
+            where=", ".join(names),
+            got="0 lines",
+            fix="name a file with one JSON object a line in data.source",
+        )
+    text = "".join(example.prompt + example.response for example in examples)
+    return Corpus(text, pieces, digest(examples), examples=examples)
 
 
 def split_tokens(tokens: np.ndarray, fractions: Sequence[float]) -> dict[str, np.ndarray]:

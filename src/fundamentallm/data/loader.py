@@ -8,6 +8,7 @@ Shapes: N tokens in the split, T sequence length, B batch size, A accumulation s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,60 +43,40 @@ class Window:
     num_tokens: int
 
 
-class TokenWindowLoader:
-    """Windows over a sequence of tokens, shuffled anew in each epoch.
+class EpochLoader(ABC):
+    """Windows of rows, each row once an epoch, in an order drawn for that epoch.
 
-    An epoch cuts the tokens into n = max(1, (N - T) // T) sequences that do not overlap, from a
-    phase drawn for that epoch, and visits them in an order drawn for it. Step s takes positions
-    [s B A R, (s + 1) B A R) of that order; the last step of an epoch may be shorter. Micro-batch m
-    of rank r takes rows m B R + r B and the B - 1 after it.
+    Step s takes positions [s B A R, (s + 1) B A R) of the order; the last step of an epoch may be
+    shorter. Micro-batch m of rank r takes rows m B R + r B and the B - 1 after it. What a row is, a
+    subclass says.
 
     Args:
-        tokens: (N,) integers: an array, a memory map or a tensor, never copied, or a list.
+        num_sequences: rows in an epoch.
         sequence_length: T.
         batch_size: B, sequences in a micro-batch of one rank.
         accumulation_steps: A, micro-batches of one rank in a step.
-        seed: of phase and order.
+        seed: of the order.
         rank: this rank, 0 to R - 1.
         world_size: R.
-
-    Raises:
-        DataError: fewer than T + 1 tokens.
-        ValueError: a size below 1, no such rank, or tokens that are not one row of integers.
     """
 
     def __init__(
         self,
-        tokens: np.ndarray | Tensor | Sequence[int],
+        num_sequences: int,
         sequence_length: int,
         batch_size: int,
-        accumulation_steps: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        accumulation_steps: int,
+        seed: int,
+        rank: int,
+        world_size: int,
     ) -> None:
-        _check_sizes(sequence_length, batch_size, rank, world_size)
-        if accumulation_steps < 1:
-            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
-        ids = as_tokens(tokens)
-        if len(ids) < sequence_length + 1:
-            raise DataError(
-                "the text is too short for a single sequence",
-                got=f"{len(ids):,} tokens to train on",
-                expected=f"at least {sequence_length + 1:,} (data.sequence_length + 1)",
-                fix="lower data.sequence_length or add text",
-            )
+        self.num_sequences = num_sequences
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.rows_per_step = batch_size * accumulation_steps * world_size
-        self.num_sequences = max(1, (len(ids) - sequence_length) // sequence_length)
-        slack = len(ids) - 1 - self.num_sequences * sequence_length
-        self._num_phases = min(sequence_length - 1, slack) + 1
-        # A view: row i is tokens i to i + T, so inputs and targets are two slices of one gather.
-        self._windows = sliding_window_view(ids, sequence_length + 1)
         self._epoch = 0
         self._step = 0
 
@@ -121,7 +102,7 @@ class TokenWindowLoader:
         self._epoch, self._step = self._epoch + 1, 0
 
     def rows_at(self, epoch: int, step: int) -> np.ndarray:
-        """Return the first token's index of each sequence of a step, over all ranks, in order.
+        """Return the number of each sequence of a step, over all ranks, in order.
 
         Raises:
             ValueError: an epoch has no such step.
@@ -131,8 +112,7 @@ class TokenWindowLoader:
         first = step * self.rows_per_step
         last = min(first + self.rows_per_step, self.num_sequences)
         order = Permutation(self.num_sequences, derive_key(self.seed, epoch, _ORDER))
-        phase = derive_key(self.seed, epoch, _PHASE) % self._num_phases
-        return phase + order(np.arange(first, last)) * self.sequence_length
+        return order(np.arange(first, last))
 
     def window_at(self, epoch: int, step: int) -> Window:
         """Return this rank's share of a step.
@@ -143,32 +123,94 @@ class TokenWindowLoader:
         rows = self.rows_at(epoch, step)
         per_round = self.batch_size * self.world_size
         micro_batches = []
-        num_tokens = 0
         for start in range(0, len(rows), per_round):
             begin = start + self.rank * self.batch_size
             own = rows[begin : min(begin + self.batch_size, start + per_round)]
-            if len(own):
-                micro_batches.append(self._gather(own))
-                num_tokens += len(own) * self.sequence_length
-            else:
-                # The other ranks wait for this one in the collectives of their backward pass.
-                micro_batches.append(self._masked_row())
-        return Window(micro_batches, num_tokens)
+            # The other ranks wait for this one in the collectives of their backward pass.
+            micro_batches.append(self._gather(own) if len(own) else self._masked_row())
+        return Window(micro_batches, sum(count_valid(m["target_ids"]) for m in micro_batches))
 
-    def _gather(self, starts: np.ndarray) -> Batch:
-        rows = torch.from_numpy(self._windows[starts].astype(np.int64))
-        # Contiguous, hence apart: a batch may be viewed flat, and writing to one part of it must
-        # not change the other.
-        return {
-            "input_ids": rows[:, :-1].contiguous(),
-            "target_ids": rows[:, 1:].contiguous(),
-        }
+    @abstractmethod
+    def _gather(self, rows: np.ndarray) -> Batch:
+        """Return the batch of some rows as `rows_at` returns them, at least one."""
 
     def _masked_row(self) -> Batch:
         shape = (1, self.sequence_length)
         return {
             "input_ids": torch.zeros(shape, dtype=torch.int64),
             "target_ids": torch.full(shape, IGNORED, dtype=torch.int64),
+        }
+
+
+class TokenWindowLoader(EpochLoader):
+    """Windows over a sequence of tokens, shuffled anew in each epoch.
+
+    An epoch cuts the tokens into n = max(1, (N - T) // T) sequences that do not overlap, from a
+    phase drawn for that epoch, and visits them in an order drawn for it (`EpochLoader`).
+
+    Args:
+        tokens: (N,) integers: an array, a memory map or a tensor, never copied, or a list.
+        sequence_length: T.
+        batch_size: B, sequences in a micro-batch of one rank.
+        accumulation_steps: A, micro-batches of one rank in a step.
+        seed: of phase and order.
+        rank: this rank, 0 to R - 1.
+        world_size: R.
+
+    Raises:
+        DataError: fewer than T + 1 tokens.
+        ValueError: a size below 1, no such rank, or tokens that are not one row of integers.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray | Tensor | Sequence[int],
+        sequence_length: int,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check_sizes(sequence_length, batch_size, rank, world_size, accumulation_steps)
+        ids = as_tokens(tokens)
+        if len(ids) < sequence_length + 1:
+            raise DataError(
+                "the text is too short for a single sequence",
+                got=f"{len(ids):,} tokens to train on",
+                expected=f"at least {sequence_length + 1:,} (data.sequence_length + 1)",
+                fix="lower data.sequence_length or add text",
+            )
+        super().__init__(
+            max(1, (len(ids) - sequence_length) // sequence_length),
+            sequence_length,
+            batch_size,
+            accumulation_steps,
+            seed,
+            rank,
+            world_size,
+        )
+        slack = len(ids) - 1 - self.num_sequences * sequence_length
+        self._num_phases = min(sequence_length - 1, slack) + 1
+        # A view: row i is tokens i to i + T, so inputs and targets are two slices of one gather.
+        self._windows = sliding_window_view(ids, sequence_length + 1)
+
+    def rows_at(self, epoch: int, step: int) -> np.ndarray:
+        """Return the first token's index of each sequence of a step, over all ranks, in order.
+
+        Raises:
+            ValueError: an epoch has no such step.
+        """
+        phase = derive_key(self.seed, epoch, _PHASE) % self._num_phases
+        return phase + super().rows_at(epoch, step) * self.sequence_length
+
+    def _gather(self, rows: np.ndarray) -> Batch:
+        windows = torch.from_numpy(self._windows[rows].astype(np.int64))
+        # Contiguous, hence apart: a batch may be viewed flat, and writing to one part of it must
+        # not change the other.
+        return {
+            "input_ids": windows[:, :-1].contiguous(),
+            "target_ids": windows[:, 1:].contiguous(),
         }
 
 
@@ -197,7 +239,7 @@ class ValidationLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        _check_sizes(sequence_length, batch_size, rank, world_size)
+        check_sizes(sequence_length, batch_size, rank, world_size)
         self.tokens = as_tokens(tokens)
         self.sequence_length = sequence_length
         self.batch_size = batch_size
@@ -337,7 +379,18 @@ def as_batch(batch: Any) -> Batch:
     )
 
 
-def _check_sizes(sequence_length: int, batch_size: int, rank: int, world_size: int) -> None:
+def check_sizes(
+    sequence_length: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    accumulation_steps: int = 1,
+) -> None:
+    """Check a loader's sizes and rank.
+
+    Raises:
+        ValueError: a size below 1, or no such rank.
+    """
     if sequence_length < 1 or batch_size < 1:
         raise ValueError(
             f"sequence_length and batch_size must be at least 1, got {sequence_length} and"
@@ -345,6 +398,8 @@ def _check_sizes(sequence_length: int, batch_size: int, rank: int, world_size: i
         )
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie in 0 to {world_size - 1}, got {rank}")
+    if accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
 
 
 def as_tokens(tokens: np.ndarray | Tensor | Sequence[int]) -> np.ndarray:

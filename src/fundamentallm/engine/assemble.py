@@ -8,18 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from fundamentallm.config import DataConfig, RunConfig
 from fundamentallm.config.training import resolve_warmup
 from fundamentallm.data.corpus import Corpus, read_source, split_tokens
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.examples import ExampleLoader, ExampleValidationLoader, encode_examples
+from fundamentallm.data.loader import EpochLoader, TokenWindowLoader, ValidationLoader
 from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.tokenizer import TOKENIZERS, Tokenizer, build_tokenizer
 from fundamentallm.engine.exactness import circumstances, versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
-from fundamentallm.errors import CheckpointError
+from fundamentallm.engine.starting_point import starting_point
+from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.components import check_components
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.clock import seconds_since_start
@@ -83,39 +86,33 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
     Raises:
         FundamentaLLMError: of the class of whatever part cannot be built.
     """
-    training = config.training
+    written = config
     device = resolve_run_device(config, ranks)
+    start = starting_point(config, directory)
+    config = start.config
+    training = config.training
 
     # data feeds
     corpus = read_corpus(config.data, directory, ranks)
-    tokenizer = (
-        build_tokenizer(config.data.tokenizer.name, config.data.tokenizer.options, corpus.text)
-        if corpus.tokenizer is None
-        else corpus.tokenizer
+    tokenizer = corpus.tokenizer or start.tokenizer()
+    if tokenizer is None:
+        tokenizer = build_tokenizer(
+            config.data.tokenizer.name, config.data.tokenizer.options, corpus.text
+        )
+    train_loader, val_loader, num_tokens = build_loaders(config, corpus, tokenizer, ranks)
+    resolved, notes = resolve(
+        config, directory, tokenizer, len(train_loader), train_loader.tokens_per_step, device
     )
-    tokens = tokenizer.encode(corpus.text) if corpus.tokens is None else corpus.tokens
-    length = config.data.sequence_length
-    splits = split_tokens(tokens, config.data.split)
-    train_loader = TokenWindowLoader(
-        splits["train"],
-        length,
-        config.data.batch_size,
-        training.accumulation_steps,
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-    val_loader = ValidationLoader(
-        splits["val"], length, config.data.batch_size, rank=ranks.rank, world_size=ranks.world_size
-    )
-    resolved, notes = resolve(config, directory, tokenizer, len(train_loader), device, ranks)
+    notes = [*start.notes, *notes]
     training = resolved.training
 
     # models compute; the ranks share the weights, and then each draws its own dropout
     torch.manual_seed(config.seed)
     with config.blame("model"):
         refuse_what_cannot_fit(resolved, device)
-        model = Transformer(resolved.model).to(device)
+        model = Transformer(resolved.model)
+        start.load_into(model)
+    model.to(device)
     if not ranks.alone:
         torch.manual_seed(derive_key(config.seed, ranks.rank) % 2**63)
 
@@ -151,10 +148,10 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
     trainer.clock = seconds_since_start
     trainer.description = dict(
         describe(
-            config,
+            written,
             resolved,
             tokenizer=tokenizer.to_dict(),
-            data={"sha256": corpus.sha256, "num_tokens": len(tokens)},
+            data={"sha256": corpus.sha256, "num_tokens": num_tokens},
             versions=versions(),
             circumstances=circumstances(device, ranks),
         )
@@ -253,13 +250,45 @@ def read_corpus(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Corp
     return corpus
 
 
+def build_loaders(
+    config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, ranks: Ranks
+) -> tuple[EpochLoader, ValidationLoader | ExampleValidationLoader, int]:
+    """Cut the source into its parts and build the loaders for training and validation.
+
+    Returns:
+        Both, and the number of tokens of the whole source.
+
+    Raises:
+        DataError: there is too little, or an example does not fit.
+    """
+    data, accumulation_steps = config.data, config.training.accumulation_steps
+    sizes = data.sequence_length, data.batch_size
+    own = {"rank": ranks.rank, "world_size": ranks.world_size}
+    if corpus.examples is not None:
+        encoded = encode_examples(corpus.examples, tokenizer, data.sequence_length)
+        parts = split_tokens(np.arange(len(encoded)), data.split)
+        examples, held_out = encoded.part(parts["train"]), encoded.part(parts["val"])
+        return (
+            ExampleLoader(examples, *sizes, accumulation_steps, seed=config.seed, **own),
+            ExampleValidationLoader(held_out, *sizes, **own),
+            len(encoded.ids),
+        )
+    tokens = tokenizer.encode(corpus.text) if corpus.tokens is None else corpus.tokens
+    splits = split_tokens(tokens, data.split)
+    return (
+        TokenWindowLoader(splits["train"], *sizes, accumulation_steps, seed=config.seed, **own),
+        ValidationLoader(splits["val"], *sizes, **own),
+        len(tokens),
+    )
+
+
 def resolve(
     config: RunConfig,
     directory: RunDirectory,
     tokenizer: Tokenizer,
     steps_per_epoch: int,
+    tokens_per_step: int,
     device: torch.device,
-    ranks: Ranks,
 ) -> tuple[RunConfig, list[str]]:
     """Fill in everything that the file leaves open.
 
@@ -267,12 +296,6 @@ def resolve(
         The configuration that the run uses and stores, and notes for the user.
     """
     training = config.training
-    tokens_per_step = (
-        config.data.sequence_length
-        * config.data.batch_size
-        * training.accumulation_steps
-        * ranks.world_size
-    )
     limits = Limits.resolve(training, steps_per_epoch, tokens_per_step)
     notes = []
     with config.blame("training.warmup_steps"):
@@ -293,6 +316,17 @@ def resolve(
             "sequence_length": config.model.sequence_length or config.data.sequence_length,
         }
     )
+    assert model.vocab_size is not None
+    if tokenizer.vocab_size > model.vocab_size:
+        with config.blame("model.vocab_size"):
+            raise ConfigError(
+                "the tokenizer has more tokens than the model",
+                got=f"model.vocab_size {model.vocab_size}",
+                expected=f"at least {tokenizer.vocab_size}, the tokenizer's",
+                fix="choose the model's own tokenizer"
+                if model.init_from
+                else "remove model.vocab_size",
+            )
     resolved = training.model_copy(
         update={
             "warmup_steps": warmup,

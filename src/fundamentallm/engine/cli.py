@@ -134,6 +134,19 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
     _add_plugins(verify)
 
+    export = _add(commands, "export", _export, "write a trained model for other tools")
+    export.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=("hf", "torch"),
+        help="hf: a folder for the transformers library; torch: one file for torch.load",
+    )
+    export.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="must not exist; appears whole"
+    )
+    _add_plugins(export)
+
     generate = _add(commands, "generate", _generate, "let a trained model write")
     _add_model(generate)
     generate.add_argument(
@@ -279,6 +292,13 @@ def _verify(options: argparse.Namespace) -> int:
         from fundamentallm.engine.verify import verify
 
     return verify(options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    with loading():
+        from fundamentallm.engine.export import export
+
+    return export(options)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -7,16 +7,18 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fundamentallm.data.corpus import Corpus, read_source, split_tokens
+from fundamentallm.data.examples import encode_examples
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import ConfigError, DataError, FundamentaLLMError
-from fundamentallm.inference.evaluate import evaluate_text
+from fundamentallm.inference.evaluate import Evaluated, evaluate_examples, evaluate_text
 from fundamentallm.inference.generate import Piece, stream_texts
 from fundamentallm.inference.load import Trained, load_trained
 from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
@@ -30,7 +32,7 @@ def evaluate(options: argparse.Namespace) -> int:
     with speaking():
         load_plugins(options.plugins, "--plugins")
         trained = load_trained(options.model, resolve_device(options.device))
-        tokens, what = _tokens(trained, options.data)
+        corpus, what = _corpus(trained, options.data)
         model_config = trained.config.model
         assert model_config.sequence_length is not None
         device = next(trained.model.parameters()).device
@@ -42,10 +44,11 @@ def evaluate(options: argparse.Namespace) -> int:
             else resolve_precision("auto", False, device),
             device,
         )
-        result = evaluate_text(
+        measure, data = _to_measure(trained, corpus, what, options.data is not None)
+        result = measure(
             trained.model,
             trained.tokenizer,
-            tokens,
+            data,
             model_config.sequence_length,
             trained.config.data.batch_size,
             precision,
@@ -74,8 +77,8 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tokens(trained: Trained, data: str | None) -> tuple[np.ndarray, str]:
-    """Return the token ids to evaluate on, and what they are."""
+def _corpus(trained: Trained, data: str | None) -> tuple[Corpus, str]:
+    """Return the source to evaluate on, and what it is."""
     if data is not None:
         corpus = read_source(data)
         if corpus.tokenizer is not None:
@@ -88,38 +91,53 @@ def _tokens(trained: Trained, data: str | None) -> tuple[np.ndarray, str]:
                     expected=f"tokenizer {expected[:16]}",
                     fix="name the text itself, or a token file made with the model's tokenizer",
                 )
-        tokens = _ids(trained, corpus)
-        what = data
-    else:
-        copy = trained.run_dir / "corpus.txt"
-        source = str(copy) if copy.exists() else trained.config.data.source
-        corpus = read_source(source)
-        expected = trained.manifest.metadata["data"]["sha256"]
-        if corpus.sha256 != expected:
-            raise DataError(
-                "the run's text has changed, so its validation split is another",
-                where=str(source),
-                got=f"SHA-256 {corpus.sha256}",
-                expected=f"SHA-256 {expected}",
-                fix="restore the text, or name one with --data",
-            )
-        tokens = split_tokens(_ids(trained, corpus), trained.config.data.split)["val"]
-        what = "the run's validation split"
-    if len(tokens) < 2:
+        return corpus, data
+    copy = trained.run_dir / "corpus.txt"
+    source = str(copy) if copy.exists() else trained.config.data.source
+    corpus = read_source(source)
+    expected = trained.manifest.metadata["data"]["sha256"]
+    if corpus.sha256 != expected:
         raise DataError(
-            "there is nothing to evaluate",
-            where=what,
-            got=f"{len(tokens)} tokens",
-            expected="at least 2",
-            fix="name a text with --data",
+            "the run's text has changed, so its validation split is another",
+            where=str(source),
+            got=f"SHA-256 {corpus.sha256}",
+            expected=f"SHA-256 {expected}",
+            fix="restore the text, or name one with --data",
         )
-    return tokens, what
+    return corpus, "the run's validation split"
 
 
-def _ids(trained: Trained, corpus: Corpus) -> np.ndarray:
-    if corpus.tokens is not None:
-        return corpus.tokens
-    return trained.tokenizer.encode(corpus.text)
+def _to_measure(
+    trained: Trained, corpus: Corpus, what: str, whole: bool
+) -> tuple[Callable[..., Evaluated], Any]:
+    """Return the measure for a source and its data: all of it, or the validation split."""
+    split = (1.0, 0.0, 0.0) if whole else trained.config.data.split
+    part = "train" if whole else "val"
+    if corpus.examples is not None:
+        length = trained.config.model.sequence_length
+        assert length is not None
+        encoded = encode_examples(corpus.examples, trained.tokenizer, length)
+        examples = encoded.part(split_tokens(np.arange(len(encoded)), split)[part])
+        if not len(examples):
+            raise _nothing_to_evaluate(what, "0 examples", "at least 1")
+        return evaluate_examples, examples
+    tokens = corpus.tokens
+    if tokens is None:
+        tokens = trained.tokenizer.encode(corpus.text)
+    tokens = split_tokens(tokens, split)[part]
+    if len(tokens) < 2:
+        raise _nothing_to_evaluate(what, f"{len(tokens)} tokens", "at least 2")
+    return evaluate_text, tokens
+
+
+def _nothing_to_evaluate(what: str, got: str, expected: str) -> DataError:
+    return DataError(
+        "there is nothing to evaluate",
+        where=what,
+        got=got,
+        expected=expected,
+        fix="name a text with --data",
+    )
 
 
 def generate(options: argparse.Namespace) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from fundamentallm.data.loader import ValidationLoader
+from fundamentallm.data.examples import EncodedExamples, ExampleValidationLoader
+from fundamentallm.data.loader import Batch, ValidationLoader
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.training.precision import Precision
 from fundamentallm.training.step import evaluate
@@ -61,9 +63,35 @@ def evaluate_text(
         precision: autocast as in training.
     """
     loader = ValidationLoader(tokens, sequence_length, batch_size)
+    return _measured(model, loader, precision, tokenizer.decode(tokens[1:]))
+
+
+def evaluate_examples(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    examples: EncodedExamples,
+    sequence_length: int,
+    batch_size: int,
+    precision: Precision,
+) -> Evaluated:
+    """Measure a model on the responses of examples, each given its prompt.
+
+    Args:
+        model, tokenizer, batch_size, precision: as for `evaluate_text`.
+        examples: at least one.
+        sequence_length: the context length in tokens.
+    """
+    loader = ExampleValidationLoader(examples, sequence_length, batch_size)
+    text = "".join(tokenizer.decode(targets) for targets in examples.targets())
+    return _measured(model, loader, precision, text)
+
+
+def _measured(
+    model: nn.Module, loader: Iterable[Batch], precision: Precision, text: str
+) -> Evaluated:
+    """Measure a model on batches whose targets are a text."""
     output = evaluate(model, loader, precision)
     assert output is not None
-    text = tokenizer.decode(tokens[1:])
     num_characters, num_bytes = len(text), len(text.encode("utf-8", "surrogatepass"))
     bits = output.nll / math.log(2.0)
     return Evaluated(
