@@ -24,6 +24,7 @@ from fundamentallm.engine import run as run_module
 from fundamentallm.engine.cli import main
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training import train
+from fundamentallm.training.manifest import parse_manifest, render_manifest
 from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
@@ -536,6 +537,26 @@ def test_what_auto_chose_is_not_chosen_again_on_resume(at_step, monkeypatch, cap
     assert "on cpu in bf16" in capsys.readouterr().err
     stored = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["training"]
     assert stored["precision"] == "bf16"
+
+
+def test_a_checkpoint_from_before_a_field_existed_is_gone_on_from(done, at_step, capsys):
+    at_step(6, press_ctrl_c)
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 130
+    at_step(10**6, press_ctrl_c)
+    for path in Path("cut/checkpoints").glob("step-*/MANIFEST.json"):
+        stored = parse_manifest(path.read_bytes(), path.parent.name, str(path))
+        metadata = json.loads(json.dumps(stored.metadata))
+        for description in (metadata["config_as_written"], metadata["config"]):
+            del description["model"]["init_from"], description["model"]["logit_softcap"]
+            del description["training"]["max_seconds"], description["plugins"]
+        path.write_bytes(render_manifest(stored.step, stored.files, metadata))
+
+    assert main(["run", "tiny.yaml", "model.logit_softcap=30", "--resume", "cut"]) == 4
+    assert "model.logit_softcap: None there, 30.0 here" in capsys.readouterr().err
+    assert main(["run", "tiny.yaml", "--resume", "cut"]) == 0
+    assert weights("cut") == weights(done)
+    assert main(["run", "tiny.yaml", "training.max_seconds=900", "--resume", "cut"]) == 0
+    assert "finished" not in capsys.readouterr().out
 
 
 def test_drift_is_refused_with_every_difference(done, place, capsys):

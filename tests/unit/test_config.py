@@ -25,7 +25,7 @@ from fundamentallm.config import (
     may_differ_on_resume,
     resolve_warmup,
 )
-from fundamentallm.config.difference import ABSENT
+from fundamentallm.config.difference import ABSENT, with_defaults
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.registry import Registry
 
@@ -866,6 +866,19 @@ class TestDifferences:
     )
     def test_what_is_the_same(self, a, b, same):
         assert (config_differences({"k": a}, {"k": b}) == []) == same
+
+    def test_a_description_that_lacks_fields_says_their_defaults(self):
+        config = RunConfig(name="mine", training=TrainingConfig(optimizer={"name": "sgd"}))
+        whole = config.model_dump(mode="json")
+        stored = config.model_dump(mode="json")
+        del stored["model"]["init_from"], stored["data"], stored["handlers"]
+        stored["training"]["a field of old"] = 1
+        before = json.dumps(stored)
+        completed = with_defaults(stored, RunConfig)
+        assert completed["training"].pop("a field of old") == 1
+        assert completed == whole
+        assert json.dumps(stored) == before
+        assert with_defaults(whole, RunConfig) == whole
 
     def test_what_may_differ_exists(self):
         for key in RESUME_MAY_DIFFER:
