@@ -83,6 +83,32 @@ def test_fine_tuning_an_exported_model() -> None:
     assert after < before
 
 
+def test_it_learns_to_stop_and_generate_stops_there(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = {"a:": "yes", "b:": "no"}
+    lines = [json.dumps({"prompt": p, "response": r}) for p, r in answers.items()]
+    Path("pairs.jsonl").write_text("\n".join(lines * 8))
+    values = json.loads(json.dumps(CONFIG))
+    values["training"] |= {"total_steps": 60, "eval_steps": 60}
+    Path("tuned.yaml").write_text(yaml.safe_dump(values))
+    assert main(["run", "tuned.yaml"]) == 0
+    capsys.readouterr()
+    asked = ["generate", "runs/tuned", "--temperature", "0", "--max-tokens", "20", "--prompt"]
+    for prompt, response in answers.items():
+        assert main([*asked, prompt]) == 0
+        assert capsys.readouterr().out == f"{prompt}{response}\n"
+    assert main([*asked, "a:", "--stop", "s"]) == 0
+    assert capsys.readouterr().out == "a:ye\n"
+    assert main(["export", "runs/tuned", "--format", "hf", "--out", "out"]) == 0
+    newline = load_trained(Path("runs/tuned"), torch.device("cpu")).tokenizer.encode("\n")
+    written = json.loads(Path("out/generation_config.json").read_text())
+    assert written["eos_token_id"] == written["pad_token_id"] == int(newline[0])
+    assert main(["run", "tuned.yaml", "data.response_end=null", "--run-dir", "endless"]) == 0
+    capsys.readouterr()
+    asked[1] = "endless"
+    assert main([*asked, "a:"]) == 0
+    assert len(capsys.readouterr().out) == len("a:") + 20 + 1
+
+
 def test_another_text_is_another_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "tuned.yaml", "training.total_steps=4"]) == 0
     lines = Path("pairs.jsonl").read_text()
@@ -96,6 +122,7 @@ def test_another_text_is_another_run(capsys: pytest.CaptureFixture[str]) -> None
     [
         ('{"prompt": "a"}', "pairs.jsonl:41: this line has no text under 'response'"),
         ('{"prompt": "a", "response": ""}', "pairs.jsonl:41: there is no token to learn"),
+        ('{"prompt": "a", "response": "a\\na"}', "pairs.jsonl:41: this response holds the text"),
         ('{"prompt": "aaaaaaaaaa", "response": "aaaa"}', "pairs.jsonl:41: this example is longer"),
     ],
 )

@@ -16,6 +16,7 @@ from fundamentallm.data.examples import (
     Example,
     ExampleLoader,
     ExampleValidationLoader,
+    _ended,
     digest,
     encode_examples,
     read_examples,
@@ -258,6 +259,60 @@ def test_an_example_that_does_not_fit_is_named(pair: tuple[str, str], message: s
     with pytest.raises(DataError, match=message) as caught:
         encode_examples(examples, CharacterTokenizer("ab"), 4)
     assert caught.value.where.startswith("f:2")
+
+
+@pytest.mark.parametrize(
+    ("response", "end", "expected"),
+    [
+        ("one", "\n", "one\n"),
+        ("one\n", "\n", "one\n"),
+        ("\n", "\n", "\n"),
+        ("a\nb", "\n\n", "a\nb\n\n"),
+        ("a<end>", "<end>", "a<end>"),
+        ("xaa", "aa", "xaa"),
+        ("a\n\n", None, "a\n\n"),
+        ("", "\n", ""),  # refused when it is encoded
+    ],
+)
+def test_a_response_ends_once(
+    response: str, end: str | None, expected: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "a\nb\n", "response": response})
+    example = Example("a\nb\n", expected, f"{path}:1")
+    assert read_examples(path, end) == [example]
+    corpus = read_source(str(path), response_end=end)
+    assert corpus.examples == [example]
+    assert corpus.text == "a\nb\n" + expected
+
+
+@pytest.mark.parametrize(
+    ("response", "end", "after"),
+    [("one\ntwo", "\n", 3), ("a\n\n", "\n", 1), ("a\n", "\n\n", 1)],
+)
+def test_a_response_that_would_be_cut_is_named(
+    response: str, end: str, after: int, tmp_path: Path
+) -> None:
+    """A reader that stops at the first end must get the whole response."""
+    path = write(
+        tmp_path / "a.jsonl",
+        {"prompt": "", "response": "fine"},
+        {"prompt": "", "response": response},
+    )
+    with pytest.raises(DataError, match="would stop there") as caught:
+        read_examples(path, end)
+    assert caught.value.where == f"{path}:2"
+    assert f"after {after} characters" in str(caught.value)
+    assert "data.response_end" in str(caught.value)
+
+
+@given(st.text("ab\n", max_size=6), st.text("ab\n", min_size=1, max_size=3))
+def test_what_is_accepted_stops_exactly_at_its_end(response: str, end: str) -> None:
+    try:
+        ended = _ended(Example("", response, ""), end).response
+    except DataError:
+        return
+    if response:
+        assert ended.partition(end) == (response.removesuffix(end), end, "")
 
 
 def test_a_source_of_examples(tmp_path: Path) -> None:

@@ -20,6 +20,11 @@ class DataConfig(BaseConfig):
     """A built-in name (python-docs, tinyshakespeare), a file, a folder, or a list of files; .jsonl
     files hold prompts and responses for fine-tuning."""
 
+    response_end: Text | None = "\n"
+    """Text with which each response of a .jsonl file ends, added where it is not there; the model
+    learns it, and `generate` stops at it. No response may hold it earlier. null adds nothing, and
+    the model learns no end."""
+
     tokenizer: Component = Component(name="character")
     """How text becomes tokens: character, byte."""
 

@@ -61,7 +61,12 @@ class Corpus:
     examples: list[Example] | None = None
 
 
-def read_source(source: str | Sequence[str], cache_dir: Path | None = None) -> Corpus:
+def read_source(
+    source: str | Sequence[str],
+    cache_dir: Path | None = None,
+    *,
+    response_end: str | None = None,
+) -> Corpus:
     """Read a built-in source, a file, a folder, a token file (.npy), or a list of texts.
 
     Files of examples (.jsonl, see `fundamentallm.data.examples`) stand alone or in a list of them.
@@ -70,6 +75,7 @@ def read_source(source: str | Sequence[str], cache_dir: Path | None = None) -> C
         source: a name in `SOURCES`, a path, or a list of these, whose texts are joined in that
             order with nothing between them; a token file stands alone.
         cache_dir: where downloads are kept; `~/.cache/fundamentallm` if None.
+        response_end: as `end` in `read_examples`.
 
     Raises:
         DataError: the source does not exist, holds no text, or is not UTF-8 text.
@@ -85,7 +91,7 @@ def read_source(source: str | Sequence[str], cache_dir: Path | None = None) -> C
         tokens, tokenizer, sha256 = read_tokens(_existing(names[0]))
         return Corpus("", [(names[0], 0, len(tokens))], sha256, False, tokens, tokenizer)
     if any(name.endswith(EXAMPLES_SUFFIX) for name in names):
-        return _read_examples(names)
+        return _read_examples(names, response_end)
     parts = []
     pieces = []
     position = 0
@@ -105,7 +111,7 @@ def read_source(source: str | Sequence[str], cache_dir: Path | None = None) -> C
     return Corpus(text, pieces, sha256, built_in=any(name in SOURCES for name in names))
 
 
-def _read_examples(names: Sequence[str]) -> Corpus:
+def _read_examples(names: Sequence[str], response_end: str | None) -> Corpus:
     others = [name for name in names if not name.endswith(EXAMPLES_SUFFIX)]
     if others:
         raise DataError(
@@ -117,7 +123,7 @@ def _read_examples(names: Sequence[str]) -> Corpus:
     pieces = []
     position = 0
     for name in names:
-        own = read_examples(_existing(name))
+        own = read_examples(_existing(name), response_end)
         length = sum(len(example.prompt) + len(example.response) for example in own)
         pieces.append((name, position, length))
         position += length

@@ -5,8 +5,9 @@
 The loss counts the response alone; the targets inside the prompt are -100. One example is one row,
 from its first token, padded to T with masked targets, so nothing is read across examples. A causal
 model cannot see the padding behind a token, so the loss is exactly that of the examples one by one,
-and weighted by tokens as everywhere. Nothing is added to either text: what separates the two, or
-ends the second, stands in the file. Both are encoded apart, as a prompt is that stands alone.
+and weighted by tokens as everywhere. What separates prompt and response stands in the file; the
+text that ends a response is added where it is not there, so that the model learns to stop. Both are
+encoded apart, as a prompt is that stands alone.
 
 Shapes: N tokens of all examples, n examples, T sequence length, B batch size.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Example:
 
     Attributes:
         prompt: the text that is given; may be empty.
-        response: the text to learn.
+        response: the text to learn, its end included.
         where: file and line.
     """
 
@@ -98,8 +99,12 @@ class EncodedExamples:
         return {"input_ids": torch.from_numpy(inputs), "target_ids": torch.from_numpy(targets)}
 
 
-def read_examples(path: Path) -> list[Example]:
+def read_examples(path: Path, end: str | None = None) -> list[Example]:
     """Read the examples of a file; lines of white space are passed over, other keys too.
+
+    Args:
+        path: the file.
+        end: ends every response, added where it is not there; None adds nothing.
 
     Raises:
         DataError: the file cannot be read, or a line is no example: `where` is file and line.
@@ -108,7 +113,7 @@ def read_examples(path: Path) -> list[Example]:
     # JSON text may hold other line separators of Unicode than this one.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line and not line.isspace():
-            examples.append(_example(line, f"{path}:{number}"))
+            examples.append(_ended(_example(line, f"{path}:{number}"), end))
     return examples
 
 
@@ -258,6 +263,25 @@ class ExampleValidationLoader:
             first = number * self.batch_size
             last = min(first + self.batch_size, len(self.examples))
             yield self.examples.batch(np.arange(first, last), self.sequence_length)
+
+
+def _ended(example: Example, end: str | None) -> Example:
+    """Return an example whose response ends with a text and does not hold it earlier."""
+    # An empty response is left to be refused: what a model would learn of it is the end alone.
+    if end is None or not example.response:
+        return example
+    response = example.response.removesuffix(end) + end
+    # Also one that begins in the response and reaches into its end.
+    first = response.index(end)
+    if first + len(end) < len(response):
+        raise DataError(
+            "this response holds the text that ends a response, so a model would stop there",
+            where=example.where,
+            got=f"{end!a} after {first:,} characters",
+            expected=f"{end!a} at the end alone",
+            fix="set data.response_end to a text that no response holds, as '\\n\\n', or to null",
+        )
+    return replace(example, response=response)
 
 
 def _example(line: str, where: str) -> Example:

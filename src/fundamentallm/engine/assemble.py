@@ -151,7 +151,11 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
             written,
             resolved,
             tokenizer=tokenizer.to_dict(),
-            data={"sha256": corpus.sha256, "num_tokens": num_tokens},
+            data={
+                "sha256": corpus.sha256,
+                "num_tokens": num_tokens,
+                "response_end": None if corpus.examples is None else config.data.response_end,
+            },
             versions=versions(),
             circumstances=circumstances(device, ranks),
         )
@@ -234,7 +238,7 @@ def read_corpus(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Corp
     else:
         if not ranks.is_writer:
             ranks.barrier()  # the first rank downloads, the others find it in the cache
-        corpus = read_source(data.source)
+        corpus = read_source(data.source, response_end=data.response_end)
         if ranks.is_writer:
             ranks.barrier()
     if directory.checkpoint is not None:

@@ -187,7 +187,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this text is written; may be given several times",
+        help="end before this text is written; may be given several times; default: the end of a"
+        " response, where the model learnt one",
     )
     generate.add_argument(
         "--seed", type=int, default=0, metavar="S", help="of the first sample; default 0"

@@ -80,7 +80,7 @@ def evaluate(options: argparse.Namespace) -> int:
 def _corpus(trained: Trained, data: str | None) -> tuple[Corpus, str]:
     """Return the source to evaluate on, and what it is."""
     if data is not None:
-        corpus = read_source(data)
+        corpus = read_source(data, response_end=trained.config.data.response_end)
         if corpus.tokenizer is not None:
             expected = trained.tokenizer.fingerprint()
             if corpus.tokenizer.fingerprint() != expected:
@@ -94,7 +94,7 @@ def _corpus(trained: Trained, data: str | None) -> tuple[Corpus, str]:
         return corpus, data
     copy = trained.run_dir / "corpus.txt"
     source = str(copy) if copy.exists() else trained.config.data.source
-    corpus = read_source(source)
+    corpus = read_source(source, response_end=trained.config.data.response_end)
     expected = trained.manifest.metadata["data"]["sha256"]
     if corpus.sha256 != expected:
         raise DataError(
@@ -219,7 +219,7 @@ def _write(trained: Trained, options: argparse.Namespace, prompt: str, seed: int
             top_p=options.top_p,
             min_p=options.min_p,
             repetition_penalty=options.repetition_penalty,
-            stop=options.stop,
+            stop=options.stop or trained.stop,
             seeds=[seed + number for number in numbers],
         )
         shown = None

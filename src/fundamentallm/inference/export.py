@@ -61,6 +61,7 @@ def export_hf(trained: Trained, path: Path) -> None:
     """Write a folder of the transformers library.
 
     No token is special: the text `<unk>` is five characters, and nothing is put before a prompt.
+    Where a model learnt to end its responses with one token, `generate` there stops at it too.
     """
     config = trained.config.model
     layout = layout_for(config)
@@ -81,7 +82,7 @@ def export_hf(trained: Trained, path: Path) -> None:
                     "dtype": "float32",
                 }
             ),
-            "generation_config.json": _json(none_special),
+            "generation_config.json": _json({**none_special, **_end_of_response(trained)}),
             "model.safetensors": tensor_file_chunks(layout.to_theirs(config, weights)),
             "tokenizer.json": _json(tokenizer_json(trained.tokenizer)),
             "tokenizer_config.json": _json(
@@ -109,6 +110,14 @@ def export_torch(trained: Trained, path: Path) -> None:
         config=trained.config.model_dump(mode="json"),
         tokenizer=trained.tokenizer.to_dict(),
     )
+
+
+def _end_of_response(trained: Trained) -> dict[str, int]:
+    ends = [trained.tokenizer.encode(text).tolist() for text in trained.stop]
+    # A longer end has no id. Padding, which follows the end alone, may be any token.
+    return {
+        key: ids[0] for ids in ends if len(ids) == 1 for key in ("eos_token_id", "pad_token_id")
+    }
 
 
 def write_folder(
