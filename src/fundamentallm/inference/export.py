@@ -113,11 +113,12 @@ def export_torch(trained: Trained, path: Path) -> None:
 
 
 def _end_of_response(trained: Trained) -> dict[str, int]:
-    ends = [trained.tokenizer.encode(text).tolist() for text in trained.stop]
-    # A longer end has no id. Padding, which follows the end alone, may be any token.
-    return {
-        key: ids[0] for ids in ends if len(ids) == 1 for key in ("eos_token_id", "pad_token_id")
-    }
+    for text in trained.stop:
+        ids = trained.tokenizer.encode(text).tolist()
+        if len(ids) == 1:
+            # Padding comes after the end alone, so it may be any token.
+            return {"eos_token_id": ids[0], "pad_token_id": ids[0]}
+    return {}
 
 
 def write_folder(
