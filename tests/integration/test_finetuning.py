@@ -55,6 +55,10 @@ def test_a_run_is_measured_by_its_responses(capsys: pytest.CaptureFixture[str]) 
     assert result["loss"] == pytest.approx(recorded, rel=1e-6)
     assert main(["evaluate", "runs/tuned", "--json", "--data", "pairs.jsonl"]) == 0
     assert json.loads(capsys.readouterr().out)["num_tokens"] == 8 * (2 + 3 + 4 + 5 + 6)
+    assert main(["evaluate", "runs/tuned", "--json", "--documents"]) == 0
+    documents = json.loads(capsys.readouterr().out)["documents"]
+    found = [(one["name"], one["num_tokens"]) for one in documents]
+    assert found == [(f"pairs.jsonl:{line}", line - 34) for line in (37, 38, 39, 40)]
     steps = [json.loads(line) for line in Path("runs/tuned/metrics.jsonl").read_text().splitlines()]
     trained = 8 * 20 - 18  # of each epoch of 9 steps; then three more steps
     assert trained < steps[-1]["tokens"] < 2 * trained

@@ -856,6 +856,106 @@ def test_evaluate_on_another_text(done, capsys):
     assert result["data"] == "other.txt"
 
 
+def evaluated(capsys, *options: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["evaluate", "runs/tiny", "--json", *options]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_evaluate_measures_each_part_of_the_split(done, capsys):
+    text = TEXT.read_text()
+    begin = int(0.9 * len(text))
+    for part, own in (("train", text[:begin]), ("val", text[begin:])):
+        Path("part.txt").write_text(own)
+        result = evaluated(capsys, "--split", part)
+        expected = evaluated(capsys, "--data", "part.txt")
+        assert result["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert result["num_tokens"] == len(own) - 1
+    assert main(["evaluate", "runs/tiny", "--split", "test"]) == 3
+    assert "there is nothing to evaluate" in capsys.readouterr().err
+
+
+def test_evaluate_with_a_stride_predicts_from_more(done, capsys):
+    plain, full = evaluated(capsys), evaluated(capsys, "--stride", "1")
+    assert (plain["stride"], full["stride"]) == (16, 1)
+    assert full["num_tokens"] == plain["num_tokens"]
+    assert full["loss"] != plain["loss"]
+    assert evaluated(capsys, "--stride", "16") == plain
+    assert main(["evaluate", "runs/tiny", "--stride", "4"]) == 0
+    assert "windows             of 16 tokens, 4 apart" in capsys.readouterr().out
+    for stride in ("0", "17"):
+        assert main(["evaluate", "runs/tiny", "--stride", stride]) == 2
+        assert "1 to 16, the context length" in capsys.readouterr().err
+
+
+def test_evaluate_documents_of_a_folder(done, capsys):
+    whole = TEXT.read_text()
+    Path("texts").mkdir()
+    texts = {"a.txt": whole[:30], "b.txt": whole[30:31], "c.md": whole[31:120]}
+    for name, text in texts.items():
+        Path("texts", name).write_text(text)
+    result = evaluated(capsys, "--data", "texts", "--documents")
+    names = [Path(document["name"]).name for document in result["documents"]]
+    assert names == ["a.txt", "c.md"]
+    assert result["documents_too_short"] == 1
+    assert result["num_tokens"] == 29 + 88
+    total = 0.0
+    for document in result["documents"]:
+        alone = evaluated(capsys, "--data", document["name"])
+        for key in ("loss", "perplexity", "bits_per_byte", "num_tokens", "num_bytes"):
+            assert document[key] == pytest.approx(alone[key], rel=1e-6), key
+        total += document["loss"] * document["num_tokens"]
+    assert result["loss"] == pytest.approx(total / (29 + 88))
+    assert main(["evaluate", "runs/tiny", "--data", "texts", "--documents"]) == 0
+    out = capsys.readouterr().out
+    assert "2 documents, each read by itself; 1 with nothing to predict left out" in out
+    assert out.splitlines()[-1].split()[0] == "88"
+    assert out.splitlines()[-1].endswith(names[-1])
+    assert "documents" not in evaluated(capsys, "--data", "texts")
+
+
+def test_evaluate_documents_between_separators(done, capsys):
+    Path("many.txt").write_text("First\nline\n\nSecond\n\n\n\nFirst\n")
+    result = evaluated(capsys, "--data", "many.txt", "--document-separator", "\n\n")
+    found = [(one["name"], one["num_tokens"]) for one in result["documents"]]
+    assert found == [("many.txt:1", 11), ("many.txt:4", 9), ("many.txt:8", 5)]
+    Path("one.txt").write_text("Second\n\n\n\n")
+    alone = evaluated(capsys, "--data", "one.txt")
+    assert result["documents"][1]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def test_evaluate_names_the_document_that_cannot_be_encoded(done, capsys):
+    Path("many.txt").write_text("First\n\nSeconé\n")
+    options = ["--data", "many.txt", "--document-separator", "\n\n"]
+    assert main(["evaluate", "runs/tiny", *options]) == 3
+    assert "many.txt:3: character 5 of the text" in capsys.readouterr().err
+
+
+def test_evaluate_takes_the_validation_split_apart(done, capsys):
+    text = TEXT.read_text()
+    begin = int(0.9 * len(text))
+    result = evaluated(capsys, "--documents", "--document-separator", "\n")
+    pieces = re.findall(r"[^\n]*\n+|[^\n]+$", text[begin:])
+    assert [one["num_tokens"] + 1 for one in result["documents"]] == [len(p) for p in pieces]
+    last = result["documents"][-1]
+    assert last["name"] == f"text.txt:{text.count(chr(10), 0, text.rindex(pieces[-1])) + 1}"
+    Path("line.txt").write_text(pieces[-1])
+    assert last["loss"] == pytest.approx(evaluated(capsys, "--data", "line.txt")["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--document-separator", ""], "--document-separator is empty"),
+        (["--split", "val", "--data", "text.txt"], "--data names another"),
+    ],
+)
+def test_evaluate_refuses_options_that_say_nothing(done, capsys, options, message):
+    assert main(["evaluate", "runs/tiny", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_evaluate_and_generate_write_nothing(done, place):
     before = listing(place)
 

@@ -24,7 +24,7 @@ from fundamentallm.data.examples import (
 from fundamentallm.data.loader import IGNORED
 from fundamentallm.data.tokenizer import ByteTokenizer, CharacterTokenizer
 from fundamentallm.errors import DataError
-from fundamentallm.inference.evaluate import evaluate_examples
+from fundamentallm.inference.evaluate import evaluate_documents, example_documents
 from fundamentallm.testing import tiny_model
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import LanguageModelingLoss
@@ -72,10 +72,6 @@ def test_every_response_token_is_a_target_once_and_nothing_else(
         assert targets == expected + [IGNORED] * (31 - len(ids))
     counts = (batch["target_ids"] >= 0).sum(1)
     assert counts.tolist() == encoded(pairs).num_targets.tolist()
-    targets = [t.tolist() for t in encoded(pairs).targets()]
-    assert [t for row in targets for t in row] == [
-        t for t in batch["target_ids"].flatten().tolist() if t >= 0
-    ]
 
 
 PROMPTED = [("ab", "cde"), ("", "xy"), ("long prompt", "z"), ("a", "longer response"), ("q", "rs")]
@@ -113,12 +109,17 @@ def test_a_step_s_gradient_is_that_of_the_naive_loss(batch_size: int, accumulati
 def test_evaluation_counts_the_responses_alone() -> None:
     torch.manual_seed(0)
     model = tiny_model(256, 20).double().eval()
-    result = evaluate_examples(model, ByteTokenizer(), encoded(PROMPTED, 20), 20, 2, CPU)
+    names = [prompt for prompt, _ in PROMPTED]
+    documents = example_documents(encoded(PROMPTED, 20), names)
+    result, each = evaluate_documents(model, ByteTokenizer(), documents, 20, 2, CPU)
     naive = torch.stack(naive_losses(model, PROMPTED)).detach()
     assert result.num_tokens == len(naive) == 22
     assert result.loss == pytest.approx(float(naive.mean()), abs=1e-12)
     assert result.num_characters == result.num_bytes == 22
     assert result.bits_per_byte == pytest.approx(float(naive.mean()) / np.log(2))
+    assert [one.num_tokens for one in each] == [3, 1, 1, 15, 2]
+    for one, losses in zip(each, naive.split([3, 1, 1, 15, 2]), strict=True):
+        assert one.loss == pytest.approx(float(losses.mean()), abs=1e-12)
 
 
 @given(PAIRS, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 5))

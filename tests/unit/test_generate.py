@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fundamentallm.config import TransformerConfig
 from fundamentallm.data.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
-from fundamentallm.engine.use import history_path, in_order
+from fundamentallm.engine.generate import history_path, in_order
 from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.inference.generate import Piece, TextStream, stream_text, stream_texts
 from fundamentallm.models.transformer import Transformer

@@ -82,11 +82,6 @@ class EncodedExamples:
             self.ids, self.starts[first : last + 1], self.prompt_lengths[first:last]
         )
 
-    def targets(self) -> Iterator[np.ndarray]:
-        """Yield the predicted tokens of each example."""
-        for number, length in enumerate(self.prompt_lengths):
-            yield self.ids[self.starts[number] + max(length, 1) : self.starts[number + 1]]
-
     def batch(self, numbers: np.ndarray, sequence_length: int) -> Batch:
         """Return some examples as rows, `input_ids` and `target_ids`, int64 (B, T)."""
         inputs = np.zeros((len(numbers), sequence_length), dtype=np.int64)

@@ -128,6 +128,28 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="text to evaluate on, instead of the run's own validation split",
     )
+    evaluate.add_argument(
+        "--split",
+        choices=("train", "val", "test"),
+        help="the part of the run's own text; default val",
+    )
+    evaluate.add_argument(
+        "--stride",
+        type=int,
+        metavar="S",
+        help="start a window every S tokens, so that each token is predicted from a fuller context,"
+        " at (context length / S) times the cost; default the context length",
+    )
+    evaluate.add_argument(
+        "--documents",
+        action="store_true",
+        help="read each document by itself and print a table of them: files, examples",
+    )
+    evaluate.add_argument(
+        "--document-separator",
+        metavar="TEXT",
+        help="what ends a document inside a file; with --documents",
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     verify = _add(commands, "verify", _verify, "prove a run's checkpoints whole, or one")
@@ -283,7 +305,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     with loading():
-        from fundamentallm.engine.use import evaluate
+        from fundamentallm.engine.evaluate import evaluate
 
     return evaluate(options)
 
@@ -304,6 +326,6 @@ def _export(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     with loading():
-        from fundamentallm.engine.use import generate
+        from fundamentallm.engine.generate import generate
 
     return generate(options)

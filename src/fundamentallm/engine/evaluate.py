@@ -1,0 +1,238 @@
+"""The `evaluate` command."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from fundamentallm.data.corpus import Corpus, read_source, split_tokens
+from fundamentallm.data.examples import encode_examples
+from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.engine.console import printable, say, speaking
+from fundamentallm.engine.plugins import load_plugins
+from fundamentallm.errors import ConfigError, DataError
+from fundamentallm.inference.evaluate import (
+    Document,
+    Evaluated,
+    evaluate_documents,
+    example_documents,
+)
+from fundamentallm.inference.load import Trained, load_trained
+from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
+
+PARTS = {"train": "training", "val": "validation", "test": "test"}
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Print loss, perplexity and bits per character and byte."""
+    with speaking():
+        load_plugins(options.plugins, "--plugins")
+        _check(options)
+        trained = load_trained(options.model, resolve_device(options.device))
+        context = trained.config.model.sequence_length
+        assert context is not None
+        stride = context if options.stride is None else options.stride
+        if not 1 <= stride <= context:
+            raise ConfigError(
+                "stride is out of range",
+                key="--stride",
+                got=str(stride),
+                expected=f"1 to {context}, the context length",
+            )
+        part = None if options.data else options.split or "val"
+        what = f"the run's {PARTS[part]} split" if part else options.data
+        corpus = _corpus(trained, options.data)
+        apart = options.documents or options.document_separator is not None
+        documents = _documents(trained, corpus, part, apart, options.document_separator)
+        measured = [document for document in documents if document.num_predicted]
+        if not measured:
+            raise DataError(
+                "there is nothing to evaluate",
+                where=what,
+                got=f"{sum(len(document.tokens) for document in documents):,} tokens",
+                expected="at least 2",
+                fix="name a text with --data",
+            )
+        total, each = evaluate_documents(
+            trained.model,
+            trained.tokenizer,
+            measured,
+            context,
+            trained.config.data.batch_size,
+            _precision(trained),
+            stride,
+        )
+    by_name = list(zip((document.name for document in measured), each, strict=True))
+    num_left_out = len(documents) - len(measured)
+    if options.json:
+        about = {
+            "checkpoint": str(trained.checkpoint),
+            "step": trained.manifest.step,
+            "averaged_weights": trained.averaged,
+            "data": what,
+            "context_length": context,
+            "stride": stride,
+            **total.to_dict(),
+        }
+        if apart:
+            about["documents"] = [{"name": name, **one.to_dict()} for name, one in by_name]
+            about["documents_too_short"] = num_left_out
+        say(json.dumps(about))
+        return 0
+    weights = ", averaged weights" if trained.averaged else ""
+    say(f"checkpoint          {trained.checkpoint} (step {trained.manifest.step}{weights})")
+    say(f"data                {what}")
+    if stride != context:
+        say(f"windows             of {context} tokens, {stride} apart")
+    say(f"loss                {total.loss:.4f} nats per token")
+    say(f"perplexity          {total.perplexity:.3f}")
+    say(f"bits per character  {total.bits_per_character:.4f}")
+    say(f"bits per byte       {total.bits_per_byte:.4f}")
+    say(f"tokens              {total.num_tokens:,}")
+    if apart:
+        _table(by_name, num_left_out)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.split is not None and options.data is not None:
+        raise ConfigError(
+            "--split is a part of the run's own text, and --data names another",
+            got=f"--split {options.split} --data {options.data}",
+            fix="leave out one of them",
+        )
+    if options.document_separator == "":
+        raise ConfigError(
+            "--document-separator is empty", fix="name the text that ends a document, as '<end>'"
+        )
+
+
+def _table(by_name: list[tuple[str, Evaluated]], num_left_out: int) -> None:
+    say()
+    short = f"; {num_left_out:,} with nothing to predict left out" if num_left_out else ""
+    say(f"{len(by_name):,} documents, each read by itself{short}")
+    say(f"{'tokens':>10} {'loss':>8} {'perplexity':>12} {'bits/char':>10} {'bits/byte':>10}  name")
+    for name, one in by_name:
+        say(
+            f"{one.num_tokens:>10,} {one.loss:>8.4f} {one.perplexity:>12.3f}"
+            f" {one.bits_per_character:>10.4f} {one.bits_per_byte:>10.4f}  {printable(name)}"
+        )
+
+
+def _precision(trained: Trained) -> Precision:
+    """Return the precision of the run, or what comes nearest on this device."""
+    device = next(trained.model.parameters()).device
+    name = trained.config.training.precision
+    if device.type == "cuda" or name != "fp16":
+        return Precision(name, device)
+    return Precision(resolve_precision("auto", False, device), device)
+
+
+def _corpus(trained: Trained, data: str | None) -> Corpus:
+    """Return the source to evaluate on, None for the run's own."""
+    if data is not None:
+        corpus = read_source(data, response_end=trained.config.data.response_end)
+        if corpus.tokenizer is not None:
+            expected = trained.tokenizer.fingerprint()
+            if corpus.tokenizer.fingerprint() != expected:
+                raise DataError(
+                    "the token file was made with another tokenizer than the model's",
+                    where=data,
+                    got=f"tokenizer {corpus.tokenizer.fingerprint()[:16]}",
+                    expected=f"tokenizer {expected[:16]}",
+                    fix="name the text itself, or a token file made with the model's tokenizer",
+                )
+        return corpus
+    copy = trained.run_dir / "corpus.txt"
+    source = str(copy) if copy.exists() else trained.config.data.source
+    corpus = read_source(source, response_end=trained.config.data.response_end)
+    expected = trained.manifest.metadata["data"]["sha256"]
+    if corpus.sha256 != expected:
+        raise DataError(
+            "the run's text has changed, so its splits are others",
+            where=str(source),
+            got=f"SHA-256 {corpus.sha256}",
+            expected=f"SHA-256 {expected}",
+            fix="restore the text, or name one with --data",
+        )
+    return corpus
+
+
+def _documents(
+    trained: Trained, corpus: Corpus, part: str | None, apart: bool, separator: str | None
+) -> list[Document]:
+    """Return what is to be measured: the texts of a source, or those of a part of the split.
+
+    Args:
+        trained: the model.
+        corpus: the source.
+        part: "train", "val" or "test"; None: all of the source.
+        apart: whether each document of a text stands alone; examples always do.
+        separator: what ends a document inside a file.
+    """
+    tokenizer, fractions = trained.tokenizer, trained.config.data.split
+    if corpus.examples is not None:
+        context = trained.config.model.sequence_length
+        assert context is not None
+        encoded = encode_examples(corpus.examples, tokenizer, context)
+        numbers = np.arange(len(encoded))
+        if part is not None:
+            numbers = split_tokens(numbers, fractions)[part]
+        names = [corpus.examples[number].where for number in numbers]
+        return example_documents(encoded.part(numbers), names)
+    if corpus.tokens is not None:
+        pieces = [Document(corpus.pieces[0][0], corpus.tokens)]
+    elif not apart:
+        pieces = [Document("", tokenizer.encode(corpus.text))]
+    else:
+        pieces = [_document(name, text, tokenizer) for name, text in _texts(corpus, separator)]
+    if part is None:
+        return pieces
+    # The split is of the tokens of the whole text, and may cut the documents at its two ends.
+    ends = [0, *itertools.accumulate(len(piece.tokens) for piece in pieces)]
+    if apart and corpus.tokens is None and ends[-1] != len(tokenizer.encode(corpus.text)):
+        raise DataError(
+            "the tokenizer joins the end of a document with the next, so that a split of the text"
+            " cannot be taken apart",
+            where=", ".join({name for name, _, _ in corpus.pieces}),
+            fix="name the documents with --data",
+        )
+    parts = split_tokens(np.broadcast_to(np.uint8(0), ends[-1]), fractions)  # sizes alone
+    begin = sum(len(parts[name]) for name in list(PARTS)[: list(PARTS).index(part)])
+    end = begin + len(parts[part])
+    return [
+        Document(piece.name, piece.tokens[max(begin - start, 0) : max(end - start, 0)])
+        for piece, start in zip(pieces, ends, strict=False)
+        if start < end and start + len(piece.tokens) > begin
+    ]
+
+
+def _document(name: str, text: str, tokenizer: Tokenizer) -> Document:
+    try:
+        return Document(name, tokenizer.encode(text))
+    except DataError as error:
+        error.where = f"{name}: {error.where}" if error.where else name
+        raise
+
+
+def _texts(corpus: Corpus, separator: str | None) -> Iterator[tuple[str, str]]:
+    """Yield the documents of a text: its files, or with a separator what lies between.
+
+    A separator belongs to the document that it ends, as do more of them in a row.
+    """
+    for name, start, length in corpus.pieces:
+        text = corpus.text[start : start + length]
+        if separator is None:
+            yield name, text
+            continue
+        first, line = 0, 1
+        for found in re.finditer(f"(?:{re.escape(separator)})+|\\Z", text):
+            document = text[first : found.end()]
+            if document:
+                yield f"{name}:{line}", document
+            first, line = found.end(), line + document.count("\n")
