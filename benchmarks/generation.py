@@ -4,7 +4,8 @@
 
 The model has random weights; nothing is read. Each round measures every kind of generation in turn,
 so that a machine that is busy for a while slows them alike; a ratio is the median over the rounds
-of the ratio within a round. Prints one JSON object.
+of the ratio within a round. Where others keep the cores busy, `OMP_NUM_THREADS=1 ... --cpu-time`
+counts the processor's seconds in place of the wall's. Prints one JSON object.
 
 - within: from one token to a full context.
 - past: from a full context on, for two contexts more, each new beginning of the window included.
@@ -27,28 +28,30 @@ from fundamentallm.models.generation import Generation
 from fundamentallm.models.sampling import SamplingRules
 from fundamentallm.models.transformer import Transformer
 
+Clock = Callable[[], float]
+
 RULES = SamplingRules(temperature=0.8, top_k=50)
 
 
-def cached(model: Transformer, batch: int, prompt: int, number: int) -> float:
+def cached(model: Transformer, batch: int, prompt: int, number: int, clock: Clock) -> float:
     prompts = [torch.arange(prompt).remainder(model.head.out_features).tolist()] * batch
-    started = time.perf_counter()
+    started = clock()
     generation = Generation(model, prompts, number, RULES, list(range(batch)))
     for _ in range(number):
         generation.step()
-    return batch * number / (time.perf_counter() - started)
+    return batch * number / (clock() - started)
 
 
-def plain(model: Transformer, batch: int, prompt: int, number: int) -> float:
+def plain(model: Transformer, batch: int, prompt: int, number: int, clock: Clock) -> float:
     ids = torch.arange(prompt).remainder(model.head.out_features).expand(batch, -1)
-    started = time.perf_counter()
+    started = clock()
     with torch.inference_mode():
         for _ in range(number):
             logits: Tensor = model(ids[:, -model.sequence_length :])[:, -1] / 0.8
             lowest = logits.topk(50).values[:, -1:]
             chances = logits.masked_fill(logits < lowest, -torch.inf).softmax(-1)
             ids = torch.cat((ids, torch.multinomial(chances, 1)), dim=1)
-    return batch * number / (time.perf_counter() - started)
+    return batch * number / (clock() - started)
 
 
 def main() -> None:
@@ -60,7 +63,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=65)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--cpu-time", action="store_true")
     options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
     torch.manual_seed(0)
     config = TransformerConfig(
         vocab_size=options.vocabulary,
@@ -71,13 +76,15 @@ def main() -> None:
     )
     model, context, batch = Transformer(config).eval(), options.context, options.batch
     kinds: dict[str, Callable[[], float]] = {
-        "cached, within": lambda: cached(model, 1, 1, context - 1),
-        "plain, within": lambda: plain(model, 1, 1, context - 1),
-        "cached, past": lambda: cached(model, 1, context, 2 * context),
-        "plain, past": lambda: plain(model, 1, context, 24),
-        f"cached, within, batch of {batch}": lambda: cached(model, batch, 1, context - 1),
-        f"cached, past, batch of {batch}": lambda: cached(model, batch, context, 2 * context),
-        f"plain, past, batch of {batch}": lambda: plain(model, batch, context, 3),
+        "cached, within": lambda: cached(model, 1, 1, context - 1, clock),
+        "plain, within": lambda: plain(model, 1, 1, context - 1, clock),
+        "cached, past": lambda: cached(model, 1, context, 2 * context, clock),
+        "plain, past": lambda: plain(model, 1, context, 24, clock),
+        f"cached, within, batch of {batch}": lambda: cached(model, batch, 1, context - 1, clock),
+        f"cached, past, batch of {batch}": lambda: cached(
+            model, batch, context, 2 * context, clock
+        ),
+        f"plain, past, batch of {batch}": lambda: plain(model, batch, context, 3, clock),
     }
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     for name in kinds:  # warm-up
@@ -99,6 +106,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "parameters": model.num_parameters(),
         "rounds": options.rounds,
+        "clock": "processor" if options.cpu_time else "wall",
         "tokens_per_second": {
             name: {
                 "median": round(statistics.median(values), 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -434,7 +435,10 @@ def test_a_folder_of_several_files() -> None:
         (lambda m: m.update({"model.norm.weight": "../x.safetensors"}), "outside the folder"),
         (lambda m: m.update({"model.norm.weight": 7}), "outside the folder"),
         (lambda m: m.update(absent=next(iter(m.values()))), "'absent' is not in model-0000"),
-        (lambda m: m.update(absent="other.safetensors"), "not a readable safetensors file"),
+        (
+            lambda m: m.update(absent="other.safetensors"),
+            "other.safetensors: there is no",
+        ),
         (lambda m: m.clear(), "the index names no weights"),
     ],
 )
@@ -465,6 +469,15 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     assert caught.value.got == "pytorch_model.bin"
     assert "can run code" in caught.value.fix
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(name: str) -> None:
+    folder = sharded()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        state(folder)
 
 
 def test_damaged_files_are_told(capsys: pytest.CaptureFixture) -> None:

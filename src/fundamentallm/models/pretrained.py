@@ -245,6 +245,7 @@ class Pretrained:
 
 
 def _opened(path: Path) -> Any:
+    _refuse_what_is_no_file(path)
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -263,7 +264,14 @@ def _tensor(file: Any, name: str, path: Path) -> Tensor:
     return tensor
 
 
+def _refuse_what_is_no_file(path: Path) -> None:
+    # A pipe would never end.
+    if not path.is_file():
+        raise CheckpointError("there is no such file", where=str(path))
+
+
 def _read_object(path: Path) -> dict[str, Any]:
+    _refuse_what_is_no_file(path)
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
