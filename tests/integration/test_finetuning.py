@@ -59,6 +59,8 @@ def test_a_run_is_measured_by_its_responses(capsys: pytest.CaptureFixture[str]) 
     documents = json.loads(capsys.readouterr().out)["documents"]
     found = [(one["name"], one["num_tokens"]) for one in documents]
     assert found == [(f"pairs.jsonl:{line}", line - 34) for line in (37, 38, 39, 40)]
+    assert main(["evaluate", "runs/tuned", "--document-separator", ";"]) == 2
+    assert "--document-separator takes text apart" in capsys.readouterr().err
     steps = [json.loads(line) for line in Path("runs/tuned/metrics.jsonl").read_text().splitlines()]
     trained = 8 * 20 - 18  # of each epoch of 9 steps; then three more steps
     assert trained < steps[-1]["tokens"] < 2 * trained

@@ -47,6 +47,15 @@ def evaluate(options: argparse.Namespace) -> int:
         part = None if options.data else options.split or "val"
         what = f"the run's {PARTS[part]} split" if part else options.data
         corpus = _corpus(trained, options.data)
+        if (
+            options.document_separator is not None
+            and (corpus.examples or corpus.tokens) is not None
+        ):
+            raise ConfigError(
+                "--document-separator takes text apart, and this source is none",
+                got=what,
+                fix="leave it out: an example is a document, and --documents lists them",
+            )
         apart = options.documents or options.document_separator is not None
         documents = _documents(trained, corpus, part, apart, options.document_separator)
         measured = [document for document in documents if document.num_predicted]
@@ -199,7 +208,7 @@ def _documents(
         raise DataError(
             "the tokenizer joins the end of a document with the next, so that a split of the text"
             " cannot be taken apart",
-            where=", ".join({name for name, _, _ in corpus.pieces}),
+            where=", ".join(name for name, _, _ in corpus.pieces),
             fix="name the documents with --data",
         )
     parts = split_tokens(np.broadcast_to(np.uint8(0), ends[-1]), fractions)  # sizes alone
