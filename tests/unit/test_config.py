@@ -103,6 +103,7 @@ class TestDefaults:
     def test_data(self):
         assert DataConfig().to_dict() == {
             "source": "python-docs",
+            "response_end": "\n",
             "tokenizer": "character",
             "sequence_length": 128,
             "batch_size": 16,
