@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -23,6 +24,18 @@ CHANGES = (
     "remove_file",
     "remove_directory",
 )
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Keep the program from saying thousands of times what a campaign counts."""
+    logger = logging.getLogger("fundamentallm")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

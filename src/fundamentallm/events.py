@@ -13,7 +13,9 @@ STARTED
       FLLM_GRADIENTS_READY      observers of gradients; a controller may call reject_step(reason)
       guard: finite on every rank and not rejected? then clip and update
         FLLM_OPTIMIZER_STEPPED  the update was applied (weight EMA listens here)
-        FLLM_STEP_REJECTED      the update was refused; weights were never touched
+        FLLM_STEP_REJECTED      the update was refused; weights were never touched. A controller
+                                may ask for the step once more, or for a rollback
+          FLLM_INCIDENT_DETECTED  its verdict, in state.incident
     ITERATION_COMPLETED         producers write state.metrics: loss EMA, perplexity, throughput
     FLLM_METRICS_READY          consumers read: logs, progress
     FLLM_EVALUATION_DUE         every eval_steps, at each epoch's end and at the last step
@@ -21,7 +23,7 @@ STARTED
       FLLM_EVALUATION_COMPLETED consumers of val metrics: best score, early stopping, samples
     FLLM_CHECKPOINT_DUE         after every evaluation (or checkpoint_steps), at step 0 and the last
       FLLM_CHECKPOINT_SAVED     its report
-    FLLM_INCIDENT_DETECTED      a controller asked for a rollback; the rest of the chain is left out
+      FLLM_STATE_DAMAGED        it holds NaN or infinity, so that it is not saved
   EPOCH_COMPLETED
 FLLM_ROLLED_BACK                from Trainer.run, between two inner runs; STARTED fires again
 COMPLETED
@@ -55,6 +57,7 @@ class TrainingEvents(EventEnum):
     FLLM_EVALUATION_COMPLETED = "fllm_evaluation_completed"
     FLLM_CHECKPOINT_DUE = "fllm_checkpoint_due"
     FLLM_CHECKPOINT_SAVED = "fllm_checkpoint_saved"
+    FLLM_STATE_DAMAGED = "fllm_state_damaged"
     FLLM_INCIDENT_DETECTED = "fllm_incident_detected"
     FLLM_ROLLED_BACK = "fllm_rolled_back"
     FLLM_RUN_ENDED = "fllm_run_ended"
@@ -74,6 +77,7 @@ EVENT_TO_ATTRIBUTE: dict[TrainingEvents, str] = {
     TrainingEvents.FLLM_EVALUATION_COMPLETED: "evaluations",
     TrainingEvents.FLLM_CHECKPOINT_DUE: "iteration",
     TrainingEvents.FLLM_CHECKPOINT_SAVED: "checkpoints",
+    TrainingEvents.FLLM_STATE_DAMAGED: "iteration",
     TrainingEvents.FLLM_INCIDENT_DETECTED: "incidents",
     TrainingEvents.FLLM_ROLLED_BACK: "rollbacks",
     TrainingEvents.FLLM_RUN_ENDED: "iteration",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,6 +63,30 @@ class RecordingHandler:
 
     def _record(self, engine: Engine, name: str) -> None:
         self.events.append((name, engine.state.iteration))
+
+
+class SpoiltGradient:
+    """Writes NaN into the gradient of chosen steps, each time that they are taken.
+
+    A replay of such a step is finite, so it takes a run back: to try out what a handler of yours
+    does then.
+
+    Args:
+        steps: the steps.
+    """
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def attach(self, trainer: Trainer) -> None:
+        """Act after each micro-batch, before the guard looks."""
+        trainer.add_event_handler(TrainingEvents.FLLM_MICRO_BATCH_COMPLETED, self.spoil)
+
+    def spoil(self, trainer: Trainer) -> None:
+        """Spoil one number."""
+        if trainer.state.iteration in self.steps:
+            gradient = next(p.grad for p in trainer.model.parameters() if p.grad is not None)
+            gradient.view(-1)[0] = math.nan
 
 
 def tiny_model(vocab_size: int = 11, sequence_length: int = 8, **options: Any) -> Transformer:

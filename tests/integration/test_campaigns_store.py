@@ -160,7 +160,9 @@ def test_a_careless_handler_is_caught(mutant: str, monkeypatch: pytest.MonkeyPat
     prune = CheckpointStore.prune
     if mutant == "best is not kept":
 
-        def forgetful(store: CheckpointStore, keep_last: int, keep: Any = ()) -> Any:
+        def forgetful(
+            store: CheckpointStore, keep_last: int, keep: Any = (), passing: Any = ()
+        ) -> Any:
             (store.directory / "best").unlink(missing_ok=True)
             return prune(store, keep_last)
 
@@ -172,7 +174,7 @@ def test_a_careless_handler_is_caught(mutant: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(
             CheckpointStore,
             "prune",
-            lambda store, keep_last, keep=(): store.retire(store.step_names()[1:]),
+            lambda store, *others: store.retire(store.step_names()[1:]),
         )
     with pytest.raises((AssertionError, CheckpointError)):
         retention.run(300)

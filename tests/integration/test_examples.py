@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,19 @@ def test_the_notebook_on_events_heals_its_run(tmp_path):
     assert "weights equal, bit for bit: True" in text
 
 
+@pytest.mark.long
+def test_the_notebook_on_healing_ends_where_a_clean_run_ends(tmp_path):
+    # Another text, that needs no network, and fewer steps.
+    text = output_of(
+        "healing",
+        tmp_path,
+        {'SOURCE = "tinyshakespeare"': 'SOURCE = "python-docs"', "STEPS = 1500": "STEPS = 600"},
+    )
+
+    assert "divergence; going back to step 0" in text
+    assert "ratio" in text
+
+
 @pytest.mark.parametrize(
     "path", sorted((EXAMPLES / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem
 )
@@ -153,12 +167,16 @@ def test_a_notebook_is_kept_with_its_output_and_without_traces_of_a_machine(path
     assert not re.search(r"/(tmp|home|root|Users|work)/", text)
 
 
-def output_of(name: str, tmp_path: Path) -> str:
-    """Execute a fresh copy of a notebook and return what it printed."""
+def output_of(name: str, tmp_path: Path, changes: Mapping[str, str] | None = None) -> str:
+    """Execute a fresh copy of a notebook, with some text changed; return what it printed."""
     nbformat = pytest.importorskip("nbformat", reason="the extra 'notebooks' is not installed")
     from nbclient import NotebookClient
 
     notebook = nbformat.read(EXAMPLES / "notebooks" / f"{name}.ipynb", as_version=4)
+    for old, new in (changes or {}).items():
+        assert any(old in cell.source for cell in notebook.cells)
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(old, new)
     folder = tmp_path / "examples" / "notebooks"
     folder.mkdir(parents=True)
     (tmp_path / "examples" / "data").symlink_to(EXAMPLES / "data")

@@ -19,7 +19,7 @@ LAYERS = [
     ["config"],
     ["data", "models"],
     ["training"],
-    ["training.step", "training.state"],
+    ["training.step", "training.state", "training.diagnosis", "training.incident"],
     ["training.snapshot"],
     ["training.handlers"],
     ["training.trainer"],

@@ -60,6 +60,7 @@ class TestDefaults:
             "min_learning_rate": 0.0,
             "loss": "cross_entropy",
             "max_grad_norm": 1.0,
+            "max_grad_value": None,
             "accumulation_steps": 1,
             "gradient_checkpointing": False,
             "mixed_precision": False,

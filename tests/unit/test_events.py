@@ -11,7 +11,7 @@ from ignite.engine import Events
 from fundamentallm import events
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.events import EVENT_TO_ATTRIBUTE, TrainingEvents
-from fundamentallm.testing import RecordingHandler, tiny_loaders, tiny_model
+from fundamentallm.testing import RecordingHandler, SpoiltGradient, tiny_loaders, tiny_model
 from fundamentallm.training.handlers import Checkpointing, Evaluation, NaNRollback
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.trainer import LOOP_ORDER, SELF_COUNTING, Trainer
@@ -51,18 +51,38 @@ class NaNAt:
         return loss * float("nan") if self.count in self.calls else loss
 
 
+class DamagedMoments:
+    """Spoils the optimizer's state after chosen steps, once each, when a checkpoint is due."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = set(steps)
+
+    def attach(self, trainer: Trainer) -> None:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self.spoil)
+
+    def spoil(self, trainer: Trainer) -> None:
+        if trainer.state.iteration in self.steps:
+            self.steps.remove(trainer.state.iteration)
+            next(iter(trainer.optimizer.state.values()))["exp_avg"].view(-1)[0] = float("nan")
+
+
 def run(directory, attach) -> None:
-    """Thirteen steps with two rollbacks: every event fires at least twice but for two."""
+    """Thirteen steps with four rollbacks: every event fires at least twice but for two."""
     torch.manual_seed(0)
     train, val = tiny_loaders(batch_size=2, accumulation_steps=2)
     trainer = Trainer(
         tiny_model(),
         train,
         val,
-        loss_fn=NaNAt(7, 18),
         device="cpu",
         config=TrainingConfig(total_steps=13, eval_steps=2),
-        handlers=[NaNRollback(), Evaluation(), Checkpointing(directory)],
+        handlers=[
+            NaNRollback(max_per_region=10),
+            SpoiltGradient(7, 9),
+            DamagedMoments(4, 10),
+            Evaluation(),
+            Checkpointing(directory),
+        ],
     )
     attach(trainer)
     trainer.run()

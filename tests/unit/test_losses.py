@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fundamentallm.errors import ConfigError
+from fundamentallm.testing import tiny_model
 from fundamentallm.training.losses import (
     LOSSES,
     ChunkedCrossEntropy,
@@ -284,3 +286,48 @@ def test_chunked_computes_logits_again_in_the_backward_pass():
     assert model.rows == [4, 4, 2]
     loss.backward()
     assert sorted(model.rows) == [2, 2, 4, 4, 4, 4]
+
+
+# ---------------------------------------------------------------------- the z-term
+
+
+@given(st.integers(0, 2**31), st.floats(1e-6, 0.5))
+def test_the_z_term_is_the_squared_log_partition_of_each_valid_target(seed, weight):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, 7, (2, 3), generator=generator)
+    targets[0, 1] = -100
+    expected = compute_loss(logits, targets, "none").clone()
+    for index in np.ndindex(2, 3):
+        if targets[index] >= 0:
+            partition = sum(math.exp(float(value)) for value in logits[index])
+            expected[index] += weight * math.log(partition) ** 2
+    actual = compute_loss(logits, targets, "none", z_loss=weight)
+    torch.testing.assert_close(actual, expected)
+    assert actual[0, 1] == 0
+
+
+def test_the_z_term_is_the_same_in_chunks_and_its_nll_is_plain():
+    model = tiny_model(7)
+    hidden = torch.randn(2, 5, 16, requires_grad=True)
+    targets = torch.randint(0, 7, (2, 5))
+    targets[1, 3] = -1
+    chunked = ChunkedCrossEntropy(3, z_loss=0.1)
+    plain = LOSSES.build("cross_entropy", {"z_loss": 0.1})
+    one = chunked(hidden, model, targets)
+    other = plain(model.logits_from_hidden(hidden), targets, "sum")
+    torch.testing.assert_close(one, other)
+    (first,) = torch.autograd.grad(one, hidden)
+    (second,) = torch.autograd.grad(other, hidden)
+    torch.testing.assert_close(first, second)
+    assert not chunked.is_nll
+    assert not plain.is_nll
+    logits = model.logits_from_hidden(hidden)
+    nll = chunked.nll(hidden, model, targets)
+    torch.testing.assert_close(nll, compute_loss(logits, targets, "sum"))
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_a_weight_of_the_z_term_without_sense_is_refused(weight):
+    with pytest.raises(ConfigError, match="z_loss"):
+        LOSSES.build("cross_entropy", {"z_loss": weight})

@@ -758,3 +758,27 @@ def test_a_set_aside_one_does_not_give_way_to_a_damaged_one(store: CheckpointSto
     assert aside.exists()
     write(store, 1, 2.0)
     assert hidden(store) == []
+
+
+# ---------------------------------------------------------------------- what does not count
+
+
+@pytest.mark.parametrize(
+    ("steps", "passing", "left"),
+    [
+        ([1, 2, 3, 4], [], [3, 4]),
+        ([1, 2, 3, 4], [4], [2, 3, 4]),  # the newest of all stays besides the two that count
+        ([1, 2, 3, 4], [3], [2, 4]),
+        ([1, 2, 3, 4], [2, 3], [1, 4]),
+        ([1, 2, 3, 4], [1, 2, 3], [3, 4]),  # never fewer than are asked for
+        ([1, 2, 3, 4], [1, 2, 3, 4], [3, 4]),
+        ([1, 2], [1, 2], [1, 2]),
+    ],
+)
+def test_passing_checkpoints_take_no_place(tmp_path, steps, passing, left):
+    store = CheckpointStore(tmp_path)
+    for step in steps:
+        store.write(step_name(step), tree_of(float(step)), step=step)
+    victims = store.prune(2, passing=[step_name(step) for step in passing])
+    assert sorted(store.step_names()) == [step_name(step) for step in left]
+    assert sorted(victims) == [step_name(step) for step in steps if step not in left]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -393,9 +394,9 @@ def test_a_healed_run_equals_a_clean_run_that_was_given_the_ledger(tmp_path: Pat
     healed = make_trainer(tmp_path / "healed", handlers=(NaNRollback(), InjectNaN(7)))
     healed.train(num_epochs=2)
     assert healed.state.rollbacks == 1
-    assert healed.ledger == {7}
+    assert healed.ledger.skipped == {7}
     clean = make_trainer(tmp_path / "clean", handlers=(NaNRollback(),))
-    clean.ledger = {7}
+    clean.ledger.skip({7})
     clean.train(num_epochs=2)
     assert_equal_weights(weights(healed), weights(clean))
     # The loss of the window that was passed over is unknown in both.
@@ -407,7 +408,7 @@ def test_a_healed_run_equals_a_clean_run_that_was_given_the_ledger(tmp_path: Pat
 def test_without_checkpoints_the_bad_window_alone_is_skipped() -> None:
     trainer = make_trainer(handlers=(NaNRollback(), InjectNaN(3)))
     trainer.train(num_epochs=1)
-    assert trainer.ledger == {3}
+    assert trainer.ledger.skipped == {3}
     assert trainer.state.rollbacks == 0
     assert trainer.state.iteration == len(trainer.train_loader)
 
@@ -535,13 +536,40 @@ def test_two_handlers_of_one_name_with_state_are_refused() -> None:
         LossEMA(0.5).attach(trainer)
 
 
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+def test_handlers_of_any_signature_are_called_in_order(level: int) -> None:
+    trainer = make_trainer(total_steps=2)
+    heard: list[tuple[str, int]] = []
+
+    def step() -> int:
+        return trainer.state.iteration
+
+    def with_engine_and_more(engine: Trainer, name: str, *, sign: int) -> None:
+        assert engine is trainer
+        heard.append((name, sign * step()))
+
+    event = TrainingEvents.FLLM_OPTIMIZER_STEPPED
+    trainer.add_event_handler(event, lambda: heard.append(("alone", step())))
+    trainer.add_event_handler(event, lambda word: heard.append((word, step())), "word")
+    trainer.add_event_handler(event, with_engine_and_more, "more", sign=-1)
+    trainer.add_event_handler(event(once=2), lambda _: heard.append(("once", step())))
+    before = trainer.logger.level
+    trainer.logger.setLevel(level)
+    try:
+        trainer.train()
+    finally:
+        trainer.logger.setLevel(before)
+    first = [("alone", 1), ("word", 1), ("more", -1)]
+    assert heard == [*first, ("alone", 2), ("word", 2), ("more", -2), ("once", 2)]
+
+
 def test_the_timeline_names_the_handlers_in_the_order_of_the_loop() -> None:
     recorder = RecordingHandler()
     trainer = make_trainer(handlers=(LossEMA(), NaNRollback()))
     trainer.attach_defaults()
     timeline = trainer.timeline()
     assert ("ITERATION_STARTED", ["schedule"]) in timeline
-    assert ("ITERATION_COMPLETED", ["loss_ema"]) in timeline
+    assert ("ITERATION_COMPLETED", ["loss_ema", "nan_rollback"]) in timeline
     assert [event for event, _ in timeline].index("ITERATION_STARTED") < [
         event for event, _ in timeline
     ].index("FLLM_EVALUATION_DUE")

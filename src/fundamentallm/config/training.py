@@ -63,6 +63,9 @@ class TrainingConfig(BaseConfig):
     max_grad_norm: Positive | None = 1.0
     """Gradients whose norm over all parameters is larger are scaled down to it; None: never."""
 
+    max_grad_value: Positive | None = None
+    """Elements of the gradient that are larger are clipped to it, after the norm; None: never."""
+
     accumulation_steps: Count = 1
     """Micro-batches of one rank in one step."""
 

@@ -45,6 +45,7 @@ DEFAULT_HANDLERS: dict[str, dict[str, Any]] = {
     "evaluation": {},
     "checkpointing": {},
     "nan_rollback": {},
+    "spikes": {},
     "signals": {},
     "stop_file": {},
     "progress": {},

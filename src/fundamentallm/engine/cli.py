@@ -169,6 +169,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_plugins(export)
 
+    replay = _add(commands, "replay", _replay, "reproduce a recorded numerical incident")
+    replay.add_argument("incident", type=Path, metavar="INCIDENT_DIR")
+    replay.add_argument("--device", default="cpu", help="cpu (default), auto, cuda, cuda:0, mps")
+    _add_plugins(replay)
+
     generate = _add(commands, "generate", _generate, "let a trained model write")
     _add_model(generate)
     generate.add_argument(
@@ -322,6 +327,13 @@ def _export(options: argparse.Namespace) -> int:
         from fundamentallm.engine.export import export
 
     return export(options)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    with loading():
+        from fundamentallm.engine.replay import replay
+
+    return replay(options)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -13,6 +13,10 @@ from fundamentallm.errors import CheckpointError
 LEARNED = ("model", "optimizer", "handlers")
 
 
+class NonFiniteStateError(CheckpointError):
+    """Weights, moments or averages hold NaN or infinity."""
+
+
 def nonfinite_tensors(tree: Any, path: str = "") -> Iterator[str]:
     """Yield the dotted path of each floating-point tensor in a tree that holds NaN or infinity."""
     if isinstance(tree, torch.Tensor):
@@ -44,14 +48,14 @@ def check_finite(
         constant_buffers: names under `model` that may be infinite, as a mask of -inf is.
 
     Raises:
-        CheckpointError: naming the first tensors that are not.
+        NonFiniteStateError: naming the first tensors that are not.
     """
     learned = {part: state[part] for part in LEARNED if part in state}
     allowed = {f"model.{name}" for name in constant_buffers}
     found = [name for name in nonfinite_tensors(learned) if name not in allowed]
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise CheckpointError(
+        raise NonFiniteStateError(
             "the state is not finite: it holds NaN or infinity",
             where=where,
             got=", ".join(found[:3]) + more,

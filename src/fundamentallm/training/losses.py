@@ -11,6 +11,7 @@ Shapes: B batch, T time, D model width, V vocabulary; `...` any leading dimensio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, Protocol, cast, get_args
 
@@ -41,11 +42,14 @@ def compute_loss(
     targets: Tensor,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Return the cross-entropy of targets under softmax(logits).
 
     With smoothing eps the target distribution is the mixture (1 - eps) * one-hot + eps * uniform
-    (Szegedy et al. 2016, section 7): (1 - eps) * nll + eps * mean over V of -log p.
+    (Szegedy et al. 2016, section 7): (1 - eps) * nll + eps * mean over V of -log p. The z-term
+    adds z_loss * (log of the sum of exp(logits))^2, which keeps logits from drifting away
+    (Chowdhery et al. 2022, "PaLM", section 5, with 1e-4).
 
     Args:
         logits: (..., V) floating point.
@@ -53,17 +57,18 @@ def compute_loss(
         reduction: "mean" over valid targets, "sum", "none" (one loss a target, 0 where masked),
             or "sample" (each sequence's mean over its valid targets: (B, T) gives (B,)).
         label_smoothing: eps in [0, 1).
+        z_loss: weight of the z-term, 0 for none.
 
     Returns:
         Nats, in float64 for float64 logits, else in float32.
 
     Raises:
-        ValueError: an unknown reduction, a smoothing out of range, or shapes or types that do
-            not belong together.
+        ValueError: an unknown reduction, a smoothing or weight out of range, or shapes or types
+            that do not belong together.
     """
-    _check_smoothing(label_smoothing)
+    _check_terms(label_smoothing, z_loss)
     _check_targets("logits", logits, targets, reduction)
-    losses = _token_losses(logits, targets, label_smoothing)
+    losses = _token_losses(logits, targets, label_smoothing, z_loss)
     return _reduce(losses, targets, reduction)
 
 
@@ -73,22 +78,24 @@ class LanguageModelingLoss:
 
     Args:
         label_smoothing: weight of the uniform distribution in the target, in [0, 1).
+        z_loss: weight of the z-term, as 1e-4; 0 for none. See `compute_loss`.
 
     Attributes:
-        is_nll: whether the value is the plain negative log-likelihood (no smoothing).
+        is_nll: whether the value is the plain negative log-likelihood (neither of the two).
         takes_hidden_states: False; the loss is called with logits.
     """
 
     takes_hidden_states = False
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        _check_smoothing(label_smoothing)
+    def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+        _check_terms(label_smoothing, z_loss)
         self.label_smoothing = label_smoothing
-        self.is_nll = label_smoothing == 0
+        self.z_loss = z_loss
+        self.is_nll = label_smoothing == 0 and z_loss == 0
 
     def __call__(self, logits: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
         """Return the loss of logits (..., V) for targets (...); see `compute_loss`."""
-        return compute_loss(logits, targets, reduction, self.label_smoothing)
+        return compute_loss(logits, targets, reduction, self.label_smoothing, self.z_loss)
 
 
 @LOSSES.register("chunked_cross_entropy")
@@ -102,21 +109,25 @@ class ChunkedCrossEntropy:
     Args:
         chunk_tokens: tokens whose logits exist at one time, >= 1.
         label_smoothing: weight of the uniform distribution in the target, in [0, 1).
+        z_loss: weight of the z-term, as 1e-4; 0 for none. See `compute_loss`.
 
     Attributes:
-        is_nll: whether the value is the plain negative log-likelihood (no smoothing).
+        is_nll: whether the value is the plain negative log-likelihood (neither of the two).
         takes_hidden_states: True; the loss is called with hidden states and the model.
     """
 
     takes_hidden_states = True
 
-    def __init__(self, chunk_tokens: int = 1024, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, chunk_tokens: int = 1024, label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-        _check_smoothing(label_smoothing)
+        _check_terms(label_smoothing, z_loss)
         self.chunk_tokens = chunk_tokens
         self.label_smoothing = label_smoothing
-        self.is_nll = label_smoothing == 0
+        self.z_loss = z_loss
+        self.is_nll = label_smoothing == 0 and z_loss == 0
 
     def __call__(
         self, hidden: Tensor, model: Head, targets: Tensor, reduction: Reduction = "sum"
@@ -132,20 +143,26 @@ class ChunkedCrossEntropy:
         Raises:
             ValueError: as in `compute_loss`.
         """
-        return self._loss(hidden, model, targets, reduction, self.label_smoothing)
+        return self._loss(hidden, model, targets, reduction, self.label_smoothing, self.z_loss)
 
     def nll(self, hidden: Tensor, model: Head, targets: Tensor) -> Tensor:
-        """Return the summed negative log-likelihood, without smoothing, as a scalar."""
-        return self._loss(hidden, model, targets, "sum", 0.0)
+        """Return the summed negative log-likelihood, without other terms, as a scalar."""
+        return self._loss(hidden, model, targets, "sum", 0.0, 0.0)
 
     def _loss(
-        self, hidden: Tensor, model: Head, targets: Tensor, reduction: Reduction, smoothing: float
+        self,
+        hidden: Tensor,
+        model: Head,
+        targets: Tensor,
+        reduction: Reduction,
+        smoothing: float,
+        z_loss: float,
     ) -> Tensor:
         _check_targets("hidden states", hidden, targets, reduction)
 
         def chunk_losses(hidden_chunk: Tensor, target_chunk: Tensor) -> Tensor:
             logits = model.logits_from_hidden(hidden_chunk)
-            return _token_losses(logits, target_chunk, smoothing)
+            return _token_losses(logits, target_chunk, smoothing, z_loss)
 
         chunks = zip(
             torch.split(hidden.reshape(-1, hidden.size(-1)), self.chunk_tokens),
@@ -156,7 +173,7 @@ class ChunkedCrossEntropy:
         return _reduce(torch.cat(losses).reshape(targets.shape), targets, reduction)
 
 
-def _token_losses(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+def _token_losses(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
     """Return one loss a target, in its shape (...), 0 where it is masked."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
@@ -168,7 +185,10 @@ def _token_losses(logits: Tensor, targets: Tensor, label_smoothing: float) -> Te
         reduction="none",
         label_smoothing=label_smoothing,
     )
-    return losses.reshape(targets.shape)
+    losses = losses.reshape(targets.shape)
+    if z_loss:
+        losses = losses + z_loss * (logits.logsumexp(-1) ** 2).masked_fill(targets < 0, 0.0)
+    return losses
 
 
 def _reduce(losses: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
@@ -183,9 +203,11 @@ def _reduce(losses: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
     return losses.sum() / valid.sum().clamp(min=1)
 
 
-def _check_smoothing(label_smoothing: float) -> None:
+def _check_terms(label_smoothing: float, z_loss: float) -> None:
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be finite and at least 0, got {z_loss}")
 
 
 def _check_targets(name: str, scores: Tensor, targets: Tensor, reduction: str) -> None:

@@ -74,10 +74,20 @@ class Precision:
         else:
             self.scaler.step(optimizer)
 
-    def update(self) -> None:
-        """Adapt the loss scale to what `unscale_` saw; nothing without a scaler."""
+    def update(self, adapt: bool = True) -> None:
+        """Close the step that `unscale_` began; nothing without a scaler.
+
+        Args:
+            adapt: let the loss scale follow what `unscale_` saw; False leaves it, as if the step
+                had never been tried.
+        """
         if self.scaler is not None:
-            self.scaler.update()
+            self.scaler.update(None if adapt else self.scaler.get_scale())
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether an infinite gradient is to be expected: there is a loss scale of 1 or more."""
+        return self.scaler is not None and self.scaler.get_scale() >= 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loss scale and its growth counter as numbers; {} without a scaler."""

@@ -46,6 +46,27 @@ def capture_rng() -> dict[str, Any]:
     return state
 
 
+def capture_generators(device: torch.device) -> dict[str, Any]:
+    """Return the states of the generators that a step on a device draws from.
+
+    Cheap enough for every step; `restore_generators` takes it.
+    """
+    state = {"torch": torch.default_generator.get_state()}
+    if device.type == "cuda":
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        state[f"{CUDA}{index}"] = torch.cuda.get_rng_state(index)
+    return state
+
+
+def restore_generators(state: Mapping[str, Any]) -> None:
+    """Put generators back into the states that `capture_generators` returned."""
+    for name, value in state.items():
+        if name == "torch":
+            torch.set_rng_state(value)
+        else:
+            torch.cuda.set_rng_state(value, int(name.removeprefix(CUDA)))
+
+
 def restore_rng(state: Mapping[str, Any]) -> None:
     """Put the global generators into the states that `capture_rng` returned.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ignite.engine import State
 
+from fundamentallm.training.incident import Incident
 from fundamentallm.training.step import StepOutput
 
 # The counters of a run and their values at its start. All are in every checkpoint.
@@ -44,11 +45,12 @@ class TrainingState(State):
         evaluations: validations begun.
         evaluated_step: the step of the last complete validation, -1 before the first.
         checkpoints: checkpoints saved.
-        incidents: faults that asked for a rollback.
+        incidents: numerical incidents: faults, and spikes that were reported or refused.
         rollbacks: times that the run went back.
         epoch_nll: summed loss of the epoch so far, in nats.
         epoch_tokens: its valid tokens.
         elapsed_before: seconds of training in earlier processes.
+        incident: the newest numerical incident, None before the first.
         last_checkpoint: the directory of the newest checkpoint, None before the first.
     """
 
@@ -69,6 +71,7 @@ class TrainingState(State):
     epoch_tokens: int
     elapsed_before: float
     last_checkpoint: Path | None
+    incident: Incident | None
 
     def __init__(self) -> None:
-        super().__init__(metrics={}, last_checkpoint=None, **COUNTERS)
+        super().__init__(metrics={}, last_checkpoint=None, incident=None, **COUNTERS)

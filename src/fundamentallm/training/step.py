@@ -42,7 +42,8 @@ class StepOutput:
         num_sequences: sequences of the window over all ranks.
         rejection: empty if the update was applied, else why not: "nonfinite" (loss or gradient),
             "overflow" (the fp16 loss scale was too large, which is expected now and then),
-            "empty" (no valid token), "ledger" (a window to be skipped), or a controller's reason.
+            "empty" (no valid token), "ledger" (a window to be skipped), "learning rate" (it is not
+            finite), or a controller's reason.
     """
 
     loss: float
@@ -67,9 +68,14 @@ class TrainStep:
         precision: autocast and loss scaling.
         ranks: the ranks over which loss and votes are summed.
         max_grad_norm: clip the global gradient norm to this; None leaves it.
+        max_grad_value: clip each element of the gradient to this; None leaves it.
         notify: called with each event as it happens.
 
     Attributes:
+        loss: of the current window in nats per token over all ranks; from FLLM_GRADIENTS_READY on.
+        norm: of its gradient, before clipping, as a host number.
+        clip_norm: what the current update is clipped to; a controller may lower it at
+            FLLM_GRADIENTS_READY.
         veto: a controller's reason to refuse the current update; set at FLLM_GRADIENTS_READY.
         vetoes_possible: whether some rank has such a controller, so that all must vote.
     """
@@ -84,6 +90,7 @@ class TrainStep:
         ranks: Ranks,
         max_grad_norm: float | None,
         notify: Callable[[TrainingEvents], None],
+        max_grad_value: float | None = None,
     ) -> None:
         self.forward = forward
         self.model = model
@@ -93,7 +100,11 @@ class TrainStep:
         self.ranks = ranks
         self.max_grad_norm = max_grad_norm
         self.notify = notify
+        self.max_grad_value = max_grad_value
         self.grad_norm: Tensor | None = None
+        self.loss = math.nan
+        self.norm = math.nan
+        self.clip_norm = max_grad_norm
         self.veto = ""
         self.vetoes_possible = False
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -108,21 +119,23 @@ class TrainStep:
         """
         if num_tokens == 0:
             return self._refused(StepOutput(math.nan, math.nan, 0, num_sequences, "empty"))
-        self.veto = ""
+        self.veto, self.clip_norm = "", self.max_grad_norm
         nll = self._accumulate(window, num_tokens)
         self.precision.unscale_(self.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         self.grad_norm = nn.utils.get_total_norm(gradients)
-        loss, grad_norm = self._agree(nll, self.grad_norm, num_tokens)
+        self.loss, self.norm = self._agree(nll, self.grad_norm, num_tokens)
         self.notify(TrainingEvents.FLLM_GRADIENTS_READY)
 
-        rejection = self._judge(loss, grad_norm)
-        output = StepOutput(loss, grad_norm, num_tokens, num_sequences, rejection)
+        rejection = self._judge()
+        output = StepOutput(self.loss, self.norm, num_tokens, num_sequences, rejection)
         if rejection:
-            self.precision.update()  # closes the unscaling, and lowers the scale after an overflow
+            self.precision.update(adapt=rejection == "overflow")
             return self._refused(output)
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, self.grad_norm)
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.clip_norm, self.grad_norm)
+        if self.max_grad_value is not None:
+            nn.utils.clip_grad_value_(self._parameters, self.max_grad_value)
         self.precision.step(self.optimizer)
         self.precision.update()
         self.notify(TrainingEvents.FLLM_OPTIMIZER_STEPPED)
@@ -166,16 +179,20 @@ class TrainStep:
 
     def _agree(self, nll: Tensor, grad_norm: Tensor, num_tokens: int) -> tuple[float, float]:
         """Sum over the ranks and read once. NaN and infinity survive a sum: that is the vote."""
+        if self.ranks.alone and nll.device.type == "cpu":  # nothing to wait for: packing costs more
+            return nll.item() / num_tokens, grad_norm.item()
         packed = torch.stack([nll / num_tokens, grad_norm.to(nll.dtype) / self.ranks.world_size])
         loss, norm = self.ranks.sum_tensor(packed).tolist()
         return loss, norm
 
-    def _judge(self, loss: float, grad_norm: float) -> str:
-        if not math.isfinite(loss):
+    def _judge(self) -> str:
+        if not all(math.isfinite(group["lr"]) for group in self.optimizer.param_groups):
+            return "learning rate"
+        if not math.isfinite(self.loss):
             return "nonfinite"
-        if not math.isfinite(grad_norm):
+        if not math.isfinite(self.norm):
             # With a finite loss an infinite scaled gradient says that the loss scale is too high.
-            return "overflow" if self.precision.scaler is not None else "nonfinite"
+            return "overflow" if self.precision.may_overflow else "nonfinite"
         if self.vetoes_possible and not self.ranks.alone and self.ranks.any(bool(self.veto)):
             return self.veto or "rejected on another rank"
         return self.veto

@@ -239,6 +239,12 @@ class CheckpointStore:
         """
         return self.find_newest(check)[0]
 
+    def usable(self, check: Check = no_check) -> Iterator[Manifest]:
+        """Yield the manifests of the checkpoints that can be gone on from, newest first."""
+        for name in self.step_names():
+            with contextlib.suppress(CheckpointError):
+                yield self._usable(name, check)
+
     def find_newest(
         self, check: Check = no_check
     ) -> tuple[Manifest | None, Sequence[CheckpointError]]:
@@ -425,7 +431,9 @@ class CheckpointStore:
             free = path.with_name(f"{path.name}-{number}")
         return free
 
-    def prune(self, keep_last: int, keep: Collection[str] = ()) -> Sequence[str]:
+    def prune(
+        self, keep_last: int, keep: Collection[str] = (), passing: Collection[str] = ()
+    ) -> Sequence[str]:
         """Delete the checkpoints of old steps.
 
         Kept are the `keep_last` newest that are whole, those in `keep`, and those that a pointer
@@ -434,6 +442,8 @@ class CheckpointStore:
         Args:
             keep_last: at least 2, so that one damaged checkpoint is never the end of a run.
             keep: names never to delete.
+            passing: names that do not count; only the newest checkpoint of all is kept though it
+                is one, and as many more as are needed for `keep_last` in all.
 
         Returns:
             The names of the deleted.
@@ -449,7 +459,14 @@ class CheckpointStore:
             return []
         kept = set(keep) | {self.pointed(file) for file in self.filesystem.names(self.directory)}
         whole = [name for name in names if self._is_whole(name)]
-        victims = [name for name in whole[keep_last:] if name not in kept]
+        counted = [name for name in whole if name not in passing]
+        # At least as many in all as are asked for: counted ones first, then the newest.
+        kept |= {*whole[:1], *counted[:keep_last]}
+        for name in whole:
+            if len(kept.intersection(whole)) >= keep_last:
+                break
+            kept.add(name)
+        victims = [name for name in whole if name not in kept]
         self.retire(victims)
         return victims
 

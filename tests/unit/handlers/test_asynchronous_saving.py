@@ -288,7 +288,7 @@ def test_a_rollback_waits_for_the_save_under_way(tmp_path):
             return
         assert filesystem.reached.wait(20)
         threading.Timer(0.3, filesystem.gate.set).start()
-        engine.roll_back([8], "a test")
+        engine.roll_back("a test")
 
     trainer.add_event_handler(Events.ITERATION_STARTED(once=8), break_down)
     trainer.add_event_handler(

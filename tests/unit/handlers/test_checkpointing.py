@@ -229,9 +229,9 @@ def test_the_way_back_passes_a_damaged_checkpoint_over(tmp_path):
     handler = Checkpointing(tmp_path)
     trainer = make_trainer(handler, checkpoint_steps=2)
     trainer.run()
-    assert handler.newest_step() == 6
+    assert handler.step_to_restore() == 6
     for path in (tmp_path / "step-00000006").iterdir():
         if path.suffix != ".json":
             path.write_bytes(path.read_bytes()[:-1] + b"\x00")
     fresh = Checkpointing(tmp_path)
-    assert fresh.newest_step() == 4
+    assert fresh.step_to_restore() == 4

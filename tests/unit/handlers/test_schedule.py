@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fundamentallm.config.training import TrainingConfig
-from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model
 from fundamentallm.training.handlers import Checkpointing, NaNRollback, Schedule
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.schedulers import CosineAnnealingScheduler, LearningRateScheduler
@@ -83,10 +83,9 @@ def test_follows_the_step_through_a_rollback_and_a_skipped_window(tmp_path):
         train,
         optimizer=optimizer,
         scheduler=schedule,
-        loss_fn=BrokenAt(6),
         device="cpu",
         config=TrainingConfig(total_steps=9, checkpoint_steps=3),
-        handlers=[Schedule(schedule), Checkpointing(tmp_path), NaNRollback()],
+        handlers=[Schedule(schedule), Checkpointing(tmp_path), NaNRollback(), SpoiltGradient(6)],
     )
     trainer.run()
     # Steps 4 and 5 come twice, 6 broke and is passed over the second time.

@@ -16,7 +16,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.events import TrainingEvents
-from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model
 from fundamentallm.training.handlers import (
     Checkpointing,
     Evaluation,
@@ -120,8 +120,8 @@ def test_a_rollback_hides_what_was_taken_back(tmp_path):
     trainer = make_trainer(
         tmp_path,
         NaNRollback(),
+        SpoiltGradient(7),
         Checkpointing(tmp_path / "checkpoints"),
-        loss_fn=NaNAt(7),
         log_steps=1,
     )
     trainer.run()
@@ -204,3 +204,35 @@ def test_training_is_bitwise_the_same_without_it(tmp_path):
     )
     without.run()
     assert with_it.history.train_loss == without.history.train_loss
+
+
+def texts(directory: Path, tag: str) -> list[tuple[int, str]]:
+    """The texts under a tag in the newest file, with their steps."""
+    newest = max((directory / "tensorboard").iterdir())
+    return [
+        (event.step, value.tensor.string_val[0].decode())
+        for event in records(newest)
+        for value in event.summary.value
+        if value.tag == f"{tag}/text_summary"
+    ]
+
+
+def test_an_incident_and_the_way_back_leave_marks_that_the_way_back_does_not_hide(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        TensorBoard(tmp_path),
+        NaNRollback(),
+        Checkpointing(tmp_path / "checkpoints"),
+        SpoiltGradient(6),
+        total_steps=8,
+    )
+    trainer.run()
+    shown = read(tmp_path)
+    assert shown["incidents"] == {6: 2.0}
+    assert list(shown["rollbacks"].values()) == [1.0]
+    marks = texts(tmp_path, "incidents")
+    assert [step for step, _ in marks] == [6, 6]
+    assert "verdict: transient" in marks[0][1]
+    assert "verdict: unexplained" in marks[1][1]
+    (went,) = texts(tmp_path, "rollbacks")
+    assert went[1].startswith("went back to step ")

@@ -3,6 +3,7 @@
 `events.py` draws the loop; `base.py` says what a handler is and how to add one.
 """
 
+from fundamentallm.training.handlers.adaptive_clip import AdaptiveClip
 from fundamentallm.training.handlers.base import HANDLERS, Handler
 from fundamentallm.training.handlers.checkpointing import Checkpointing
 from fundamentallm.training.handlers.early_stopping import EarlyStopping
@@ -16,6 +17,7 @@ from fundamentallm.training.handlers.progress import Progress
 from fundamentallm.training.handlers.samples import Samples
 from fundamentallm.training.handlers.schedule import Schedule
 from fundamentallm.training.handlers.signals import Signals
+from fundamentallm.training.handlers.spikes import Spikes
 from fundamentallm.training.handlers.stop_file import StopFile
 from fundamentallm.training.handlers.tensorboard import TensorBoard
 from fundamentallm.training.handlers.throughput import Throughput
@@ -23,6 +25,7 @@ from fundamentallm.training.handlers.weight_ema import WeightEMA
 
 __all__ = [
     "HANDLERS",
+    "AdaptiveClip",
     "Checkpointing",
     "EarlyStopping",
     "Evaluation",
@@ -36,6 +39,7 @@ __all__ = [
     "Samples",
     "Schedule",
     "Signals",
+    "Spikes",
     "StopFile",
     "TensorBoard",
     "Throughput",

@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training import snapshot
+from fundamentallm.training.finite import NonFiniteStateError
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.state_tree import copied
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+
+FOR_A_STOP = "for_a_stop"  # in the metadata of a checkpoint that no schedule asked for
 
 
 def negative_val_loss(trainer: Trainer) -> float | None:
@@ -203,6 +208,7 @@ class Checkpointing(Checkpoint):
             "run_id": trainer.run_id,
             "finished": trainer.finished,
             "val_loss": val_loss if math.isfinite(val_loss) else None,
+            FOR_A_STOP: trainer.saving_for_a_stop,
             **trainer.description,
         }
 
@@ -216,9 +222,20 @@ class Checkpointing(Checkpoint):
             logger.info("step %d: saved, the best %s so far", step, self.score_name)
         else:
             logger.debug("step %d: saved", step)
-        keep = {step_name(self.best_step)} if self.best_step is not None else set()
         assert self.n_saved is not None
-        self.store.prune(self.n_saved, keep)
+        self.store.prune(self.n_saved, self._best_name(), self._for_stops())
+
+    def _best_name(self) -> set[str]:
+        return {step_name(self.best_step)} if self.best_step is not None else set()
+
+    def _for_stops(self) -> set[str]:
+        """Return the checkpoints that only a stop asked for."""
+        found = set()
+        for name in self.store.step_names():
+            with suppress(CheckpointError):
+                if self.store.manifest(self.store.directory / name).metadata.get(FOR_A_STOP):
+                    found.add(name)
+        return found
 
     def _point_at(self, step: int) -> None:
         """Let the pointers say what this object knows, whatever a crash has left them saying."""
@@ -241,15 +258,23 @@ class Checkpointing(Checkpoint):
             return
         save, self._background = self._background, None
         failure = save.wait()
-        lost, trouble = trainer.ranks.sum_counts(
-            [failure is not None and not save.committed, failure is not None]
+        lost, trouble, damaged = trainer.ranks.sum_counts(
+            [
+                failure is not None and not save.committed,
+                failure is not None,
+                isinstance(failure, NonFiniteStateError),
+            ]
         )
         if trouble:
             if lost:
                 self.best_score, self.best_step = save.best_before
+            if damaged:
+                trainer.notify(TrainingEvents.FLLM_STATE_DAMAGED)
+                if trainer.rolling_back:
+                    return
             error = failure or CheckpointError("the first rank could not save the checkpoint")
-            if self.on_error == "stop" or not isinstance(error, CheckpointError):
-                raise error  # "continue" is for a disk that fails, not for a bug
+            if self.on_error == "stop" or damaged or not isinstance(error, CheckpointError):
+                raise error  # "continue" is for a disk that fails, not for a bug or a NaN
             what = "not saved" if lost else "saved, but not tidied up"
             logger.warning("step %d: %s, training goes on: %s", save.step, what, error)
             if lost:
@@ -299,19 +324,45 @@ class Checkpointing(Checkpoint):
         """Return the manifest of the newest checkpoint that training can go on from."""
         return self.store.newest(snapshot.check_usable)
 
-    def newest_step(self) -> int | None:
-        """Return the step of the newest checkpoint."""
+    def step_to_restore(self, before: int | None = None) -> int | None:
+        """Return the step of the newest checkpoint that is at most `before`, else of the oldest."""
+        found = self._to_restore(before)
+        return found.step if found is not None else None
+
+    def restore_before(self, trainer: Trainer, before: int | None = None) -> None:
+        """Load that checkpoint into the trainer."""
+        self._finish_background(trainer)
+        found = self._to_restore(before)
+        assert found is not None
+        self.restore(trainer, self.store.directory / found.name)
+
+    def weights_before(self, before: int | None = None) -> Mapping[str, Tensor] | None:
+        """Return the model's state in that checkpoint, None if there is none."""
+        found = self._to_restore(before)
+        if found is None:
+            return None
+        model: Mapping[str, Tensor] = self.store.read(self.store.directory / found.name)["model"]
+        return model
+
+    def _to_restore(self, before: int | None) -> Manifest | None:
         if self._background is not None:
             self._background.join()
-        newest = self.newest()
-        return newest.step if newest is not None else None
-
-    def restore_newest(self, trainer: Trainer) -> None:
-        """Load the newest checkpoint into the trainer."""
-        self._finish_background(trainer)
-        path = self.last_checkpoint
-        assert path is not None
-        self.restore(trainer, path)
+        # A run that was stopped on its way must go back to where one that never was would go: not
+        # to what a stop alone has left, nor to what a kill has kept from being pruned.
+        best, num_scheduled = self._best_name(), 0
+        oldest = only_for_a_stop = None
+        assert self.n_saved is not None
+        for manifest in self.store.usable(snapshot.check_usable):
+            if manifest.metadata.get(FOR_A_STOP):
+                only_for_a_stop = only_for_a_stop or manifest
+                continue
+            num_scheduled += 1
+            if num_scheduled > self.n_saved and manifest.name not in best:
+                continue
+            oldest = manifest
+            if before is None or manifest.step <= before:
+                break
+        return oldest or only_for_a_stop
 
     def restore(self, trainer: Trainer, path: Path) -> None:
         """Load a checkpoint into the trainer; later ones of its run are set aside.

@@ -3,54 +3,141 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm.errors import NumericalError
+from ignite.engine import Events
+
+from fundamentallm.data.loader import Window
+from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.errors import CheckpointError, NumericalError
 from fundamentallm.events import TrainingEvents
+from fundamentallm.training.diagnosis import (
+    DIVERGENCE,
+    SPIKE,
+    STATE,
+    TRANSIENT,
+    Diagnosis,
+    Replay,
+)
 from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.incident import Incident, write_incident
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+METRICS_KEPT = 200  # steps before an incident whose metrics go into its report
+
 
 @HANDLERS.register("nan_rollback")
 class NaNRollback:
-    """Controls: after a non-finite loss or gradient, goes back to the last good checkpoint.
+    """Controls: finds out why a step is not finite, acts on it, and goes on.
 
-    The step has refused the update already, so the weights are clean. The run is rewound to the
-    newest checkpoint, the window that broke it enters the skip ledger, and training goes on from
-    there: the same run as one that had been told to skip that window. Where no checkpoints are
-    kept, the window alone is skipped. An fp16 overflow is expected now and then and only counts
-    when `max_overflows` come in a row.
+    The step has refused the update already, so the weights are clean. The step is then replayed
+    under control (`diagnosis.py`), and the verdict decides:
+
+    - transient: the step is taken once more from the very same state.
+    - precision, data, data_with_weights: this window alone is passed over.
+    - divergence: the run goes back to a checkpoint that has proved healthy, with `healthy_after`
+      good steps behind it; the window and its neighbours are passed over, and the learning rate is
+      lowered for `rate_steps`. Distance and neighbourhood double with each retry in a region.
+    - spike, which the handler `spikes` asks for: this window alone is passed over.
+    - state (a moment or the learning rate is not finite): back to the newest checkpoint.
+    - unexplained (transient, but twice at the same step): back, without this window.
+
+    What is done enters the ledger, so that the healed run is, bit for bit, the run that a person
+    would have got by giving a clean one that ledger. An fp16 overflow is expected now and then and
+    only counts when `max_overflows` come in a row.
 
     Args:
-        max_rollbacks: rollbacks in one run before it gives up.
-        max_per_region: rollbacks to one and the same checkpoint before it gives up.
+        max_rollbacks: incidents with a window passed over or a way back, in one run, before it
+            gives up.
+        max_per_region: rollbacks in one region before it gives up; a region ends `rate_steps`
+            after its last fault.
         max_overflows: fp16 overflows in a row that count as a fault.
+        max_transients: steps taken once more, in one run, before it gives up: a machine that errs
+            that often is no machine to train on.
+        max_spikes: spikes whose window is passed over, in one run, before it gives up.
+        healthy_after: good steps after a checkpoint that make it healthy.
+        neighbours: windows before and after a diverging one that are passed over with it.
+        rate_factor: the learning rate is multiplied by this after a divergence.
+        rate_steps: for so many steps.
+        run_dir: where `incidents/` is written; None writes no evidence.
+        tokenizer: decodes the sequences in the evidence.
     """
 
     def __init__(
-        self, max_rollbacks: int = 10, max_per_region: int = 3, max_overflows: int = 30
+        self,
+        max_rollbacks: int = 10,
+        max_per_region: int = 3,
+        max_overflows: int = 30,
+        max_transients: int = 100,
+        max_spikes: int = 100,
+        healthy_after: int = 10,
+        neighbours: int = 1,
+        rate_factor: float = 0.5,
+        rate_steps: int = 100,
+        run_dir: Path | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        if not 0.0 < rate_factor <= 1.0:
+            raise ValueError(f"rate_factor must lie above 0 and at most at 1, got {rate_factor}")
         self.max_rollbacks = max_rollbacks
         self.max_per_region = max_per_region
         self.max_overflows = max_overflows
+        self.max_transients = max_transients
+        self.max_spikes = max_spikes
+        self.healthy_after = healthy_after
+        self.neighbours = neighbours
+        self.rate_factor = rate_factor
+        self.rate_steps = rate_steps
+        self.run_dir = run_dir
+        self.tokenizer = tokenizer
         self.total = 0
-        self.region = -1
-        self.in_region = 0
+        self.transients = 0
+        self.spikes = 0
         self.overflows = 0
+        self.region_end = 0
+        self.in_region = 0
+        # Enough of them to tell how far back a run must go at its last retry.
+        needed = healthy_after * 2 ** min(max_per_region, 10)
+        self._good_steps: deque[int] = deque(maxlen=max(1, needed))
+        self._redone: int | None = None
+        self._good_window: Window | None = None
+        self._metrics: deque[dict[str, Any]] = deque(maxlen=METRICS_KEPT)
 
     def attach(self, trainer: Trainer) -> None:
-        """Listen to refusals, updates and the rollback itself."""
+        """Listen to refusals, updates and states that are not fit to be saved."""
         trainer.add_event_handler(TrainingEvents.FLLM_STEP_REJECTED, self.judge)
-        trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, self.recover)
-        trainer.add_event_handler(TrainingEvents.FLLM_ROLLED_BACK, self.note_region)
+        trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, self.note_good_window)
+        trainer.add_event_handler(TrainingEvents.FLLM_STATE_DAMAGED, self.judge_state)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self.note_metrics)
 
-    def recover(self) -> None:
-        """An applied update ends a series of overflows."""
+    def note_good_window(self, trainer: Trainer) -> None:
+        """An applied update ends a series of overflows; its window is known to be good."""
         self.overflows = 0
+        self._good_steps.append(trainer.state.iteration)
+        self._good_window = trainer.window
+
+    def note_metrics(self, trainer: Trainer) -> None:
+        """Remember the step for a report."""
+        output = trainer.state.output
+        self._metrics.append(
+            {
+                "step": trainer.state.iteration,
+                "loss": output.loss,
+                "grad_norm": output.grad_norm,
+                "lr": trainer.state.metrics.get("train/lr"),
+                "rejection": output.rejection,
+            }
+        )
+
+    # ------------------------------------------------------------------ judging
 
     def judge(self, trainer: Trainer) -> None:
         """Decide what a refused step means.
@@ -58,51 +145,201 @@ class NaNRollback:
         Raises:
             NumericalError: the limits are used up.
         """
-        output = trainer.state.output
-        step = trainer.state.iteration
+        output, step = trainer.state.output, trainer.state.iteration
+        fault = f"loss {output.loss}, gradient norm {output.grad_norm}"
         if output.rejection == "overflow":
             self.overflows += 1
-            if self.overflows < self.max_overflows:
+            if self.overflows >= self.max_overflows:
+                self._give_up(trainer, f"{self.overflows} fp16 overflows in a row", "overflow")
+        elif output.rejection == "learning rate":
+            self._go_back(trainer, "the learning rate is not finite", STATE)
+        elif output.rejection == DIVERGENCE:  # a controller's word for it
+            self._go_back(trainer, fault, DIVERGENCE)
+        elif output.rejection == SPIKE:
+            self.spikes += 1
+            if self.spikes > self.max_spikes:
+                self._give_up(trainer, f"{fault} after {self.max_spikes} spikes", SPIKE)
+            trainer.ledger.skip([step])
+            worst = trainer.laboratory().worst_rows(trainer.window)
+            diagnosis = Diagnosis(SPIKE, Replay(output.loss, output.grad_norm), worst)
+            self._report(trainer, fault, SPIKE, "its window is passed over", diagnosis)
+        elif output.rejection == "nonfinite":
+            if self._redone == step:
+                trainer.ledger.skip([step])
+                self._go_back(trainer, fault, "unexplained")
+            else:
+                self._act(trainer, fault, self._diagnose(trainer))
+
+    def judge_state(self, trainer: Trainer) -> None:
+        """Go back when the state turned out to be damaged before it was saved.
+
+        Raises:
+            NumericalError: the limits are used up.
+        """
+        if trainer.restore_step() is not None:
+            self._go_back(trainer, "the state to be saved is not finite", STATE)
+
+    def _diagnose(self, trainer: Trainer) -> Diagnosis:
+        @contextmanager
+        def earlier_weights() -> Iterator[bool]:
+            # Not the ones that the step began with, if there are others.
+            earlier = trainer.weights_before(trainer.state.iteration - 2)
+            if earlier is None:
+                yield False
                 return
-            self._give_up(step, f"{self.overflows} fp16 overflows in a row")
-        if output.rejection != "nonfinite":
-            return
-        fault = f"loss {output.loss}, gradient norm {output.grad_norm}"
-        if self.total >= self.max_rollbacks:
-            self._give_up(step, f"{fault} after {self.total} rollbacks")
-        same_region = trainer.restore_step() == self.region
-        if same_region and self.in_region >= self.max_per_region:
-            self._give_up(step, f"{fault} after {self.in_region} rollbacks to step {self.region}")
-        self.total += 1
-        logger.warning("step %d: %s; the update was refused", step, fault)
-        trainer.roll_back(skip=[step], reason=fault)
+            # Put in and taken out again: a copy of the model would copy whatever hangs on it.
+            kept = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+            try:
+                trainer.model.load_state_dict(earlier)
+                yield True
+            finally:
+                trainer.model.load_state_dict(kept)
 
-    def note_region(self, trainer: Trainer) -> None:
-        """Count the rollbacks that ended at the same checkpoint."""
+        return trainer.laboratory().diagnose(
+            trainer.window, trainer.generators_before, self._known_good(trainer), earlier_weights
+        )
+
+    def _known_good(self, trainer: Trainer) -> Window | None:
+        """Return the last window that was applied, by whichever process of the run."""
+        window_at = getattr(trainer.train_loader, "window_at", None)
+        if self._good_window is None and self._good_steps and window_at is not None:
+            window: Window = window_at(*divmod(self._good_steps[-1] - 1, trainer.steps_per_epoch))
+            return window
+        return self._good_window
+
+    def _act(self, trainer: Trainer, fault: str, diagnosis: Diagnosis) -> None:
         step = trainer.state.iteration
-        self.in_region = self.in_region + 1 if step == self.region else 1
-        self.region = step
+        if diagnosis.verdict == TRANSIENT:
+            self.transients += 1
+            if self.transients > self.max_transients:
+                self._give_up(trainer, f"{fault}, transient for the {self.transients}th time")
+            self._redone = step
+            trainer.redo_step()
+            self._report(trainer, fault, TRANSIENT, "the step is taken once more", diagnosis)
+        elif diagnosis.verdict == DIVERGENCE:
+            self._go_back(trainer, fault, DIVERGENCE, diagnosis)
+        else:
+            self._count(trainer, fault, diagnosis.verdict, diagnosis)
+            trainer.ledger.skip([step])
+            self._report(trainer, fault, diagnosis.verdict, "its window is passed over", diagnosis)
 
-    def _give_up(self, step: int, fault: str) -> None:
+    # ------------------------------------------------------------------ acting
+
+    def _go_back(
+        self, trainer: Trainer, fault: str, verdict: str, diagnosis: Diagnosis | None = None
+    ) -> None:
+        step = trainer.state.iteration
+        self.in_region = self.in_region + 1 if step <= self.region_end else 1
+        if self.in_region > self.max_per_region:
+            retries = f"after {self.in_region - 1} rollbacks in this region"
+            self._give_up(trainer, f"{fault} {retries}", verdict, diagnosis)
+        self._count(trainer, fault, verdict, diagnosis)
+        self.region_end = max(self.region_end, step + self.rate_steps)
+        doubled = 2 ** (self.in_region - 1)
+        before = self._healthy_until(doubled) if verdict == DIVERGENCE else None
+        target = trainer.restore_step(before)
+        decision = f"going back to step {target}" if target is not None else "going on from here"
+        # A step that the restored state has behind it was taken, and stays so.
+        first = (target if target is not None else step - 1) + 1
+        if verdict == DIVERGENCE:
+            near = self.neighbours * doubled
+            trainer.ledger.skip(s for s in range(step - near, step + near + 1) if s >= first)
+            trainer.ledger.cut_rate(first, self.rate_steps + step - first, self.rate_factor)
+            decision += (
+                f", without the windows of steps {max(first, step - near)} to {step + near},"
+                f" learning rate x {self.rate_factor:g} for {self.rate_steps} steps"
+            )
+        self._report(trainer, fault, verdict, decision, diagnosis)
+        trainer.roll_back(f"{verdict}: {fault}", before)
+
+    def _healthy_until(self, doubled: int) -> int:
+        """Return the last step with enough good ones behind it, -1 if there is none."""
+        wanted = self.healthy_after * doubled
+        if wanted == 0:
+            return self._good_steps[-1] if self._good_steps else -1
+        return self._good_steps[-wanted] - 1 if len(self._good_steps) >= wanted else -1
+
+    def _count(
+        self, trainer: Trainer, fault: str, verdict: str, diagnosis: Diagnosis | None
+    ) -> None:
+        if self.total >= self.max_rollbacks:
+            self._give_up(trainer, f"{fault} after {self.total} incidents", verdict, diagnosis)
+        self.total += 1
+
+    def _give_up(
+        self,
+        trainer: Trainer,
+        fault: str,
+        verdict: str = TRANSIENT,
+        diagnosis: Diagnosis | None = None,
+    ) -> None:
+        self._report(trainer, fault, verdict, "giving up", diagnosis)
         raise NumericalError(
-            f"training cannot go on at step {step}: {fault}",
+            f"training cannot go on at step {trainer.state.iteration}: {fault}",
+            where=str(self.run_dir / "incidents") if self.run_dir is not None else "",
             fix="lower training.learning_rate, lengthen training.warmup_steps, or inspect the data"
             " of these steps; the last good checkpoint is kept",
         )
+
+    def _report(
+        self,
+        trainer: Trainer,
+        fault: str,
+        verdict: str,
+        decision: str,
+        diagnosis: Diagnosis | None = None,
+    ) -> None:
+        incident = Incident(trainer.state.iteration, fault, verdict, decision, diagnosis)
+        trainer.state.incident = incident
+        logger.log(logging.WARNING if trainer.ranks.is_writer else logging.DEBUG, "%s", incident)
+        if self._is_witness(trainer, diagnosis):
+            self._write_evidence(trainer, incident)
+        trainer.notify(TrainingEvents.FLLM_INCIDENT_DETECTED)
+
+    def _is_witness(self, trainer: Trainer, diagnosis: Diagnosis | None) -> bool:
+        """Tell whether this rank is the first whose own share is bad; the first of all if none."""
+        ranks = trainer.ranks
+        bad = diagnosis is not None and not diagnosis.replay.is_finite
+        votes = ranks.sum_counts([int(bad and r == ranks.rank) for r in range(ranks.world_size)])
+        return ranks.rank == (votes.index(1) if 1 in votes else 0)
+
+    def _write_evidence(self, trainer: Trainer, incident: Incident) -> None:
+        diagnosis = incident.diagnosis
+        for reading in (
+            (diagnosis.first_bad_forward, diagnosis.first_bad_backward) if diagnosis else ()
+        ):
+            if reading is not None:
+                logger.warning("  first bad %s", reading)
+        if self.run_dir is None:
+            return
+        try:
+            path = write_incident(self.run_dir, incident, trainer, self._metrics, self.tokenizer)
+            logger.warning("  evidence: %s", path)
+        except (OSError, CheckpointError) as error:
+            logger.warning("  the evidence cannot be written, training goes on: %s", error)
+
+    # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, so that a resumed run has no fresh allowance."""
         return {
             "total": self.total,
-            "region": self.region,
+            "transients": self.transients,
+            "spikes": self.spikes,
+            "region_end": self.region_end,
             "in_region": self.in_region,
             "overflows": self.overflows,
+            "good_steps": list(self._good_steps),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take counts over; never fewer than are known, for a rollback loads an older state."""
         self.overflows = state_dict["overflows"]
-        if state_dict["total"] >= self.total:
-            self.total = state_dict["total"]
-            self.region = state_dict["region"]
+        self._good_window = None
+        self._good_steps.clear()
+        self._good_steps.extend(state_dict["good_steps"])
+        counts = [state_dict[name] for name in ("total", "transients", "spikes")]
+        if sum(counts) >= self.total + self.transients + self.spikes:
+            self.total, self.transients, self.spikes = counts
+            self.region_end = state_dict["region_end"]
             self.in_region = state_dict["in_region"]

@@ -61,13 +61,13 @@ class Samples:
     def attach(self, trainer: Trainer) -> None:
         """Sample at FLLM_EVALUATION_COMPLETED; only the rank that writes does any work."""
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.begin)
-        trainer.add_event_handler(TrainingEvents.FLLM_ROLLED_BACK, self.cut_back)
+        trainer.add_event_handler(TrainingEvents.FLLM_ROLLED_BACK, self.begin)
         trainer.add_event_handler(
             TrainingEvents.FLLM_EVALUATION_COMPLETED(every=self.every), self.sample
         )
 
     def begin(self, trainer: Trainer) -> None:
-        """Tell one history, and write the sample that a stop cut off."""
+        """Tell one history, and write the sample that a stop cut off before this state."""
         self.cut_back(trainer)
         if self.owed == trainer.state.iteration:
             self.sample(trainer)

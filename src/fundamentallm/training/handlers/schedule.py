@@ -35,11 +35,15 @@ class Schedule(ParamScheduler):
         trainer.add_event_handler(Events.ITERATION_STARTED, self.apply)
 
     def apply(self, trainer: Trainer) -> None:
-        """Write the rates for step `state.iteration` and note `train/lr`."""
+        """Write the rates for step `state.iteration`, cut as the ledger says; note `train/lr`."""
         # Ignite counts events from 0 and would count on after a rollback; the step knows better.
         self.event_index = trainer.state.iteration - 1
         self.progress = trainer.clock_progress()
         self(trainer)
+        factor = trainer.ledger.rate_factor(trainer.state.iteration)
+        if factor != 1.0:
+            for group in self.optimizer_param_groups:
+                group["lr"] *= factor
         trainer.state.metrics["train/lr"] = self.optimizer_param_groups[0]["lr"]
 
     def get_param(self) -> list[float]:

@@ -32,15 +32,17 @@ class TensorBoard:
         self.directory = run_dir / "tensorboard"
         self._writer: Any = None
         self._flushed_at = 0.0
+        self._marks: list[tuple[int, str, int, str]] = []
 
     def attach(self, trainer: Trainer) -> None:
         """Write at FLLM_METRICS_READY and FLLM_EVALUATION_COMPLETED, on the rank that writes."""
         if not trainer.ranks.is_writer:
             return
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.open)
-        trainer.add_event_handler(TrainingEvents.FLLM_ROLLED_BACK, self.open)
+        trainer.add_event_handler(TrainingEvents.FLLM_ROLLED_BACK, self.mark_way_back)
         trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, self.log_training)
         trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_COMPLETED, self.log_validation)
+        trainer.add_event_handler(TrainingEvents.FLLM_INCIDENT_DETECTED, self.mark_incident)
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_ENDED, self.close)
 
     def open(self, trainer: Trainer) -> None:
@@ -73,6 +75,22 @@ class TensorBoard:
         """Write the validation metrics."""
         self._write(trainer, "val/")
 
+    def mark_incident(self, trainer: Trainer) -> None:
+        """Write what was decided as a text, and a point in the count of incidents."""
+        incident = trainer.state.incident
+        if incident is not None:
+            self._mark(incident.step, "incidents", trainer.state.incidents, str(incident))
+
+    def mark_way_back(self, trainer: Trainer) -> None:
+        """Begin a file where the run goes on from, and mark the place in it."""
+        self.open(trainer)
+        step = trainer.state.iteration
+        hidden = [mark for mark in self._marks if mark[0] > step]
+        self._marks = [mark for mark in self._marks if mark[0] <= step]
+        for mark in hidden:
+            self._mark(*mark)
+        self._mark(step + 1, "rollbacks", trainer.state.rollbacks, f"went back to step {step}")
+
     def close(self) -> None:
         """Flush and close the file."""
         if self._writer is not None:
@@ -82,6 +100,14 @@ class TensorBoard:
             except OSError as error:
                 self._give_up(error)
             self._writer = None
+
+    def _mark(self, step: int, tag: str, count: int, text: str) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.summary import text as text_summary
+
+        values = [Summary.Value(tag=tag, simple_value=count), *text_summary(tag, text).value]
+        self._add(step, summary=Summary(value=values))
+        self._marks.append((step, tag, count, text))
 
     def _write(self, trainer: Trainer, prefix: str) -> None:
         from tensorboardX.proto.summary_pb2 import Summary

@@ -1,0 +1,193 @@
+"""A numerical incident: what happened, what was decided, and the evidence on disk.
+
+incidents/00000137-data/
+  report.json         fault, verdict, decision, modules, bad sequences with their text,
+                      the metrics before, environment, configuration
+  evidence/step-00000136/   a checkpoint directory: the weights before the step, the random
+                      generators and the window's tokens, with hashes
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.training.diagnosis import SPIKE, TRANSIENT, Diagnosis, Reading
+from fundamentallm.training.store import CheckpointStore, step_name
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+REPORT = "report.json"
+EVIDENCE = "evidence"
+# Named, not filtered: whatever else the environment holds may be a secret.
+ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED", "RANK", "WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class Incident:
+    """A refused step or a damaged state, judged.
+
+    Attributes:
+        step: at which it was noticed.
+        fault: what was seen, in words.
+        verdict: one of `diagnosis`'s, or "overflow", "unexplained", "spike".
+        decision: what is done about it, in words.
+        diagnosis: the replays; None where none were needed.
+    """
+
+    step: int
+    fault: str
+    verdict: str
+    decision: str
+    diagnosis: Diagnosis | None = None
+
+    def __str__(self) -> str:
+        """Return the one line that the log has of it."""
+        return f"step {self.step}: {self.fault}; verdict: {self.verdict}; {self.decision}"
+
+
+def write_incident(
+    run_dir: Path,
+    incident: Incident,
+    trainer: Trainer,
+    metrics: Iterable[Mapping[str, Any]] = (),
+    tokenizer: Tokenizer | None = None,
+) -> Path:
+    """Write the evidence; return its directory.
+
+    The weights must be those before the step, as they are after a refusal.
+
+    Args:
+        run_dir: the run's directory.
+        incident: what happened.
+        trainer: the run; its window is the incident's.
+        metrics: of the steps before, oldest first.
+        tokenizer: decodes the bad sequences.
+
+    Raises:
+        OSError, CheckpointError: the disk refuses.
+    """
+    directory = _free(run_dir / "incidents" / f"{incident.step:08d}-{incident.verdict}")
+    directory.mkdir(parents=True)
+    # These may come often. What a machine did once no evidence can show again, and a finite step
+    # has no bad module.
+    if incident.verdict not in (TRANSIENT, SPIKE):
+        evidence = {
+            "model": trainer.model.state_dict(),
+            "generators": trainer.generators_before,
+            "window": list(trainer.window.micro_batches),
+        }
+        store = CheckpointStore(directory / EVIDENCE)
+        before = incident.step - 1
+        store.write(step_name(before), evidence, {"incident": str(incident)}, step=before)
+    report = {
+        "step": incident.step,
+        "fault": incident.fault,
+        "verdict": incident.verdict,
+        "decision": incident.decision,
+        "first_bad": first_bad(incident.diagnosis),
+        "bad_sequences": bad_sequences(incident, trainer, tokenizer),
+        "modules": incident.diagnosis.replay.table() if incident.diagnosis else [],
+        "metrics": list(metrics),
+        "ledger": trainer.ledger.state_dict(),
+        "checkpoint": _checkpoint_before(trainer),
+        "environment": environment(),
+        "description": trainer.description,
+    }
+    text = json.dumps(plain(report), indent=2, allow_nan=False)
+    (directory / REPORT).write_text(text + "\n", encoding="utf-8")
+    return directory
+
+
+def first_bad(diagnosis: Diagnosis | None) -> dict[str, Any]:
+    """Return the names of the first bad places, None where there is none."""
+    forward = diagnosis.first_bad_forward if diagnosis else None
+    backward = diagnosis.first_bad_backward if diagnosis else None
+    return {"forward": _place(forward), "backward": _place(backward)}
+
+
+def bad_sequences(
+    incident: Incident, trainer: Trainer, tokenizer: Tokenizer | None
+) -> list[dict[str, Any]]:
+    """Say which sequences of the window are bad, where they stand in the corpus, and their text."""
+    window = trainer.window
+    found = []
+    for bad in incident.diagnosis.bad_rows if incident.diagnosis else ():
+        ids = window.micro_batches[bad.micro_batch]["input_ids"][bad.row].tolist()
+        found.append(
+            {
+                "micro_batch": bad.micro_batch,
+                "row": bad.row,
+                "first_bad_position": bad.position,
+                "corpus_offset": corpus_offset(trainer, bad.micro_batch, bad.row),
+                "token_ids": ids,
+                "text": tokenizer.decode(ids) if tokenizer is not None else None,
+            }
+        )
+    return found
+
+
+def corpus_offset(trainer: Trainer, micro_batch: int, row: int) -> int | None:
+    """Return where a sequence begins in the training split, in tokens; None if nobody knows."""
+    rows_at = getattr(trainer.train_loader, "rows_at", None)
+    if rows_at is None:
+        return None
+    loader, ranks = trainer.train_loader, trainer.ranks
+    rows = rows_at(*divmod(trainer.state.iteration - 1, trainer.steps_per_epoch))
+    index = (micro_batch * ranks.world_size + ranks.rank) * loader.batch_size + row
+    return int(rows[index]) if index < len(rows) else None
+
+
+def environment() -> dict[str, Any]:
+    """Return what may matter of the machine, and nothing else of it."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "variables": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+
+
+def plain(value: Any) -> Any:
+    """Return a value as strict JSON has it: numbers that it lacks by their names."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    return value
+
+
+def _place(reading: Reading | None) -> dict[str, Any] | None:
+    if reading is None:
+        return None
+    return {"module": reading.module, "kind": reading.kind, "what": str(reading)}
+
+
+def _checkpoint_before(trainer: Trainer) -> dict[str, Any] | None:
+    path = trainer.state.last_checkpoint
+    if path is None or not path.is_dir():
+        return None
+    manifest = CheckpointStore(path.parent).manifest(path)
+    files = {name: record.sha256 for name, record in manifest.files.items()}
+    return {"name": manifest.name, "manifest": manifest.hash, "files": files}
+
+
+def _free(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -1,0 +1,10 @@
+"""What every test may take for granted."""
+
+from __future__ import annotations
+
+import signal
+
+# A shell that starts something in the background lets it ignore Ctrl-C, and that is inherited by
+# the programs whose answer to Ctrl-C is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

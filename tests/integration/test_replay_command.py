@@ -1,0 +1,88 @@
+"""`replay`: an incident from the command line, and directories that are none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from campaigns.heal import make_incident
+
+from fundamentallm.engine.cli import main
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("made")
+    incident, verdict = make_incident(place, 3)
+    assert verdict == "divergence"
+    return incident
+
+
+@pytest.fixture
+def incident(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / made.name))
+
+
+def test_the_step_is_computed_again_and_the_same_module_named(incident, capsys):
+    report = json.loads((incident / "report.json").read_text())
+    module = report["first_bad"]["forward"]["module"]
+    before = sorted((p, p.stat().st_mtime_ns) for p in incident.rglob("*"))
+    assert main(["replay", str(incident)]) == 0
+    text = capsys.readouterr().out
+    assert f"forward    output of {module}   (recorded: output of {module})" in text
+    assert text.rstrip().endswith("Reproduced.")
+    assert f"step {report['step']}" in text
+    assert sorted((p, p.stat().st_mtime_ns) for p in incident.rglob("*")) == before
+
+
+def test_another_module_than_the_recorded_one_is_an_error(incident, capsys):
+    path = incident / "report.json"
+    report = json.loads(path.read_text())
+    report["first_bad"]["forward"]["module"] = "blocks.7"
+    path.write_text(json.dumps(report))
+    assert main(["replay", str(incident)]) == 20
+    assert "the incident is not reproduced" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verdict", ["transient", "spike"])
+def test_a_finite_incident_has_nothing_to_replay(incident, capsys, verdict):
+    path = incident / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": verdict}))
+    shutil.rmtree(incident / "evidence")
+    assert main(["replay", str(incident)]) == 0
+    assert "nothing to replay" in capsys.readouterr().out
+
+
+def test_what_is_no_incident_says_what_one_is(incident, tmp_path, capsys):
+    (incident / "report.json").write_text("[1, 2]")
+    for path in (incident, tmp_path, tmp_path / "nowhere"):
+        assert main(["replay", str(path)]) == 4
+        assert "incidents/00000137-data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["verdict", "first_bad", "description"])
+def test_a_report_that_lacks_a_part_is_refused(incident, capsys, missing):
+    path = incident / "report.json"
+    report = json.loads(path.read_text())
+    del report[missing]
+    path.write_text(json.dumps(report))
+    assert main(["replay", str(incident)]) == 4
+    assert "no incident" in capsys.readouterr().err
+
+
+def test_evidence_that_is_damaged_is_never_computed_with(incident, capsys):
+    (file,) = (incident / "evidence").glob("*/model.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    assert main(["replay", str(incident)]) == 4
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_an_incident_of_a_script_says_how_to_go_on(incident, capsys):
+    path = incident / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "description": {}}))
+    assert main(["replay", str(incident)]) == 4
+    assert "Laboratory" in capsys.readouterr().err

@@ -1,0 +1,37 @@
+"""The ledger: what it says of a step, and that it survives a checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fundamentallm.training.ledger import Ledger
+
+CUTS = st.lists(
+    st.tuples(st.integers(1, 50), st.integers(1, 20), st.sampled_from([0.5, 0.25, 0.1]))
+)
+
+
+@given(CUTS, st.integers(0, 80))
+def test_the_rate_is_multiplied_by_every_cut_that_holds(cuts, step):
+    ledger = Ledger()
+    expected = 1.0
+    for first, num_steps, factor in cuts:
+        ledger.cut_rate(first, num_steps, factor)
+        if step in range(first, first + num_steps):
+            expected *= factor
+    assert ledger.rate_factor(step) == expected
+
+
+@given(CUTS, st.sets(st.integers(1, 100)))
+def test_a_ledger_survives_json(cuts, skipped):
+    ledger = Ledger()
+    ledger.skip(skipped)
+    for cut in cuts:
+        ledger.cut_rate(*cut)
+    other = Ledger({7}, [])
+    other.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
+    assert other == ledger
+    assert other.skipped == skipped
