@@ -90,7 +90,10 @@ def main() -> None:
         pairs = zip(rates[one], rates[other], strict=True)
         return round(statistics.median(a / b for a, b in pairs), 2)
 
-    batch_within, batch_past = f"cached, within, batch of {batch}", f"cached, past, batch of {batch}"
+    batch_within, batch_past = (
+        f"cached, within, batch of {batch}",
+        f"cached, past, batch of {batch}",
+    )
     result = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

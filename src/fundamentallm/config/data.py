@@ -21,7 +21,8 @@ class DataConfig(BaseConfig):
     files hold prompts and responses for fine-tuning."""
 
     tokenizer: Component = Component(name="character")
-    """How text becomes tokens: character, byte."""
+    """How text becomes tokens: character, byte, {name: bpe, vocab_size: 2048} trained on the text,
+    or {name: file, path: tokenizer.json}."""
 
     sequence_length: Count = 128
     """Tokens in one window; the model's context length."""
