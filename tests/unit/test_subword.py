@@ -18,6 +18,7 @@ from fundamentallm.data.tokenizer import (
     CharacterTokenizer,
     FileTokenizer,
     Tokenizer,
+    base,
     build_tokenizer,
     load_tokenizer,
     subword,
@@ -79,7 +80,7 @@ def test_a_text_cut_at_spaces_behind_words_has_the_ids_of_the_whole(text: str, p
     position = 0
     pieces = []
     while len(text) - position > piece:
-        cut = subword._last_boundary(text[position : position + piece])
+        cut = subword.last_boundary(text[position : position + piece])
         if not cut:
             return  # a word longer than a piece: nothing is promised
         pieces.append(text[position : position + cut])
@@ -117,14 +118,14 @@ def test_so_it_is_with_the_pattern_of_llama_3_and_qwen(text: str, piece: int) ->
     whole = LIBRARY_WITH_GPT4.encode(text, add_special_tokens=False).ids
     assert WITH_GPT4.encode(text).tolist() == whole
     assert WITH_GPT4.find_cut("a b c") == 3
-    cut = subword._last_boundary(text[:piece])
+    cut = subword.last_boundary(text[:piece])
     if cut:
         parts = WITH_GPT4.encode_many([text[:cut], text[cut:]])
         assert np.concatenate(parts).tolist() == whole
 
 
 def test_a_long_text_has_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subword, "PIECE", 100)
+    monkeypatch.setattr(base, "PIECE", 100)
     monkeypatch.setattr(subword, "BATCH", 1000)
     text = TRAINING[:20_000]
     assert BPE.encode(text).tolist() == LIBRARY.encode(text).ids

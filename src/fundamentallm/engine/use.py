@@ -15,6 +15,7 @@ import numpy as np
 
 from fundamentallm.data.corpus import Corpus, read_source, split_tokens
 from fundamentallm.data.examples import encode_examples
+from fundamentallm.engine.assemble import read_run_source
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import ConfigError, DataError, FundamentaLLMError
@@ -92,14 +93,12 @@ def _corpus(trained: Trained, data: str | None) -> tuple[Corpus, str]:
                     fix="name the text itself, or a token file made with the model's tokenizer",
                 )
         return corpus, data
-    copy = trained.run_dir / "corpus.txt"
-    source = str(copy) if copy.exists() else trained.config.data.source
-    corpus = read_source(source)
+    corpus = read_run_source(trained.config.data, trained.run_dir)
     expected = trained.manifest.metadata["data"]["sha256"]
     if corpus.sha256 != expected:
         raise DataError(
             "the run's text has changed, so its validation split is another",
-            where=str(source),
+            where=corpus.name,
             got=f"SHA-256 {corpus.sha256}",
             expected=f"SHA-256 {expected}",
             fix="restore the text, or name one with --data",
@@ -112,19 +111,17 @@ def _to_measure(
 ) -> tuple[Callable[..., Evaluated], Any]:
     """Return the measure for a source and its data: all of it, or the validation split."""
     split = (1.0, 0.0, 0.0) if whole else trained.config.data.split
-    part = "train" if whole else "val"
+    # Text that was split when it was prepared has kept a part aside for this.
+    part = "train" if whole and corpus.splits is None else "val"
     if corpus.examples is not None:
         length = trained.config.model.sequence_length
         assert length is not None
         encoded = encode_examples(corpus.examples, trained.tokenizer, length)
-        examples = encoded.part(split_tokens(np.arange(len(encoded)), split)[part])
+        examples = encoded.part(np.asarray(split_tokens(np.arange(len(encoded)), split)[part]))
         if not len(examples):
             raise _nothing_to_evaluate(what, "0 examples", "at least 1")
         return evaluate_examples, examples
-    tokens = corpus.tokens
-    if tokens is None:
-        tokens = trained.tokenizer.encode(corpus.text)
-    tokens = split_tokens(tokens, split)[part]
+    tokens = np.asarray(corpus.part(trained.tokenizer, split, part))
     if len(tokens) < 2:
         raise _nothing_to_evaluate(what, f"{len(tokens)} tokens", "at least 2")
     return evaluate_text, tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fundamentallm.errors import DataError, FundamentaLLMError
 from fundamentallm.registry import Registry
 
 FORMAT = 1
+PIECE = 1 << 15  # characters of a long text that are encoded as one
 _SAVE_ANEW = "use a file that Tokenizer.save wrote"
 
 
@@ -78,6 +79,41 @@ class Tokenizer(ABC):
         """
         return 0
 
+    def pieces(self, chunks: Iterable[str], longest: int | None = None) -> Iterator[str]:
+        """Cut a text, given in chunks of any size, into pieces to encode one by one.
+
+        The pieces follow from the text and not from its chunks; each has at most `PIECE` characters
+        where the tokenizer can cut at all.
+
+        Args:
+            chunks: the text.
+            longest: characters that a text may have which the tokenizer cannot cut; None: any.
+
+        Raises:
+            DataError: such a text is longer.
+        """
+        buffer = ""
+        for chunk in chunks:
+            buffer += chunk
+            start = 0
+            while len(buffer) - start > PIECE:
+                window = buffer[start : start + PIECE]
+                cut = self.find_cut(window)
+                if not cut:
+                    break
+                yield window[:cut]
+                start += cut
+            buffer = buffer[start:]
+            if longest is not None and len(buffer) > max(longest, PIECE):
+                raise DataError(
+                    "the document is too long for a tokenizer that has to read it in one piece",
+                    got=f"more than {longest:,} characters",
+                    fix="cut it into several documents, or use the tokenizer bpe, byte or"
+                    " character",
+                )
+        if buffer:
+            yield buffer
+
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text, as `encode` does; may use several cores."""
         return [self.encode(text) for text in texts]
@@ -88,10 +124,14 @@ class Tokenizer(ABC):
             json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=True).encode()
         ).hexdigest()
 
-    def save(self, path: str | Path) -> None:
-        """Write the tokenizer as JSON, with its fingerprint to tell damage by."""
+    def to_json(self) -> str:
+        """Return what `save` writes: JSON, with the fingerprint to tell damage by."""
         state = {"format": FORMAT, **self.to_dict(), "fingerprint": self.fingerprint()}
-        Path(path).write_text(json.dumps(state, ensure_ascii=True) + "\n", encoding="utf-8")
+        return json.dumps(state, ensure_ascii=True) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer as JSON that `load` reads."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @staticmethod
     def load(path: str | Path) -> Tokenizer:
@@ -186,7 +226,7 @@ def checked_ids(ids: Iterable[int] | np.ndarray, vocab_size: int) -> np.ndarray:
         DataError: one lies outside the vocabulary.
         ValueError: they are not one row of integers.
     """
-    array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+    array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
     if array.size == 0:
         return np.empty(0, dtype=np.uint8)  # numpy takes an empty list for one of floats
     if array.ndim != 1 or array.dtype.kind not in "ui":

@@ -2,10 +2,10 @@
 
 The library is imported when a tokenizer is made, never before.
 
-A long text is encoded in pieces, side by side on all cores. It is cut before a space that follows
-something else than white space. The patterns of byte-level BPE (GPT-2's, Radford et al. 2019; those
-of later models alike) end a word there whatever comes before and after, so the ids are those of the
-whole. Only where `PIECE` characters hold no such place is a text cut within a word.
+A long text is encoded in pieces, side by side on all cores. It is cut before a space behind a word,
+or before a line feed behind a letter or digit. The patterns of byte-level BPE (GPT-2's, Radford et
+al. 2019; those of later models alike) end a word there whatever comes before and after, so the ids
+are those of the whole. Only where a whole piece holds no such place is a text cut within a word.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from fundamentallm.errors import ConfigError, DataError, MachineError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as LibraryTokenizer
 
-PIECE = 1 << 16  # characters encoded as one text
 BATCH = 1 << 20  # characters encoded at once: the library needs some 100 bytes a token meanwhile
 END = "<|endoftext|>"
 KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "<|end|>")
@@ -86,7 +85,7 @@ class SubwordTokenizer(Tokenizer):
         """
         if not self._cuts:
             return 0
-        return _last_boundary(text) or len(text)
+        return last_boundary(text) or len(text)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text.
@@ -94,8 +93,8 @@ class SubwordTokenizer(Tokenizer):
         Raises:
             DataError: it holds half of a surrogate pair.
         """
-        pieces: Iterable[str] = _pieces(text) if self._cuts else [text]
-        encoded = [ids for batch in _batches(pieces) for ids in self.encode_many(batch)]
+        batches = _batches(self.pieces([text]))
+        encoded = [ids for batch in batches for ids in self.encode_many(batch)]
         return np.concatenate(encoded) if encoded else np.empty(0, self._dtype)
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -132,11 +131,9 @@ class SubwordTokenizer(Tokenizer):
         """Return a SHA-256 of the tokenizer.json, wherever it came from."""
         return hashlib.sha256(json.dumps(self.json, sort_keys=True).encode()).hexdigest()
 
-    def save(self, path: str | Path) -> None:
-        """Write the tokenizer.json, which the library and all that use it open."""
-        Path(path).write_text(
-            json.dumps(self.json, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        )
+    def to_json(self) -> str:
+        """Return the tokenizer.json, which the library and all that use it open."""
+        return json.dumps(self.json, ensure_ascii=False, indent=1) + "\n"
 
     @property
     def _dtype(self) -> np.dtype[Any]:
@@ -238,32 +235,29 @@ def _train(vocab_size: int, texts: Iterable[str]) -> dict[str, Any]:
     def checked() -> Iterator[str]:
         for text in texts:
             to_utf8(text)
-            yield from _pieces(text)
+            yield text
 
     library.train_from_iterator(checked(), trainer)
     state: dict[str, Any] = json.loads(library.to_str())
     return state
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a text as `prepare` cuts it, from its beginning on."""
-    start = 0
-    while len(text) - start > PIECE:
-        window = text[start : start + PIECE]
-        cut = _last_boundary(window) or PIECE
-        yield window[:cut]
-        start += cut
-    if start < len(text):
-        yield text[start:]
+def last_boundary(text: str) -> int:
+    """Return the last place where a word ends, whatever pattern of GPT-2's family finds words.
 
-
-def _last_boundary(text: str) -> int:
-    """Return the place of the last space behind something else than white space, 0 for none."""
+    Before a space behind any character that is seen, or before a line feed behind a letter or digit
+    (behind others, later patterns take line feeds into the word). 0 for none.
+    """
     end = len(text)
     while (end := text.rfind(" ", 0, end)) > 0:
-        if not text[end - 1].isspace():
-            return end
-    return 0
+        # Of white space and what is not printable, tables of Unicode differ in what they call it.
+        if text[end - 1].isprintable() and text[end - 1] != " ":
+            break
+    line = len(text)
+    while (line := text.rfind("\n", max(end, 0), line)) > 0:
+        if text[line - 1].isalnum():
+            return line
+    return max(end, 0)
 
 
 def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
