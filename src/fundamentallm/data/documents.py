@@ -341,6 +341,8 @@ class _Guarded:
         if not self._ahead:
             self._ahead = self._next()
             if not self._begun:
+                while len(self._ahead) < 16 and (more := self._next()):
+                    self._ahead += more
                 refuse_signature(self._ahead, f"{self._name}, unpacked")
                 self._begun = True
         data, self._ahead = self._ahead[:size], self._ahead[size:]
@@ -433,14 +435,11 @@ def _lines(read: Read, name: str) -> Iterator[bytes]:
     """Yield each line without its end; the last only if there is something in it."""
     parts: list[bytes] = []
     size = number = 0
-    first = True
     while data := read(CHUNK):
-        if first:
-            data, first = data.removeprefix(UTF8_BOM), False
         lines = data.split(b"\n")
         for line in lines[:-1]:
             parts.append(line)
-            yield b"".join(parts)
+            yield _without_mark(b"".join(parts), number)
             number += 1
             parts, size = [], 0
         parts.append(lines[-1])
@@ -453,7 +452,11 @@ def _lines(read: Read, name: str) -> Iterator[bytes]:
                 fix="cut the record into several, or give long texts as text files",
             )
     if size:
-        yield b"".join(parts)
+        yield _without_mark(b"".join(parts), number)
+
+
+def _without_mark(line: bytes, number: int) -> bytes:
+    return line if number else line.removeprefix(UTF8_BOM)
 
 
 def _paths(word: str) -> list[Path]:

@@ -377,30 +377,25 @@ def _write_into(
         tokenizer = _build_tokenizer(inputs, options, learned, on_bytes)
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
         names = (WHOLE,) if options.split == "position" else PARTS
-        writers = {
-            name: TokenWriter(filesystem, staging / f"{name}.tokens", dtype) for name in names
-        }
+        writers = {}
         fingerprints: list[Fingerprint] = []
-        try:
+        with contextlib.ExitStack() as opened:
+            for name in names:
+                writer = TokenWriter(filesystem, staging / f"{name}.tokens", dtype)
+                opened.callback(writer.file.close)
+                writer.leave_room()
+                writers[name] = writer
             documents = _documents(inputs, options.field, fingerprints, on_bytes)
             batches = _cut(documents, tokenizer, options, counts)
             for ids in _encoded(batches, tokenizer, dtype):
                 for name, part in ids.items():
                     writers[name].add(part)
-        finally:
-            for writer in writers.values():
-                writer.file.close()
     for before, after in zip(learned, fingerprints, strict=False):
         if before.sha256 != after.sha256:
             raise changed_while_read(after.path)
     counts.tokens = sum(writer.count for writer in writers.values())
     if not counts.documents:
-        raise DataError(
-            "there is no text in the inputs",
-            where=", ".join(source.name for source in inputs[:5]),
-            got=f"{counts.empty} empty documents" if counts.empty else "0 documents",
-            fix="name files with text",
-        )
+        raise _no_text(inputs)
     files = {}
     for name, writer in writers.items():
         if writer.count:
@@ -428,6 +423,15 @@ def _write_into(
     _write_text(filesystem, staging / TOKENIZER, tokenizer.to_json())
     _write_text(filesystem, staging / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     _tell(counts, files, tokenizer)
+
+
+def _no_text(inputs: Sequence[Input]) -> DataError:
+    return DataError(
+        "there is no text in the inputs",
+        where=", ".join(source.name for source in inputs[:5]),
+        got="empty documents alone",
+        fix="name files with text",
+    )
 
 
 def _tell(counts: Counts, files: Mapping[str, Any], tokenizer: Tokenizer) -> None:
@@ -470,7 +474,10 @@ class TokenWriter:
         self._dtype = dtype
         self._digest = hashlib.sha256()
         self.file = filesystem.create(path)
-        _write_all(filesystem, self.file, memoryview(bytes(HEADER_BYTES)))
+
+    def leave_room(self) -> None:
+        """Write an empty header."""
+        _write_all(self._filesystem, self.file, memoryview(bytes(HEADER_BYTES)))
 
     def add(self, ids: np.ndarray) -> None:
         """Append ids."""
@@ -595,8 +602,12 @@ def _build_tokenizer(
     documents = _documents(inputs, options.field, learned, on_bytes)
     if "texts" in parameters:
         supplied["texts"] = sample(documents)
+        if not supplied["texts"]:
+            raise _no_text(inputs)
     elif "vocabulary" in parameters:
         supplied["vocabulary"] = _characters(documents)
+        if not supplied["vocabulary"]:
+            raise _no_text(inputs)
     elif "text" in parameters:
         raise ConfigError(
             f"the tokenizer '{name}' needs the whole text at once, which `prepare` never has",
@@ -627,8 +638,6 @@ def sample(documents: Iterable[Document]) -> list[str]:
             blocks.append(block)
         elif (place := derive_key(number) % (number + 1)) < SAMPLE_BLOCKS:
             blocks[place] = block
-    if not blocks:
-        raise DataError("there is no text in the inputs", fix="name files with text")
     return [text for block in blocks for text in block]
 
 
