@@ -17,6 +17,7 @@ import pytest
 
 from fundamentallm.data.prepared import read_prepared
 from fundamentallm.engine.cli import main
+from fundamentallm.training.handlers import HANDLERS
 from fundamentallm.training.store import CheckpointStore
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
@@ -103,9 +104,8 @@ def test_a_mixture_runs_and_resumes_bit_for_bit(capsys: pytest.CaptureFixture[st
     assert prepare("text.txt", "--out", "a", "--tokenizer", "byte") == 0
     words = ["docs.jsonl", "--field", "body", "--out", "b", "--tokenizer", "byte"]
     assert prepare(*words) == 0
-    mixture = (
-        "data.sources=[{path: a, weight: 3}, {path: b, weight: 1}, {path: text.txt, weight: 1}]"
-    )
+    three = "{path: a, weight: 3}, {path: b, weight: 1}, {path: text.txt, weight: 1}"
+    mixture = f"data.sources=[{three}]"
     config = Path("tiny.yaml")
     config.write_text(CONFIG.replace("  source: out\n", ""))
     assert main(["run", "tiny.yaml", mixture]) == 0
@@ -134,7 +134,7 @@ def test_a_mixture_keeps_its_copy_of_a_built_in_source(monkeypatch: pytest.Monke
 
 CHANGES = {
     "shrinks": "os.truncate(path, os.path.getsize(path) // 2)",
-    "is-written-to": "file = open(path, 'r+b'); file.seek(5000); file.write(b'aaaa'); file.close()",
+    "is-written-to": "file = open(path, 'r+b'); file.seek(2000); file.write(b'aaaa'); file.close()",
     "goes": "os.rename(path, path + '.away')",
 }
 
@@ -153,7 +153,7 @@ def test_a_file_that_changes_under_a_run_ends_it_with_its_state_saved(
         "import os\n"
         "from ignite.engine import Events\n"
         "from fundamentallm.training.handlers import HANDLERS\n"
-        "@HANDLERS.register('spoil')\n"
+        f"@HANDLERS.register('{plugin}')\n"
         "class Spoil:\n"
         "    def attach(self, trainer):\n"
         "        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=6), self.spoil)\n"
@@ -163,7 +163,7 @@ def test_a_file_that_changes_under_a_run_ends_it_with_its_state_saved(
     )
     shutil.copytree("out", "kept")
     monkeypatch.syspath_prepend(str(place))
-    words = ["run", "tiny.yaml", "--plugins", plugin, "handlers.spoil={}"]
+    words = ["run", "tiny.yaml", "--plugins", plugin, f"handlers.{plugin}={{}}"]
     capsys.readouterr()
     assert main(words) == 3
     assert "the token file changed while it was in use" in capsys.readouterr().err
@@ -173,10 +173,7 @@ def test_a_file_that_changes_under_a_run_ends_it_with_its_state_saved(
     assert store.manifest(last).step == 6
     shutil.rmtree("out")
     shutil.copytree("kept", "out")
-    Path(f"{plugin}.py").write_text(Path(f"{plugin}.py").read_text())
-    from fundamentallm.training.handlers import HANDLERS
-
-    monkeypatch.setattr(HANDLERS.get("spoil"), "spoil", lambda self, trainer: None)
+    monkeypatch.setattr(HANDLERS.get(plugin), "spoil", lambda self, trainer: None)
     assert main(words) == 0
     assert weights("runs/tiny") == weights("runs/quiet")
 
@@ -244,7 +241,7 @@ def test_bad_input_is_one_message_and_writes_nothing(
 SPOILED = {
     "cut": (lambda data: data[:-1], "ends before its last token"),
     "longer": (lambda data: data + b"a", "goes on after its last token"),
-    "flipped": (lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], "damaged"),
+    "flipped": (lambda data: data[:-10] + bytes([data[-10] ^ 1]) + data[-9:], "damaged"),
     "outside": (lambda data: data[:-4] + b"\xff\xff" + data[-2:], "token 8,"),
     "headless": (lambda data: bytes(1024) + data[1024:], "not a token file"),
     "empty": (lambda data: b"", "not a token file"),
@@ -298,8 +295,8 @@ def opens_or_is_absent(out: Path, expected: str) -> bool:
     return True
 
 
-def kill_at_instants(place: Path, count: int, number: int) -> tuple[int, int]:
-    """End a process `count` times at moments spread over its life; return how often it was done."""
+def kill_at_instants(place: Path, count: int, number: int) -> int:
+    """End a process `count` times at moments spread over its life; return how often it ended."""
     long_text = TEXT.read_text(encoding="utf-8") * 300
     (place / "long.txt").write_text(long_text)
     words = ["long.txt", "--tokenizer", "{name: bpe, vocab_size: 300}", "--out"]
@@ -307,7 +304,7 @@ def kill_at_instants(place: Path, count: int, number: int) -> tuple[int, int]:
     subprocess.run(command(*words, "whole"), check=True, capture_output=True)
     whole = time.monotonic() - began
     expected = read_prepared(place / "whole").sha256
-    done = killed = 0
+    killed = 0
     for turn in range(count):
         process = subprocess.Popen(
             command(*words, "out"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -317,7 +314,6 @@ def kill_at_instants(place: Path, count: int, number: int) -> tuple[int, int]:
         process.communicate()
         killed += process.returncode != 0
         there = opens_or_is_absent(place / "out", expected)
-        done += there
         if process.returncode == 0:
             assert there
         if number == signal.SIGTERM and process.returncode not in (0, -signal.SIGTERM):
@@ -327,22 +323,20 @@ def kill_at_instants(place: Path, count: int, number: int) -> tuple[int, int]:
     subprocess.run(command(*words, "out"), check=True, capture_output=True)
     assert opens_or_is_absent(place / "out", expected)
     assert list(place.glob(".out.tmp-*")) == []
-    return done, killed
+    return killed
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_end_at_an_instant_leaves_nothing_half_written(place: Path, number: int) -> None:
-    done, killed = kill_at_instants(place, 3, number)
-    assert killed
+    assert kill_at_instants(place, 3, number) > 0
 
 
 @pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_end_at_many_instants_leaves_nothing_half_written(place: Path, number: int) -> None:
-    done, killed = kill_at_instants(place, 40, number)
-    assert killed > 10
+    assert kill_at_instants(place, 40, number) > 10
 
 
 MEASURE = """
@@ -391,10 +385,9 @@ def test_memory_is_bounded(place: Path, shape: str) -> None:
 @pytest.mark.parametrize("shape", ["lines", "line", "word", "records"])
 @pytest.mark.parametrize("tokenizer", ["character", "byte", "{name: bpe, vocab_size: 2048}"])
 def test_memory_is_bounded_for_a_gigabyte(place: Path, shape: str, tokenizer: str) -> None:
-    if shape == "word" and tokenizer.startswith("{"):
-        size = 100_000_000  # no pattern finds words in it, and merging within one is slow
-    else:
-        size = 1_000_000_000
+    # No pattern finds words in one word, and merging within it is slow.
+    slow = shape == "word" and tokenizer.startswith("{")
+    size = 100_000_000 if slow else 1_000_000_000
     path = place / ("a.jsonl" if shape == "records" else "a.txt")
     write_much(path, size, shape)
     assert peak_megabytes(str(path), "--out", "x", "--tokenizer", tokenizer) < LIMIT
