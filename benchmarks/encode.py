@@ -25,6 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -92,23 +93,22 @@ def main() -> None:
         library = tokenizers.Tokenizer.from_file(str(saved))
         subwords = Options(Component(name="file", options={"path": str(saved)}))
         size = sum(len(document.encode()) for document in documents) / 1e6
+        plain = Options(Component(name="character"))
         speeds: dict[str, list[float]] = {}
         for number in range(options.rounds):
             out = place / str(number)
-            for name, megabytes, act in (
-                ("character_ascii", len(ascii_text) / 1e6, lambda: characters.encode(ascii_text)),
-                ("character_mixed", len(mixed.encode()) / 1e6, lambda: characters.encode(mixed)),
-                ("loop", len(part) / 1e6, lambda: np.array([ids[c] for c in part], np.uint16)),
-                ("direct", size, lambda: direct(library, documents, place / "direct")),
-                ("prepare", size, lambda: write_prepared([str(lines)], out / "bpe", subwords)),
-                (
-                    "prepare_characters",
+            ways: dict[str, tuple[float, Callable[[], object]]] = {
+                "character_ascii": (len(ascii_text) / 1e6, partial(characters.encode, ascii_text)),
+                "character_mixed": (len(mixed.encode()) / 1e6, partial(characters.encode, mixed)),
+                "loop": (len(part) / 1e6, lambda: np.array([ids[c] for c in part], np.uint16)),
+                "direct": (size, partial(direct, library, documents, place / "direct")),
+                "prepare": (size, partial(write_prepared, [str(lines)], out / "bpe", subwords)),
+                "prepare_characters": (
                     size,
-                    lambda: write_prepared(
-                        [str(lines)], out / "char", Options(Component(name="character"))
-                    ),
+                    partial(write_prepared, [str(lines)], out / "characters", plain),
                 ),
-            ):
+            }
+            for name, (megabytes, act) in ways.items():
                 speeds.setdefault(name, []).append(megabytes / seconds(act))
     ratios = [
         ours / theirs for ours, theirs in zip(speeds["prepare"], speeds["direct"], strict=True)
