@@ -379,7 +379,7 @@ ON_LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="ne
 def test_memory_is_bounded(place: Path, shape: str) -> None:
     path = place / ("a.jsonl" if shape == "records" else "a.txt")
     write_much(path, 60_000_000, shape)
-    assert peak_megabytes(str(path), "--out", "x", "--tokenizer", "byte") < LIMIT
+    assert peak_megabytes(str(path), "--out", "x", "--tokenizer", "byte") < 150
 
 
 @pytest.mark.long
