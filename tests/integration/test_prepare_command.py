@@ -402,7 +402,7 @@ def peak_of(place: Path, size: int, shape: str, tokenizer: str) -> float:
     path = place / ("a.jsonl" if shape == "records" else "a.txt")
     write_much(path, size, shape)
     peak = peak_megabytes(str(path), "--out", "x", "--tokenizer", tokenizer)
-    assert len(read_prepared(place / "x").tokens["all"]) > 10_000_000
+    assert len(read_prepared(place / "x").tokens["all"]) > 1_000_000
     shutil.rmtree(place / "x")
     path.unlink()
     return peak

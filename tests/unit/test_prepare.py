@@ -330,6 +330,16 @@ def test_two_at_once_do_not_disturb_each_other(inputs: list[str], tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
+def test_only_what_a_killed_run_left_is_removed(inputs: list[str], tmp_path: Path) -> None:
+    left, foreign = tmp_path / ".out.tmp-0123", tmp_path / ".out.tmp-mine"
+    for folder, name in ((left, "all.tokens"), (foreign, "letters.txt")):
+        folder.mkdir()
+        (folder / name).write_text("x")
+    write_prepared(inputs, tmp_path / "out", BYTE)
+    assert not left.exists()
+    assert (foreign / "letters.txt").exists()
+
+
 # faults
 
 

@@ -62,7 +62,7 @@ BATCH = 1 << 20  # characters under way in one thread
 LONGEST_WHOLE = 1 << 22  # characters of a document that its tokenizer cannot cut
 SAMPLE_BLOCK = 1 << 16  # characters
 SAMPLE_BLOCKS = 384  # 25 million characters teach a subword tokenizer
-SPLITS = ("position", "document")
+COPY = "standard-input"
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def write_prepared(
         with owning(staging):
             copy = None
             if from_input:
-                copy = staging / "standard-input"
+                copy = staging / COPY
                 _copy_input(filesystem, copy)
             inputs = find_inputs(words, copy, options.records_on_input)
             if from_input and up_to_date(inputs, out, options):
@@ -350,10 +350,12 @@ def _refuse_occupied(out: Path) -> None:
 
 def _remove_leftovers(out: Path) -> None:
     """Remove what runs left that were killed; one that lives holds its lock."""
+    own = {LOCK_FILE, MANIFEST, TOKENIZER, COPY, *(f"{name}.tokens" for name in (WHOLE, *PARTS))}
     for leftover in out.parent.glob(f".{glob_escaped(out.name)}.tmp-*"):
-        with contextlib.suppress(MachineError):
-            refuse_if_owned(leftover)
-            shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(MachineError, OSError):
+            if {path.name for path in leftover.iterdir()} <= own:
+                refuse_if_owned(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def glob_escaped(name: str) -> str:
