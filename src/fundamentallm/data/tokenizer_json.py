@@ -69,7 +69,11 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
         # Whatever else the file may say, it says exactly what this tokenizer would.
         if tokenizer_json(tokenizer) == state:
             return tokenizer
-    return tokenizer_from_dict({"type": "file", "json": state}, str(path))
+    try:
+        return tokenizer_from_dict({"type": "file", "json": state}, str(path))
+    except DataError as error:
+        error.fix = "name the tokenizer in data.tokenizer"
+        raise
 
 
 @TOKENIZER_JSON.register("bpe")
