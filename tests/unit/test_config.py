@@ -108,6 +108,7 @@ class TestDefaults:
             "tokenizer": "character",
             "sequence_length": 128,
             "batch_size": 16,
+            "packing": "continuous",
             "split": [0.9, 0.1, 0.0],
             "seed": 42,
         }

@@ -19,14 +19,18 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from fundamentallm.data.permutation import Permutation, derive_key
+from fundamentallm.data.token_file import FileTokens, FileWindows, Tokens
 from fundamentallm.errors import DataError
 
 IGNORED = -100  # the target of a token that counts for nothing
+_REQUIRED, _OPTIONAL = ("input_ids", "target_ids"), ("document_ids",)
 
 # What a key is drawn for, so that no two draws of a seed and epoch share one.
 _ORDER, _PHASE, _SHUFFLE = 1, 2, 3
 
 Batch = dict[str, Tensor]
+"""`input_ids` and `target_ids`, int64 (B, T); where documents are packed apart also `document_ids`,
+int64 (B, T): the number of the document that a token belongs to, rising along a row from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +153,14 @@ class TokenWindowLoader(EpochLoader):
     phase drawn for that epoch, and visits them in an order drawn for it (`EpochLoader`).
 
     Args:
-        tokens: (N,) integers: an array, a memory map or a tensor, never copied, or a list.
+        tokens: (N,) integers: an array, a token file or a tensor, never copied, or a list.
         sequence_length: T.
         batch_size: B, sequences in a micro-batch of one rank.
         accumulation_steps: A, micro-batches of one rank in a step.
         seed: of phase and order.
         rank: this rank, 0 to R - 1.
         world_size: R.
+        end_id: the token behind each document, if documents are packed apart (`add_documents`).
 
     Raises:
         DataError: fewer than T + 1 tokens.
@@ -164,15 +169,17 @@ class TokenWindowLoader(EpochLoader):
 
     def __init__(
         self,
-        tokens: np.ndarray | Tensor | Sequence[int],
+        tokens: Tokens | Tensor | Sequence[int],
         sequence_length: int,
         batch_size: int,
         accumulation_steps: int = 1,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        end_id: int | None = None,
     ) -> None:
         check_sizes(sequence_length, batch_size, rank, world_size, accumulation_steps)
+        self.end_id = end_id
         ids = as_tokens(tokens)
         if len(ids) < sequence_length + 1:
             raise DataError(
@@ -193,7 +200,11 @@ class TokenWindowLoader(EpochLoader):
         slack = len(ids) - 1 - self.num_sequences * sequence_length
         self._num_phases = min(sequence_length - 1, slack) + 1
         # A view: row i is tokens i to i + T, so inputs and targets are two slices of one gather.
-        self._windows = sliding_window_view(ids, sequence_length + 1)
+        self._windows = (
+            FileWindows(ids, sequence_length + 1)
+            if isinstance(ids, FileTokens)
+            else sliding_window_view(ids, sequence_length + 1)
+        )
 
     def rows_at(self, epoch: int, step: int) -> np.ndarray:
         """Return the first token's index of each sequence of a step, over all ranks, in order.
@@ -201,17 +212,31 @@ class TokenWindowLoader(EpochLoader):
         Raises:
             ValueError: an epoch has no such step.
         """
+        return self._starts(epoch, super().rows_at(epoch, step))
+
+    def starts_at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Return the first token's index of the sequences at positions of an epoch's order."""
+        order = Permutation(self.num_sequences, derive_key(self.seed, epoch, _ORDER))
+        return self._starts(epoch, order(positions))
+
+    def _starts(self, epoch: int, sequences: np.ndarray) -> np.ndarray:
         phase = derive_key(self.seed, epoch, _PHASE) % self._num_phases
-        return phase + super().rows_at(epoch, step) * self.sequence_length
+        starts: np.ndarray = phase + sequences * self.sequence_length
+        return starts
+
+    def batch_from(self, starts: np.ndarray) -> Batch:
+        """Return the sequences that begin at some tokens."""
+        return self._gather(starts)
 
     def _gather(self, rows: np.ndarray) -> Batch:
         windows = torch.from_numpy(self._windows[rows].astype(np.int64))
         # Contiguous, hence apart: a batch may be viewed flat, and writing to one part of it must
         # not change the other.
-        return {
+        batch = {
             "input_ids": windows[:, :-1].contiguous(),
             "target_ids": windows[:, 1:].contiguous(),
         }
+        return add_documents(batch, self.end_id)
 
 
 class ValidationLoader:
@@ -223,6 +248,7 @@ class ValidationLoader:
         batch_size: B.
         rank: this rank; rank r takes each world_size-th batch.
         world_size: number of ranks.
+        end_id: as for `TokenWindowLoader`.
 
     Attributes:
         num_tokens: targets over all ranks.
@@ -233,13 +259,15 @@ class ValidationLoader:
 
     def __init__(
         self,
-        tokens: np.ndarray | Tensor | Sequence[int],
+        tokens: Tokens | Tensor | Sequence[int],
         sequence_length: int,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        end_id: int | None = None,
     ) -> None:
         check_sizes(sequence_length, batch_size, rank, world_size)
+        self.end_id = end_id
         self.tokens = as_tokens(tokens)
         self.sequence_length = sequence_length
         self.batch_size = batch_size
@@ -263,10 +291,11 @@ class ValidationLoader:
         missing = -len(inputs) % self.sequence_length
         inputs = torch.nn.functional.pad(inputs, (0, missing), value=0)
         targets = torch.nn.functional.pad(targets, (0, missing), value=IGNORED)
-        return {
+        batch = {
             "input_ids": inputs.view(-1, self.sequence_length),
             "target_ids": targets.view(-1, self.sequence_length),
         }
+        return add_documents(batch, self.end_id)
 
 
 class WindowLoader:
@@ -368,7 +397,7 @@ def as_batch(batch: Any) -> Batch:
     found = f"a {type(batch).__name__}"
     if isinstance(batch, Mapping):
         if {"input_ids", "target_ids"} <= batch.keys():
-            return {"input_ids": batch["input_ids"], "target_ids": batch["target_ids"]}
+            return {key: batch[key] for key in (*_REQUIRED, *_OPTIONAL) if key in batch}
         found += " with the keys " + ", ".join(map(str, batch))
     elif isinstance(batch, (tuple, list)):
         if len(batch) == 2:
@@ -402,17 +431,30 @@ def check_sizes(
         raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
 
 
-def as_tokens(tokens: np.ndarray | Tensor | Sequence[int]) -> np.ndarray:
-    """Return token ids as an array (N,); arrays, memory maps and CPU tensors are not copied.
+def as_tokens(tokens: Tokens | Tensor | Sequence[int]) -> Tokens:
+    """Return token ids (N,); arrays, token files and CPU tensors are not copied.
 
     Raises:
         ValueError: they are not one row of integers.
     """
+    if isinstance(tokens, FileTokens):
+        return tokens
     array = tokens.numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
     # numpy takes an empty list for one of floats.
     if array.ndim != 1 or (array.size > 0 and array.dtype.kind not in "ui"):
         raise ValueError(f"tokens must be one row of integers, got {array.shape} of {array.dtype}")
     return array
+
+
+def add_documents(batch: Batch, end_id: int | None) -> Batch:
+    """Number the documents of each row, in place; without an end there are none to number.
+
+    The token behind a document is the first of the next: what follows it is what a document begins
+    with. So every target counts, and each has been seen from its own document alone.
+    """
+    if end_id is not None:
+        batch["document_ids"] = (batch["input_ids"] == end_id).cumsum(dim=1)
+    return batch
 
 
 def count_valid(targets: Tensor) -> int:

@@ -18,11 +18,14 @@ from typing import Any
 
 from fundamentallm.data.text_file import read_text
 from fundamentallm.data.tokenizer import (
-    REPLACEMENT,
     ByteTokenizer,
     CharacterTokenizer,
+    SubwordTokenizer,
     Tokenizer,
+    tokenizer_from_dict,
 )
+from fundamentallm.data.tokenizer.character import REPLACEMENT
+from fundamentallm.data.tokenizer.subword import END
 from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.registry import Registry
 
@@ -52,10 +55,11 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def read_tokenizer_json(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json` that this package wrote for characters or bytes.
+    """Read a `tokenizer.json`: characters or bytes if this package wrote it so, else subwords.
 
     Raises:
-        DataError: it cannot be read, or is of another kind.
+        DataError: it cannot be read.
+        MachineError: it needs the package `tokenizers`, which is missing.
     """
     try:
         state = json.loads(read_text(path))
@@ -65,12 +69,18 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
         # Whatever else the file may say, it says exactly what this tokenizer would.
         if tokenizer_json(tokenizer) == state:
             return tokenizer
-    raise DataError(
-        "this tokenizer is of a kind that cannot be read here",
-        where=str(path),
-        expected="characters or bytes, as `export` writes them",
-        fix="name the tokenizer in data.tokenizer",
-    )
+    try:
+        return tokenizer_from_dict({"type": "file", "json": state}, str(path))
+    except DataError as error:
+        error.fix = "name the tokenizer in data.tokenizer"
+        raise
+
+
+@TOKENIZER_JSON.register("bpe")
+@TOKENIZER_JSON.register("file")
+def subword_json(tokenizer: SubwordTokenizer) -> dict[str, Any]:
+    """Subwords, whose tokenizer.json is all that they are."""
+    return tokenizer.json
 
 
 @TOKENIZER_JSON.register("byte")
@@ -86,6 +96,7 @@ def byte_json(tokenizer: ByteTokenizer) -> dict[str, Any]:
         pre_tokenizer=byte_level,
         decoder=byte_level,
         model=_bpe({character: byte for byte, character in enumerate(byte_characters())}),
+        added_tokens=_end(tokenizer),
     )
 
 
@@ -96,7 +107,12 @@ def character_json(tokenizer: CharacterTokenizer) -> dict[str, Any]:
     decoders: list[dict[str, Any]] = [{"type": "Fuse"}]
     if tokenizer.unknown == "skip":
         # BPE without an unknown token leaves out what it does not know.
-        return _file(pre_tokenizer=None, decoder=decoders[0], model=_bpe(vocabulary))
+        return _file(
+            pre_tokenizer=None,
+            decoder=decoders[0],
+            model=_bpe(vocabulary),
+            added_tokens=_end(tokenizer),
+        )
     if tokenizer.unknown == "replace":
         vocabulary[_UNKNOWN] = len(vocabulary)
         unknown = {"type": "Replace", "pattern": {"String": _UNKNOWN}, "content": REPLACEMENT}
@@ -111,6 +127,7 @@ def character_json(tokenizer: CharacterTokenizer) -> dict[str, Any]:
         decoder={"type": "Sequence", "decoders": decoders},
         # Whose unknown token is not in the vocabulary, it refuses what it does not know.
         model={"type": "WordLevel", "vocab": vocabulary, "unk_token": _UNKNOWN},
+        added_tokens=_end(tokenizer),
     )
 
 
@@ -134,12 +151,22 @@ def _candidates(state: Any) -> list[Tokenizer]:
     characters = [
         token for token in vocabulary if len(token) == 1 and not "\ud800" <= token <= "\udfff"
     ]
-    candidates: list[Tokenizer] = [ByteTokenizer()]
+    end = bool(state.get("added_tokens"))
+    candidates: list[Tokenizer] = [ByteTokenizer(end)]
     if characters:
         candidates += [
-            CharacterTokenizer(characters, policy) for policy in ("error", "replace", "skip")
+            CharacterTokenizer(characters, policy, end=end)
+            for policy in ("error", "replace", "skip")
         ]
     return candidates
+
+
+def _end(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Return the token behind a document, if there is one, as a special token."""
+    if tokenizer.end_id is None:
+        return []
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [{"id": tokenizer.end_id, "content": END, **flags, "special": True}]
 
 
 def _bpe(vocabulary: dict[str, int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Read `assemble` from top to bottom as a recipe; a script can copy its lines and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,17 @@ import torch
 
 from fundamentallm.config import DataConfig, RunConfig
 from fundamentallm.config.training import resolve_warmup
-from fundamentallm.data.corpus import Corpus, read_source, split_tokens
+from fundamentallm.data.corpus import Corpus, kept_copy, read_source, split_tokens
 from fundamentallm.data.examples import ExampleLoader, ExampleValidationLoader, encode_examples
 from fundamentallm.data.loader import EpochLoader, TokenWindowLoader, ValidationLoader
+from fundamentallm.data.mixture import MixtureLoader, MixtureValidationLoader
 from fundamentallm.data.permutation import derive_key
-from fundamentallm.data.tokenizer import TOKENIZERS, Tokenizer, build_tokenizer
+from fundamentallm.data.tokenizer import (
+    TOKENIZERS,
+    Tokenizer,
+    build_tokenizer,
+    tokenizer_from_dict,
+)
 from fundamentallm.engine.exactness import circumstances, versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
@@ -53,6 +60,9 @@ DEFAULT_HANDLERS: dict[str, dict[str, Any]] = {
     "tensorboard": {},
     "samples": {},
 }
+
+
+ValidationLoaders = ValidationLoader | MixtureValidationLoader | ExampleValidationLoader
 
 
 @dataclass
@@ -95,16 +105,12 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
 
     # data feeds
     corpus = read_corpus(config.data, directory, ranks)
-    tokenizer = corpus.tokenizer or start.tokenizer()
-    if tokenizer is None:
-        tokenizer = build_tokenizer(
-            config.data.tokenizer.name, config.data.tokenizer.options, corpus.text
-        )
+    tokenizer = choose_tokenizer(config, corpus, start.tokenizer(), directory)
     train_loader, val_loader, num_tokens = build_loaders(config, corpus, tokenizer, ranks)
     resolved, notes = resolve(
         config, directory, tokenizer, len(train_loader), train_loader.tokens_per_step, device
     )
-    notes = [*start.notes, *notes]
+    notes = [*start.notes, *without_effect(config.data, corpus), *notes]
     training = resolved.training
 
     # models compute; the ranks share the weights, and then each draws its own dropout
@@ -233,21 +239,17 @@ def read_corpus(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Corp
         DataError: the source cannot be used.
         CheckpointError: it is not the text that the run began with.
     """
-    copy = directory.path / "corpus.txt"
-    if copy.exists():
-        corpus = read_source(str(copy))
-    else:
-        if not ranks.is_writer:
-            ranks.barrier()  # the first rank downloads, the others find it in the cache
-        corpus = read_source(data.source, response_end=data.response_end)
-        if ranks.is_writer:
-            ranks.barrier()
+    if not ranks.is_writer:
+        ranks.barrier()  # the first rank downloads, the others find it in the cache
+    corpus = read_run_source(data, directory.path)
+    if ranks.is_writer:
+        ranks.barrier()
     if directory.checkpoint is not None:
         began_with = directory.checkpoint.metadata["data"]["sha256"]
         if corpus.sha256 != began_with:
             raise CheckpointError(
                 "the text is not the one that the run began with",
-                where=", ".join([data.source] if isinstance(data.source, str) else data.source),
+                where=corpus.name,
                 got=f"SHA-256 {corpus.sha256}",
                 expected=f"SHA-256 {began_with}",
                 fix="restore the text, or start a fresh run with --resume never",
@@ -255,9 +257,57 @@ def read_corpus(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Corp
     return corpus
 
 
+def read_run_source(data: DataConfig, run: Path) -> Corpus:
+    """Read a run's source, with the run's own copies in place of built-in ones.
+
+    Raises:
+        DataError: as `read_source`.
+    """
+    copy = run / "corpus.txt"
+    return read_source(
+        str(copy) if copy.exists() else data.chosen_sources,
+        kept=run,
+        response_end=data.response_end,
+    )
+
+
+def choose_tokenizer(
+    config: RunConfig, corpus: Corpus, given: Tokenizer | None, directory: RunDirectory
+) -> Tokenizer:
+    """Return the tokenizer of token files, of a folder to start from, or the one configured.
+
+    A run that goes on takes the one in its checkpoint: it need not be learned again.
+
+    Raises:
+        ConfigError: the configured one cannot be built.
+        DataError: the text does not suit it.
+    """
+    if corpus.tokenizer is not None:
+        return corpus.tokenizer
+    if given is not None:
+        return given
+    if directory.checkpoint is not None:
+        return tokenizer_from_dict(directory.checkpoint.metadata["tokenizer"])
+    chosen = config.data.tokenizer
+    with config.blame("data.tokenizer"):
+        return build_tokenizer(chosen.name, chosen.options, corpus.text)
+
+
+def without_effect(data: DataConfig, corpus: Corpus) -> list[str]:
+    """Return a note for each setting of the data that a prepared folder has decided already."""
+    notes = []
+    if corpus.tokenizer is not None and "tokenizer" in data.model_fields_set:
+        notes.append("data.tokenizer has no effect: the prepared text has its own")
+    if any(member.splits is not None for member in corpus.members) and (
+        "split" in data.model_fields_set
+    ):
+        notes.append("data.split has no effect on text that was split when it was prepared")
+    return notes
+
+
 def build_loaders(
     config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, ranks: Ranks
-) -> tuple[EpochLoader, ValidationLoader | ExampleValidationLoader, int]:
+) -> tuple[EpochLoader, ValidationLoaders, int]:
     """Cut the source into its parts and build the loaders for training and validation.
 
     Returns:
@@ -268,23 +318,51 @@ def build_loaders(
     """
     data, accumulation_steps = config.data, config.training.accumulation_steps
     sizes = data.sequence_length, data.batch_size
-    own = {"rank": ranks.rank, "world_size": ranks.world_size}
+    own: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
     if corpus.examples is not None:
         encoded = encode_examples(corpus.examples, tokenizer, data.sequence_length)
         parts = split_tokens(np.arange(len(encoded)), data.split)
-        examples, held_out = encoded.part(parts["train"]), encoded.part(parts["val"])
+        examples, kept_out = (encoded.part(np.asarray(parts[name])) for name in ("train", "val"))
         return (
             ExampleLoader(examples, *sizes, accumulation_steps, seed=config.seed, **own),
-            ExampleValidationLoader(held_out, *sizes, **own),
+            ExampleValidationLoader(kept_out, *sizes, **own),
             len(encoded.ids),
         )
-    tokens = tokenizer.encode(corpus.text) if corpus.tokens is None else corpus.tokens
-    splits = split_tokens(tokens, data.split)
-    return (
-        TokenWindowLoader(splits["train"], *sizes, accumulation_steps, seed=config.seed, **own),
-        ValidationLoader(splits["val"], *sizes, **own),
-        len(tokens),
+    splits = [member.parts(tokenizer, data.split) for member in corpus.members]
+    num_tokens = sum(len(tokens) for parts in splits for tokens in parts.values())
+    options = {**own, "end_id": end_of_documents(config, corpus)}
+    held_out = [ValidationLoader(parts["val"], *sizes, **options) for parts in splits]
+    options["seed"] = config.seed
+    if not corpus.mixture:
+        train = TokenWindowLoader(splits[0]["train"], *sizes, accumulation_steps, **options)
+        return train, held_out[0], num_tokens
+    mixture = MixtureLoader(
+        [parts["train"] for parts in splits],
+        [weight for weight, _ in corpus.mixture],
+        [member.name for member in corpus.members],
+        *sizes,
+        accumulation_steps,
+        **options,
     )
+    return mixture, MixtureValidationLoader(held_out), num_tokens
+
+
+def end_of_documents(config: RunConfig, corpus: Corpus) -> int | None:
+    """Return the id behind each document if they are packed apart, None if not.
+
+    Raises:
+        ConfigError: they are to be, and nothing marks where one ends.
+    """
+    if config.data.packing == "continuous":
+        return None
+    if corpus.end_id is None:
+        with config.blame("data.packing"):
+            raise ConfigError(
+                "nothing in this source marks where a document ends",
+                got="packing: document",
+                fix="`prepare` the text, and name the folder in data.source",
+            )
+    return corpus.end_id
 
 
 def resolve(
@@ -347,6 +425,9 @@ def resolve(
 
 def keep_corpus(run: Run) -> None:
     """Store the text of a built-in source beside the run."""
-    path = run.directory.path / "corpus.txt"
-    if run.corpus.built_in and not path.exists():
-        path.write_text(run.corpus.text, encoding="utf-8", newline="")
+    copies = {run.directory.path / "corpus.txt": run.corpus}
+    if run.corpus.mixture:
+        copies = {kept_copy(run.directory.path, part.name): part for part in run.corpus.members}
+    for path, corpus in copies.items():
+        if corpus.built_in and not path.exists():
+            path.write_text(corpus.text, encoding="utf-8", newline="")

@@ -131,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--split",
         choices=("train", "val", "test"),
-        help="the part of the run's own text; default val",
+        help="the part of the run's own text, or of text that `prepare` split; default val",
     )
     evaluate.add_argument(
         "--stride",
@@ -143,7 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--documents",
         action="store_true",
-        help="read each document by itself and print a table of them: files, examples",
+        help="read each document by itself and print a table of them: files, examples, what stands"
+        " between the ends in prepared text",
     )
     evaluate.add_argument(
         "--document-separator",
@@ -151,6 +152,47 @@ def build_parser() -> argparse.ArgumentParser:
         help="what ends a document inside a file; with --documents",
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    prepare = _add(commands, "prepare", _prepare, "turn text of any size into token files, once")
+    prepare.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="files, folders, patterns, or - for standard input: text, Markdown, JSON lines,"
+        " Parquet, gzip, Zstandard",
+    )
+    prepare.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="must not exist; appears whole"
+    )
+    prepare.add_argument(
+        "--tokenizer",
+        default="character",
+        metavar="NAME",
+        help="character (default), byte, bpe, a tokenizer.json, or '{name: bpe, vocab_size: 4096}'",
+    )
+    prepare.add_argument("--vocab-size", type=int, metavar="N", help="of the tokenizer bpe")
+    prepare.add_argument(
+        "--field",
+        metavar="NAME",
+        help="the key or column that has the text, in JSON lines and Parquet; default text; with"
+        " it, standard input is JSON lines",
+    )
+    prepare.add_argument(
+        "--split",
+        choices=("position", "document"),
+        default="position",
+        help="position (default): a run cuts the tokens by data.split; document: each document"
+        " goes to training, validation or test as a whole, equal ones to the same",
+    )
+    prepare.add_argument(
+        "--fractions",
+        nargs=3,
+        type=float,
+        default=(0.9, 0.1, 0.0),
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="with --split document; default 0.9 0.1 0",
+    )
+    _add_plugins(prepare)
 
     verify = _add(commands, "verify", _verify, "prove a run's checkpoints whole, or one")
     verify.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
@@ -313,6 +355,13 @@ def _evaluate(options: argparse.Namespace) -> int:
         from fundamentallm.engine.evaluate import evaluate
 
     return evaluate(options)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    with loading():
+        from fundamentallm.engine.prepare import prepare
+
+    return prepare(options)
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -6,13 +6,14 @@ import argparse
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from fundamentallm.data.corpus import Corpus, read_source, split_tokens
 from fundamentallm.data.examples import encode_examples
 from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.engine.assemble import read_run_source
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import ConfigError, DataError
@@ -21,6 +22,7 @@ from fundamentallm.inference.evaluate import (
     Evaluated,
     evaluate_documents,
     example_documents,
+    split_documents,
 )
 from fundamentallm.inference.load import Trained, load_trained
 from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
@@ -44,12 +46,13 @@ def evaluate(options: argparse.Namespace) -> int:
                 got=str(stride),
                 expected=f"1 to {context}, the context length",
             )
-        part = None if options.data else options.split or "val"
-        what = f"the run's {PARTS[part]} split" if part else options.data
         corpus = _corpus(trained, options.data)
-        if (
-            options.document_separator is not None
-            and (corpus.examples or corpus.tokens) is not None
+        part = _part(corpus, options)
+        what = options.data or "the run's"
+        if part is not None:
+            what += f" {PARTS[part]} split"
+        if options.document_separator is not None and not any(
+            _is_text(member) for member in corpus.members
         ):
             raise ConfigError(
                 "--document-separator takes text apart, and this source is none",
@@ -75,6 +78,7 @@ def evaluate(options: argparse.Namespace) -> int:
             trained.config.data.batch_size,
             _precision(trained),
             stride,
+            corpus.end_id if trained.config.data.packing == "document" else None,
         )
     by_name = list(zip((document.name for document in measured), each, strict=True))
     num_left_out = len(documents) - len(measured)
@@ -109,16 +113,28 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.split is not None and options.data is not None:
-        raise ConfigError(
-            "--split is a part of the run's own text, and --data names another",
-            got=f"--split {options.split} --data {options.data}",
-            fix="leave out one of them",
-        )
     if options.document_separator == "":
         raise ConfigError(
             "--document-separator is empty", fix="name the text that ends a document, as '<end>'"
         )
+
+
+def _part(corpus: Corpus, options: argparse.Namespace) -> str | None:
+    """Return the part to measure; None: all of a text that --data names."""
+    if options.data is None or corpus.splits is not None:
+        return options.split or "val"
+    if options.split is not None:
+        raise ConfigError(
+            "--split is a part of the run's own text, and --data names another",
+            got=f"--split {options.split} --data {options.data}",
+            expected="--split with text that was split when it was prepared",
+            fix="leave out one of them",
+        )
+    return None
+
+
+def _is_text(corpus: Corpus) -> bool:
+    return corpus.examples is None and corpus.tokens is None and corpus.splits is None
 
 
 def _table(by_name: list[tuple[str, Evaluated]], num_left_out: int) -> None:
@@ -157,14 +173,12 @@ def _corpus(trained: Trained, data: str | None) -> Corpus:
                     fix="name the text itself, or a token file made with the model's tokenizer",
                 )
         return corpus
-    copy = trained.run_dir / "corpus.txt"
-    source = str(copy) if copy.exists() else trained.config.data.source
-    corpus = read_source(source, response_end=trained.config.data.response_end)
+    corpus = read_run_source(trained.config.data, trained.run_dir)
     expected = trained.manifest.metadata["data"]["sha256"]
     if corpus.sha256 != expected:
         raise DataError(
             "the run's text has changed, so its splits are others",
-            where=str(source),
+            where=corpus.name,
             got=f"SHA-256 {corpus.sha256}",
             expected=f"SHA-256 {expected}",
             fix="restore the text, or name one with --data",
@@ -182,7 +196,7 @@ def _documents(
         corpus: the source.
         part: "train", "val" or "test"; None: all of the source.
         apart: whether each document of a text stands alone; examples always do.
-        separator: what ends a document inside a file.
+        separator: what ends a document inside a file of text.
     """
     tokenizer, fractions = trained.tokenizer, trained.config.data.split
     if corpus.examples is not None:
@@ -191,20 +205,49 @@ def _documents(
         encoded = encode_examples(corpus.examples, tokenizer, context)
         numbers = np.arange(len(encoded))
         if part is not None:
-            numbers = split_tokens(numbers, fractions)[part]
+            numbers = np.asarray(split_tokens(numbers, fractions)[part])
         names = [corpus.examples[number].where for number in numbers]
         return example_documents(encoded.part(numbers), names)
-    if corpus.tokens is not None:
-        pieces = [Document(corpus.pieces[0][0], corpus.tokens)]
-    elif not apart:
-        pieces = [Document("", tokenizer.encode(corpus.text))]
-    else:
-        pieces = [_document(name, text, tokenizer) for name, text in _texts(corpus, separator)]
+    return [
+        document
+        for member in corpus.members
+        for document in (
+            _text_documents(member, tokenizer, fractions, part, separator)
+            if apart and _is_text(member)
+            else _token_documents(member, tokenizer, fractions, part, apart)
+        )
+    ]
+
+
+def _token_documents(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    fractions: Sequence[float],
+    part: str | None,
+    apart: bool,
+) -> list[Document]:
+    """Return the tokens of a source or its part; where they have ends, cut there if wanted."""
+    parts = corpus.parts(tokenizer, fractions if part else (1.0, 0.0, 0.0))
+    whole = Document(corpus.name, parts[part or "train"])
+    if apart and corpus.end_id is not None:
+        return split_documents(whole, corpus.end_id)
+    return [whole]
+
+
+def _text_documents(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    fractions: Sequence[float],
+    part: str | None,
+    separator: str | None,
+) -> list[Document]:
+    """Return the documents of a text or its part, which may cut those at its two ends."""
+    pieces = [_document(name, text, tokenizer) for name, text in _texts(corpus, separator)]
     if part is None:
         return pieces
-    # The split is of the tokens of the whole text, and may cut the documents at its two ends.
     ends = [0, *itertools.accumulate(len(piece.tokens) for piece in pieces)]
-    if apart and corpus.tokens is None and ends[-1] != len(tokenizer.encode(corpus.text)):
+    # The split is of the tokens of the whole text.
+    if ends[-1] != len(tokenizer.encode(corpus.text)):
         raise DataError(
             "the tokenizer joins the end of a document with the next, so that a split of the text"
             " cannot be taken apart",

@@ -200,8 +200,11 @@ def _is_free(path: Path, config: RunConfig) -> bool:
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
         return False
     # What a run leaves that ended before its first checkpoint.
-    left = {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "corpus.txt", ".lock"}
-    return {entry.name for entry in path.iterdir()} <= left | {checkpoints.name}
+    left = {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", ".lock", checkpoints.name}
+    return all(
+        entry.name in left or (entry.name.startswith("corpus") and entry.suffix == ".txt")
+        for entry in path.iterdir()
+    )
 
 
 def describe(config: RunConfig, resolved: RunConfig, **parts: Any) -> Mapping[str, Any]:

@@ -6,17 +6,19 @@ before it or from all that there are. With S = T the windows do not overlap, whi
 `val/loss` means and costs one pass; a smaller S costs T / S passes and gives every token a fuller
 context (S = 1: always a full one), so its loss is lower.
 
-Documents never read one another. The first token of a text has nothing to be predicted from.
+Documents never read one another. The first token of a text has nothing to be predicted from. For a
+model that was trained on documents packed apart (`data.packing: document`), those inside a text are
+kept apart as they were in training.
 
 Shapes: N tokens of a document, T context length, B windows at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from fundamentallm.data.examples import EncodedExamples
-from fundamentallm.data.loader import IGNORED, Batch
+from fundamentallm.data.loader import IGNORED, Batch, add_documents
+from fundamentallm.data.token_file import Tokens
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.precision import Precision
-from fundamentallm.training.step import perplexity_of, to_device, undisturbed
+from fundamentallm.training.step import documents_of, perplexity_of, to_device, undisturbed
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -39,12 +42,12 @@ class Document:
 
     Attributes:
         name: to tell it from others.
-        tokens: (N,) token ids.
+        tokens: (N,) token ids, in memory or in a file.
         num_given: tokens at its beginning that are read and not predicted, at least 1.
     """
 
     name: str
-    tokens: np.ndarray
+    tokens: Tokens
     num_given: int = 1
 
     @property
@@ -103,6 +106,7 @@ def evaluate_documents(
     batch_size: int,
     precision: Precision,
     stride: int | None = None,
+    end_id: int | None = None,
 ) -> tuple[Evaluated, list[Evaluated]]:
     """Measure a model on documents, each read by itself.
 
@@ -116,6 +120,7 @@ def evaluate_documents(
         batch_size: B.
         precision: autocast as in training.
         stride: S, 1 to T; None: T.
+        end_id: the token behind each document inside a text, where they are packed apart.
 
     Returns:
         The figures over all tokens, and those of each document in order.
@@ -129,8 +134,8 @@ def evaluate_documents(
     nll = np.zeros(len(documents))
     windows = _windows(documents, sequence_length, stride)
     with undisturbed(model):
-        while some := list(islice(windows, batch_size)):
-            sums = _summed_nll(model, _batch(documents, some), precision)
+        while some := list(itertools.islice(windows, batch_size)):
+            sums = _summed_nll(model, _batch(documents, some, end_id), precision)
             np.add.at(nll, [window.document for window in some], sums.numpy())
     counts = [(document.num_predicted, *_size(tokenizer, document)) for document in documents]
     each = [Evaluated.of(own, *count) for own, count in zip(nll.tolist(), counts, strict=True)]
@@ -155,6 +160,26 @@ def example_documents(examples: EncodedExamples, names: Sequence[str]) -> list[D
     ]
 
 
+def split_documents(document: Document, end_id: int) -> list[Document]:
+    """Return the documents of a text in which a token stands behind each.
+
+    Each begins with the end of the one before, which it is given, and its own end is predicted, as
+    in training; so together they predict what the text does.
+
+    Args:
+        document: the text.
+        end_id: the token.
+    """
+    ids = np.asarray(document.tokens)
+    ends = np.flatnonzero(ids == end_id).tolist()
+    bounds = itertools.pairwise([0, *ends, len(ids) - 1])
+    return [
+        Document(f"{document.name}: document {number:,}", ids[begin : end + 1])
+        for number, (begin, end) in enumerate(bounds, start=1)
+        if begin < end or begin == 0
+    ]
+
+
 class _Window(NamedTuple):
     """Inputs from token `start` on; the targets that count are tokens `first` to `last`."""
 
@@ -175,7 +200,7 @@ def _windows(documents: Sequence[Document], length: int, stride: int) -> Iterato
             start += stride
 
 
-def _batch(documents: Sequence[Document], windows: Sequence[_Window]) -> Batch:
+def _batch(documents: Sequence[Document], windows: Sequence[_Window], end_id: int | None) -> Batch:
     """Return windows as rows, padded at the right, where causality hides it."""
     longest = max(window.last - window.start for window in windows)
     inputs = torch.zeros(len(windows), longest, dtype=torch.int64)
@@ -184,14 +209,15 @@ def _batch(documents: Sequence[Document], windows: Sequence[_Window]) -> Batch:
         ids = torch.from_numpy(documents[number].tokens[start : last + 1].astype(np.int64))
         inputs[row, : last - start] = ids[:-1]
         targets[row, first - start - 1 : last - start] = ids[first - start :]
-    return {"input_ids": inputs, "target_ids": targets}
+    return add_documents({"input_ids": inputs, "target_ids": targets}, end_id)
 
 
 def _summed_nll(model: nn.Module, batch: Batch, precision: Precision) -> Tensor:
     """Return the negative log-likelihood of each row, (B,) float64 on the CPU."""
     batch = to_device(batch, precision.device)
     with torch.no_grad(), precision.autocast():
-        losses = compute_loss(model(batch["input_ids"]), batch["target_ids"], reduction="none")
+        logits = model(batch["input_ids"], **documents_of(batch))
+        losses = compute_loss(logits, batch["target_ids"], reduction="none")
     return losses.cpu().double().sum(dim=1)
 
 

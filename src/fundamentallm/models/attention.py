@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -114,6 +115,55 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float =
         is_causal=True,
         enable_gqa=query.size(1) != key.size(1),
     )
+
+
+def document_attention(
+    visible: Tensor, dropout: float, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Return `causal_attention` in which a position reads what is visible to it alone.
+
+    Args:
+        visible: (B, 1, T, T) bool, true where row t may read column u; see `own_document`.
+        dropout, query, key, value: as for `causal_attention`.
+
+    Returns:
+        (B, H, T, K).
+    """
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=visible,
+        dropout_p=dropout,
+        enable_gqa=query.size(1) != key.size(1),
+    )
+
+
+def own_document(document_ids: Tensor) -> Tensor:
+    """Return the block-causal mask of rows that hold several documents.
+
+    Args:
+        document_ids: (B, T) int64, which document a token belongs to.
+
+    Returns:
+        (B, 1, T, T) bool: true where column u is in the document of row t and not after it.
+    """
+    time = document_ids.size(1)
+    causal = torch.ones(time, time, dtype=torch.bool, device=document_ids.device).tril()
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return (same & causal)[:, None]
+
+
+def places_in_documents(document_ids: Tensor) -> Tensor:
+    """Return the position of each token in its document, (B, T) int64.
+
+    Args:
+        document_ids: (B, T) int64, rising along a row.
+    """
+    columns = torch.arange(document_ids.size(1), device=document_ids.device)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return columns - (columns * begins).cummax(dim=1).values
 
 
 def cached_attention(

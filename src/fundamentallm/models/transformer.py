@@ -11,11 +11,20 @@ Shapes: B batch, T time, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fundamentallm.config.model import TransformerConfig
+from fundamentallm.errors import ConfigError
+from fundamentallm.models.attention import (
+    Attend,
+    document_attention,
+    own_document,
+    places_in_documents,
+)
 from fundamentallm.models.cache import CacheUse, KVCache
 from fundamentallm.models.components import (
     build_block,
@@ -24,6 +33,7 @@ from fundamentallm.models.components import (
     required,
 )
 from fundamentallm.models.initialization import initialize
+from fundamentallm.models.positions import Marks
 
 
 class Transformer(nn.Module):
@@ -65,7 +75,12 @@ class Transformer(nn.Module):
         initialize(self, config.d_model, config.num_layers)
 
     def forward(
-        self, input_ids: Tensor, *, return_hidden: bool = False, cache: CacheUse | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        return_hidden: bool = False,
+        cache: CacheUse | None = None,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         """Return logits that at position t depend on tokens 0 to t alone.
 
@@ -74,6 +89,8 @@ class Transformer(nn.Module):
             return_hidden: stop before the head.
             cache: keeps the keys and values of these tokens and, in a decoding step, stands for
                 the tokens before them; see `new_cache`.
+            document_ids: (B, T) int64, rising along a row: each document is computed as if it stood
+                alone, its positions counted from its own beginning. None: a row is one text.
 
         Returns:
             Logits (B, T, V), or with `return_hidden` what `logits_from_hidden` takes, (B, T, D).
@@ -91,6 +108,10 @@ class Transformer(nn.Module):
                 f"the input has {time} tokens, the context length is {self.sequence_length}"
             )
         embedded = self.token_embedding(input_ids)
+        if document_ids is not None:
+            own, apart = self._apart(document_ids)
+        else:
+            own, apart = self.positions, None
         if cache is not None:
             marks = self.positions.at(cache.places)
             assert marks is not None  # else there is no cache
@@ -98,16 +119,29 @@ class Transformer(nn.Module):
             for block, attend in zip(self.blocks, cache.layers, strict=True):
                 x = block(x, marks, attend)
         else:
-            x = self.dropout(self.positions.embed(embedded))
+            x = self.dropout(own.embed(embedded))
             for block in self.blocks:
                 if self.gradient_checkpointing:
                     x = checkpoint(
-                        block, x, self.positions, use_reentrant=False, preserve_rng_state=True
+                        block, x, own, apart, use_reentrant=False, preserve_rng_state=True
                     )
                 else:
-                    x = block(x, self.positions)
+                    x = block(x, own, apart)
         hidden: Tensor = self.norm(x)
         return hidden if return_hidden else self.logits_from_hidden(hidden)
+
+    def _apart(self, document_ids: Tensor) -> tuple[Marks, Attend]:
+        """Return the positions and the attention of rows whose documents do not see each other."""
+        marks = self.positions.at(places_in_documents(document_ids))
+        if marks is None:
+            raise ConfigError(
+                "these positions cannot be counted from the beginning of each document",
+                key="model.positions",
+                got=self.config.positions.name,
+                fix="set data.packing to continuous, or give the encoding a method `at`",
+            )
+        dropout = self.config.dropout if self.training else 0.0
+        return marks, partial(document_attention, own_document(document_ids), dropout)
 
     def logits_from_hidden(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) from the model's normalized output (..., D).

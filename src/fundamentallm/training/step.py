@@ -160,12 +160,13 @@ class TrainStep:
     def _objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the summed objective, with its graph, and the summed NLL, without."""
         targets = batch["target_ids"]
+        context = documents_of(batch)
         with self.precision.autocast():
             if getattr(self.loss_fn, "takes_hidden_states", False):
-                states = self.forward(batch["input_ids"], return_hidden=True)
+                states = self.forward(batch["input_ids"], return_hidden=True, **context)
                 objective = self.loss_fn(states, self.model, targets, reduction="sum")
             else:
-                states = self.forward(batch["input_ids"])
+                states = self.forward(batch["input_ids"], **context)
                 objective = self.loss_fn(states, targets, reduction="sum")
         if getattr(self.loss_fn, "is_nll", False):
             return objective, objective.detach()
@@ -253,9 +254,11 @@ def evaluate_batch(
     """
     num_tokens = int((batch["target_ids"] >= 0).sum())
     batch = to_device(batch, precision.device)
-    options = {"return_hidden": True} if getattr(loss_fn, "takes_hidden_states", False) else {}
+    options: dict[str, Any] = (
+        {"return_hidden": True} if getattr(loss_fn, "takes_hidden_states", False) else {}
+    )
     with torch.no_grad(), precision.autocast():
-        states = model(batch["input_ids"], **options)
+        states = model(batch["input_ids"], **options, **documents_of(batch))
         return summed_nll(states, model, batch["target_ids"], loss_fn), num_tokens
 
 
@@ -307,6 +310,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         restore_rng(rng)
+
+
+def documents_of(batch: Batch) -> dict[str, Tensor]:
+    """Return what a model must know of the documents in a batch: nothing where a row is one."""
+    return {key: batch[key] for key in ("document_ids",) if key in batch}
 
 
 def to_device(batch: Any, device: torch.device) -> Batch:

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.loader import Window, as_window, as_window_loader
-from fundamentallm.errors import CheckpointError
+from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import EVENT_TO_ATTRIBUTE, TrainingEvents
 from fundamentallm.training.diagnosis import Laboratory
 from fundamentallm.training.distributed import Ranks
@@ -328,7 +328,11 @@ class Trainer(Engine):
             self.notify(TrainingEvents.FLLM_RUN_STARTED)
             self._settle()
             while not self.stopping:
-                self._run_to_stop()
+                try:
+                    self._run_to_stop()
+                except DataError:
+                    self._save_what_is_done()
+                    raise
                 if self._rollback is not None:
                     self._go_back()
         finally:
@@ -350,6 +354,15 @@ class Trainer(Engine):
         super().run(
             self.train_loader, max_iters=self.state.max_iters, epoch_length=self.steps_per_epoch
         )
+
+    def _save_what_is_done(self) -> None:
+        """Save before a run ends because its data cannot be read on.
+
+        The error came between two steps, so the state is that after the last one. Of several
+        ranks the others may be in the next step: they cannot save together, and end without.
+        """
+        if self.ranks.alone and self.restore_step() != self.state.iteration:
+            self._ask_for_checkpoint(on_schedule=False)
 
     def _note_spent_budget(self) -> None:
         """A run that is resumed may have nothing left to do but its last evaluation."""
