@@ -115,6 +115,40 @@ def test_it_learns_to_stop_and_generate_stops_there(capsys: pytest.CaptureFixtur
     assert len(capsys.readouterr().out) == len("a:") + 20 + 1
 
 
+@pytest.mark.parametrize("tokenizer", ["{name: bpe, vocab_size: 280}", "{name: byte, end: true}"])
+def test_it_learns_the_tokenizer_s_own_end(
+    tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = {"a:": "y\ny", "b:": "no"}
+    lines = [json.dumps({"prompt": p, "response": r}) for p, r in answers.items()]
+    Path("pairs.jsonl").write_text("\n".join(lines * 8))
+    values = json.loads(json.dumps(CONFIG))
+    values["training"] |= {"total_steps": 120, "eval_steps": 120}
+    values["data"] |= {"response_end": None, "sequence_length": 16}
+    Path("tuned.yaml").write_text(yaml.safe_dump(values))
+    words = [f"data.tokenizer={tokenizer}", "handlers.samples={num_tokens: 30, prompt: 'b:'}"]
+    assert main(["run", "tuned.yaml", *words]) == 0
+    capsys.readouterr()
+    for prompt, response in answers.items():
+        words = ["--temperature", "0", "--max-tokens", "30", "--prompt", prompt]
+        assert main(["generate", "runs/tuned", *words]) == 0
+        assert capsys.readouterr().out == f"{prompt}{response}\n"
+    sample = json.loads(Path("runs/tuned/samples.jsonl").read_text().splitlines()[-1])
+    assert len(sample["text"]) < 15
+    assert main(["export", "runs/tuned", "--format", "hf", "--out", "out"]) == 0
+    end_id = load_trained(Path("runs/tuned"), torch.device("cpu")).tokenizer.end_id
+    for name in ("generation_config.json", "config.json"):
+        assert json.loads(Path("out", name).read_text())["eos_token_id"] == end_id
+    said = json.loads(Path("out/tokenizer_config.json").read_text())
+    assert said["eos_token"] == "<|endoftext|>"
+    values = {**CONFIG, "name": "next", "model": {"init_from": "out"}}
+    values["data"] = {"source": "pairs.jsonl", "batch_size": 4, "response_end": None}
+    Path("next.yaml").write_text(yaml.safe_dump(values))
+    assert main(["run", "next.yaml"]) == 0
+    again = load_trained(Path("runs/next"), torch.device("cpu")).tokenizer
+    assert again.end_id == end_id
+
+
 def test_another_text_is_another_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "tuned.yaml", "training.total_steps=4"]) == 0
     lines = Path("pairs.jsonl").read_text()

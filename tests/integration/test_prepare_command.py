@@ -119,6 +119,84 @@ def test_a_mixture_runs_and_resumes_bit_for_bit(capsys: pytest.CaptureFixture[st
     assert "different tokenizers" in capsys.readouterr().err
 
 
+SOURCES = {
+    "a part": ["data.source=by-document"],
+    "a part, packed apart": ["data.source=by-document", "data.packing=document"],
+    "by position, packed apart": ["data.source=whole", "data.packing=document"],
+    "a mixture": [
+        "data.sources=[{path: whole, weight: 2}, {path: text.txt, weight: 1},"
+        " {path: by-document, weight: 1}]"
+    ],
+    "a mixture, packed apart": [
+        "data.sources=[{path: whole, weight: 2}, {path: by-document, weight: 1}]",
+        "data.packing=document",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_evaluate_measures_what_training_did(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = filter(str.strip, TEXT.read_text(encoding="utf-8").split("\n"))
+    Path("lines.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in lines))
+    words = ["lines.jsonl", "--field", "body", "--tokenizer", "byte"]
+    assert prepare(*words, "--out", "whole") == 0
+    split = ["--split", "document", "--fractions", "0.6", "0.2", "0.2"]
+    assert prepare(*words, "--out", "by-document", *split) == 0
+    Path("tiny.yaml").write_text(CONFIG.replace("  source: out\n", ""))
+    assert main(["run", "tiny.yaml", *SOURCES[kind]]) == 0
+    store = CheckpointStore(Path("runs/tiny/checkpoints"))
+    best = store.resolve("best")
+    assert best is not None
+    recorded = store.manifest(best).metadata["val_loss"]
+    capsys.readouterr()
+    results = {}
+    for more in ([], ["--documents"], ["--split", "test"], ["--split", "train"]):
+        code = main(["evaluate", "runs/tiny", "--json", *more])
+        if code:  # nothing was kept for a test
+            assert code == 3
+            assert "there is nothing to evaluate" in capsys.readouterr().err
+            assert more == ["--split", "test"]
+            continue
+        results[" ".join(more)] = json.loads(capsys.readouterr().out)
+    assert results[""]["loss"] == pytest.approx(recorded, rel=1e-6)
+    documents = results["--documents"]["documents"]
+    assert results["--documents"]["num_tokens"] == results[""]["num_tokens"]
+    assert results["--documents"]["num_bytes"] == results[""]["num_bytes"]
+    assert len(documents) > 1
+    assert sum(one["num_tokens"] for one in documents) == results[""]["num_tokens"]
+    assert results["--split train"]["num_tokens"] > results[""]["num_tokens"]
+
+
+def test_a_folder_split_by_document_is_measured_by_its_parts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["docs.jsonl", "--field", "body", "--tokenizer", "byte", "--split", "document"]
+    assert prepare(*words, "--out", "out", "--fractions", "0.6", "0.2", "0.2") == 0
+    assert prepare("docs.jsonl", "--field", "body", "--out", "all", "--tokenizer", "byte") == 0
+    assert main(["run", "tiny.yaml", "training.total_steps=4"]) == 0
+    numbers = {}
+    for part in ("train", "val", "test"):
+        capsys.readouterr()
+        words = ["evaluate", "runs/tiny", "--split", part, "--json"]
+        assert main(words) == 0
+        own = json.loads(capsys.readouterr().out)
+        assert own["data"].startswith("the run's ")
+        assert main([*words, "--data", "out"]) == 0
+        named = json.loads(capsys.readouterr().out)
+        assert named["data"].startswith("out ")
+        assert named["loss"] == own["loss"]
+        numbers[part] = own["num_tokens"]
+    assert main(["evaluate", "runs/tiny", "--json", "--data", "out"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_tokens"] == numbers["val"]
+    assert main(["evaluate", "runs/tiny", "--json", "--data", "all"]) == 0
+    # The first token of each part has nothing before it.
+    assert json.loads(capsys.readouterr().out)["num_tokens"] == sum(numbers.values()) + 2
+    assert main(["evaluate", "runs/tiny", "--data", "all", "--split", "val"]) == 2
+    assert "--split is a part of the run's own text" in capsys.readouterr().err
+    assert main(["evaluate", "runs/tiny", "--document-separator", ";"]) == 2
+    assert "--document-separator takes text apart" in capsys.readouterr().err
+
+
 def test_a_mixture_keeps_its_copy_of_a_built_in_source(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("tiny.yaml").write_text(CONFIG.replace("  source: out\n", ""))
     mixture = "data.sources=[{name: python-docs, weight: 1}, {path: text.txt, weight: 1}]"

@@ -6,19 +6,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from tests.unit.test_layouts import CASES, NAMES, random_model
 
 from fundamentallm.config import RunConfig, TransformerConfig
-from fundamentallm.data.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
+from fundamentallm.data.tokenizer import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharacterTokenizer,
+    SubwordTokenizer,
+    Tokenizer,
+)
+from fundamentallm.engine.run_directory import RunDirectory
+from fundamentallm.engine.starting_point import starting_point
 from fundamentallm.inference.export import export
-from fundamentallm.inference.generate import stream_text
+from fundamentallm.inference.generate import stream_text, stream_texts
 from fundamentallm.inference.load import Trained
 from fundamentallm.models.pretrained import Pretrained
 from fundamentallm.models.transformer import Transformer
@@ -40,11 +49,17 @@ def transformers() -> Iterator[ModuleType]:
         yield pytest.importorskip("transformers")
 
 
-def exported(fields: dict[str, Any], tokenizer: Tokenizer, place: Path) -> tuple[Transformer, Path]:
+def exported(
+    fields: dict[str, Any],
+    tokenizer: Tokenizer,
+    place: Path,
+    change: Callable[[Transformer], object] = lambda model: None,
+) -> tuple[Transformer, Path]:
     """Return a random model and the folder that `export` made of it."""
     sizes = {"d_model": 24, "num_layers": 2, "num_heads": 4, "sequence_length": 64}
     config = TransformerConfig(**{**sizes, "vocab_size": tokenizer.vocab_size, **fields})
     model = random_model(config)
+    change(model)
     run = RunConfig().model_copy(update={"model": config})
     manifest = Manifest("step-00000000", 0, {}, {}, "")
     export(Trained(model, tokenizer, run, place, manifest, False), "hf", place / "out")
@@ -104,6 +119,115 @@ def test_auto_tokenizer_has_the_same_ids(
     if policy == "error":
         with pytest.raises(Exception, match="Missing"):
             theirs("\u00df")
+
+
+TEXTS = [
+    "the cat sat on the mat. " * 20,
+    " Hello <|endoftext|> World! na\u00efve \u4f60\u597d \U0001f600\n\n  x 's </s> ",
+]
+
+
+def sentence_pieces(end: str | None = None) -> SubwordTokenizer:
+    """BPE with bytes to fall back on, as Llama 2 has it; it puts <s> before a text."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    normalizers = tokenizers.normalizers
+    library.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    decoders = tokenizers.decoders
+    library.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = ["<unk>", "<s>", "</s>", "<|eot|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, show_progress=False
+    )
+    library.train_from_iterator(TEXTS, trainer)
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return SubwordTokenizer(json.loads(library.to_str()), end)
+
+
+def unigrams() -> SubwordTokenizer:
+    """A Unigram model, which puts </s> behind a text, as T5 has it."""
+    library = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    library.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=80, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    library.train_from_iterator(TEXTS, trainer)
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return SubwordTokenizer(json.loads(library.to_str()))
+
+
+TOKENIZERS = {
+    "bpe": lambda: BpeTokenizer(300, texts=TEXTS),
+    "byte": lambda: ByteTokenizer(end=True),
+    "character": lambda: CharacterTokenizer("".join(TEXTS), end=True),
+    "replace": lambda: CharacterTokenizer("".join(TEXTS), "replace", end=True),
+    "sentence pieces": sentence_pieces,
+    "another end": lambda: sentence_pieces("<|eot|>"),
+    "unigrams": unigrams,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_with_an_end_travels_there_and_back(
+    kind: str, transformers: ModuleType, tmp_path: Path
+) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    model, folder = exported({}, tokenizer, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert len(theirs) == tokenizer.vocab_size
+    assert theirs.eos_token_id == tokenizer.end_id is not None
+    for text in TEXTS:
+        ids = theirs(text).input_ids
+        assert ids == tokenizer.encode(text).tolist()
+        assert tokenizer.end_id not in ids
+        assert theirs.decode(ids) == tokenizer.decode(ids)
+        ended = [*ids, tokenizer.end_id]
+        assert theirs.decode(ended, skip_special_tokens=True) == tokenizer.decode(ended)
+    their_model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert their_model.config.eos_token_id == tokenizer.end_id
+    assert their_model.generation_config.eos_token_id == tokenizer.end_id
+
+    config = RunConfig.model_validate({"model": {"init_from": str(folder)}})
+    start = starting_point(config, RunDirectory(tmp_path, tmp_path / "checkpoints", None))
+    back = start.tokenizer()
+    assert back is not None
+    assert (back.fingerprint(), back.end_id) == (tokenizer.fingerprint(), tokenizer.end_id)
+    copy = Transformer(start.config.model)
+    start.load_into(copy)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, copy.state_dict()[name]), name
+
+
+def test_both_stop_at_the_end_of_a_document(transformers: ModuleType, tmp_path: Path) -> None:
+    tokenizer = BpeTokenizer(300, texts=TEXTS)
+    prompt = tokenizer.encode("the cat").tolist()
+
+    @torch.no_grad()
+    def end_at_once(model: Transformer) -> None:
+        first = int(model(torch.tensor([prompt]))[0, -1].argmax())
+        assert first not in (*prompt, 0)
+        model.head.weight[[first, 0]] = model.head.weight[[0, first]]
+
+    model, folder = exported({"tie_embeddings": False}, tokenizer, tmp_path, end_at_once)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    written = theirs.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)
+    assert written[0].tolist() == [*prompt, 0]
+    options: dict[str, Any] = {"temperature": 0, "stop_ids": [0], "seeds": [1]}
+    pieces = list(stream_texts(model, tokenizer, ["the cat"], 9, **options))
+    assert [piece.text for piece in pieces] == [""]
 
 
 LLAMA = {

@@ -175,6 +175,19 @@ def test_validation_visits_each_example_once_in_order(world_size: int) -> None:
     assert torch.equal(joined, examples.batch(np.arange(10), 30)["target_ids"])
 
 
+def test_the_end_of_a_document_is_learnt_behind_each_response() -> None:
+    pairs = [("ab", "cd"), ("", "efg")]
+    examples = [Example(p, r, "file:1") for p, r in pairs]
+    ended = encode_examples(examples, ByteTokenizer(end=True), 4)
+    assert ended.ids.tolist() == [*b"abcd", 256, *b"efg", 256]
+    assert ended.num_targets.tolist() == [3, 3]
+    assert ended.batch(np.arange(1), 5)["target_ids"].tolist() == [[IGNORED, *b"cd", 256, IGNORED]]
+    with pytest.raises(DataError, match="no token to learn"):  # the end alone is nothing to learn
+        encode_examples([Example("ab", "", "file:1")], ByteTokenizer(end=True), 9)
+    with pytest.raises(DataError, match="longer than the context"):  # the end has no room
+        encode_examples(examples, ByteTokenizer(end=True), 3)
+
+
 def test_a_part_holds_its_own_examples() -> None:
     examples = encoded([("p", f"response {n}") for n in range(10)])
     part = examples.part(np.arange(3, 7))

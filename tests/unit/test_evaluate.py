@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 from fundamentallm.data.loader import ValidationLoader
 from fundamentallm.data.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
-from fundamentallm.inference.evaluate import Document, _windows, evaluate_documents
+from fundamentallm.inference.evaluate import (
+    Document,
+    _windows,
+    evaluate_documents,
+    split_documents,
+)
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.testing import tiny_model
 from fundamentallm.training.precision import Precision
@@ -84,6 +89,46 @@ def test_without_a_stride_it_is_the_loss_of_training(model: Transformer) -> None
     total, _ = evaluate_documents(model, TOKENIZER, [Document("", tokens)], CONTEXT, 4, CPU)
     assert total.num_tokens == output.num_tokens
     assert total.loss == pytest.approx(output.loss, abs=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_documents_packed_apart_weigh_what_they_do_in_training(
+    model: Transformer, batch_size: int
+) -> None:
+    tokens = TOKENIZER.encode("abcdédcbédéacbbacdéaabé" * 7)
+    end_id = int(TOKENIZER.encode("é")[0])
+    loader = ValidationLoader(tokens, CONTEXT, 4, end_id=end_id)
+    output = evaluate(model, loader, CPU)
+    assert output is not None
+    documents = [Document("", tokens)]
+    figures = [
+        evaluate_documents(
+            model, TOKENIZER, documents, CONTEXT, batch_size, CPU, end_id=end_id, stride=stride
+        )[0]
+        for stride in (CONTEXT, 1)
+    ]
+    assert figures[0].num_tokens == figures[1].num_tokens == output.num_tokens
+    assert figures[0].loss == pytest.approx(output.loss, abs=1e-12)
+    together = evaluate_documents(model, TOKENIZER, documents, CONTEXT, batch_size, CPU)[0]
+    assert abs(together.loss - output.loss) > 1e-3
+    # No document is longer than the context: with each window as far back as it goes, each is
+    # read whole, as if it stood alone.
+    alone = split_documents(documents[0], end_id)
+    each = evaluate_documents(model, TOKENIZER, alone, CONTEXT, batch_size, CPU)[0]
+    assert each.num_tokens == figures[1].num_tokens
+    assert each.loss == pytest.approx(figures[1].loss, abs=1e-12)
+
+
+@given(st.lists(st.integers(0, 2), max_size=30))
+def test_documents_of_a_text_predict_together_what_it_does(ids: list[int]) -> None:
+    found = split_documents(Document("text", np.array(ids, np.uint8)), 0)
+    assert sum(one.num_predicted for one in found) == max(0, len(ids) - 1)
+    joined = [token for one in found for token in one.tokens[one.num_given :].tolist()]
+    assert joined == ids[1:]
+    for one in found[1:]:
+        assert one.tokens[0] == 0
+        assert 0 not in one.tokens[1:-1]
+    assert len({one.name for one in found}) == len(found)
 
 
 @given(

@@ -17,6 +17,7 @@ from fundamentallm.data.tokenizer import (
     ByteTokenizer,
     CharacterTokenizer,
     FileTokenizer,
+    SubwordTokenizer,
     Tokenizer,
     base,
     build_tokenizer,
@@ -24,7 +25,7 @@ from fundamentallm.data.tokenizer import (
     subword,
     tokenizer_from_dict,
 )
-from fundamentallm.data.tokenizer_json import tokenizer_json
+from fundamentallm.data.tokenizer_json import token_name, tokenizer_json
 from fundamentallm.errors import ConfigError, DataError, MachineError
 
 EXCERPT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
@@ -139,6 +140,70 @@ def test_special_tokens_in_a_text_are_text() -> None:
     assert BPE.end_id not in BPE.encode(text).tolist()
     assert BPE.decode(BPE.encode(text)) == text
     assert BPE.decode([*BPE.encode("a").tolist(), BPE.end_id]) == "a"
+
+
+def other_models() -> dict[str, dict[str, object]]:
+    texts = [TRAINING[:3_000]]
+    special = ["<unk>", "</s>"]
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    unigram.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    unigram.train_from_iterator(
+        texts,
+        tokenizers.trainers.UnigramTrainer(
+            vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False
+        ),
+    )
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.train_from_iterator(
+        texts, tokenizers.trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
+    )
+    pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="<unk>"))
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    pieces.train_from_iterator(
+        texts,
+        tokenizers.trainers.WordPieceTrainer(
+            vocab_size=150, special_tokens=special, show_progress=False
+        ),
+    )
+    return {
+        "unigram": json.loads(unigram.to_str()),
+        "words": json.loads(words.to_str()),
+        "word pieces": json.loads(pieces.to_str()),
+    }
+
+
+@pytest.mark.parametrize("kind", ["unigram", "words", "word pieces"])
+def test_no_text_is_a_special_token_whatever_the_model_is(kind: str) -> None:
+    state = other_models()[kind]
+    tokenizer = SubwordTokenizer(state)
+    library = direct(tokenizer)
+    assert tokenizer.end_id == 1
+    assert library.encode("the </s> end").ids.count(1) == 1  # what is to be prevented
+    assert 1 not in tokenizer.encode("the </s> end").tolist()
+    for text in (TRAINING[:500], "a \u4f60 z"):
+        assert tokenizer.encode(text).tolist() == library.encode(text, add_special_tokens=False).ids
+    ids = tokenizer.encode("the end").tolist()
+    assert tokenizer.decode([*ids, 1]) == tokenizer.decode(ids) == library.decode(ids)
+
+
+def test_what_stands_around_a_text_is_no_part_of_the_tokenizer() -> None:
+    state = json.loads(json.dumps(BPE.json))
+    around = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    library = tokenizers.Tokenizer.from_str(json.dumps(state))
+    library.post_processor = around
+    library.enable_truncation(3)
+    library.enable_padding()
+    tokenizer = SubwordTokenizer(json.loads(library.to_str()))
+    assert tokenizer.encode("the end of it").tolist() == BPE.encode("the end of it").tolist()
+    assert tokenizer.fingerprint() == BPE.fingerprint()
+    written = tokenizer_json(tokenizer)
+    assert SubwordTokenizer(written).fingerprint() == BPE.fingerprint()
+    assert direct(tokenizer).encode("the end of it").ids == BPE.encode("the end of it").tolist()
+    assert token_name(written, 0) == "<|endoftext|>"
+    assert token_name(written, 10**6) is None
 
 
 def test_training_is_a_pure_function_of_the_text() -> None:

@@ -6,8 +6,9 @@ The loss counts the response alone; the targets inside the prompt are -100. One 
 from its first token, padded to T with masked targets, so nothing is read across examples. A causal
 model cannot see the padding behind a token, so the loss is exactly that of the examples one by one,
 and weighted by tokens as everywhere. What separates prompt and response stands in the file; the
-text that ends a response is added where it is not there, so that the model learns to stop. Both are
-encoded apart, as a prompt is that stands alone.
+text that ends a response is added where it is not there, and behind it the tokenizer's own end of a
+document, if it has one, so that the model learns to stop. Both are encoded apart, as a prompt is
+that stands alone.
 
 Shapes: N tokens of all examples, n examples, T sequence length, B batch size.
 """
@@ -137,8 +138,7 @@ def encode_examples(
         except DataError as error:
             error.where = f"{example.where}: {error.where}" if error.where else example.where
             raise
-        num_tokens = len(prompt) + len(response)
-        if num_tokens - max(len(prompt), 1) < 1:
+        if len(prompt) + len(response) - max(len(prompt), 1) < 1:
             raise DataError(
                 "there is no token to learn in this example",
                 where=example.where,
@@ -146,6 +146,9 @@ def encode_examples(
                 expected="a token of response that follows another token",
                 fix="remove the line, or complete it",
             )
+        if tokenizer.end_id is not None:
+            response = np.append(response, response.dtype.type(tokenizer.end_id))
+        num_tokens = len(prompt) + len(response)
         if num_tokens > sequence_length + 1:
             raise DataError(
                 "this example is longer than the context",
@@ -274,7 +277,8 @@ def _ended(example: Example, end: str | None) -> Example:
             where=example.where,
             got=f"{end!a} after {first:,} characters",
             expected=f"{end!a} at the end alone",
-            fix="set data.response_end to a text that no response holds, as '\\n\\n', or to null",
+            fix="set data.response_end to a text that no response holds, as '\\n\\n', or to null"
+            " where the tokenizer has an end of its own (bpe, most tokenizer.json)",
         )
     return replace(example, response=response)
 

@@ -25,7 +25,7 @@ from fundamentallm.data.tokenizer import (
     tokenizer_from_dict,
 )
 from fundamentallm.data.tokenizer.character import REPLACEMENT
-from fundamentallm.data.tokenizer.subword import END
+from fundamentallm.data.tokenizer.subword import END, UNUSED, ids_by_name
 from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.registry import Registry
 
@@ -54,8 +54,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     return TOKENIZER_JSON.get(kind)(tokenizer)
 
 
-def read_tokenizer_json(path: Path) -> Tokenizer:
+def read_tokenizer_json(path: Path, end: str | None = None) -> Tokenizer:
     """Read a `tokenizer.json`: characters or bytes if this package wrote it so, else subwords.
+
+    Args:
+        path: the file.
+        end: the token that ends a document, if it has it; else one that is known by its name.
 
     Raises:
         DataError: it cannot be read.
@@ -70,17 +74,30 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
         if tokenizer_json(tokenizer) == state:
             return tokenizer
     try:
-        return tokenizer_from_dict({"type": "file", "json": state}, str(path))
+        tokenizer = tokenizer_from_dict({"type": "file", "json": state}, str(path))
     except DataError as error:
         error.fix = "name the tokenizer in data.tokenizer"
         raise
+    if end in ids_by_name(state) and ids_by_name(state)[end] != tokenizer.end_id:
+        return tokenizer_from_dict({"type": "file", "json": state, "end": end}, str(path))
+    return tokenizer
+
+
+def token_name(state: Mapping[str, Any], number: int) -> str | None:
+    """Return the name of a token of a tokenizer.json by its id, None if it has no such token."""
+    return next((name for name, found in ids_by_name(state).items() if found == number), None)
 
 
 @TOKENIZER_JSON.register("bpe")
 @TOKENIZER_JSON.register("file")
 def subword_json(tokenizer: SubwordTokenizer) -> dict[str, Any]:
-    """Subwords, whose tokenizer.json is all that they are."""
-    return tokenizer.json
+    """Subwords, without what their tokenizer.json cuts off a text or puts around it.
+
+    A model that was trained here has never seen any of that.
+    """
+    around = tokenizer.json.get("post_processor") or {}
+    kept = around if around.get("type") == "ByteLevel" else None  # offsets, no ids
+    return {**tokenizer.json, **dict.fromkeys(UNUSED), "post_processor": kept}
 
 
 @TOKENIZER_JSON.register("byte")

@@ -100,6 +100,7 @@ def _write(trained: Trained, options: argparse.Namespace, prompt: str, seed: int
             min_p=options.min_p,
             repetition_penalty=options.repetition_penalty,
             stop=options.stop or trained.stop,
+            stop_ids=trained.stop_ids,
             seeds=[seed + number for number in numbers],
         )
         shown = None

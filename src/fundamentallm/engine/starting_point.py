@@ -6,18 +6,22 @@ weights in its checkpoint, so the folder may be gone by then.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fundamentallm.config import RunConfig
+from fundamentallm.data.text_file import read_text
 from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fundamentallm.data.tokenizer_json import read_tokenizer_json
 from fundamentallm.engine.run_directory import RunDirectory
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.models.pretrained import Pretrained
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.manifest import Manifest
 
 TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class StartingPoint:
         assert self.pretrained is not None
         path = self.pretrained.folder / TOKENIZER
         if path.exists():
-            return read_tokenizer_json(path)
+            return read_tokenizer_json(path, _end_of_text(path.with_name(TOKENIZER_CONFIG)))
         with self.written.blame("data.tokenizer"):
             raise ConfigError(
                 "the folder to start from has no tokenizer, and a new one would give the ids"
@@ -111,3 +115,19 @@ def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
         }
     )
     return StartingPoint(completed, config, pretrained, notes=notes)
+
+
+def _end_of_text(path: Path) -> str | None:
+    """Return the token that a folder's tokenizer_config.json calls the end of a text."""
+    if not path.exists():
+        return None
+    try:
+        said = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            "the tokenizer's configuration is not JSON", where=str(path), got=str(error)
+        ) from error
+    end = said.get("eos_token") if isinstance(said, dict) else None
+    if isinstance(end, dict):
+        end = end.get("content")
+    return end if isinstance(end, str) else None

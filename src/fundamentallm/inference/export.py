@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fundamentallm.data.tokenizer_json import tokenizer_json
+from fundamentallm.data.tokenizer_json import token_name, tokenizer_json
 from fundamentallm.errors import CheckpointError
 from fundamentallm.inference.load import Trained
 from fundamentallm.models.layouts import layout_for
@@ -60,36 +60,42 @@ def export(trained: Trained, format_name: str, path: Path) -> None:
 def export_hf(trained: Trained, path: Path) -> None:
     """Write a folder of the transformers library.
 
-    No token is special: the text `<unk>` is five characters, and nothing is put before a prompt.
-    Where a model learnt to end its responses with one token, `generate` there stops at it too.
+    No text is a special token: `<unk>` is five characters, and nothing is put before a prompt. The
+    end of a document is the end of a text there, where the tokenizer has one. Where a model learnt
+    to end its responses with one token, `generate` there stops at it too.
     """
     config = trained.config.model
     layout = layout_for(config)
     weights = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
     length = config.sequence_length
+    tokenizer = tokenizer_json(trained.tokenizer)
+    end_id = trained.tokenizer.end_id
+    end = None if end_id is None else token_name(tokenizer, end_id)
     # Written as null: the families' own defaults are ids that mean something else here.
-    none_special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    special = {"bos_token_id": None, "eos_token_id": end_id, "pad_token_id": None}
     write_folder(
         path,
         {
             "config.json": _json(
                 {
                     **layout.describe(config),
-                    **none_special,
+                    **special,
                     "use_cache": True,
                     # The first name is read by transformers 4, the second by 5.
                     "torch_dtype": "float32",
                     "dtype": "float32",
                 }
             ),
-            "generation_config.json": _json({**none_special, **_end_of_response(trained)}),
+            "generation_config.json": _json({**special, **_stops(trained)}),
             "model.safetensors": tensor_file_chunks(layout.to_theirs(config, weights)),
-            "tokenizer.json": _json(tokenizer_json(trained.tokenizer)),
+            "tokenizer.json": _json(tokenizer),
             "tokenizer_config.json": _json(
                 {
                     "tokenizer_class": "PreTrainedTokenizerFast",
                     "model_max_length": length,
                     "clean_up_tokenization_spaces": False,
+                    "split_special_tokens": True,
+                    **({} if end is None else {"eos_token": end}),
                     "model_input_names": ["input_ids", "attention_mask"],
                 }
             ),
@@ -112,13 +118,13 @@ def export_torch(trained: Trained, path: Path) -> None:
     )
 
 
-def _end_of_response(trained: Trained) -> dict[str, int]:
-    for text in trained.stop:
-        ids = trained.tokenizer.encode(text).tolist()
-        if len(ids) == 1:
-            # Padding comes after the end alone, so it may be any token.
-            return {"eos_token_id": ids[0], "pad_token_id": ids[0]}
-    return {}
+def _stops(trained: Trained) -> dict[str, int | list[int]]:
+    learnt = [trained.tokenizer.encode(text).tolist() for text in trained.stop]
+    ids = trained.stop_ids + [one[0] for one in learnt if len(one) == 1]
+    if not ids:
+        return {}
+    # Padding comes after the end alone, so it may be any token.
+    return {"eos_token_id": ids[0] if len(ids) == 1 else ids, "pad_token_id": ids[0]}
 
 
 def write_folder(

@@ -95,7 +95,8 @@ def stream_texts(
         model: on its device; its context length bounds what it sees, not what it writes. What it
             sees of a longer text is described in `fundamentallm.models.generation`.
         tokenizer: the model's.
-        prompts: the texts to continue, of any lengths; an empty one for a text from nothing.
+        prompts: the texts to continue, of any lengths; an empty one for a text from nothing (from
+            the end of a document, where the tokenizer has one).
         max_tokens: tokens to generate for each.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample among the k likeliest tokens.
@@ -127,7 +128,7 @@ def stream_texts(
     )
     generation = Generation(
         model,
-        [[int(token) for token in tokenizer.encode(prompt)] or [0] for prompt in prompts],
+        [tokenizer.prompt_ids(prompt) for prompt in prompts],
         max_tokens,
         SamplingRules(repetition_penalty, temperature, top_k, top_p, min_p),
         seeds,

@@ -45,6 +45,12 @@ class Trained:
         return [] if end is None else [end]
 
     @property
+    def stop_ids(self) -> list[int]:
+        """The token behind each document, where the tokenizer has one."""
+        end = self.tokenizer.end_id
+        return [] if end is None else [end]
+
+    @property
     def run_dir(self) -> Path:
         """The run that the checkpoint lies in."""
         return self.config.run_of(self.checkpoint.parent)

@@ -118,6 +118,16 @@ class Tokenizer(ABC):
         """Return the ids of each text, as `encode` does; may use several cores."""
         return [self.encode(text) for text in texts]
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """Return the ids of a text to go on from; for a text without tokens, one to begin from.
+
+        That is the end of a document, behind which the next begins, or else id 0.
+
+        Raises:
+            DataError: the text cannot be encoded.
+        """
+        return [int(token) for token in self.encode(text)] or [self.end_id or 0]
+
     def fingerprint(self) -> str:
         """Return a SHA-256 that two tokenizers share if they encode alike."""
         return hashlib.sha256(

@@ -30,6 +30,9 @@ END = "<|endoftext|>"
 KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "<|end|>")
 """Names under which a tokenizer.json has the end of a document, as far as nobody says otherwise."""
 
+UNUSED = ("truncation", "padding", "post_processor")
+"""Keys of a tokenizer.json about what is cut off a text or put around it, which is never done."""
+
 # Of these, none looks across a boundary.
 _LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 
@@ -42,7 +45,7 @@ class SubwordTokenizer(Tokenizer):
         end: the token that ends a document; None: the first of `KNOWN_ENDS` that it has.
 
     Attributes:
-        json: the object as it was given. Truncation and padding in it are left out of account.
+        json: the object as it was given. What is in `UNUSED` is left out of account.
 
     Raises:
         ConfigError: it has no such token as `end`.
@@ -60,7 +63,8 @@ class SubwordTokenizer(Tokenizer):
         if not self._vocab_size:
             raise ValueError("the vocabulary is empty")
         names = KNOWN_ENDS if end is None else (end,)
-        ids = [number for name in names if (number := self._library.token_to_id(name)) is not None]
+        known = ids_by_name(self.json)
+        ids = [known[name] for name in names if name in known]
         if end is not None and not ids:
             raise ConfigError(
                 "the tokenizer has no such token", key="end", got=end, fix="name one that it has"
@@ -128,8 +132,9 @@ class SubwordTokenizer(Tokenizer):
         return tokenizer
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the tokenizer.json, wherever it came from."""
-        return hashlib.sha256(json.dumps(self.json, sort_keys=True).encode()).hexdigest()
+        """Return a SHA-256 of what is used of the tokenizer.json, wherever it came from."""
+        used = {key: value for key, value in self.json.items() if key not in UNUSED}
+        return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """Return the tokenizer.json, which the library and all that use it open."""
@@ -208,7 +213,7 @@ def _library() -> Any:
 def _from_json(state: Mapping[str, Any]) -> LibraryTokenizer:
     tokenizers = _library()
     try:
-        text = json.dumps(state)
+        text = json.dumps(_out_of_reach(state))
         library: LibraryTokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises the base class
         raise ValueError(str(error)) from error
@@ -217,6 +222,43 @@ def _from_json(state: Mapping[str, Any]) -> LibraryTokenizer:
     # Else "<|endoftext|>" in somebody's text would end the document.
     library.encode_special_tokens = True
     return library
+
+
+def ids_by_name(state: Mapping[str, Any]) -> dict[str, int]:
+    """Return the tokens of a tokenizer.json."""
+    vocabulary = state["model"].get("vocab", {})
+    if not isinstance(vocabulary, Mapping):  # Unigram: pairs of a token and its score
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: token["id"] for token in _added(state)}}
+
+
+def _added(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return state.get("added_tokens") or []
+
+
+def _out_of_reach(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the special tokens that a model would find in a text by looking words up.
+
+    BPE makes tokens of merges, which never make a special one; the other kinds would take "</s>"
+    in somebody's text for the end of it, whatever the library is told about special tokens.
+    """
+    model = dict(state["model"])
+    special = {token["content"] for token in _added(state) if token.get("special")}
+    if not special or "merges" in model:
+        return dict(state)
+
+    def renamed(token: str) -> str:
+        return f"\0{token}\0" if token in special else token
+
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, Mapping):
+        model["vocab"] = {renamed(token): number for token, number in vocabulary.items()}
+    else:
+        model["vocab"] = [[renamed(token), score] for token, score in vocabulary]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = renamed(model["unk_token"])
+    added = [{**token, "content": renamed(token["content"])} for token in _added(state)]
+    return {**state, "model": model, "added_tokens": added}
 
 
 def _train(vocab_size: int, texts: Iterable[str]) -> dict[str, Any]:

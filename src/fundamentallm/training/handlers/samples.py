@@ -34,7 +34,7 @@ class Samples:
         run_dir: the run's directory.
         seed: the run's seed.
         prompt: the text to continue.
-        num_tokens: length of a sample in tokens.
+        num_tokens: length of a sample in tokens; it ends earlier with the document.
         temperature: 1 samples from the model's distribution, 0 takes the likeliest token.
         every: evaluations between two samples.
     """
@@ -98,6 +98,8 @@ class Samples:
                 if trainer.interrupted_by is not None:
                     self.owed = step
                     return
+                if int(token) == self.tokenizer.end_id:
+                    break
                 ids.append(int(token))
         self.owed = None
         text = self.tokenizer.decode(ids)
@@ -114,7 +116,6 @@ class Samples:
 
     def _prompt_ids(self) -> list[int]:
         try:
-            ids = [int(token) for token in self.tokenizer.encode(self.prompt)]
-        except DataError:
-            ids = []
-        return ids or [0]  # a vocabulary without the prompt's characters: any token will do
+            return self.tokenizer.prompt_ids(self.prompt)
+        except DataError:  # a vocabulary without the prompt's characters
+            return self.tokenizer.prompt_ids("")
