@@ -123,7 +123,7 @@ def test_auto_tokenizer_has_the_same_ids(
 
 TEXTS = [
     "the cat sat on the mat. " * 20,
-    " Hello <|endoftext|> World! na\u00efve \u4f60\u597d \U0001f600\n\n  x 's </s> ",
+    " Hello <|endoftext|> World <s>! na\u00efve \u4f60\u597d \U0001f600\n\n  x 's </p> ",
 ]
 
 
