@@ -488,6 +488,57 @@ def test_two_ranks_stop_and_go_on_to_the_same_end():
     assert timeless("cut") == timeless("whole")
 
 
+OWN_DISK = """
+import os
+from pathlib import Path
+from ignite.engine import Events
+from fundamentallm.training.handlers import HANDLERS
+
+os.chdir(f"rank{os.environ['RANK']}")
+
+@HANDLERS.register("shrink")
+class Shrink:
+    def attach(self, trainer):
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=6), self.shrink)
+
+    def shrink(self, trainer):
+        if os.environ["RANK"] == os.environ["FAULTY"]:
+            os.truncate("out/all.tokens", os.path.getsize("out/all.tokens") // 2)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("faulty", ["0", "1"])
+def test_a_file_that_shrinks_under_one_of_two_ranks_ends_both_saved(place, monkeypatch, faulty):
+    """Each rank reads a copy of its own, as on two machines."""
+    assert main(["prepare", "text.txt", "--out", "rank0/out", "--tokenizer", "byte"]) == 0
+    shutil.copytree("rank0", "rank1")
+    Path("own_disk.py").write_text(OWN_DISK)
+    monkeypatch.setenv("PYTHONPATH", f"{place}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    half = ["data.batch_size=2", "data.source=out", "plugins=[own_disk]"]
+
+    def both_ranks(run_dir: str, *more: str):
+        shape = [*half, *more, "--run-dir", str(place / run_dir)]
+        return torchrun(["run", str(place / "tiny.yaml"), *shape])
+
+    monkeypatch.setenv("FAULTY", faulty)
+    spoiled = both_ranks("cut", "handlers.shrink=true")
+
+    assert spoiled.returncode != 0
+    assert spoiled.stderr.count("the token file changed while it was in use") == 2
+    # torchrun reports the exit codes with a traceback, which holds no frame of ours.
+    assert "fundamentallm/engine" not in spoiled.stderr
+    assert re.findall(r"exitcode +: (\d+)", spoiled.stderr)[0] == "3"
+    assert Path("cut/checkpoints/last").read_text() == "step-00000006\n"
+
+    shutil.copy("rank" + ("1" if faulty == "0" else "0") + "/out/all.tokens", f"rank{faulty}/out")
+    monkeypatch.setenv("FAULTY", "none")
+    assert both_ranks("cut", "handlers.shrink=true").returncode == 0
+    assert both_ranks("whole", "handlers.shrink=true").returncode == 0
+    assert weights("cut") == weights("whole")
+    assert timeless("cut") == timeless("whole")
+
+
 @pytest.mark.long
 def test_an_error_with_two_ranks_is_a_message_and_leaves_nothing(place):
     before = {path.name for path in place.iterdir()}
