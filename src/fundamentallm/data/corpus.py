@@ -297,15 +297,21 @@ def split_tokens(tokens: Tokens, fractions: Sequence[float]) -> dict[str, Tokens
     Returns:
         `train`, `val` and `test`; a part of fraction 0 is empty.
     """
+    bounds = split_bounds(len(tokens), fractions)
+    parts = [tokens[begin:end] for begin, end in itertools.pairwise(bounds)]
+    return dict(zip(PARTS, parts, strict=True))
+
+
+def split_bounds(length: int, fractions: Sequence[float]) -> list[int]:
+    """Return where the parts of `split_tokens` begin, and where the last ends."""
     bounds = [0]
     for share in itertools.accumulate(fractions):
         # 0.29 of 100 tokens is 28.999999999999996 in binary and must still be 29.
-        bounds.append(min(len(tokens), int(share * len(tokens) + 1e-6)))
+        bounds.append(min(length, int(share * length + 1e-6)))
     # Fractions may miss 1 by a rounding error, which must neither lose tokens nor fill a part of 0.
     last = max(index for index, fraction in enumerate(fractions) if fraction > 0)
-    bounds[last + 1 :] = [len(tokens)] * (len(fractions) - last)
-    parts = [tokens[begin:end] for begin, end in itertools.pairwise(bounds)]
-    return dict(zip(PARTS, parts, strict=True))
+    bounds[last + 1 :] = [length] * (len(fractions) - last)
+    return bounds
 
 
 @SOURCES.register("python-docs")

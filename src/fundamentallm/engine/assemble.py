@@ -5,6 +5,7 @@ Read `assemble` from top to bottom as a recipe; a script can copy its lines and 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fundamentallm.data.corpus import Corpus, kept_copy, read_source, split_toke
 from fundamentallm.data.examples import ExampleLoader, ExampleValidationLoader, encode_examples
 from fundamentallm.data.loader import EpochLoader, TokenWindowLoader, ValidationLoader
 from fundamentallm.data.mixture import MixtureLoader, MixtureValidationLoader
+from fundamentallm.data.overlap import overlap
 from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.tokenizer import (
     TOKENIZERS,
@@ -42,6 +44,8 @@ from fundamentallm.training.precision import resolve_device, resolve_precision
 from fundamentallm.training.schedulers import SCHEDULERS
 from fundamentallm.training.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
 # What every run gets, in no order that matters: events decide who comes first. `handlers:` in a
 # configuration adds to these, changes their options, or switches one off with `name: false`.
 DEFAULT_HANDLERS: dict[str, dict[str, Any]] = {
@@ -61,6 +65,8 @@ DEFAULT_HANDLERS: dict[str, dict[str, Any]] = {
     "samples": {},
 }
 
+
+LEAST_OVERLAP = 0.01  # share of the validation text to warn of
 
 ValidationLoaders = ValidationLoader | MixtureValidationLoader | ExampleValidationLoader
 
@@ -106,6 +112,8 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
     # data feeds
     corpus = read_corpus(config.data, directory, ranks)
     tokenizer = choose_tokenizer(config, corpus, start.tokenizer(), directory)
+    if directory.checkpoint is None and ranks.is_writer:
+        warn_of_overlap(config.data, corpus, tokenizer)
     train_loader, val_loader, num_tokens = build_loaders(config, corpus, tokenizer, ranks)
     resolved, notes = resolve(
         config, directory, tokenizer, len(train_loader), train_loader.tokens_per_step, device
@@ -303,6 +311,17 @@ def without_effect(data: DataConfig, corpus: Corpus) -> list[str]:
     ):
         notes.append("data.split has no effect on text that was split when it was prepared")
     return notes
+
+
+def warn_of_overlap(data: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Warn of validation text that a model has read in training."""
+    share = overlap(corpus, tokenizer, data.split)
+    if share >= LEAST_OVERLAP:
+        logger.warning(
+            "%.1f %% of the validation text stands in the training text too, so its loss says less"
+            " of new text; `prepare --split document` puts equal documents into the same part",
+            100 * share,
+        )
 
 
 def build_loaders(

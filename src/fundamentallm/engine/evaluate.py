@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from fundamentallm.data.corpus import Corpus, read_source, split_tokens
+from fundamentallm.data.corpus import Corpus, read_source, split_bounds, split_tokens
 from fundamentallm.data.examples import encode_examples
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.engine.assemble import read_run_source
@@ -254,9 +254,8 @@ def _text_documents(
             where=", ".join(name for name, _, _ in corpus.pieces),
             fix="name the documents with --data",
         )
-    parts = split_tokens(np.broadcast_to(np.uint8(0), ends[-1]), fractions)  # sizes alone
-    begin = sum(len(parts[name]) for name in list(PARTS)[: list(PARTS).index(part)])
-    end = begin + len(parts[part])
+    number = list(PARTS).index(part)
+    begin, end = split_bounds(ends[-1], fractions)[number : number + 2]
     return [
         Document(piece.name, piece.tokens[max(begin - start, 0) : max(end - start, 0)])
         for piece, start in zip(pieces, ends, strict=False)
