@@ -197,6 +197,31 @@ def test_a_folder_split_by_document_is_measured_by_its_parts(
     assert "--document-separator takes text apart" in capsys.readouterr().err
 
 
+def test_tokens_for_a_model_to_start_from_are_made_with_its_tokenizer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bpe = "{name: bpe, vocab_size: 300}"
+    assert prepare("docs.jsonl", "--field", "body", "--out", "out", "--tokenizer", bpe) == 0
+    assert main(["run", "tiny.yaml", "training.total_steps=4"]) == 0
+    assert main(["export", "runs/tiny", "--format", "hf", "--out", "base"]) == 0
+    text = TEXT.read_text(encoding="utf-8")
+    Path("new.txt").write_text(text[::-1])
+    changes = {"tiny": "next", "out": "other", "{d_model: 16, num_layers: 1, num_heads: 2}": "{}"}
+    config = CONFIG
+    for old, new in changes.items():
+        assert old in config
+        config = config.replace(old, new, 1)
+    Path("next.yaml").write_text(config.replace("{}", "{init_from: base}"))
+    assert prepare("new.txt", "--out", "other", "--tokenizer", bpe) == 0
+    capsys.readouterr()
+    assert main(["run", "next.yaml"]) == 3
+    assert "another tokenizer than the weights to start from" in capsys.readouterr().err
+    shutil.rmtree("other")
+    assert prepare("new.txt", "--out", "other", "--tokenizer", "base/tokenizer.json") == 0
+    assert main(["run", "next.yaml"]) == 0
+    assert main(["run", "next.yaml", "training.total_steps=14", "--resume", "runs/next"]) == 0
+
+
 def test_a_mixture_keeps_its_copy_of_a_built_in_source(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("tiny.yaml").write_text(CONFIG.replace("  source: out\n", ""))
     mixture = "data.sources=[{name: python-docs, weight: 1}, {path: text.txt, weight: 1}]"

@@ -27,11 +27,12 @@ from fundamentallm.data.tokenizer import (
     build_tokenizer,
     tokenizer_from_dict,
 )
+from fundamentallm.data.tokenizer_json import tokenizer_json
 from fundamentallm.engine.exactness import circumstances, versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
 from fundamentallm.engine.starting_point import starting_point
-from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.errors import CheckpointError, ConfigError, DataError
 from fundamentallm.models.components import check_components
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.clock import seconds_since_start
@@ -288,9 +289,19 @@ def choose_tokenizer(
 
     Raises:
         ConfigError: the configured one cannot be built.
-        DataError: the text does not suit it.
+        DataError: the text does not suit it, or token files were made with another one than the
+            weights to start from.
     """
     if corpus.tokenizer is not None:
+        if given is not None and tokenizer_json(given) != tokenizer_json(corpus.tokenizer):
+            raise DataError(
+                "the tokens were made with another tokenizer than the weights to start from",
+                where=corpus.name,
+                got=f"tokenizer {corpus.tokenizer.fingerprint()[:16]}",
+                expected=f"tokenizer {given.fingerprint()[:16]}",
+                fix="prepare the text with --tokenizer and the tokenizer.json in the folder of"
+                " model.init_from",
+            )
         return corpus.tokenizer
     if given is not None:
         return given
