@@ -9,10 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fundamentallm.data.loader import ValidationLoader
-from fundamentallm.data.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
+from fundamentallm.data.tokenizer import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharacterTokenizer,
+    Tokenizer,
+)
+from fundamentallm.inference import evaluate as module
 from fundamentallm.inference.evaluate import (
     Document,
     _windows,
+    decoded_size,
     evaluate_documents,
     split_documents,
 )
@@ -174,6 +181,19 @@ def test_bytes_and_characters_are_those_of_the_text(texts: list[str]) -> None:
             assert total.bits_per_byte * total.num_bytes == pytest.approx(
                 total.num_tokens * math.log2(tokenizer.vocab_size)
             )
+
+
+BPE = BpeTokenizer(270, texts=["naïve 你好 \U0001f600 the cat sat on the mat " * 3])
+
+
+@settings(deadline=None)
+@given(st.text("ab é你\U0001f600\ufffd<", max_size=30), st.integers(1, 9))
+def test_a_text_is_as_long_as_its_pieces(text: str, piece: int) -> None:
+    for tokenizer in (BPE, ByteTokenizer(end=True)):
+        tokens = tokenizer.encode(text)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "PIECE", piece)
+            assert decoded_size(tokenizer, tokens) == (len(text), len(text.encode()))
 
 
 def test_documents_never_read_one_another(model: Transformer) -> None:

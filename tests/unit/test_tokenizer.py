@@ -341,3 +341,10 @@ def test_a_tokenizer_of_yours_is_one_class(tmp_path: Path, monkeypatch: pytest.M
     loaded = load_tokenizer(save(tmp_path, built))
     assert type(loaded) is ShiftedTokenizer
     assert loaded.decode(built.encode("any text")) == "any text"
+
+
+def test_a_text_from_nothing_begins_behind_the_end_of_a_document() -> None:
+    assert ByteTokenizer(end=True).prompt_ids("") == [256]
+    assert CharacterTokenizer("ab", end=True).prompt_ids("") == [2]
+    assert ByteTokenizer().prompt_ids("") == [0]
+    assert ByteTokenizer(end=True).prompt_ids("ab") == [*b"ab"]

@@ -33,6 +33,8 @@ from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.precision import Precision
 from fundamentallm.training.step import documents_of, perplexity_of, to_device, undisturbed
 
+PIECE = 1 << 16  # tokens decoded at once
+LONGEST_CHARACTER = 4  # tokens
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -223,10 +225,41 @@ def _summed_nll(model: nn.Module, batch: Batch, precision: Precision) -> Tensor:
 
 def _size(tokenizer: Tokenizer, document: Document) -> tuple[int, int]:
     """Return characters and bytes of a document less those of its given tokens."""
-    text = tokenizer.decode(document.tokens)
+    characters, octets = decoded_size(tokenizer, document.tokens)
     # A character that the given tokens only begin is not whole yet.
     before = tokenizer.decode(document.tokens[: document.num_given]).rstrip(REPLACEMENT)
-    return len(text) - len(before), _num_bytes(text) - _num_bytes(before)
+    return characters - len(before), octets - _num_bytes(before)
+
+
+def decoded_size(tokenizer: Tokenizer, tokens: Tokens) -> tuple[int, int]:
+    """Return characters and UTF-8 bytes of the text of tokens, which is never held as a whole."""
+    characters = octets = start = 0
+    while start < len(tokens):
+        stop = min(start + PIECE, len(tokens))
+        for _ in range(LONGEST_CHARACTER - 1):
+            stop += _is_inside_character(tokenizer, tokens, stop)
+        text, before = _text_after(tokenizer, tokens, start, stop)
+        characters += len(text) - len(before)
+        octets += _num_bytes(text) - _num_bytes(before)
+        start = stop
+    return characters, octets
+
+
+def _text_after(tokenizer: Tokenizer, tokens: Tokens, start: int, stop: int) -> tuple[str, str]:
+    """Return the text of some tokens and of the one before them, and that of the latter alone.
+
+    It tells a tokenizer that this is no beginning.
+    """
+    first = max(start - 1, 0)
+    return tokenizer.decode(tokens[first:stop]), tokenizer.decode(tokens[first:start])
+
+
+def _is_inside_character(tokenizer: Tokenizer, tokens: Tokens, place: int) -> bool:
+    """Whether the texts before and behind a place do not join to the text of both."""
+    first, last = max(place - LONGEST_CHARACTER, 0), place + LONGEST_CHARACTER
+    behind, between = _text_after(tokenizer, tokens, place, last)
+    before, both = tokenizer.decode(tokens[first:place]), tokenizer.decode(tokens[first:last])
+    return len(both) != len(before) + len(behind) - len(between)
 
 
 def _num_bytes(text: str) -> int:
