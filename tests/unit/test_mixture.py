@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
 from fundamentallm.data.mixture import MixtureLoader, MixtureValidationLoader, split_evenly
 from fundamentallm.errors import DataError
+from fundamentallm.training.distributed import Ranks
+from fundamentallm.training.incident import corpus_place
 
 # Each token says where it is from: source i has the numbers from 1000 i on.
 SOURCES = [np.arange(1000 * i, 1000 * i + n) for i, n in enumerate((200, 50, 90))]
@@ -148,3 +151,19 @@ def test_shares_are_as_near_to_the_weights_as_whole_numbers_can_be(
         assert sum(parts) == total
         for part, weight in zip(parts, weights, strict=True):
             assert abs(part - total * weight / sum(weights)) < 1
+
+
+def test_an_incident_names_source_and_place() -> None:
+    loader = mixture(seed=3, accumulation_steps=2)
+    place = SimpleNamespace(
+        train_loader=loader,
+        ranks=Ranks(),
+        steps_per_epoch=len(loader),
+        state=SimpleNamespace(iteration=len(loader) + 2),
+    )
+    micro_batches = loader.window_at(1, 1).micro_batches
+    for number, batch in enumerate(micro_batches):
+        for row, ids in enumerate(batch["input_ids"].tolist()):
+            found = corpus_place(place, number, row)  # type: ignore[arg-type]
+            assert found == {"source": ids[0] // 1000, "corpus_offset": ids[0] % 1000}
+    assert corpus_place(place, 99, 0) == {"corpus_offset": None}  # type: ignore[arg-type]

@@ -9,12 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fundamentallm.config import TransformerConfig
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader, add_documents, as_batch
+from fundamentallm.data.loader import (
+    Batch,
+    TokenWindowLoader,
+    ValidationLoader,
+    Window,
+    add_documents,
+    as_batch,
+)
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.attention import own_document, places_in_documents
 from fundamentallm.models.positions import POSITIONS, Positions
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training.losses import LanguageModelingLoss
+from fundamentallm.training.diagnosis import Laboratory
+from fundamentallm.training.distributed import Ranks
+from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss
 from fundamentallm.training.precision import Precision
 from fundamentallm.training.step import evaluate_batch
 
@@ -130,3 +139,28 @@ def test_a_step_tells_the_model_of_the_documents() -> None:
     expected = LanguageModelingLoss()(torch.cat(alone)[None], ids[:, 1:], reduction="sum")
     assert count == 5
     assert float(nll) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss_fn", [LanguageModelingLoss(), ChunkedCrossEntropy()])
+def test_a_replay_keeps_documents_apart_as_the_step_does(loss_fn: LanguageModelingLoss) -> None:
+    transformer = model("rotary", dropout=0.0)
+    generator = np.random.default_rng(1)
+    loader = TokenWindowLoader(generator.integers(0, 7, 200), 16, 4, end_id=END)
+    window = loader.window_at(0, 0)
+    precision = Precision("fp32", torch.device("cpu"))
+    laboratory = Laboratory(transformer, loss_fn, precision, Ranks())
+    nll = evaluate_batch(transformer, window.micro_batches[0], precision)[0]
+    replay = laboratory.replay(window)
+    assert replay.loss == pytest.approx(float(nll) / window.num_tokens, rel=1e-12)
+    by_itself = max(
+        (float(evaluate_batch(transformer, _row(window, row), precision)[0]), row)
+        for row in range(4)
+    )
+    assert laboratory.worst_rows(window, 1)[0].row == by_itself[1]
+    for batch in window.micro_batches:
+        del batch["document_ids"]
+    assert laboratory.replay(window).loss != pytest.approx(replay.loss, rel=1e-3)
+
+
+def _row(window: Window, row: int) -> Batch:
+    return {key: value[row : row + 1] for key, value in window.micro_batches[0].items()}
