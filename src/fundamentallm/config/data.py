@@ -87,7 +87,7 @@ class DataConfig(BaseConfig):
     response_end: Text | None = "\n"
     """Text with which each response of a .jsonl file ends, added where it is not there; the model
     learns it, and `generate` stops at it. No response may hold it earlier. null adds nothing, and
-    the model learns no end."""
+    the model learns no end but the tokenizer's own, which stands behind it where there is one."""
 
     tokenizer: Component = Component(name="character")
     """How text becomes tokens: character, byte, {name: bpe, vocab_size: 2048} trained on the text,
