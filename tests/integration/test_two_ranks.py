@@ -220,6 +220,37 @@ def fault(
     return run_and_report(trainer)
 
 
+def part_of_one_rank(ranks: Ranks, directory: Path, part: str) -> dict[str, Any]:
+    """On rank 1 alone something goes wrong that the sum of loss and gradient does not show."""
+    trainer = make_trainer(ranks, directory=directory)
+    NaNRollback().attach(trainer)
+    incidents = []
+
+    @trainer.on(TrainingEvents.FLLM_INCIDENT_DETECTED)
+    def note() -> None:
+        incidents.append([trainer.state.incident.step, trainer.state.incident.verdict])
+
+    left = {FAULT_AT} if ranks.rank == 1 else set()
+
+    @trainer.on(TrainingEvents.FLLM_MICRO_BATCH_COMPLETED)
+    def spoil_rate() -> None:
+        if part == "learning rate" and trainer.state.iteration in left:
+            left.clear()
+            trainer.optimizer.param_groups[0]["lr"] = math.nan
+
+    @trainer.on(TrainingEvents.FLLM_OPTIMIZER_STEPPED)
+    def spoil_state() -> None:
+        if trainer.state.iteration in left:
+            left.clear()
+            parameter = next(trainer.model.parameters())
+            if part == "moment":
+                trainer.optimizer.state[parameter]["exp_avg_sq"].view(-1)[0] = math.inf
+            else:
+                parameter.data.view(-1)[0] += 1e-9
+
+    return {**run_and_report(trainer), "incidents": incidents}
+
+
 def told_to_skip(ranks: Ranks) -> dict[str, Any]:
     trainer = make_trainer(ranks)
     trainer.ledger.skip([FAULT_AT])
@@ -375,6 +406,8 @@ def all_scenarios(ranks: Ranks, place: Path) -> Iterator[tuple[str, Any]]:
             yield f"{kind} fault on {rank}", fault(ranks, None, rank, inside)
             directory = place / f"{kind}-{rank}"
             yield f"{kind} fault on {rank}, rolled back", fault(ranks, directory, rank, inside)
+    for part in ("learning rate", "moment", "weight"):
+        yield f"{part} of one rank", part_of_one_rank(ranks, place / part, part)
     yield "veto", veto(ranks)
     for event in (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED):
         yield f"stop at {event.name}", stop(ranks, place / event.name, event)
@@ -537,6 +570,18 @@ def test_a_fault_on_one_rank_gets_one_verdict_and_both_pass_over_the_window(both
         assert [step[0] for step in report["steps"]] == [*range(1, 13)]
         assert [step[1] for step in report["steps"] if step[0] == FAULT_AT] == ["nonfinite"]
         assert (report["rollbacks"], report["ledger"]) == (0, [FAULT_AT])
+
+
+@pytest.mark.parametrize(
+    ("part", "noticed"), [("learning rate", FAULT_AT), ("moment", 8), ("weight", 8)]
+)
+def test_what_goes_wrong_on_one_rank_without_a_trace_in_the_loss_is_healed_on_both(
+    both, part, noticed
+):
+    first, second = (results[f"{part} of one rank"] for results in both)
+    assert first["incidents"] == second["incidents"] == [[noticed, "state"]]
+    assert first["rollbacks"] == second["rollbacks"] == 1
+    assert first["weights"] == second["weights"] == both[0]["whole"]["weights"]
 
 
 def test_a_veto_on_one_rank_holds_on_both(both):

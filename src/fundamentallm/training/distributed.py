@@ -67,6 +67,12 @@ class Ranks:
         """Whether the flag is set on any rank."""
         return self.sum_counts([int(flag)])[0] > 0
 
+    def all_equal(self, number: int) -> bool:
+        """Whether every rank has the same number, modulo 2^64."""
+        data = number.to_bytes(8, "little")
+        parts = self.gather_bytes(torch.tensor(list(data), dtype=torch.uint8))
+        return all(torch.equal(part, parts[0]) for part in parts)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if not self.alone:

@@ -107,6 +107,7 @@ class TrainStep:
         self.clip_norm = max_grad_norm
         self.veto = ""
         self.vetoes_possible = False
+        self._bad_rate_somewhere = False
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, window: Window, num_tokens: int, num_sequences: int) -> StepOutput:
@@ -182,12 +183,18 @@ class TrainStep:
         """Sum over the ranks and read once. NaN and infinity survive a sum: that is the vote."""
         if self.ranks.alone and nll.device.type == "cpu":  # nothing to wait for: packing costs more
             return nll.item() / num_tokens, grad_norm.item()
-        packed = torch.stack([nll / num_tokens, grad_norm.to(nll.dtype) / self.ranks.world_size])
-        loss, norm = self.ranks.sum_tensor(packed).tolist()
+        bad_rate = torch.full_like(nll, not self._rates_are_finite())
+        mine = [nll / num_tokens, grad_norm.to(nll.dtype) / self.ranks.world_size, bad_rate]
+        loss, norm, bad_rates = self.ranks.sum_tensor(torch.stack(mine)).tolist()
+        self._bad_rate_somewhere = bad_rates > 0
         return loss, norm
 
+    def _rates_are_finite(self) -> bool:
+        return all(math.isfinite(group["lr"]) for group in self.optimizer.param_groups)
+
     def _judge(self) -> str:
-        if not all(math.isfinite(group["lr"]) for group in self.optimizer.param_groups):
+        # A rank alone may look as late as this; several can only act on what they have agreed on.
+        if not self._rates_are_finite() if self.ranks.alone else self._bad_rate_somewhere:
             return "learning rate"
         if not math.isfinite(self.loss):
             return "nonfinite"
