@@ -27,6 +27,7 @@ _REQUIRED, _OPTIONAL = ("input_ids", "target_ids"), ("document_ids",)
 
 # What a key is drawn for, so that no two draws of a seed and epoch share one.
 _ORDER, _PHASE, _SHUFFLE = 1, 2, 3
+_STEPS_AHEAD = 64  # whose order is computed at once: alone, a step's would cost it 0.2 ms
 
 Batch = dict[str, Tensor]
 """`input_ids` and `target_ids`, int64 (B, T); where documents are packed apart also `document_ids`,
@@ -83,6 +84,7 @@ class EpochLoader(ABC):
         self.rows_per_step = batch_size * accumulation_steps * world_size
         self._epoch = 0
         self._step = 0
+        self._drawn: tuple[tuple[int, int], np.ndarray] | None = None
 
     def __len__(self) -> int:
         """Return the optimizer steps in an epoch."""
@@ -113,10 +115,15 @@ class EpochLoader(ABC):
         """
         if not 0 <= step < len(self):
             raise ValueError(f"step {step} of an epoch of {len(self)} steps")
-        first = step * self.rows_per_step
-        last = min(first + self.rows_per_step, self.num_sequences)
-        order = Permutation(self.num_sequences, derive_key(self.seed, epoch, _ORDER))
-        return order(np.arange(first, last))
+        block, place = divmod(step, _STEPS_AHEAD)
+        if self._drawn is None or self._drawn[0] != (epoch, block):
+            first = block * _STEPS_AHEAD * self.rows_per_step
+            last = min(first + _STEPS_AHEAD * self.rows_per_step, self.num_sequences)
+            order = Permutation(self.num_sequences, derive_key(self.seed, epoch, _ORDER))
+            self._drawn = (epoch, block), order(np.arange(first, last))
+        begin = place * self.rows_per_step
+        rows: np.ndarray = self._drawn[1][begin : begin + self.rows_per_step].copy()
+        return rows
 
     def window_at(self, epoch: int, step: int) -> Window:
         """Return this rank's share of a step.
