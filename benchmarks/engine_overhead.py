@@ -116,8 +116,7 @@ def compare(overrides: list[str]) -> dict[str, object]:
         states = trainer.model.state_dict(), by_hand.state_dict()
         equal = all(torch.equal(states[0][name], states[1][name]) for name in states[1])
     differences = [
-        engine - bare
-        for engine, bare in zip(turns.engine_seconds, turns.bare_seconds, strict=True)
+        engine - bare for engine, bare in zip(turns.engine_seconds, turns.bare_seconds, strict=True)
     ]
     quarters = statistics.quantiles(differences, n=4)
     return {

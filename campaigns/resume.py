@@ -186,7 +186,7 @@ def build(directory: Path, precision: str, seed: int, stop: Stop | None = None) 
         Evaluation(),
         EarlyStopping(patience=STEPS, min_delta=10.0),
         NaNRollback(),
-        Spikes(window=16, needed=8),
+        Spikes(window=16, needed=12),
         AdaptiveClip(threshold=0.2, warmup=8),
         SlowerDecay(),
         MetricsLog(directory),

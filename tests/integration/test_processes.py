@@ -245,13 +245,13 @@ def test_a_signal_from_outside_while_the_program_still_loads_is_no_traceback(pla
 
 
 def in_terminal(
-    arguments: Sequence[str], dialogue: Sequence[tuple[bytes, bytes]] = ()
+    arguments: Sequence[str], dialogue: Sequence[tuple[bytes, bytes | signal.Signals]] = ()
 ) -> tuple[int, str]:
     """Run a command in a terminal of its own.
 
     Args:
         arguments: the command.
-        dialogue: what to wait for, and what to type then.
+        dialogue: what to wait for, and what to type or which signal to send then.
 
     Returns:
         Its exit code and what the terminal saw.
@@ -263,7 +263,7 @@ def in_terminal(
         stdin=slave,
         stdout=slave,
         stderr=slave,
-        env={**os.environ, "TERM": "dumb"},
+        env={**os.environ, "TERM": "dumb", "XDG_STATE_HOME": str(Path("state").resolve())},
     )
     os.close(slave)
     rest = list(dialogue)
@@ -273,7 +273,11 @@ def in_terminal(
         while time.monotonic() < deadline:
             if rest and rest[0][0] in seen[answered:]:
                 answered = len(seen)
-                os.write(master, rest.pop(0)[1])
+                _, answer = rest.pop(0)
+                if isinstance(answer, bytes):
+                    os.write(master, answer)
+                else:
+                    process.send_signal(answer)
             if not select.select([master], [], [], 0.2)[0]:
                 continue
             try:
@@ -318,6 +322,30 @@ def test_a_terminal_without_a_prompt_is_asked_for_one(whole):
     assert code == 0, seen
     assert "Ctrl-D" in seen
     assert seen.count("the ") >= 2
+
+
+def test_prompts_of_an_earlier_session_come_back(whole):
+    pytest.importorskip("readline")
+    ask = ["generate", str(whole), "--max-tokens", "5", "--stop", "zzz"]
+    first, _ = in_terminal(ask, [(b"> ", b"hi then \n"), (b"> ", b"\x04")])
+    again, seen = in_terminal(ask, [(b"> ", b"\x10\n"), (b"> ", b"\x04")])  # Ctrl-P
+
+    assert (first, again) == (0, 0)
+    assert seen.count("hi then ") >= 2
+    history = Path("state/fundamentallm/prompts")
+    assert "hi then " in history.read_text()
+    assert history.stat().st_mode & 0o077 == 0
+
+
+def test_ctrl_c_stops_a_text_and_not_the_session(whole):
+    ask = ["generate", str(whole), "--max-tokens", "1000000"]
+    code, seen = in_terminal(
+        ask, [(b"> ", b"the \n"), (b"\nthe ", signal.SIGINT), (b"> ", b"\x04")]
+    )
+
+    assert code == 0, seen
+    assert "Traceback" not in seen
+    assert "interrupted" not in seen
 
 
 def test_a_reader_that_leaves_is_no_traceback(whole):
@@ -456,6 +484,57 @@ def test_two_ranks_stop_and_go_on_to_the_same_end():
     again = torchrun(["run", "tiny.yaml", *half, "--run-dir", "cut"])
 
     assert again.returncode == 0, again.stderr
+    assert weights("cut") == weights("whole")
+    assert timeless("cut") == timeless("whole")
+
+
+OWN_DISK = """
+import os
+from pathlib import Path
+from ignite.engine import Events
+from fundamentallm.training.handlers import HANDLERS
+
+os.chdir(f"rank{os.environ['RANK']}")
+
+@HANDLERS.register("shrink")
+class Shrink:
+    def attach(self, trainer):
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=6), self.shrink)
+
+    def shrink(self, trainer):
+        if os.environ["RANK"] == os.environ["FAULTY"]:
+            os.truncate("out/all.tokens", os.path.getsize("out/all.tokens") // 2)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("faulty", ["0", "1"])
+def test_a_file_that_shrinks_under_one_of_two_ranks_ends_both_saved(place, monkeypatch, faulty):
+    """Each rank reads a copy of its own, as on two machines."""
+    assert main(["prepare", "text.txt", "--out", "rank0/out", "--tokenizer", "byte"]) == 0
+    shutil.copytree("rank0", "rank1")
+    Path("own_disk.py").write_text(OWN_DISK)
+    monkeypatch.setenv("PYTHONPATH", f"{place}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    half = ["data.batch_size=2", "data.source=out", "plugins=[own_disk]"]
+
+    def both_ranks(run_dir: str, *more: str):
+        shape = [*half, *more, "--run-dir", str(place / run_dir)]
+        return torchrun(["run", str(place / "tiny.yaml"), *shape])
+
+    monkeypatch.setenv("FAULTY", faulty)
+    spoiled = both_ranks("cut", "handlers.shrink=true")
+
+    assert spoiled.returncode != 0
+    assert spoiled.stderr.count("the token file changed while it was in use") == 2
+    # torchrun reports the exit codes with a traceback, which holds no frame of ours.
+    assert "fundamentallm/engine" not in spoiled.stderr
+    assert re.findall(r"exitcode +: (\d+)", spoiled.stderr)[0] == "3"
+    assert Path("cut/checkpoints/last").read_text() == "step-00000006\n"
+
+    shutil.copy("rank" + ("1" if faulty == "0" else "0") + "/out/all.tokens", f"rank{faulty}/out")
+    monkeypatch.setenv("FAULTY", "none")
+    assert both_ranks("cut", "handlers.shrink=true").returncode == 0
+    assert both_ranks("whole", "handlers.shrink=true").returncode == 0
     assert weights("cut") == weights("whole")
     assert timeless("cut") == timeless("whole")
 

@@ -24,6 +24,7 @@ from fundamentallm.engine import run as run_module
 from fundamentallm.engine.cli import main
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training import compilation, train
+from fundamentallm.training.manifest import parse_manifest, render_manifest
 from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
@@ -541,6 +542,26 @@ def test_what_auto_chose_is_not_chosen_again_on_resume(at_step, monkeypatch, cap
     assert stored["precision"] == "bf16"
 
 
+def test_a_checkpoint_from_before_a_field_existed_is_gone_on_from(done, at_step, capsys):
+    at_step(6, press_ctrl_c)
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 130
+    at_step(10**6, press_ctrl_c)
+    for path in Path("cut/checkpoints").glob("step-*/MANIFEST.json"):
+        stored = parse_manifest(path.read_bytes(), path.parent.name, str(path))
+        metadata = json.loads(json.dumps(stored.metadata))
+        for description in (metadata["config_as_written"], metadata["config"]):
+            del description["model"]["init_from"], description["model"]["logit_softcap"]
+            del description["training"]["max_seconds"], description["plugins"]
+        path.write_bytes(render_manifest(stored.step, stored.files, metadata))
+
+    assert main(["run", "tiny.yaml", "model.logit_softcap=30", "--resume", "cut"]) == 4
+    assert "model.logit_softcap: None there, 30.0 here" in capsys.readouterr().err
+    assert main(["run", "tiny.yaml", "--resume", "cut"]) == 0
+    assert weights("cut") == weights(done)
+    assert main(["run", "tiny.yaml", "training.max_seconds=900", "--resume", "cut"]) == 0
+    assert "finished" not in capsys.readouterr().out
+
+
 def test_drift_is_refused_with_every_difference(done, place, capsys):
     before = listing(place)
     changes = ["training.learning_rate=2e-2", "model.d_model=32", "data.batch_size=8", "seed=7"]
@@ -838,6 +859,106 @@ def test_evaluate_on_another_text(done, capsys):
     assert result["data"] == "other.txt"
 
 
+def evaluated(capsys, *options: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["evaluate", "runs/tiny", "--json", *options]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_evaluate_measures_each_part_of_the_split(done, capsys):
+    text = TEXT.read_text()
+    begin = int(0.9 * len(text))
+    for part, own in (("train", text[:begin]), ("val", text[begin:])):
+        Path("part.txt").write_text(own)
+        result = evaluated(capsys, "--split", part)
+        expected = evaluated(capsys, "--data", "part.txt")
+        assert result["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert result["num_tokens"] == len(own) - 1
+    assert main(["evaluate", "runs/tiny", "--split", "test"]) == 3
+    assert "there is nothing to evaluate" in capsys.readouterr().err
+
+
+def test_evaluate_with_a_stride_predicts_from_more(done, capsys):
+    plain, full = evaluated(capsys), evaluated(capsys, "--stride", "1")
+    assert (plain["stride"], full["stride"]) == (16, 1)
+    assert full["num_tokens"] == plain["num_tokens"]
+    assert full["loss"] != plain["loss"]
+    assert evaluated(capsys, "--stride", "16") == plain
+    assert main(["evaluate", "runs/tiny", "--stride", "4"]) == 0
+    assert "windows             of 16 tokens, 4 apart" in capsys.readouterr().out
+    for stride in ("0", "17"):
+        assert main(["evaluate", "runs/tiny", "--stride", stride]) == 2
+        assert "1 to 16, the context length" in capsys.readouterr().err
+
+
+def test_evaluate_documents_of_a_folder(done, capsys):
+    whole = TEXT.read_text()
+    Path("texts").mkdir()
+    texts = {"a.txt": whole[:30], "b.txt": whole[30:31], "c.md": whole[31:120]}
+    for name, text in texts.items():
+        Path("texts", name).write_text(text)
+    result = evaluated(capsys, "--data", "texts", "--documents")
+    names = [Path(document["name"]).name for document in result["documents"]]
+    assert names == ["a.txt", "c.md"]
+    assert result["documents_too_short"] == 1
+    assert result["num_tokens"] == 29 + 88
+    total = 0.0
+    for document in result["documents"]:
+        alone = evaluated(capsys, "--data", document["name"])
+        for key in ("loss", "perplexity", "bits_per_byte", "num_tokens", "num_bytes"):
+            assert document[key] == pytest.approx(alone[key], rel=1e-6), key
+        total += document["loss"] * document["num_tokens"]
+    assert result["loss"] == pytest.approx(total / (29 + 88))
+    assert main(["evaluate", "runs/tiny", "--data", "texts", "--documents"]) == 0
+    out = capsys.readouterr().out
+    assert "2 documents, each read by itself; 1 with nothing to predict left out" in out
+    assert out.splitlines()[-1].split()[0] == "88"
+    assert out.splitlines()[-1].endswith(names[-1])
+    assert "documents" not in evaluated(capsys, "--data", "texts")
+
+
+def test_evaluate_documents_between_separators(done, capsys):
+    Path("many.txt").write_text("First\nline\n\nSecond\n\n\n\nFirst\n")
+    result = evaluated(capsys, "--data", "many.txt", "--document-separator", "\n\n")
+    found = [(one["name"], one["num_tokens"]) for one in result["documents"]]
+    assert found == [("many.txt:1", 11), ("many.txt:4", 9), ("many.txt:8", 5)]
+    Path("one.txt").write_text("Second\n\n\n\n")
+    alone = evaluated(capsys, "--data", "one.txt")
+    assert result["documents"][1]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def test_evaluate_names_the_document_that_cannot_be_encoded(done, capsys):
+    Path("many.txt").write_text("First\n\nSeconé\n")
+    options = ["--data", "many.txt", "--document-separator", "\n\n"]
+    assert main(["evaluate", "runs/tiny", *options]) == 3
+    assert "many.txt:3: character 5 of the text" in capsys.readouterr().err
+
+
+def test_evaluate_takes_the_validation_split_apart(done, capsys):
+    text = TEXT.read_text()
+    begin = int(0.9 * len(text))
+    result = evaluated(capsys, "--documents", "--document-separator", "\n")
+    pieces = re.findall(r"[^\n]*\n+|[^\n]+$", text[begin:])
+    assert [one["num_tokens"] + 1 for one in result["documents"]] == [len(p) for p in pieces]
+    last = result["documents"][-1]
+    assert last["name"] == f"text.txt:{text.count(chr(10), 0, text.rindex(pieces[-1])) + 1}"
+    Path("line.txt").write_text(pieces[-1])
+    assert last["loss"] == pytest.approx(evaluated(capsys, "--data", "line.txt")["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--document-separator", ""], "--document-separator is empty"),
+        (["--split", "val", "--data", "text.txt"], "--data names another"),
+    ],
+)
+def test_evaluate_refuses_options_that_say_nothing(done, capsys, options, message):
+    assert main(["evaluate", "runs/tiny", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_evaluate_and_generate_write_nothing(done, place):
     before = listing(place)
 
@@ -895,6 +1016,24 @@ def test_generate_several_samples(done, capsys):
 
     first, second = capsys.readouterr().out.split("--- sample 2 ---\n")
     assert first.removeprefix("--- sample 1 ---\n") != second
+
+
+def test_each_sample_of_a_batch_is_the_text_of_its_own_seed(done, capsys):
+    """17 of them, which do not fit into one batch."""
+    rules = ["--prompt", "the ", "--max-tokens", "30", "--min-p", "0.02"]
+    rules += ["--repetition-penalty", "1.2", "--stop", "e", "--stop", "o\n"]
+    alone = []
+    for seed in range(5, 22):
+        assert main(["generate", "runs/tiny", *rules, "--seed", str(seed)]) == 0
+        alone.append(capsys.readouterr().out)
+
+    assert main(["generate", "runs/tiny", *rules, "--seed", "5", "--num-samples", "17"]) == 0
+
+    together = re.split(r"--- sample \d+ ---\n", capsys.readouterr().out)
+    assert together == ["", *alone]
+    assert len(set(alone)) > 10
+    for text in alone:
+        assert "e" not in text.removeprefix("the ")
 
 
 def test_a_prompt_longer_than_the_context_is_no_obstacle(done, capsys):

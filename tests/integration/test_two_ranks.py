@@ -25,10 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader, Window, count_valid
+from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_model, tiny_tokens
 from fundamentallm.training.distributed import Ranks, join_ranks, leave_ranks
-from fundamentallm.training.handlers import Checkpointing, NaNRollback
+from fundamentallm.training.handlers import Checkpointing, Evaluation, NaNRollback
 from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss, compute_loss
 from fundamentallm.training.step import evaluate
 from fundamentallm.training.trainer import Trainer
@@ -40,6 +41,9 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 GRADIENT_BOUND = {"float64": 1e-12, "float32": 1e-6}
 DRIFT = {"float64": 1e-10, "float32": 1e-6}
 FAULT_AT = 6  # the step in which one rank meets a fault
+# The step whose data cannot be read: the first, within an epoch, the first of an epoch (of 4
+# steps); None: the data of the second evaluation, at step 8.
+UNREADABLE = (1, 6, 9, None)
 
 # Valid targets a row of each micro-batch, by window, by rank.
 LAYOUTS: dict[str, tuple[list[list[int]], list[list[int]]]] = {
@@ -105,6 +109,7 @@ def make_trainer(
     steps: int = 12,
     loss_fn: Callable[..., Tensor] | None = None,
     directory: Path | None = None,
+    val_loader: Any = None,
 ) -> Trainer:
     """A run over 41 sequences an epoch: three steps of 12 and a tail of 5."""
     tokens = tiny_tokens(42 * LENGTH + 3, VOCABULARY)
@@ -119,7 +124,9 @@ def make_trainer(
         max_grad_norm=0.5,
         checkpoint_steps=4,
     )
-    trainer = Trainer(model, loader, device="cpu", config=config, loss_fn=loss_fn)
+    trainer = Trainer(model, loader, val_loader, device="cpu", config=config, loss_fn=loss_fn)
+    if val_loader is not None:
+        Evaluation().attach(trainer)
     if directory is not None:
         Checkpointing(directory).attach(trainer)
     return trainer
@@ -213,6 +220,37 @@ def fault(
     return run_and_report(trainer)
 
 
+def part_of_one_rank(ranks: Ranks, directory: Path, part: str) -> dict[str, Any]:
+    """On rank 1 alone something goes wrong that the sum of loss and gradient does not show."""
+    trainer = make_trainer(ranks, directory=directory)
+    NaNRollback().attach(trainer)
+    incidents = []
+
+    @trainer.on(TrainingEvents.FLLM_INCIDENT_DETECTED)
+    def note() -> None:
+        incidents.append([trainer.state.incident.step, trainer.state.incident.verdict])
+
+    left = {FAULT_AT} if ranks.rank == 1 else set()
+
+    @trainer.on(TrainingEvents.FLLM_MICRO_BATCH_COMPLETED)
+    def spoil_rate() -> None:
+        if part == "learning rate" and trainer.state.iteration in left:
+            left.clear()
+            trainer.optimizer.param_groups[0]["lr"] = math.nan
+
+    @trainer.on(TrainingEvents.FLLM_OPTIMIZER_STEPPED)
+    def spoil_state() -> None:
+        if trainer.state.iteration in left:
+            left.clear()
+            parameter = next(trainer.model.parameters())
+            if part == "moment":
+                trainer.optimizer.state[parameter]["exp_avg_sq"].view(-1)[0] = math.inf
+            else:
+                parameter.data.view(-1)[0] += 1e-9
+
+    return {**run_and_report(trainer), "incidents": incidents}
+
+
 def told_to_skip(ranks: Ranks) -> dict[str, Any]:
     trainer = make_trainer(ranks)
     trainer.ledger.skip([FAULT_AT])
@@ -256,6 +294,66 @@ def stop(ranks: Ranks, directory: Path, event: Events) -> dict[str, Any]:
         "interrupted": trainer.interrupted_by,
         "resumed": run_and_report(again),
     }
+
+
+class Unreadable:
+    """Validation batches whose file one rank cannot read at its second pass."""
+
+    def __init__(self, ranks: Ranks, faulty: int) -> None:
+        tokens = tiny_tokens(70, VOCABULARY)
+        self.loader = ValidationLoader(
+            tokens, LENGTH, 2, rank=ranks.rank, world_size=ranks.world_size
+        )
+        self.passes = 0 if ranks.rank == faulty else -99
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        for number, batch in enumerate(self.loader):
+            if self.passes == 2 and number == 1:
+                raise DataError("gone", where="val.tokens")
+            yield batch
+
+
+def unreadable(ranks: Ranks, directory: Path, faulty: int, step: int | None) -> dict[str, Any]:
+    """One rank cannot read its data, for a step or (None) for the second evaluation."""
+    val_loader = Unreadable(ranks, faulty if step is None else -1)
+    trainer = make_trainer(ranks, directory=directory, val_loader=val_loader)
+    loader = trainer.train_loader
+    window_at = loader.window_at
+    if ranks.rank == faulty and step is not None:
+
+        def read(epoch: int, step_of_epoch: int) -> Window:
+            if (epoch, step_of_epoch) == divmod(step - 1, len(loader)):
+                raise DataError("gone", where="train.tokens", got="1 byte", fix="put it back")
+            return window_at(epoch, step_of_epoch)
+
+        loader.window_at = read
+    said = ""
+    try:
+        trainer.run()
+    except DataError as error:
+        said = str(error)
+    again = make_trainer(ranks, directory=directory, val_loader=Unreadable(ranks, -1))
+    again.resume(directory / f"step-{trainer.state.iteration:08d}")
+    evaluations = trainer.state.evaluations
+    resumed = run_and_report(again)
+    return {
+        "said": said,
+        "iteration": trainer.state.iteration,
+        "evaluations": [evaluations, again.state.evaluations],
+        "val_loss": again.state.metrics["val/loss"],
+        "resumed": resumed,
+    }
+
+
+def undisturbed_with_evaluations(ranks: Ranks, directory: Path) -> dict[str, Any]:
+    trainer = make_trainer(ranks, directory=directory, val_loader=Unreadable(ranks, -1))
+    report = run_and_report(trainer)
+    val_loss = trainer.state.metrics["val/loss"]
+    return {**report, "evaluations": trainer.state.evaluations, "val_loss": val_loss}
 
 
 def out_of_time(ranks: Ranks) -> dict[str, Any]:
@@ -308,9 +406,16 @@ def all_scenarios(ranks: Ranks, place: Path) -> Iterator[tuple[str, Any]]:
             yield f"{kind} fault on {rank}", fault(ranks, None, rank, inside)
             directory = place / f"{kind}-{rank}"
             yield f"{kind} fault on {rank}, rolled back", fault(ranks, directory, rank, inside)
+    for part in ("learning rate", "moment", "weight"):
+        yield f"{part} of one rank", part_of_one_rank(ranks, place / part, part)
     yield "veto", veto(ranks)
     for event in (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED):
         yield f"stop at {event.name}", stop(ranks, place / event.name, event)
+    yield "evaluated", undisturbed_with_evaluations(ranks, place / "evaluated")
+    for rank in (0, 1):
+        for step in UNREADABLE:
+            name = f"unreadable on {rank} at {step}"
+            yield name, unreadable(ranks, place / name.replace(" ", "-"), rank, step)
     yield "out of time", out_of_time(ranks)
     yield "evaluation", evaluation(ranks)
 
@@ -467,6 +572,18 @@ def test_a_fault_on_one_rank_gets_one_verdict_and_both_pass_over_the_window(both
         assert (report["rollbacks"], report["ledger"]) == (0, [FAULT_AT])
 
 
+@pytest.mark.parametrize(
+    ("part", "noticed"), [("learning rate", FAULT_AT), ("moment", 8), ("weight", 8)]
+)
+def test_what_goes_wrong_on_one_rank_without_a_trace_in_the_loss_is_healed_on_both(
+    both, part, noticed
+):
+    first, second = (results[f"{part} of one rank"] for results in both)
+    assert first["incidents"] == second["incidents"] == [[noticed, "state"]]
+    assert first["rollbacks"] == second["rollbacks"] == 1
+    assert first["weights"] == second["weights"] == both[0]["whole"]["weights"]
+
+
 def test_a_veto_on_one_rank_holds_on_both(both):
     first, second = (results["veto"] for results in both)
     assert rejections(second) == {FAULT_AT: "no"}
@@ -498,6 +615,24 @@ def test_both_go_on_to_the_end_of_a_run_that_was_never_stopped(both, event):
         resumed = results[f"stop at {event}"]["resumed"]
         assert resumed["iteration"] == 12
         assert resumed["weights"] == both[0]["whole"]["weights"]
+
+
+@pytest.mark.parametrize("step", UNREADABLE)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_data_that_one_rank_cannot_read_ends_both_with_their_state_saved(both, rank, step):
+    first, second = (results[f"unreadable on {rank} at {step}"] for results in both)
+    whole = both[0]["evaluated"]
+    assert first == second
+    if step is None:
+        assert first["said"] == "val.tokens: gone"
+    else:
+        assert first["said"].startswith("train.tokens: gone\n  got:      1 byte\n  fix:")
+    assert first["iteration"] == (8 if step is None else step - 1)
+    assert first["evaluations"] == [(first["iteration"] - (step is None)) // 4, 3]
+    assert whole["evaluations"] == 3
+    assert first["val_loss"] == whole["val_loss"]
+    for key in ("iteration", "weights", "finished", "saved"):
+        assert first["resumed"][key] == whole[key], key
 
 
 def test_one_rank_out_of_time_finishes_both(both):

@@ -25,7 +25,7 @@ from fundamentallm.config import (
     may_differ_on_resume,
     resolve_warmup,
 )
-from fundamentallm.config.difference import ABSENT
+from fundamentallm.config.difference import ABSENT, with_defaults
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.registry import Registry
 
@@ -86,6 +86,7 @@ class TestDefaults:
 
     def test_model(self):
         assert TransformerConfig().to_dict() == {
+            "init_from": None,
             "vocab_size": None,
             "d_model": 128,
             "num_layers": 4,
@@ -109,9 +110,11 @@ class TestDefaults:
     def test_data(self):
         assert DataConfig().to_dict() == {
             "source": "python-docs",
+            "response_end": "\n",
             "tokenizer": "character",
             "sequence_length": 128,
             "batch_size": 16,
+            "packing": "continuous",
             "split": [0.9, 0.1, 0.0],
             "seed": 42,
         }
@@ -872,6 +875,19 @@ class TestDifferences:
     )
     def test_what_is_the_same(self, a, b, same):
         assert (config_differences({"k": a}, {"k": b}) == []) == same
+
+    def test_a_description_that_lacks_fields_says_their_defaults(self):
+        config = RunConfig(name="mine", training=TrainingConfig(optimizer={"name": "sgd"}))
+        whole = config.model_dump(mode="json")
+        stored = config.model_dump(mode="json")
+        del stored["model"]["init_from"], stored["data"], stored["handlers"]
+        stored["training"]["a field of old"] = 1
+        before = json.dumps(stored)
+        completed = with_defaults(stored, RunConfig)
+        assert completed["training"].pop("a field of old") == 1
+        assert completed == whole
+        assert json.dumps(stored) == before
+        assert with_defaults(whole, RunConfig) == whole
 
     def test_what_may_differ_exists(self):
         for key in RESUME_MAY_DIFFER:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from fundamentallm.config.data import SourceConfig
 from fundamentallm.data import corpus as corpus_module
 from fundamentallm.data import download as download_module
 from fundamentallm.data.corpus import read_source
+from fundamentallm.data.download import download
 from fundamentallm.errors import DataError
 
 TEXT = "To be, or not to be.\nThat is the question: \N{GREEK SMALL LETTER ALPHA}\n"
@@ -166,10 +168,10 @@ def test_a_copy_that_cannot_be_read_is_downloaded_again(
 ) -> None:
     (tmp_path / "tinyshakespeare.txt").write_bytes(TEXT.encode())
 
-    def fail(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(self))
+    def fail(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(download_module, "sha256_of", fail)
     assert read_source("tinyshakespeare", cache_dir=tmp_path).text == TEXT
     assert server.requests == 1
 
@@ -217,7 +219,9 @@ def test_a_broken_answer_is_refused_and_not_kept(
         with pytest.raises(DataError, match="download"):
             read_source("tinyshakespeare", cache_dir=tmp_path)
         thread.join()
-    assert list(tmp_path.iterdir()) == []
+    # What came is a beginning to go on with, and nothing that opens.
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert left == ({"tinyshakespeare.txt.part": b"abc"} if b"abc" in answer else {})
 
 
 def test_an_address_that_is_none_is_refused(
@@ -226,3 +230,95 @@ def test_an_address_that_is_none_is_refused(
     monkeypatch.setenv("FUNDAMENTALLM_TINYSHAKESPEARE_URL", "http://[bad")
     with pytest.raises(DataError, match="download"):
         read_source("tinyshakespeare", cache_dir=tmp_path)
+
+
+class RangeServer(Server):
+    """Knows ranges, and breaks off an answer after `until` bytes of the body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.until: int | None = None
+        self.ranges: list[str | None] = []
+        self.knows_ranges = True
+        server = self
+
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            wanted = handler.headers.get("Range")
+            server.ranges.append(wanted)
+            begin = int(wanted[len("bytes=") : -1]) if wanted and server.knows_ranges else 0
+            if begin >= len(server.body):
+                handler.send_response(416)
+                handler.end_headers()
+                return
+            handler.send_response(206 if begin else 200)
+            handler.send_header("Content-Length", str(len(server.body) - begin))
+            handler.end_headers()
+            handler.wfile.write(server.body[begin : server.until])
+
+        self._server.RequestHandlerClass.do_GET = answer  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
+    server = RangeServer()
+    server.body = bytes(range(256)) * 40
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_a_broken_download_is_gone_on_with(
+    ranges: RangeServer, tmp_path: Path, knows_ranges: bool
+) -> None:
+    path = tmp_path / "deep" / "file"
+    ranges.knows_ranges = knows_ranges
+    ranges.until = 6000
+    with pytest.raises(DataError, match="6,000 of 10,240"):
+        download(ranges.url, sha256(ranges.body), path)
+    assert not path.exists()
+    ranges.until = None
+    assert download(ranges.url, sha256(ranges.body), path).read_bytes() == ranges.body
+    assert ranges.ranges == [None, "bytes=6000-"]
+    assert [kept.name for kept in path.parent.iterdir()] == ["file"]
+    download(ranges.url, sha256(ranges.body), path)
+    assert len(ranges.ranges) == 2  # kept
+
+
+def test_a_beginning_of_something_else_is_dropped(ranges: RangeServer, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    (tmp_path / "file.part").write_bytes(b"x" * 100)
+    assert download(ranges.url, sha256(ranges.body), path).read_bytes() == ranges.body
+    assert ranges.ranges == ["bytes=100-", None]
+
+
+def test_a_beginning_that_is_the_whole_needs_no_more(ranges: RangeServer, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    (tmp_path / "file.part").write_bytes(ranges.body)
+    assert download(ranges.url, sha256(ranges.body), path).read_bytes() == ranges.body
+    assert ranges.ranges == ["bytes=10240-"]
+
+
+def test_a_source_is_an_address_with_its_hash(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = SourceConfig(url=server.url + "?x=1", sha256=sha256(TEXT.encode()))
+    for _ in range(2):
+        assert read_source([source], cache_dir=tmp_path).text == TEXT
+    assert server.requests == 1
+    (kept,) = tmp_path.iterdir()
+    assert kept.name == sha256(TEXT.encode())[:16] + "-input.txt"
+    other = SourceConfig(url=server.url, sha256="0" * 64)
+    with pytest.raises(DataError, match="not the file that it should be"):
+        read_source([other], cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_a_path_with_a_hash_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT.encode())
+    good = SourceConfig(path=str(path), sha256=sha256(TEXT.encode()))
+    assert read_source([good]).text == TEXT
+    bad = SourceConfig(path=str(path), sha256="0" * 64)
+    with pytest.raises(DataError, match="not the one that the configuration names"):
+        read_source([bad])

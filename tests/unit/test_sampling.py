@@ -1,4 +1,4 @@
-"""Token sampling against the rules' definitions, and generation against plain forward passes."""
+"""Token sampling against the rules' definitions."""
 
 from __future__ import annotations
 
@@ -8,29 +8,35 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from fundamentallm.config import TransformerConfig
 from fundamentallm.errors import NumericalError
-from fundamentallm.models.sampling import generate_tokens, sample_next
-from fundamentallm.models.transformer import Transformer
+from fundamentallm.models.sampling import SamplingRules, draw, sample_next
 
 V = 6
 LOGITS = [2.0, -1.0, 0.5, 1.5, -math.inf, 0.0]
 DRAWS = 20_000
 
 
+def uniforms(number: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(number, dtype=torch.float64, generator=generator)
+
+
 def frequencies(**rules: float | int | None) -> list[float]:
     """Draw many tokens in one call, which also proves that rows are independent."""
     logits = torch.tensor(LOGITS).expand(DRAWS, V)
-    ids = sample_next(logits, generator=torch.Generator().manual_seed(0), **rules)  # type: ignore[arg-type]
+    ids = sample_next(logits, SamplingRules(**rules), uniforms(DRAWS))  # type: ignore[arg-type]
     assert ids.shape == (DRAWS,)
     assert ids.dtype == torch.int64
     return (torch.bincount(ids, minlength=V) / DRAWS).tolist()
 
 
 def naive_probabilities(
-    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> list[float]:
     weights = [math.exp(x / temperature) for x in LOGITS]
     order = sorted(range(V), key=lambda v: -weights[v])[:top_k]
@@ -42,6 +48,8 @@ def naive_probabilities(
             if mass >= top_p:
                 break
         order = kept
+    if min_p is not None:
+        order = [v for v in order if weights[v] >= min_p * max(weights)]
     total = sum(weights[v] for v in order)
     return [weights[v] / total if v in order else 0.0 for v in range(V)]
 
@@ -60,6 +68,11 @@ def naive_probabilities(
         {"top_p": 0.95},
         {"top_p": 1.0},
         {"temperature": 2.0, "top_k": 4, "top_p": 0.6},
+        {"min_p": 0.0},
+        {"min_p": 0.2},
+        {"min_p": 1.0},
+        {"temperature": 2.0, "min_p": 0.3},
+        {"temperature": 2.0, "top_k": 5, "top_p": 0.95, "min_p": 0.4},
     ],
 )
 def test_tokens_follow_the_rules_distribution(rules: dict[str, float]) -> None:
@@ -72,27 +85,25 @@ def test_tokens_follow_the_rules_distribution(rules: dict[str, float]) -> None:
 
 def test_temperature_0_takes_the_first_of_the_likeliest() -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0], [5.0, 1.0, 5.0]])
-    assert sample_next(logits, temperature=0).tolist() == [1, 0]
+    assert sample_next(logits, SamplingRules(temperature=0)).tolist() == [1, 0]
 
 
 @given(temperature=st.floats(0, 1e-3), seed=st.integers(0, 100))
 @settings(deadline=None)
 def test_a_tiny_temperature_is_greedy_and_never_nan(temperature: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    assert sample_next(
-        torch.tensor([LOGITS]) * 10, temperature=temperature, generator=generator
-    ).tolist() == [0]
+    rules = SamplingRules(temperature=temperature)
+    assert sample_next(torch.tensor([LOGITS]) * 10, rules, uniforms(1, seed)).tolist() == [0]
 
 
 def test_top_k_keeps_exactly_k_of_equals() -> None:
-    ids = sample_next(torch.zeros(1000, V), top_k=2, generator=torch.Generator().manual_seed(0))
+    ids = sample_next(torch.zeros(1000, V), SamplingRules(top_k=2), uniforms(1000))
     assert len(set(ids.tolist())) == 2
 
 
 def test_half_precision_logits_are_sampled_in_float32() -> None:
     logits = torch.linspace(0, 1, 50).expand(200, 50).bfloat16()
     draws = [
-        sample_next(x, top_p=0.9, generator=torch.Generator().manual_seed(3))
+        sample_next(x, SamplingRules(top_p=0.9), uniforms(200, seed=3))
         for x in (logits, logits.float())
     ]
     assert torch.equal(*draws)
@@ -101,8 +112,9 @@ def test_half_precision_logits_are_sampled_in_float32() -> None:
 @pytest.mark.parametrize("bad", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf]])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_distribution_are_refused(bad: list[float], temperature: float) -> None:
+    rules = SamplingRules(temperature=temperature)
     with pytest.raises(NumericalError, match="not finite"):
-        sample_next(torch.tensor([[1.0, 2.0], bad]), temperature=temperature)
+        sample_next(torch.tensor([[1.0, 2.0], bad]), rules, uniforms(2))
 
 
 BAD_RULES: list[tuple[dict[str, float], str]] = [
@@ -113,128 +125,77 @@ BAD_RULES: list[tuple[dict[str, float], str]] = [
     ({"top_p": 0.0}, "top_p"),
     ({"top_p": 1.01}, "top_p"),
     ({"top_p": math.nan}, "top_p"),
+    ({"min_p": -0.1}, "min_p"),
+    ({"min_p": 1.01}, "min_p"),
+    ({"min_p": math.nan}, "min_p"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty"),
+    ({"repetition_penalty": -2.0}, "repetition_penalty"),
+    ({"repetition_penalty": math.inf}, "repetition_penalty"),
+    ({"repetition_penalty": math.nan}, "repetition_penalty"),
 ]
 
 
 @pytest.mark.parametrize(("rules", "name"), BAD_RULES)
 def test_a_rule_out_of_range_is_refused(rules: dict[str, float], name: str) -> None:
     with pytest.raises(ValueError, match=name):
-        sample_next(torch.zeros(1, V), **rules)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=name):  # at the call, not at the first token
-        generate_tokens(nn.Identity(), torch.zeros(1, 1).long(), 1, **rules)  # type: ignore[arg-type]
+        SamplingRules(**rules)  # type: ignore[arg-type]
 
 
 def test_logits_of_a_wrong_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3, 6\)"):
-        sample_next(torch.zeros(2, 3, V))
+        sample_next(torch.zeros(2, 3, V), SamplingRules(), uniforms(2))
 
 
-@pytest.mark.parametrize("shape", [(3,), (1, 0)])
-def test_a_prompt_of_a_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="at least one token"):
-        generate_tokens(nn.Identity(), torch.zeros(shape).long(), 1)
+def test_missing_random_numbers_are_refused_and_not_needed_at_temperature_0() -> None:
+    with pytest.raises(ValueError, match="uniforms"):
+        sample_next(torch.zeros(1, V), SamplingRules())
+    assert sample_next(torch.zeros(1, V), SamplingRules(temperature=0)).tolist() == [0]
 
 
-def test_a_negative_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="got -1"):
-        generate_tokens(nn.Identity(), torch.zeros(1, 1).long(), -1)
-
-
-class Successor(nn.Module):
-    """Always continues n with n + 1 and remembers what it was shown."""
-
-    def __init__(self, sequence_length: int | None) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(0.5)
-        if sequence_length is not None:
-            self.sequence_length = sequence_length
-        self.seen: list[list[int]] = []
-        self.states: list[tuple[bool, bool, bool]] = []
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        self.seen.append(input_ids[0].tolist())
-        self.states.append((self.training, self.dropout.training, torch.is_grad_enabled()))
-        return 100.0 * nn.functional.one_hot((input_ids + 1) % 50, 50)
-
-
-def test_generation_slides_past_the_context_length() -> None:
-    model = Successor(sequence_length=4)
-    ids = [int(token) for token in generate_tokens(model, torch.tensor([[0, 1, 2]]), 4)]
-    assert ids == [3, 4, 5, 6]
-    assert model.seen == [[0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
-
-
-def test_a_prompt_longer_than_the_context_is_cut_at_the_left() -> None:
-    model = Successor(sequence_length=2)
-    list(generate_tokens(model, torch.tensor([[5, 6, 7, 8]]), 1))
-    assert model.seen == [[7, 8]]
-
-
-def test_a_model_without_a_context_length_sees_everything() -> None:
-    model = Successor(sequence_length=None)
-    list(generate_tokens(model, torch.tensor([[0]]), 3))
-    assert model.seen == [[0], [0, 1], [0, 1, 2]]
-
-
-def test_tokens_stream_one_forward_each() -> None:
-    model = Successor(sequence_length=8)
-    tokens = generate_tokens(model, torch.tensor([[0], [7]]), 3)
-    assert model.seen == []
-    assert next(tokens).tolist() == [1, 8]
-    assert len(model.seen) == 1
-
-
-def test_modes_and_gradients_are_the_callers_own_between_tokens() -> None:
-    model = Successor(sequence_length=8)
-    model.dropout.eval()  # a frozen part of a model in training
-    for _ in generate_tokens(model, torch.tensor([[0]]), 2):
-        assert (model.training, model.dropout.training) == (True, False)
-        assert torch.is_grad_enabled()
-    assert model.states == [(False, False, False)] * 2
-
-
-def test_modes_return_after_an_error() -> None:
-    model = Successor(sequence_length=8).train()
-    with pytest.raises(RuntimeError):
-        next(generate_tokens(model, torch.zeros(1, 1), 1))  # one_hot refuses floats
-    assert model.training
-
-
-def tiny_transformer() -> Transformer:
-    torch.manual_seed(0)
-    config = TransformerConfig(
-        vocab_size=11, sequence_length=8, d_model=16, num_layers=2, num_heads=2, dropout=0.2
+@given(
+    logits=st.lists(st.floats(-5, 5), min_size=V, max_size=V),
+    seen=st.lists(st.booleans(), min_size=V, max_size=V),
+    penalty=st.floats(0.5, 3),
+)
+@settings(deadline=None)
+def test_the_penalty_divides_positive_logits_of_seen_tokens_and_multiplies_negative_ones(
+    logits: list[float], seen: list[bool], penalty: float
+) -> None:
+    expected = [
+        (x / penalty if x > 0 else x * penalty) if was_seen else x
+        for x, was_seen in zip(logits, seen, strict=True)
+    ]
+    token = sample_next(
+        torch.tensor([logits], dtype=torch.float64),
+        SamplingRules(temperature=0, repetition_penalty=penalty),
+        seen=torch.tensor([seen]),
     )
-    return Transformer(config)
+    assert expected[int(token)] == max(expected)
 
 
-def test_greedy_generation_equals_plain_forward_passes() -> None:
-    model = tiny_transformer()
-    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    tokens = list(generate_tokens(model, prompt, 12, temperature=0))
-    model.eval()
-    ids = prompt
-    for token in tokens:
-        expected = model(ids[:, -8:])[:, -1].argmax(-1)
-        assert torch.equal(token, expected)
-        ids = torch.cat((ids, expected[:, None]), dim=1)
-    assert len(tokens) == 12
+def test_the_penalty_comes_before_the_temperature() -> None:
+    logits, seen = torch.tensor([[2.0, 0.0]]).expand(DRAWS, 2), torch.tensor([[True, False]])
+    rules = SamplingRules(repetition_penalty=4.0, temperature=0.5)
+    ids = sample_next(logits, rules, uniforms(DRAWS), seen.expand(DRAWS, 2))
+    expected = 1 / (1 + math.exp(-(2.0 / 4.0) / 0.5))
+    assert (ids == 0).double().mean().item() == pytest.approx(expected, abs=0.02)
 
 
-def test_a_seed_decides_the_text_and_global_random_numbers_stay_untouched() -> None:
-    model, prompt = tiny_transformer(), torch.zeros(1, 1).long()
-
-    def text(generator: torch.Generator | None) -> list[int]:
-        return [int(token) for token in generate_tokens(model, prompt, 30, generator=generator)]
-
-    before = torch.get_rng_state()
-    assert text(torch.Generator().manual_seed(1)) == text(torch.Generator().manual_seed(1))
-    assert text(torch.Generator().manual_seed(1)) != text(torch.Generator().manual_seed(2))
-    assert text(None) != text(None)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_a_draw_inverts_the_cumulated_probabilities() -> None:
+    weights = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    for uniform, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (0.9999, 4)):
+        assert draw(weights, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
 
 
-def test_no_tokens_asked_no_forward() -> None:
-    model = Successor(sequence_length=8)
-    assert list(generate_tokens(model, torch.tensor([[0]]), 0)) == []
-    assert model.seen == []
+@given(
+    weights=st.lists(st.sampled_from([0.0, 1e-30, 0.1, 0.3, 1 / 3, 1.0]), min_size=1, max_size=40),
+    uniform=st.sampled_from([0.0, 0.5, 1 - 2**-53]),
+)
+@settings(deadline=None)
+def test_a_token_of_probability_0_is_never_drawn(weights: list[float], uniform: float) -> None:
+    if not any(weights):
+        weights = [*weights, 1.0]
+    token = draw(
+        torch.tensor([weights], dtype=torch.float64), torch.tensor([uniform], dtype=torch.float64)
+    )
+    assert weights[int(token)] > 0

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fundamentallm.data import tokenizer as tokenizer_module
 from fundamentallm.data.tokenizer import (
     TOKENIZERS,
     ByteTokenizer,
@@ -24,6 +23,7 @@ from fundamentallm.data.tokenizer import (
     load_tokenizer,
     tokenizer_from_dict,
 )
+from fundamentallm.data.tokenizer import character as tokenizer_module
 from fundamentallm.errors import ConfigError, DataError
 
 ANY_TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
@@ -281,7 +281,7 @@ def test_a_long_text_is_encoded_in_pieces_to_the_same_ids(text: str, chunk: int)
         tokenizer = CharacterTokenizer("abcdefg \n0123456789", unknown=policy)  # type: ignore[arg-type]
         whole = tokenizer.encode(text)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tokenizer_module, "_CHUNK", chunk)
+            patch.setattr(tokenizer_module, "CHUNK", chunk)
             pieces = tokenizer.encode(text)
         assert pieces.tolist() == whole.tolist()
         assert pieces.dtype == whole.dtype
@@ -290,7 +290,7 @@ def test_a_long_text_is_encoded_in_pieces_to_the_same_ids(text: str, chunk: int)
 def test_an_unknown_character_in_a_later_piece_has_its_place_in_the_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tokenizer_module, "_CHUNK", 4)
+    monkeypatch.setattr(tokenizer_module, "CHUNK", 4)
     with pytest.raises(DataError, match="'z'") as caught:
         CharacterTokenizer("ab").encode("abababaz")
     assert "character 7 " in str(caught.value)
@@ -341,3 +341,10 @@ def test_a_tokenizer_of_yours_is_one_class(tmp_path: Path, monkeypatch: pytest.M
     loaded = load_tokenizer(save(tmp_path, built))
     assert type(loaded) is ShiftedTokenizer
     assert loaded.decode(built.encode("any text")) == "any text"
+
+
+def test_a_text_from_nothing_begins_behind_the_end_of_a_document() -> None:
+    assert ByteTokenizer(end=True).prompt_ids("") == [256]
+    assert CharacterTokenizer("ab", end=True).prompt_ids("") == [2]
+    assert ByteTokenizer().prompt_ids("") == [0]
+    assert ByteTokenizer(end=True).prompt_ids("ab") == [*b"ab"]

@@ -147,7 +147,7 @@ def _plain(value: Any) -> Any:
         return value.to_dict()
     if isinstance(value, Component):
         return value.to_plain()
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class _Dumper(yaml.SafeDumper):

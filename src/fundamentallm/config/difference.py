@@ -60,6 +60,25 @@ def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple
     return differences
 
 
+def with_defaults(stored: Mapping[str, Any], kind: type[BaseConfig]) -> dict[str, Any]:
+    """Return a stored description with today's default for each field that it lacks.
+
+    A field that came to be after the description was written had its default in effect then, so
+    that absent and default say the same.
+
+    Args:
+        stored: what `model_dump(mode="json")` of the class returned, then.
+        kind: the class, all of whose fields have defaults.
+    """
+    completed = {**kind().model_dump(mode="json"), **stored}
+    for name, field in kind.model_fields.items():
+        section: Any = field.annotation
+        is_section = isinstance(section, type) and issubclass(section, BaseConfig)
+        if is_section and isinstance(completed[name], Mapping):
+            completed[name] = with_defaults(completed[name], section)
+    return completed
+
+
 def config_hash(config: BaseConfig) -> str:
     """Return the SHA-256, in hexadecimal, of what a configuration says.
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from fundamentallm.config.base import BaseConfig, Count, Positive
+from fundamentallm.config.base import BaseConfig, Count, Positive, Text
 from fundamentallm.config.component import Component
 from fundamentallm.config.problems import problem
 
 
 class TransformerConfig(BaseConfig):
     """A decoder-only transformer. Widths are in features, lengths in tokens."""
+
+    init_from: Text | None = None
+    """A folder in the form of the transformers library, of the Llama or GPT-2 family, whose weights
+    a run starts from; what is left unset here it decides. None: random weights."""
 
     vocab_size: Count | None = None
     """Number of different tokens; None: the tokenizer's."""
@@ -91,9 +96,22 @@ class TransformerConfig(BaseConfig):
             return 8 * -(-self.d_model // 3)  # 8/3 d_model, up to a multiple of 8
         return 4 * self.d_model
 
+    @property
+    def open_fields(self) -> frozenset[str]:
+        """The fields that the folder of `init_from` still has to decide; without one, none."""
+        if self.init_from is None:
+            return frozenset()
+        return frozenset(type(self).model_fields) - self.model_fields_set - {"dropout"}
+
+    def _unwritten(self) -> Collection[str]:
+        # Written as their defaults, they would contradict the folder.
+        return self.open_fields
+
     @model_validator(mode="after")
     def _heads_fit(self) -> TransformerConfig:
         width, heads = self.d_model, self.num_heads
+        if self.open_fields & {"d_model", "num_heads", "num_kv_heads"}:
+            return self  # checked again once the folder has spoken
         if width % heads:
             widths = [near for near in (width - width % heads, width + -width % heads) if near]
             raise problem(
@@ -114,6 +132,8 @@ class TransformerConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _rotary_pairs(self) -> TransformerConfig:
+        if self.open_fields & {"d_model", "num_heads", "positions"}:
+            return self
         if self.positions.name == "rotary" and self.head_width % 2:
             heads, width = self.num_heads, self.d_model
             raise problem(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -178,13 +179,27 @@ def _sections(root: type[BaseModel]) -> dict[str, list[str]]:
 def class_at(path: KeyPath, root: type[BaseModel]) -> type[BaseModel] | None:
     """Return the class of the section or component at a path, None for any other value."""
     found = root
+    annotation: Any = None
     for part in path:
-        field = found.model_fields.get(str(part))
-        annotation = field.annotation if field else None
+        if isinstance(part, int):
+            annotation = _item_of(annotation)
+        else:
+            field = found.model_fields.get(str(part))
+            annotation = field.annotation if field else None
+        if path[-1] != part and _item_of(annotation) is not None:
+            continue  # a list: the next part is a number in it
         if not (inspect.isclass(annotation) and issubclass(annotation, BaseModel)):
             return None
         found = annotation
     return found
+
+
+def _item_of(annotation: Any) -> Any:
+    """Return the class of the items of a list, or of a list or nothing; None for anything else."""
+    if typing.get_origin(annotation) is list:
+        return typing.get_args(annotation)[0]
+    choices = typing.get_args(annotation)
+    return next((_item_of(choice) for choice in choices if typing.get_origin(choice) is list), None)
 
 
 def _schema_at(path: KeyPath, root: type[BaseModel]) -> dict[str, Any]:

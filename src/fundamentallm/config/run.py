@@ -72,8 +72,20 @@ class RunConfig(BaseConfig):
         """Return the fields as plain values; what holds for every section is there once."""
         plain = super().to_dict()
         del plain["data"]["seed"], plain["training"]["seed"]
-        del plain["model"]["sequence_length"]
+        plain["model"].pop("sequence_length", None)
+        for field in self.left_to_init_from:
+            del plain["data"][field]
         return plain
+
+    @property
+    def left_to_init_from(self) -> frozenset[str]:
+        """The fields of `data` that were left unset and that the folder of `init_from` decides."""
+        if self.model.init_from is None:
+            return frozenset()
+        written = set(self.data.model_fields_set)
+        if "sequence_length" in self.model.model_fields_set:
+            written.add("sequence_length")
+        return frozenset({"sequence_length", "tokenizer"} - written)
 
     def locate(self, key: str) -> str:
         """Return where a dotted key was written, as `train.yaml:12: training.optimizer`.

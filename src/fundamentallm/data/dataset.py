@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fundamentallm.data.loader import IGNORED, as_tokens
+from fundamentallm.data.token_file import Tokens
 from fundamentallm.errors import DataError
 
 
@@ -20,7 +21,7 @@ class LanguageModelDataset(Dataset[dict[str, Tensor]]):
     shifted by one. By default windows do not overlap (s = T) and cover the text from its start.
 
     Args:
-        tokens: (N,) integers: an array, a memory map, a tensor or a list. Arrays are not copied.
+        tokens: (N,) integers: an array, a token file, a tensor or a list. Arrays are not copied.
         sequence_length: T.
         stride: s, tokens from one window's start to the next; T if None.
         pad_last: if targets are left over after the last whole window, keep one more window for
@@ -33,7 +34,7 @@ class LanguageModelDataset(Dataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        tokens: np.ndarray | Tensor | Sequence[int],
+        tokens: Tokens | Tensor | Sequence[int],
         sequence_length: int,
         stride: int | None = None,
         pad_last: bool = False,

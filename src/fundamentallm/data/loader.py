@@ -8,6 +8,7 @@ Shapes: N tokens in the split, T sequence length, B batch size, A accumulation s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +19,19 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from fundamentallm.data.permutation import Permutation, derive_key
+from fundamentallm.data.token_file import FileTokens, FileWindows, Tokens
 from fundamentallm.errors import DataError
 
 IGNORED = -100  # the target of a token that counts for nothing
+_REQUIRED, _OPTIONAL = ("input_ids", "target_ids"), ("document_ids",)
 
 # What a key is drawn for, so that no two draws of a seed and epoch share one.
 _ORDER, _PHASE, _SHUFFLE = 1, 2, 3
+_STEPS_AHEAD = 64  # whose order is computed at once: alone, a step's would cost it 0.2 ms
 
 Batch = dict[str, Tensor]
+"""`input_ids` and `target_ids`, int64 (B, T); where documents are packed apart also `document_ids`,
+int64 (B, T): the number of the document that a token belongs to, rising along a row from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,62 +48,43 @@ class Window:
     num_tokens: int
 
 
-class TokenWindowLoader:
-    """Windows over a sequence of tokens, shuffled anew in each epoch.
+class EpochLoader(ABC):
+    """Windows of rows, each row once an epoch, in an order drawn for that epoch.
 
-    An epoch cuts the tokens into n = max(1, (N - T) // T) sequences that do not overlap, from a
-    phase drawn for that epoch, and visits them in an order drawn for it. Step s takes positions
-    [s B A R, (s + 1) B A R) of that order; the last step of an epoch may be shorter. Micro-batch m
-    of rank r takes rows m B R + r B and the B - 1 after it.
+    Step s takes positions [s B A R, (s + 1) B A R) of the order; the last step of an epoch may be
+    shorter. Micro-batch m of rank r takes rows m B R + r B and the B - 1 after it. What a row is, a
+    subclass says.
 
     Args:
-        tokens: (N,) integers: an array, a memory map or a tensor, never copied, or a list.
+        num_sequences: rows in an epoch.
         sequence_length: T.
         batch_size: B, sequences in a micro-batch of one rank.
         accumulation_steps: A, micro-batches of one rank in a step.
-        seed: of phase and order.
+        seed: of the order.
         rank: this rank, 0 to R - 1.
         world_size: R.
-
-    Raises:
-        DataError: fewer than T + 1 tokens.
-        ValueError: a size below 1, no such rank, or tokens that are not one row of integers.
     """
 
     def __init__(
         self,
-        tokens: np.ndarray | Tensor | Sequence[int],
+        num_sequences: int,
         sequence_length: int,
         batch_size: int,
-        accumulation_steps: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        accumulation_steps: int,
+        seed: int,
+        rank: int,
+        world_size: int,
     ) -> None:
-        _check_sizes(sequence_length, batch_size, rank, world_size)
-        if accumulation_steps < 1:
-            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
-        ids = as_tokens(tokens)
-        if len(ids) < sequence_length + 1:
-            raise DataError(
-                "the text is too short for a single sequence",
-                got=f"{len(ids):,} tokens to train on",
-                expected=f"at least {sequence_length + 1:,} (data.sequence_length + 1)",
-                fix="lower data.sequence_length or add text",
-            )
+        self.num_sequences = num_sequences
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.rows_per_step = batch_size * accumulation_steps * world_size
-        self.num_sequences = max(1, (len(ids) - sequence_length) // sequence_length)
-        slack = len(ids) - 1 - self.num_sequences * sequence_length
-        self._num_phases = min(sequence_length - 1, slack) + 1
-        # A view: row i is tokens i to i + T, so inputs and targets are two slices of one gather.
-        self._windows = sliding_window_view(ids, sequence_length + 1)
         self._epoch = 0
         self._step = 0
+        self._drawn: tuple[tuple[int, int], np.ndarray] | None = None
 
     def __len__(self) -> int:
         """Return the optimizer steps in an epoch."""
@@ -121,18 +108,22 @@ class TokenWindowLoader:
         self._epoch, self._step = self._epoch + 1, 0
 
     def rows_at(self, epoch: int, step: int) -> np.ndarray:
-        """Return the first token's index of each sequence of a step, over all ranks, in order.
+        """Return the number of each sequence of a step, over all ranks, in order.
 
         Raises:
             ValueError: an epoch has no such step.
         """
         if not 0 <= step < len(self):
             raise ValueError(f"step {step} of an epoch of {len(self)} steps")
-        first = step * self.rows_per_step
-        last = min(first + self.rows_per_step, self.num_sequences)
-        order = Permutation(self.num_sequences, derive_key(self.seed, epoch, _ORDER))
-        phase = derive_key(self.seed, epoch, _PHASE) % self._num_phases
-        return phase + order(np.arange(first, last)) * self.sequence_length
+        block, place = divmod(step, _STEPS_AHEAD)
+        if self._drawn is None or self._drawn[0] != (epoch, block):
+            first = block * _STEPS_AHEAD * self.rows_per_step
+            last = min(first + _STEPS_AHEAD * self.rows_per_step, self.num_sequences)
+            order = Permutation(self.num_sequences, derive_key(self.seed, epoch, _ORDER))
+            self._drawn = (epoch, block), order(np.arange(first, last))
+        begin = place * self.rows_per_step
+        rows: np.ndarray = self._drawn[1][begin : begin + self.rows_per_step].copy()
+        return rows
 
     def window_at(self, epoch: int, step: int) -> Window:
         """Return this rank's share of a step.
@@ -143,26 +134,16 @@ class TokenWindowLoader:
         rows = self.rows_at(epoch, step)
         per_round = self.batch_size * self.world_size
         micro_batches = []
-        num_tokens = 0
         for start in range(0, len(rows), per_round):
             begin = start + self.rank * self.batch_size
             own = rows[begin : min(begin + self.batch_size, start + per_round)]
-            if len(own):
-                micro_batches.append(self._gather(own))
-                num_tokens += len(own) * self.sequence_length
-            else:
-                # The other ranks wait for this one in the collectives of their backward pass.
-                micro_batches.append(self._masked_row())
-        return Window(micro_batches, num_tokens)
+            # The other ranks wait for this one in the collectives of their backward pass.
+            micro_batches.append(self._gather(own) if len(own) else self._masked_row())
+        return Window(micro_batches, sum(count_valid(m["target_ids"]) for m in micro_batches))
 
-    def _gather(self, starts: np.ndarray) -> Batch:
-        rows = torch.from_numpy(self._windows[starts].astype(np.int64))
-        # Contiguous, hence apart: a batch may be viewed flat, and writing to one part of it must
-        # not change the other.
-        return {
-            "input_ids": rows[:, :-1].contiguous(),
-            "target_ids": rows[:, 1:].contiguous(),
-        }
+    @abstractmethod
+    def _gather(self, rows: np.ndarray) -> Batch:
+        """Return the batch of some rows as `rows_at` returns them, at least one."""
 
     def _masked_row(self) -> Batch:
         shape = (1, self.sequence_length)
@@ -170,6 +151,99 @@ class TokenWindowLoader:
             "input_ids": torch.zeros(shape, dtype=torch.int64),
             "target_ids": torch.full(shape, IGNORED, dtype=torch.int64),
         }
+
+
+class TokenWindowLoader(EpochLoader):
+    """Windows over a sequence of tokens, shuffled anew in each epoch.
+
+    An epoch cuts the tokens into n = max(1, (N - T) // T) sequences that do not overlap, from a
+    phase drawn for that epoch, and visits them in an order drawn for it (`EpochLoader`).
+
+    Args:
+        tokens: (N,) integers: an array, a token file or a tensor, never copied, or a list.
+        sequence_length: T.
+        batch_size: B, sequences in a micro-batch of one rank.
+        accumulation_steps: A, micro-batches of one rank in a step.
+        seed: of phase and order.
+        rank: this rank, 0 to R - 1.
+        world_size: R.
+        end_id: the token behind each document, if documents are packed apart (`add_documents`).
+
+    Raises:
+        DataError: fewer than T + 1 tokens.
+        ValueError: a size below 1, no such rank, or tokens that are not one row of integers.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens | Tensor | Sequence[int],
+        sequence_length: int,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        end_id: int | None = None,
+    ) -> None:
+        check_sizes(sequence_length, batch_size, rank, world_size, accumulation_steps)
+        self.end_id = end_id
+        ids = as_tokens(tokens)
+        if len(ids) < sequence_length + 1:
+            raise DataError(
+                "the text is too short for a single sequence",
+                got=f"{len(ids):,} tokens to train on",
+                expected=f"at least {sequence_length + 1:,} (data.sequence_length + 1)",
+                fix="lower data.sequence_length or add text",
+            )
+        super().__init__(
+            max(1, (len(ids) - sequence_length) // sequence_length),
+            sequence_length,
+            batch_size,
+            accumulation_steps,
+            seed,
+            rank,
+            world_size,
+        )
+        slack = len(ids) - 1 - self.num_sequences * sequence_length
+        self._num_phases = min(sequence_length - 1, slack) + 1
+        # A view: row i is tokens i to i + T, so inputs and targets are two slices of one gather.
+        self._windows = (
+            FileWindows(ids, sequence_length + 1)
+            if isinstance(ids, FileTokens)
+            else sliding_window_view(ids, sequence_length + 1)
+        )
+
+    def rows_at(self, epoch: int, step: int) -> np.ndarray:
+        """Return the first token's index of each sequence of a step, over all ranks, in order.
+
+        Raises:
+            ValueError: an epoch has no such step.
+        """
+        return self._starts(epoch, super().rows_at(epoch, step))
+
+    def starts_at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Return the first token's index of the sequences at positions of an epoch's order."""
+        order = Permutation(self.num_sequences, derive_key(self.seed, epoch, _ORDER))
+        return self._starts(epoch, order(positions))
+
+    def _starts(self, epoch: int, sequences: np.ndarray) -> np.ndarray:
+        phase = derive_key(self.seed, epoch, _PHASE) % self._num_phases
+        starts: np.ndarray = phase + sequences * self.sequence_length
+        return starts
+
+    def batch_from(self, starts: np.ndarray) -> Batch:
+        """Return the sequences that begin at some tokens."""
+        return self._gather(starts)
+
+    def _gather(self, rows: np.ndarray) -> Batch:
+        windows = torch.from_numpy(self._windows[rows].astype(np.int64))
+        # Contiguous, hence apart: a batch may be viewed flat, and writing to one part of it must
+        # not change the other.
+        batch = {
+            "input_ids": windows[:, :-1].contiguous(),
+            "target_ids": windows[:, 1:].contiguous(),
+        }
+        return add_documents(batch, self.end_id)
 
 
 class ValidationLoader:
@@ -181,6 +255,7 @@ class ValidationLoader:
         batch_size: B.
         rank: this rank; rank r takes each world_size-th batch.
         world_size: number of ranks.
+        end_id: as for `TokenWindowLoader`.
 
     Attributes:
         num_tokens: targets over all ranks.
@@ -191,13 +266,15 @@ class ValidationLoader:
 
     def __init__(
         self,
-        tokens: np.ndarray | Tensor | Sequence[int],
+        tokens: Tokens | Tensor | Sequence[int],
         sequence_length: int,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        end_id: int | None = None,
     ) -> None:
-        _check_sizes(sequence_length, batch_size, rank, world_size)
+        check_sizes(sequence_length, batch_size, rank, world_size)
+        self.end_id = end_id
         self.tokens = as_tokens(tokens)
         self.sequence_length = sequence_length
         self.batch_size = batch_size
@@ -221,10 +298,11 @@ class ValidationLoader:
         missing = -len(inputs) % self.sequence_length
         inputs = torch.nn.functional.pad(inputs, (0, missing), value=0)
         targets = torch.nn.functional.pad(targets, (0, missing), value=IGNORED)
-        return {
+        batch = {
             "input_ids": inputs.view(-1, self.sequence_length),
             "target_ids": targets.view(-1, self.sequence_length),
         }
+        return add_documents(batch, self.end_id)
 
 
 class WindowLoader:
@@ -326,7 +404,7 @@ def as_batch(batch: Any) -> Batch:
     found = f"a {type(batch).__name__}"
     if isinstance(batch, Mapping):
         if {"input_ids", "target_ids"} <= batch.keys():
-            return {"input_ids": batch["input_ids"], "target_ids": batch["target_ids"]}
+            return {key: batch[key] for key in (*_REQUIRED, *_OPTIONAL) if key in batch}
         found += " with the keys " + ", ".join(map(str, batch))
     elif isinstance(batch, (tuple, list)):
         if len(batch) == 2:
@@ -337,7 +415,18 @@ def as_batch(batch: Any) -> Batch:
     )
 
 
-def _check_sizes(sequence_length: int, batch_size: int, rank: int, world_size: int) -> None:
+def check_sizes(
+    sequence_length: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    accumulation_steps: int = 1,
+) -> None:
+    """Check a loader's sizes and rank.
+
+    Raises:
+        ValueError: a size below 1, or no such rank.
+    """
     if sequence_length < 1 or batch_size < 1:
         raise ValueError(
             f"sequence_length and batch_size must be at least 1, got {sequence_length} and"
@@ -345,19 +434,34 @@ def _check_sizes(sequence_length: int, batch_size: int, rank: int, world_size: i
         )
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie in 0 to {world_size - 1}, got {rank}")
+    if accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
 
 
-def as_tokens(tokens: np.ndarray | Tensor | Sequence[int]) -> np.ndarray:
-    """Return token ids as an array (N,); arrays, memory maps and CPU tensors are not copied.
+def as_tokens(tokens: Tokens | Tensor | Sequence[int]) -> Tokens:
+    """Return token ids (N,); arrays, token files and CPU tensors are not copied.
 
     Raises:
         ValueError: they are not one row of integers.
     """
+    if isinstance(tokens, FileTokens):
+        return tokens
     array = tokens.numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
     # numpy takes an empty list for one of floats.
     if array.ndim != 1 or (array.size > 0 and array.dtype.kind not in "ui"):
         raise ValueError(f"tokens must be one row of integers, got {array.shape} of {array.dtype}")
     return array
+
+
+def add_documents(batch: Batch, end_id: int | None) -> Batch:
+    """Number the documents of each row, in place; without an end there are none to number.
+
+    The token behind a document is the first of the next: what follows it is what a document begins
+    with. So every target counts, and each has been seen from its own document alone.
+    """
+    if end_id is not None:
+        batch["document_ids"] = (batch["input_ids"] == end_id).cumsum(dim=1)
+    return batch
 
 
 def count_valid(targets: Tensor) -> int:

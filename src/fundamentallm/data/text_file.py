@@ -40,7 +40,7 @@ def read_text(path: Path) -> str:
                 f"this is a {kind} file, not UTF-8 text",
                 where=where,
                 got=f"first bytes {data[:4].hex(' ')}",
-                fix="unpack or convert it to UTF-8 text first",
+                fix="`prepare` reads gzip, Zstandard and Parquet; unpack or convert anything else",
             )
     try:
         text = data.removeprefix(UTF8_BOM).decode("utf-8")

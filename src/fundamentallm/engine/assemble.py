@@ -5,22 +5,35 @@ Read `assemble` from top to bottom as a recipe; a script can copy its lines and 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fundamentallm.config import DataConfig, RunConfig
 from fundamentallm.config.training import resolve_warmup
-from fundamentallm.data.corpus import Corpus, read_source, split_tokens
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.corpus import Corpus, kept_copy, read_source, split_tokens
+from fundamentallm.data.examples import ExampleLoader, ExampleValidationLoader, encode_examples
+from fundamentallm.data.loader import EpochLoader, TokenWindowLoader, ValidationLoader
+from fundamentallm.data.mixture import MixtureLoader, MixtureValidationLoader
+from fundamentallm.data.overlap import overlap
 from fundamentallm.data.permutation import derive_key
-from fundamentallm.data.tokenizer import TOKENIZERS, Tokenizer, build_tokenizer
+from fundamentallm.data.tokenizer import (
+    TOKENIZERS,
+    Tokenizer,
+    build_tokenizer,
+    tokenizer_from_dict,
+)
+from fundamentallm.data.tokenizer_json import tokenizer_json
 from fundamentallm.engine.exactness import circumstances, versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
-from fundamentallm.errors import CheckpointError
+from fundamentallm.engine.starting_point import starting_point
+from fundamentallm.errors import CheckpointError, ConfigError, DataError
 from fundamentallm.models.attention import choose_kernel
 from fundamentallm.models.components import check_components, follows_weight_type
 from fundamentallm.models.transformer import Transformer
@@ -38,6 +51,8 @@ from fundamentallm.training.precision import (
 )
 from fundamentallm.training.schedulers import SCHEDULERS
 from fundamentallm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 # What every run gets, in no order that matters: events decide who comes first. `handlers:` in a
 # configuration adds to these, changes their options, or switches one off with `name: false`.
@@ -57,6 +72,11 @@ DEFAULT_HANDLERS: dict[str, dict[str, Any]] = {
     "tensorboard": {},
     "samples": {},
 }
+
+
+LEAST_OVERLAP = 0.01  # share of the validation text to warn of
+
+ValidationLoaders = ValidationLoader | MixtureValidationLoader | ExampleValidationLoader
 
 
 @dataclass
@@ -91,39 +111,31 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
     Raises:
         FundamentaLLMError: of the class of whatever part cannot be built.
     """
-    training = config.training
+    written = config
     device = resolve_run_device(config, ranks)
+    start = starting_point(config, directory)
+    config = start.config
+    training = config.training
 
     # data feeds
     corpus = read_corpus(config.data, directory, ranks)
-    tokenizer = (
-        build_tokenizer(config.data.tokenizer.name, config.data.tokenizer.options, corpus.text)
-        if corpus.tokenizer is None
-        else corpus.tokenizer
+    tokenizer = choose_tokenizer(config, corpus, start.tokenizer(), directory)
+    if directory.checkpoint is None and ranks.is_writer:
+        warn_of_overlap(config.data, corpus, tokenizer)
+    train_loader, val_loader, num_tokens = build_loaders(config, corpus, tokenizer, ranks)
+    resolved, notes = resolve(
+        config, directory, tokenizer, len(train_loader), train_loader.tokens_per_step, device
     )
-    tokens = tokenizer.encode(corpus.text) if corpus.tokens is None else corpus.tokens
-    length = config.data.sequence_length
-    splits = split_tokens(tokens, config.data.split)
-    train_loader = TokenWindowLoader(
-        splits["train"],
-        length,
-        config.data.batch_size,
-        training.accumulation_steps,
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-    val_loader = ValidationLoader(
-        splits["val"], length, config.data.batch_size, rank=ranks.rank, world_size=ranks.world_size
-    )
-    resolved, notes = resolve(config, directory, tokenizer, len(train_loader), device, ranks)
+    notes = [*start.notes, *without_effect(config.data, corpus), *notes]
     training = resolved.training
 
     # models compute; the ranks share the weights, and then each draws its own dropout
     torch.manual_seed(config.seed)
     with config.blame("model"):
         refuse_what_cannot_fit(resolved, device)
-        model = Transformer(resolved.model).to(device)
+        model = Transformer(resolved.model)
+        start.load_into(model)
+    model.to(device)
     if not ranks.alone:
         torch.manual_seed(derive_key(config.seed, ranks.rank) % 2**63)
 
@@ -159,10 +171,14 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
     trainer.clock = seconds_since_start
     trainer.description = dict(
         describe(
-            config,
+            written,
             resolved,
             tokenizer=tokenizer.to_dict(),
-            data={"sha256": corpus.sha256, "num_tokens": len(tokens)},
+            data={
+                "sha256": corpus.sha256,
+                "num_tokens": num_tokens,
+                "response_end": None if corpus.examples is None else config.data.response_end,
+            },
             versions=versions(),
             circumstances=circumstances(device, ranks),
         )
@@ -239,21 +255,17 @@ def read_corpus(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Corp
         DataError: the source cannot be used.
         CheckpointError: it is not the text that the run began with.
     """
-    copy = directory.path / "corpus.txt"
-    if copy.exists():
-        corpus = read_source(str(copy))
-    else:
-        if not ranks.is_writer:
-            ranks.barrier()  # the first rank downloads, the others find it in the cache
-        corpus = read_source(data.source)
-        if ranks.is_writer:
-            ranks.barrier()
+    if not ranks.is_writer:
+        ranks.barrier()  # the first rank downloads, the others find it in the cache
+    corpus = read_run_source(data, directory.path)
+    if ranks.is_writer:
+        ranks.barrier()
     if directory.checkpoint is not None:
         began_with = directory.checkpoint.metadata["data"]["sha256"]
         if corpus.sha256 != began_with:
             raise CheckpointError(
                 "the text is not the one that the run began with",
-                where=", ".join([data.source] if isinstance(data.source, str) else data.source),
+                where=corpus.name,
                 got=f"SHA-256 {corpus.sha256}",
                 expected=f"SHA-256 {began_with}",
                 fix="restore the text, or start a fresh run with --resume never",
@@ -261,13 +273,142 @@ def read_corpus(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Corp
     return corpus
 
 
+def read_run_source(data: DataConfig, run: Path) -> Corpus:
+    """Read a run's source, with the run's own copies in place of built-in ones.
+
+    Raises:
+        DataError: as `read_source`.
+    """
+    copy = run / "corpus.txt"
+    return read_source(
+        str(copy) if copy.exists() else data.chosen_sources,
+        kept=run,
+        response_end=data.response_end,
+    )
+
+
+def choose_tokenizer(
+    config: RunConfig, corpus: Corpus, given: Tokenizer | None, directory: RunDirectory
+) -> Tokenizer:
+    """Return the tokenizer of token files, of a folder to start from, or the one configured.
+
+    A run that goes on takes the one in its checkpoint: it need not be learned again.
+
+    Raises:
+        ConfigError: the configured one cannot be built.
+        DataError: the text does not suit it, or token files were made with another one than the
+            weights to start from.
+    """
+    if corpus.tokenizer is not None:
+        if given is not None and tokenizer_json(given) != tokenizer_json(corpus.tokenizer):
+            raise DataError(
+                "the tokens were made with another tokenizer than the weights to start from",
+                where=corpus.name,
+                got=f"tokenizer {corpus.tokenizer.fingerprint()[:16]}",
+                expected=f"tokenizer {given.fingerprint()[:16]}",
+                fix="prepare the text with --tokenizer and the tokenizer.json in the folder of"
+                " model.init_from",
+            )
+        return corpus.tokenizer
+    if given is not None:
+        return given
+    if directory.checkpoint is not None:
+        return tokenizer_from_dict(directory.checkpoint.metadata["tokenizer"])
+    chosen = config.data.tokenizer
+    with config.blame("data.tokenizer"):
+        return build_tokenizer(chosen.name, chosen.options, corpus.text)
+
+
+def without_effect(data: DataConfig, corpus: Corpus) -> list[str]:
+    """Return a note for each setting of the data that a prepared folder has decided already."""
+    notes = []
+    if corpus.tokenizer is not None and "tokenizer" in data.model_fields_set:
+        notes.append("data.tokenizer has no effect: the prepared text has its own")
+    if any(member.splits is not None for member in corpus.members) and (
+        "split" in data.model_fields_set
+    ):
+        notes.append("data.split has no effect on text that was split when it was prepared")
+    return notes
+
+
+def warn_of_overlap(data: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Warn of validation text that a model has read in training."""
+    share = overlap(corpus, tokenizer, data.split)
+    if share >= LEAST_OVERLAP:
+        logger.warning(
+            "%.1f %% of the validation text stands in the training text too, so its loss says less"
+            " of new text; `prepare --split document` puts equal documents into the same part",
+            100 * share,
+        )
+
+
+def build_loaders(
+    config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, ranks: Ranks
+) -> tuple[EpochLoader, ValidationLoaders, int]:
+    """Cut the source into its parts and build the loaders for training and validation.
+
+    Returns:
+        Both, and the number of tokens of the whole source.
+
+    Raises:
+        DataError: there is too little, or an example does not fit.
+    """
+    data, accumulation_steps = config.data, config.training.accumulation_steps
+    sizes = data.sequence_length, data.batch_size
+    own: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
+    if corpus.examples is not None:
+        encoded = encode_examples(corpus.examples, tokenizer, data.sequence_length)
+        parts = split_tokens(np.arange(len(encoded)), data.split)
+        examples, kept_out = (encoded.part(np.asarray(parts[name])) for name in ("train", "val"))
+        return (
+            ExampleLoader(examples, *sizes, accumulation_steps, seed=config.seed, **own),
+            ExampleValidationLoader(kept_out, *sizes, **own),
+            len(encoded.ids),
+        )
+    splits = [member.parts(tokenizer, data.split) for member in corpus.members]
+    num_tokens = sum(len(tokens) for parts in splits for tokens in parts.values())
+    options = {**own, "end_id": end_of_documents(config, corpus)}
+    held_out = [ValidationLoader(parts["val"], *sizes, **options) for parts in splits]
+    options["seed"] = config.seed
+    if not corpus.mixture:
+        train = TokenWindowLoader(splits[0]["train"], *sizes, accumulation_steps, **options)
+        return train, held_out[0], num_tokens
+    mixture = MixtureLoader(
+        [parts["train"] for parts in splits],
+        [weight for weight, _ in corpus.mixture],
+        [member.name for member in corpus.members],
+        *sizes,
+        accumulation_steps,
+        **options,
+    )
+    return mixture, MixtureValidationLoader(held_out), num_tokens
+
+
+def end_of_documents(config: RunConfig, corpus: Corpus) -> int | None:
+    """Return the id behind each document if they are packed apart, None if not.
+
+    Raises:
+        ConfigError: they are to be, and nothing marks where one ends.
+    """
+    if config.data.packing == "continuous":
+        return None
+    if corpus.end_id is None:
+        with config.blame("data.packing"):
+            raise ConfigError(
+                "nothing in this source marks where a document ends",
+                got="packing: document",
+                fix="`prepare` the text, and name the folder in data.source",
+            )
+    return corpus.end_id
+
+
 def resolve(
     config: RunConfig,
     directory: RunDirectory,
     tokenizer: Tokenizer,
     steps_per_epoch: int,
+    tokens_per_step: int,
     device: torch.device,
-    ranks: Ranks,
 ) -> tuple[RunConfig, list[str]]:
     """Fill in everything that the file leaves open.
 
@@ -275,12 +416,6 @@ def resolve(
         The configuration that the run uses and stores, and notes for the user.
     """
     training = config.training
-    tokens_per_step = (
-        config.data.sequence_length
-        * config.data.batch_size
-        * training.accumulation_steps
-        * ranks.world_size
-    )
     limits = Limits.resolve(training, steps_per_epoch, tokens_per_step)
     notes = []
     with config.blame("training.warmup_steps"):
@@ -301,6 +436,17 @@ def resolve(
             "sequence_length": config.model.sequence_length or config.data.sequence_length,
         }
     )
+    assert model.vocab_size is not None
+    if tokenizer.vocab_size > model.vocab_size:
+        with config.blame("model.vocab_size"):
+            raise ConfigError(
+                "the tokenizer has more tokens than the model",
+                got=f"model.vocab_size {model.vocab_size}",
+                expected=f"at least {tokenizer.vocab_size}, the tokenizer's",
+                fix="choose the model's own tokenizer"
+                if model.init_from
+                else "remove model.vocab_size",
+            )
     bf16_weights = resolve_bf16_weights(
         chosen.bf16_weights, precision, device, partial(follows_weight_type, model)
     )
@@ -322,6 +468,9 @@ def resolve(
 
 def keep_corpus(run: Run) -> None:
     """Store the text of a built-in source beside the run."""
-    path = run.directory.path / "corpus.txt"
-    if run.corpus.built_in and not path.exists():
-        path.write_text(run.corpus.text, encoding="utf-8", newline="")
+    copies = {run.directory.path / "corpus.txt": run.corpus}
+    if run.corpus.mixture:
+        copies = {kept_copy(run.directory.path, part.name): part for part in run.corpus.members}
+    for path, corpus in copies.items():
+        if corpus.built_in and not path.exists():
+            path.write_text(corpus.text, encoding="utf-8", newline="")

@@ -128,11 +128,88 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="text to evaluate on, instead of the run's own validation split",
     )
+    evaluate.add_argument(
+        "--split",
+        choices=("train", "val", "test"),
+        help="the part of the run's own text, or of text that `prepare` split; default val",
+    )
+    evaluate.add_argument(
+        "--stride",
+        type=int,
+        metavar="S",
+        help="start a window every S tokens, so that each token is predicted from a fuller context,"
+        " at (context length / S) times the cost; default the context length",
+    )
+    evaluate.add_argument(
+        "--documents",
+        action="store_true",
+        help="read each document by itself and print a table of them: files, examples, what stands"
+        " between the ends in prepared text",
+    )
+    evaluate.add_argument(
+        "--document-separator",
+        metavar="TEXT",
+        help="what ends a document inside a file; with --documents",
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    prepare = _add(commands, "prepare", _prepare, "turn text of any size into token files, once")
+    prepare.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="files, folders, patterns, or - for standard input: text, Markdown, JSON lines,"
+        " Parquet, gzip, Zstandard",
+    )
+    prepare.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="must not exist; appears whole"
+    )
+    prepare.add_argument(
+        "--tokenizer",
+        default="character",
+        metavar="NAME",
+        help="character (default), byte, bpe, a tokenizer.json, or '{name: bpe, vocab_size: 4096}'",
+    )
+    prepare.add_argument("--vocab-size", type=int, metavar="N", help="of the tokenizer bpe")
+    prepare.add_argument(
+        "--field",
+        metavar="NAME",
+        help="the key or column that has the text, in JSON lines and Parquet; default text; with"
+        " it, standard input is JSON lines",
+    )
+    prepare.add_argument(
+        "--split",
+        choices=("position", "document"),
+        default="position",
+        help="position (default): a run cuts the tokens by data.split; document: each document"
+        " goes to training, validation or test as a whole, equal ones to the same",
+    )
+    prepare.add_argument(
+        "--fractions",
+        nargs=3,
+        type=float,
+        default=(0.9, 0.1, 0.0),
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="with --split document; default 0.9 0.1 0",
+    )
+    _add_plugins(prepare)
 
     verify = _add(commands, "verify", _verify, "prove a run's checkpoints whole, or one")
     verify.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
     _add_plugins(verify)
+
+    export = _add(commands, "export", _export, "write a trained model for other tools")
+    export.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=("hf", "torch"),
+        help="hf: a folder for the transformers library; torch: one file for torch.load",
+    )
+    export.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="must not exist; appears whole"
+    )
+    _add_plugins(export)
 
     replay = _add(commands, "replay", _replay, "reproduce a recorded numerical incident")
     replay.add_argument("incident", type=Path, metavar="INCIDENT_DIR")
@@ -161,8 +238,37 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="sample among the likeliest that hold probability P",
     )
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
-    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="default 1")
+    generate.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="sample among the tokens at least P times as likely as the likeliest",
+    )
+    generate.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1, tokens that the text holds already become less likely; default 1",
+    )
+    generate.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text is written; may be given several times; default: the end of a"
+        " response, where the model learnt one",
+    )
+    generate.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the first sample; default 0"
+    )
+    generate.add_argument(
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="texts for a prompt, written as one batch; default 1",
+    )
     return parser
 
 
@@ -246,9 +352,16 @@ def _check(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     with loading():
-        from fundamentallm.engine.use import evaluate
+        from fundamentallm.engine.evaluate import evaluate
 
     return evaluate(options)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    with loading():
+        from fundamentallm.engine.prepare import prepare
+
+    return prepare(options)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -256,6 +369,13 @@ def _verify(options: argparse.Namespace) -> int:
         from fundamentallm.engine.verify import verify
 
     return verify(options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    with loading():
+        from fundamentallm.engine.export import export
+
+    return export(options)
 
 
 def _replay(options: argparse.Namespace) -> int:
@@ -267,6 +387,6 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     with loading():
-        from fundamentallm.engine.use import generate
+        from fundamentallm.engine.generate import generate
 
     return generate(options)

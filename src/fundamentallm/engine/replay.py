@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fundamentallm.config import RunConfig
 from fundamentallm.data.loader import Window, count_valid
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import CheckpointError, NumericalError
+from fundamentallm.models.attention import choose_kernel, use_kernel
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.checkpoint import check_model_state
 from fundamentallm.training.diagnosis import SPIKE, TRANSIENT, Diagnosis, Laboratory, Replay
@@ -108,16 +108,20 @@ def replay_incident(incident: Path, report: dict[str, Any], device: torch.device
             fix="build the model there and use fundamentallm.training.diagnosis.Laboratory",
         )
     config = RunConfig.model_validate(report["description"]["config"])
-    model: nn.Module = Transformer(config.model)
+    model = Transformer(config.model)
     check_model_state(model, state["model"], str(store.directory))
     model.load_state_dict(state["model"])
-    precision = config.training.precision
+    training = config.training
+    precision, bf16_weights = training.precision, training.bf16_weights is True
     if precision == "fp16" and device.type != "cuda":
         precision = "bf16"
+    use_kernel(
+        model, choose_kernel(training.attention, device, bf16_weights, model.sequence_length)
+    )
     laboratory = Laboratory(
         model.to(device),
-        LOSSES.build(config.training.loss.name, config.training.loss.options),
-        Precision(resolve_precision(precision, False, device), device),
+        LOSSES.build(training.loss.name, training.loss.options),
+        Precision(resolve_precision(precision, False, device), device, bf16_weights),
         Ranks(),
     )
     batches = state["window"]

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 from fundamentallm.config import RunConfig, load_config
@@ -155,8 +156,8 @@ def _announce(run: Run) -> None:
         else (f"{trainer.limits.max_seconds:g} seconds")
     )
     logger.info(
-        "text: %s characters, SHA-256 %s; %s tokens in a vocabulary of %d",
-        f"{len(run.corpus.text):,}",
+        "text: %s, SHA-256 %s; %s tokens in a vocabulary of %d",
+        f"{len(run.corpus.text):,} characters" if run.corpus.text else run.corpus.name,
         run.corpus.sha256[:16],
         f"{run.trainer.description['data']['num_tokens']:,}",
         run.tokenizer.vocab_size,
@@ -212,8 +213,10 @@ def _prompt_for(run: Run) -> str:
     try:
         run.tokenizer.encode("The ")
     except DataError:
-        tokens = run.corpus.tokens
-        text = run.corpus.text if tokens is None else run.tokenizer.decode(tokens[:1_000])
+        text = run.corpus.text
+        if not text:
+            tokens = run.corpus.members[0].parts(run.tokenizer, (1.0, 0.0, 0.0))["train"]
+            text = run.tokenizer.decode(np.asarray(tokens[:1_000]))
         return (text[:1_000].split() or [text[:1]])[0]
     return "The "
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.config import RunConfig
-from fundamentallm.config.difference import RESUME_MAY_DIFFER, config_differences
+from fundamentallm.config.difference import RESUME_MAY_DIFFER, config_differences, with_defaults
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.snapshot import check_usable
@@ -86,13 +86,17 @@ def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory
 
 def drift(manifest: Manifest, config: RunConfig) -> list[str]:
     """Return the differences that make a configuration another run, as text."""
-    saved = manifest.metadata.get("config_as_written", {})
-    differences = config_differences(saved, config.model_dump(mode="json"))
+    differences = config_differences(as_written(manifest), config.model_dump(mode="json"))
     return [
         f"{key}: {was!r} there, {now!r} here"
         for key, was, now in differences
         if not any(key == free or key.startswith(free + ".") for free in RESUME_MAY_DIFFER)
     ]
+
+
+def as_written(manifest: Manifest) -> dict[str, Any]:
+    """Return the configuration that a checkpoint's run was started with."""
+    return with_defaults(manifest.metadata.get("config_as_written", {}), RunConfig)
 
 
 def newest_checkpoint(checkpoints: Path) -> Manifest | None:
@@ -155,7 +159,7 @@ def _continue_at(path: Path, config: RunConfig, run_dir: Path | None) -> RunDire
         )
     _refuse_drift(manifest, config, path)
     finished = str(manifest.metadata.get("finished", ""))
-    if _has_larger_budget(config, manifest.metadata["config_as_written"]["training"]):
+    if _has_larger_budget(config, as_written(manifest)["training"]):
         finished = ""
     return RunDirectory(run, checkpoints, manifest, _note(run, manifest), finished)
 
@@ -196,8 +200,11 @@ def _is_free(path: Path, config: RunConfig) -> bool:
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
         return False
     # What a run leaves that ended before its first checkpoint.
-    left = {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "corpus.txt", ".lock"}
-    return {entry.name for entry in path.iterdir()} <= left | {checkpoints.name}
+    left = {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", ".lock", checkpoints.name}
+    return all(
+        entry.name in left or (entry.name.startswith("corpus") and entry.suffix == ".txt")
+        for entry in path.iterdir()
+    )
 
 
 def describe(config: RunConfig, resolved: RunConfig, **parts: Any) -> Mapping[str, Any]:

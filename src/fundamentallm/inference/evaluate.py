@@ -1,18 +1,61 @@
-"""The loss of a trained model on a text, in units that compare across tokenizers."""
+"""The loss of a trained model on texts, in units that compare across tokenizers.
+
+A text longer than the context T is read in windows that start every S tokens (the stride). Each
+token is predicted once, in the first window that reaches it, so from at least T - S + 1 tokens
+before it or from all that there are. With S = T the windows do not overlap, which is what
+`val/loss` means and costs one pass; a smaller S costs T / S passes and gives every token a fuller
+context (S = 1: always a full one), so its loss is lower.
+
+Documents never read one another. The first token of a text has nothing to be predicted from. For a
+model that was trained on documents packed apart (`data.packing: document`), those inside a text are
+kept apart as they were in training.
+
+Shapes: N tokens of a document, T context length, B windows at once.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fundamentallm.data.loader import ValidationLoader
+from fundamentallm.data.examples import EncodedExamples
+from fundamentallm.data.loader import IGNORED, Batch, add_documents
+from fundamentallm.data.token_file import Tokens
 from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.precision import Precision
-from fundamentallm.training.step import evaluate
+from fundamentallm.training.step import documents_of, perplexity_of, to_device, undisturbed
+
+PIECE = 1 << 16  # tokens decoded at once
+LONGEST_CHARACTER = 4  # tokens
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that is read by itself.
+
+    Attributes:
+        name: to tell it from others.
+        tokens: (N,) token ids, in memory or in a file.
+        num_given: tokens at its beginning that are read and not predicted, at least 1.
+    """
+
+    name: str
+    tokens: Tokens
+    num_given: int = 1
+
+    @property
+    def num_predicted(self) -> int:
+        """Tokens that are predicted."""
+        return max(0, len(self.tokens) - self.num_given)
 
 
 @dataclass(frozen=True)
@@ -24,9 +67,9 @@ class Evaluated:
         perplexity: exp(loss).
         bits_per_character: bits to encode one character of the text with the model.
         bits_per_byte: bits to encode one byte of the text in UTF-8.
-        num_tokens: predicted tokens: all of the text but the first.
-        num_characters: characters of those tokens.
-        num_bytes: UTF-8 bytes of those tokens.
+        num_tokens: predicted tokens.
+        num_characters: characters that are not whole before the first predicted token.
+        num_bytes: UTF-8 bytes of those characters.
     """
 
     loss: float
@@ -37,41 +80,187 @@ class Evaluated:
     num_characters: int
     num_bytes: int
 
+    @classmethod
+    def of(cls, nll: float, num_tokens: int, num_characters: int, num_bytes: int) -> Evaluated:
+        """Make the figures from a sum of negative log-likelihoods in nats; NaN for no tokens."""
+        loss = nll / num_tokens if num_tokens else math.nan
+        bits = nll / math.log(2)
+        return cls(
+            loss,
+            perplexity_of(loss),
+            bits / max(num_characters, 1),
+            bits / max(num_bytes, 1),
+            num_tokens,
+            num_characters,
+            num_bytes,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the figures by name."""
         return asdict(self)
 
 
-def evaluate_text(
+def evaluate_documents(
     model: nn.Module,
     tokenizer: Tokenizer,
-    tokens: np.ndarray,
+    documents: Sequence[Document],
     sequence_length: int,
     batch_size: int,
     precision: Precision,
-) -> Evaluated:
-    """Measure a model on token ids, in non-overlapping windows of the context length.
+    stride: int | None = None,
+    end_id: int | None = None,
+) -> tuple[Evaluated, list[Evaluated]]:
+    """Measure a model on documents, each read by itself.
+
+    The model's modes and all random numbers are left as they were.
 
     Args:
-        model: on `precision.device`.
+        model: on `precision.device`; maps (B, T) ids to logits (B, T, V), causally.
         tokenizer: to count the characters and bytes behind the tokens.
-        tokens: (N,) token ids, N >= 2.
-        sequence_length: the windows' length in tokens.
-        batch_size: windows evaluated at once.
+        documents: any number, of any lengths.
+        sequence_length: T, the longest window.
+        batch_size: B.
         precision: the compute type, as in training.
+        stride: S, 1 to T; None: T.
+        end_id: the token behind each document inside a text, where they are packed apart.
+
+    Returns:
+        The figures over all tokens, and those of each document in order.
+
+    Raises:
+        ValueError: the stride is out of range.
     """
-    loader = ValidationLoader(tokens, sequence_length, batch_size)
-    output = evaluate(model, loader, precision)
-    assert output is not None
-    text = tokenizer.decode(tokens[1:])
-    num_characters, num_bytes = len(text), len(text.encode("utf-8", "surrogatepass"))
-    bits = output.nll / math.log(2.0)
-    return Evaluated(
-        output.loss,
-        output.perplexity,
-        bits / max(num_characters, 1),
-        bits / max(num_bytes, 1),
-        output.num_tokens,
-        num_characters,
-        num_bytes,
-    )
+    stride = sequence_length if stride is None else stride
+    if not 1 <= stride <= sequence_length:
+        raise ValueError(f"the stride must be 1 to {sequence_length}, got {stride}")
+    nll = np.zeros(len(documents))
+    windows = _windows(documents, sequence_length, stride)
+    with undisturbed(model):
+        while some := list(itertools.islice(windows, batch_size)):
+            sums = _summed_nll(model, _batch(documents, some, end_id), precision)
+            np.add.at(nll, [window.document for window in some], sums.numpy())
+    counts = [(document.num_predicted, *_size(tokenizer, document)) for document in documents]
+    each = [Evaluated.of(own, *count) for own, count in zip(nll.tolist(), counts, strict=True)]
+    total = Evaluated.of(math.fsum(nll), *np.array(counts, int).reshape(-1, 3).sum(0).tolist())
+    return total, each
+
+
+def example_documents(examples: EncodedExamples, names: Sequence[str]) -> list[Document]:
+    """Return examples as documents that are given their prompts.
+
+    Args:
+        examples: as tokens.
+        names: of each.
+    """
+    return [
+        Document(
+            name,
+            examples.ids[examples.starts[number] : examples.starts[number + 1]],
+            max(int(examples.prompt_lengths[number]), 1),
+        )
+        for number, name in zip(range(len(examples)), names, strict=True)
+    ]
+
+
+def split_documents(document: Document, end_id: int) -> list[Document]:
+    """Return the documents of a text in which a token stands behind each.
+
+    Each begins with the end of the one before, which it is given, and its own end is predicted, as
+    in training; so together they predict what the text does.
+
+    Args:
+        document: the text.
+        end_id: the token.
+    """
+    ids = np.asarray(document.tokens)
+    ends = np.flatnonzero(ids == end_id).tolist()
+    bounds = itertools.pairwise([0, *ends, len(ids) - 1])
+    return [
+        Document(f"{document.name}: document {number:,}", ids[begin : end + 1])
+        for number, (begin, end) in enumerate(bounds, start=1)
+        if begin < end or begin == 0
+    ]
+
+
+class _Window(NamedTuple):
+    """Inputs from token `start` on; the targets that count are tokens `first` to `last`."""
+
+    document: int
+    start: int
+    first: int
+    last: int
+
+
+def _windows(documents: Sequence[Document], length: int, stride: int) -> Iterator[_Window]:
+    for number, document in enumerate(documents):
+        start, first, end = 0, document.num_given, len(document.tokens) - 1
+        while first <= end:
+            last = min(start + length, end)
+            if last >= first:
+                yield _Window(number, start, first, last)
+                first = last + 1
+            start += stride
+
+
+def _batch(documents: Sequence[Document], windows: Sequence[_Window], end_id: int | None) -> Batch:
+    """Return windows as rows, padded at the right, where causality hides it."""
+    longest = max(window.last - window.start for window in windows)
+    inputs = torch.zeros(len(windows), longest, dtype=torch.int64)
+    targets = torch.full_like(inputs, IGNORED)
+    for row, (number, start, first, last) in enumerate(windows):
+        ids = torch.from_numpy(documents[number].tokens[start : last + 1].astype(np.int64))
+        inputs[row, : last - start] = ids[:-1]
+        targets[row, first - start - 1 : last - start] = ids[first - start :]
+    return add_documents({"input_ids": inputs, "target_ids": targets}, end_id)
+
+
+def _summed_nll(model: nn.Module, batch: Batch, precision: Precision) -> Tensor:
+    """Return the negative log-likelihood of each row, (B,) float64 on the CPU."""
+    batch = to_device(batch, precision.device)
+    with torch.no_grad(), precision.autocast():
+        logits = model(batch["input_ids"], **documents_of(batch))
+        losses = compute_loss(logits, batch["target_ids"], reduction="none")
+    return losses.cpu().double().sum(dim=1)
+
+
+def _size(tokenizer: Tokenizer, document: Document) -> tuple[int, int]:
+    """Return characters and bytes of a document less those of its given tokens."""
+    characters, octets = decoded_size(tokenizer, document.tokens)
+    # A character that the given tokens only begin is not whole yet.
+    before = tokenizer.decode(document.tokens[: document.num_given]).rstrip(REPLACEMENT)
+    return characters - len(before), octets - _num_bytes(before)
+
+
+def decoded_size(tokenizer: Tokenizer, tokens: Tokens) -> tuple[int, int]:
+    """Return characters and UTF-8 bytes of the text of tokens, which is never held as a whole."""
+    characters = octets = start = 0
+    while start < len(tokens):
+        stop = min(start + PIECE, len(tokens))
+        for _ in range(LONGEST_CHARACTER - 1):
+            stop += _is_inside_character(tokenizer, tokens, stop)
+        text, before = _text_after(tokenizer, tokens, start, stop)
+        characters += len(text) - len(before)
+        octets += _num_bytes(text) - _num_bytes(before)
+        start = stop
+    return characters, octets
+
+
+def _text_after(tokenizer: Tokenizer, tokens: Tokens, start: int, stop: int) -> tuple[str, str]:
+    """Return the text of some tokens and of the one before them, and that of the latter alone.
+
+    It tells a tokenizer that this is no beginning.
+    """
+    first = max(start - 1, 0)
+    return tokenizer.decode(tokens[first:stop]), tokenizer.decode(tokens[first:start])
+
+
+def _is_inside_character(tokenizer: Tokenizer, tokens: Tokens, place: int) -> bool:
+    """Whether the texts before and behind a place do not join to the text of both."""
+    first, last = max(place - LONGEST_CHARACTER, 0), place + LONGEST_CHARACTER
+    behind, between = _text_after(tokenizer, tokens, place, last)
+    before, both = tokenizer.decode(tokens[first:place]), tokenizer.decode(tokens[first:last])
+    return len(both) != len(before) + len(behind) - len(between)
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.sampling import generate_tokens
+from fundamentallm.models.generation import Generation
+from fundamentallm.models.sampling import SamplingRules
 
 LARGEST_SEED = 2**63 - 1
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Piece(NamedTuple):
+    """The next piece of a continuation.
+
+    Attributes:
+        row: number of the prompt.
+        text: the piece.
+        last: whether the continuation ends with it; only then may it be empty.
+    """
+
+    row: int
+    text: str
+    last: bool
 
 
 def stream_text(
@@ -24,80 +39,227 @@ def stream_text(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int = 0,
 ) -> Iterator[str]:
     """Yield the continuation of a prompt as it is generated; the pieces join to the whole text.
 
-    The same arguments give the same text; the global random state is not touched.
-
     Args:
-        model: on its device; its context length bounds what it sees, not what it writes.
-        tokenizer: the model's.
         prompt: the text to continue; empty for a text from nothing.
-        max_tokens: tokens to generate.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: sample among the k likeliest tokens.
-        top_p: sample among the likeliest tokens that together hold probability p.
         seed: of the random numbers.
+        model, tokenizer, max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop:
+            as in `stream_texts`.
 
     Raises:
-        DataError: the prompt holds characters that the vocabulary lacks.
-        ConfigError: an option is out of its range.
+        DataError, ConfigError: as in `stream_texts`.
     """
-    check_options(max_tokens, temperature, top_k, top_p, seed, tokenizer.vocab_size)
-    device = next(model.parameters()).device
-    ids = [int(token) for token in tokenizer.encode(prompt)] or [0]
-    generator = torch.Generator(device=device)
-    generator.manual_seed(seed)
-    tokens = generate_tokens(
+    pieces = stream_texts(
         model,
-        torch.tensor([ids], dtype=torch.int64, device=device),
+        tokenizer,
+        [prompt],
         max_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        generator=generator,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seeds=[seed],
     )
-    return decode_stream(tokenizer, (int(token) for token in tokens))
+    return (piece.text for piece in pieces if piece.text)
 
 
-def decode_stream(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Yield text as soon as it is certain.
+def stream_texts(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    stop_ids: Collection[int] = (),
+    seeds: Sequence[int],
+) -> Iterator[Piece]:
+    """Yield the continuations of several prompts as they are generated, in one batch.
+
+    A continuation follows from its prompt and its seed: it is the one that the prompt would get
+    alone. The global random state is not touched.
+
+    Args:
+        model: on its device; its context length bounds what it sees, not what it writes. What it
+            sees of a longer text is described in `fundamentallm.models.generation`.
+        tokenizer: the model's.
+        prompts: the texts to continue, of any lengths; an empty one for a text from nothing (from
+            the end of a document, where the tokenizer has one).
+        max_tokens: tokens to generate for each.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample among the k likeliest tokens.
+        top_p: sample among the likeliest tokens that together hold probability p.
+        min_p: sample among the tokens at least this times as likely as the likeliest.
+        repetition_penalty: above 1, tokens that the text holds already become less likely.
+        stop: a continuation ends before the first of these strings; those of the prompt do not
+            count.
+        stop_ids: a continuation ends before the first of these tokens.
+        seeds: of the random numbers, one a prompt.
+
+    Returns:
+        An iterator over pieces; those of a prompt join to its whole continuation.
+
+    Raises:
+        DataError: a prompt holds characters that the vocabulary lacks.
+        ConfigError: an option is out of its range.
+    """
+    check_options(
+        tokenizer.vocab_size,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seeds=seeds,
+    )
+    generation = Generation(
+        model,
+        [tokenizer.prompt_ids(prompt) for prompt in prompts],
+        max_tokens,
+        SamplingRules(repetition_penalty, temperature, top_k, top_p, min_p),
+        seeds,
+    )
+    return _pieces(generation, tokenizer, max_tokens, stop, frozenset(stop_ids))
+
+
+def _pieces(
+    generation: Generation,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    stop: Sequence[str],
+    stop_ids: frozenset[int],
+) -> Iterator[Piece]:
+    streams = [TextStream(tokenizer, text[-1:], stop) for text in generation.texts]
+    for number in range(1, max_tokens + 1):
+        ended = []
+        rows = list(generation.rows)
+        for row, token in zip(rows, generation.step().tolist(), strict=True):
+            stream = streams[row]
+            text = "" if token in stop_ids else stream.feed(token)
+            if token in stop_ids or stream.stopped or number == max_tokens:
+                ended.append(row)
+                yield Piece(row, text + stream.rest(), last=True)
+            elif text:
+                yield Piece(row, text, last=False)
+        generation.end(ended)
+        if not generation.rows:
+            return
+
+
+class TextStream:
+    """Turns tokens into text as soon as the text is certain.
 
     Tokens need not end where characters do: the first bytes of a character decode to U+FFFD until
-    the last has come, so such an ending is held back.
+    the last has come, so such an ending is held back, as is one that a stop string may begin with.
+    Which tokens the text comes in makes no difference to what is given out in all.
+
+    Args:
+        tokenizer: of the tokens.
+        before: the token before the first, for tokenizers that decode a token by its neighbour.
+        stop: strings, none of them empty. The text ends before the one that is whole first, and
+            of those before the one that begins first.
+
+    Attributes:
+        stopped: whether a stop string was met; there will be no more text.
     """
-    pending: list[int] = []
-    for token in tokens:
-        pending.append(token)
-        text = tokenizer.decode(pending)
-        # No character of UTF-8 has more than four bytes: a longer wait is for a real U+FFFD.
-        if text and (not text.endswith(REPLACEMENT) or len(pending) >= 4):
-            yield text
-            pending = []
-    if pending:
-        yield tokenizer.decode(pending)
+
+    def __init__(
+        self, tokenizer: Tokenizer, before: Sequence[int] = (), stop: Sequence[str] = ()
+    ) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._ids = list(before)
+        self._num_given = len(tokenizer.decode(self._ids))  # characters of the text of _ids
+        self._pending = ""  # the last character, if the next token may complete it
+        self._held = ""  # what a stop string may begin with
+
+    def feed(self, token: int) -> str:
+        """Take the next token; return the text that is certain now, perhaps none."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        certain = len(text) - text.endswith(REPLACEMENT)
+        new = text[self._num_given : certain]
+        self._num_given = max(self._num_given, certain)
+        self._pending = text[self._num_given :]
+        if not self._pending:
+            self._ids = self._ids[-1:]
+            self._num_given = len(self._tokenizer.decode(self._ids))
+        return self._unless_stopped(new)
+
+    def rest(self) -> str:
+        """Return what was held back, when no token follows."""
+        text = self._unless_stopped(self._pending) + self._held
+        self._pending = self._held = ""
+        return text
+
+    def _unless_stopped(self, new: str) -> str:
+        """Return what is certain of the text held back and a new piece."""
+        if self.stopped:
+            return ""
+        text = self._held + new
+        starts = [(text.find(stop), stop) for stop in self._stop]
+        found = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that `stop` begins with."""
+    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
 
 
 def check_options(
+    vocab_size: int,
+    *,
     max_tokens: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
-    seed: int,
-    vocab_size: int,
+    min_p: float | None,
+    repetition_penalty: float,
+    stop: Sequence[str],
+    seeds: Sequence[int],
 ) -> None:
-    """Refuse sampling options out of range.
+    """Refuse options of `stream_texts` out of range.
 
     Raises:
         ConfigError: naming the option and its range.
     """
+    inf = float("inf")
     for key, value, fine, expected in (
         ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
-        ("temperature", temperature, 0.0 <= temperature < float("inf"), "0 or more"),
+        ("temperature", temperature, 0.0 <= temperature < inf, "0 or more"),
         ("top_k", top_k, top_k is None or top_k >= 1, f"1 to {vocab_size}"),
         ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0, "above 0, at most 1"),
-        ("seed", seed, 0 <= seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}"),
+        ("min_p", min_p, min_p is None or 0.0 <= min_p <= 1.0, "0 to 1"),
+        (
+            "repetition_penalty",
+            repetition_penalty,
+            0.0 < repetition_penalty < inf,
+            "above 0; 1 changes nothing",
+        ),
+        *(("stop", repr(text), bool(text), "a string that is not empty") for text in stop),
+        *(("seed", seed, 0 <= seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}") for seed in seeds),
     ):
         if not fine:
             raise ConfigError(f"{key} is out of range", key=key, got=str(value), expected=expected)

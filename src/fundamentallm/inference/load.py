@@ -39,6 +39,18 @@ class Trained:
     averaged: bool
 
     @property
+    def stop(self) -> list[str]:
+        """The stop strings that it learnt: what ended the responses that it was fine-tuned on."""
+        end = self.manifest.metadata.get("data", {}).get("response_end")
+        return [] if end is None else [end]
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The token behind each document, where the tokenizer has one."""
+        end = self.tokenizer.end_id
+        return [] if end is None else [end]
+
+    @property
     def run_dir(self) -> Path:
         """The run that the checkpoint lies in."""
         return self.config.run_of(self.checkpoint.parent)

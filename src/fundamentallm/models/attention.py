@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fundamentallm.models.normalization import RMSNorm
-from fundamentallm.models.positions import Positions
+from fundamentallm.models.positions import Marks
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Query (B, H, T, K), key and value (B, G, T, K) to what is read, (B, H, T, K)."""
 
 
 class Attention(nn.Module):
@@ -67,13 +70,15 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_width) if qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_width) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, positions: Positions) -> Tensor:
+    def forward(self, x: Tensor, positions: Marks, attend: Attend | None = None) -> Tensor:
         """Return (B, T, D) from (B, T, D); row t depends on rows 0 to t alone.
 
         Args:
             x: (B, T, D).
             positions: marks the queries and keys with their positions. It is passed in, not held,
                 because all layers share one.
+            attend: stands in for `flash_attention`, where x continues a text whose keys and
+                values were kept (see `fundamentallm.models.cache`).
         """
         batch, time, width = x.shape
         query = self.query_norm(self._heads(self.query(x)))  # (B, H, T, K)
@@ -82,7 +87,10 @@ class Attention(nn.Module):
         query, key = positions.rotate(query, key)
         # Asked in this order, so that code compiled for training serves evaluation too.
         dropout = self.dropout if self.dropout and self.training else 0.0
-        heads = KERNELS[self.kernel](query, key, value, dropout)  # (B, H, T, K)
+        if attend is None:
+            heads = KERNELS[self.kernel](query, key, value, dropout)  # (B, H, T, K)
+        else:
+            heads = attend(query, key, value)
         return self.output(  # type: ignore[no-any-return]
             heads.transpose(1, 2).reshape(batch, time, width)
         )
@@ -185,3 +193,73 @@ def choose_kernel(choice: str, device: torch.device, bf16_weights: bool, context
 
 def _softmax_type(scores: Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
+
+
+def document_attention(
+    visible: Tensor, dropout: float, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Return `flash_attention` in which a position reads what is visible to it alone.
+
+    Args:
+        visible: (B, 1, T, T) bool, true where row t may read column u; see `own_document`.
+        dropout, query, key, value: as for `flash_attention`.
+
+    Returns:
+        (B, H, T, K).
+    """
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=visible,
+        dropout_p=dropout,
+        enable_gqa=query.size(1) != key.size(1),
+    )
+
+
+def own_document(document_ids: Tensor) -> Tensor:
+    """Return the block-causal mask of rows that hold several documents.
+
+    Args:
+        document_ids: (B, T) int64, which document a token belongs to.
+
+    Returns:
+        (B, 1, T, T) bool: true where column u is in the document of row t and not after it.
+    """
+    time = document_ids.size(1)
+    causal = torch.ones(time, time, dtype=torch.bool, device=document_ids.device).tril()
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return (same & causal)[:, None]
+
+
+def places_in_documents(document_ids: Tensor) -> Tensor:
+    """Return the position of each token in its document, (B, T) int64.
+
+    Args:
+        document_ids: (B, T) int64, rising along a row.
+    """
+    columns = torch.arange(document_ids.size(1), device=document_ids.device)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return columns - (columns * begins).cummax(dim=1).values
+
+
+def cached_attention(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None = None
+) -> Tensor:
+    """Return what one query a row reads from all keys that are visible to it.
+
+    The query heads that share a key head stand in the place of time, so no key is copied for them.
+
+    Args:
+        query: (B, H, 1, K).
+        keys, values: (B, G, L, K), where G divides H, as in `flash_attention`.
+        visible: (B, 1, 1, L) bool, at least one true in each row; None: all.
+
+    Returns:
+        (B, H, 1, K).
+    """
+    batch, _, _, width = query.shape
+    grouped = query.view(batch, keys.size(1), -1, width)  # (B, G, H/G, K)
+    read = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible)
+    return read.view_as(query)

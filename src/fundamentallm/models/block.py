@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fundamentallm.models.attention import Attention
-from fundamentallm.models.positions import Positions
+from fundamentallm.models.attention import Attend, Attention
+from fundamentallm.models.positions import Marks
 
 
 class ResidualMix(nn.Module):
@@ -65,15 +65,17 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.residual_mix = ResidualMix() if residual_mix else None
 
-    def forward(self, x: Tensor, positions: Positions, embedded: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Marks, embedded: Tensor, attend: Attend | None = None
+    ) -> Tensor:
         """Return the residual stream (B, T, D) after this block, from the one before it.
 
         Args:
             x: (B, T, D).
-            positions: shared by all blocks.
+            positions, attend: as in `Attention.forward`.
             embedded: (B, T, D), what the first block was given; read only by a residual mix.
         """
         if self.residual_mix is not None:
             x = self.residual_mix(x, embedded)
-        x = x + self.dropout(self.attention(self.attention_norm(x), positions))
+        x = x + self.dropout(self.attention(self.attention_norm(x), positions, attend))
         return x + self.dropout(self.feedforward(self.feedforward_norm(x)))  # type: ignore[no-any-return]

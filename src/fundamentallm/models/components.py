@@ -24,6 +24,12 @@ from fundamentallm.registry import Registry
 
 T = TypeVar("T")
 
+_CHOICES: tuple[tuple[Registry[Any], str], ...] = (
+    (NORMALIZATIONS, "normalization"),
+    (POSITIONS, "positions"),
+    (FEEDFORWARDS, "feedforward"),
+)
+
 
 def build_normalization(config: TransformerConfig) -> nn.Module:
     """Build one normalization over the model width.
@@ -99,6 +105,13 @@ def check_components(config: TransformerConfig) -> None:
     Raises:
         ConfigError: as in `build_normalization`, or a weight is too large for any machine.
     """
+    if config.open_fields:
+        # The sizes stand in the folder to start from, which is opened later, or never on resume.
+        for registry, field in _CHOICES:
+            component = getattr(config, field)
+            with _inside(field):
+                registry.check(component.name, component.options)
+        return
     if config.sequence_length is None:
         config = config.model_copy(update={"sequence_length": 1})
     with torch.device("meta"), addressable(config):
@@ -164,8 +177,15 @@ def required(config: TransformerConfig, field: Literal["vocab_size", "sequence_l
 
 def _build(registry: Registry[T], config: TransformerConfig, field: str, **supplied: Any) -> T:
     component = getattr(config, field)
-    try:
+    with _inside(field):
         return registry.build(component.name, component.options, **supplied)
+
+
+@contextmanager
+def _inside(field: str) -> Iterator[None]:
+    """Let a ConfigError of the block name its key below a field."""
+    try:
+        yield
     except ConfigError as error:
         error.key = f"{field}.{error.key}" if error.key else field
         raise

@@ -2,7 +2,8 @@
 
 Attention alone sees a set of tokens. A `Positions` may act at two places, and leaves the one that
 it does not need as it is: `embed` adds to the embeddings, once; `rotate` turns the queries and
-keys of every layer.
+keys of every layer. Generation with a cache computes tokens that do not start at position 0; `at`
+gives it the same two methods for the positions that it names.
 
 Shapes: B batch, T time, D model width, H query heads, G key heads, K head width.
 
@@ -17,6 +18,8 @@ class NoPositions(Positions): ...
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,16 @@ from torch import Tensor, nn
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.initialization import EMBEDDING_STD
 from fundamentallm.registry import Registry
+
+
+class Marks(Protocol):
+    """What marks positions: a `Positions` those from 0 on, its `at` those it was given."""
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Return the embeddings (B, T, D) with their positions marked."""
+
+    def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries (B, H, T, K) and keys (B, G, T, K) with their positions marked."""
 
 
 class Positions(nn.Module):
@@ -36,6 +49,44 @@ class Positions(nn.Module):
     def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries (B, H, T, K) and keys (B, G, T, K) with positions 0 to T - 1 marked."""
         return query, key
+
+    def at(self, places: Tensor) -> Marks | None:
+        """Return what marks the positions `places`, (B, T) or (1, T) for all rows, int64.
+
+        None says that this encoding cannot: generation then recomputes the context for each token.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class AddedMarks:
+    """Rows (B, T, D) or (1, T, D) that are added to the embeddings."""
+
+    rows: Tensor
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Return (B, T, D) with the rows added."""
+        return x + self.rows
+
+    def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both as they are."""
+        return query, key
+
+
+@dataclass(frozen=True)
+class TurnedMarks:
+    """Angles by which queries and keys are turned, as cosines and sines (B or 1, 1, T, K/2)."""
+
+    cosines: Tensor
+    sines: Tensor
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Return the embeddings as they are."""
+        return x
+
+    def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, H, T, K) and (B, G, T, K) turned."""
+        return _turn(query, self.cosines, self.sines), _turn(key, self.cosines, self.sines)
 
 
 POSITIONS: Registry[Positions] = Registry(
@@ -60,6 +111,10 @@ class LearnedPositions(Positions):
         """Return (B, T, D) with row t of the table added at position t."""
         _, num_positions, _ = x.shape
         return x + self.table.weight[:num_positions]
+
+    def at(self, places: Tensor) -> Marks:
+        """Return what adds row `places[b, t]` of the table."""
+        return AddedMarks(self.table.weight[places])
 
 
 @POSITIONS.register("sinusoidal")
@@ -95,6 +150,10 @@ class SinusoidalPositions(Positions):
         """Return (B, T, D) with the waves added: sines at even columns, cosines at odd ones."""
         _, num_positions, _ = x.shape
         return x + self.table[:num_positions].to(x.dtype)
+
+    def at(self, places: Tensor) -> Marks:
+        """Return what adds the waves at `places[b, t]`."""
+        return AddedMarks(self.table[places])
 
 
 @POSITIONS.register("rotary")
@@ -140,9 +199,13 @@ class RotaryPositions(Positions):
         cosines, sines = self.cosines[:num_positions], self.sines[:num_positions]
         return _turn(query, cosines, sines), _turn(key, cosines, sines)
 
+    def at(self, places: Tensor) -> Marks:
+        """Return what turns column t of row b by the angles of position `places[b, t]`."""
+        return TurnedMarks(self.cosines[places].unsqueeze(1), self.sines[places].unsqueeze(1))
+
 
 def _turn(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + K/2]) of (..., T, K) by the angles of (T, K/2)."""
+    """Turn each pair (x[i], x[i + K/2]) of (..., T, K) by the angles of (..., T, K/2)."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
     # The tables stay float32 beside narrow values; the result must match their type again.

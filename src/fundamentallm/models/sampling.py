@@ -1,49 +1,82 @@
 """From logits to tokens.
 
-Shapes: B batch, T time, V vocabulary.
+A draw has two halves: `probabilities` applies the rules to the logits, and `draw` picks a token by
+one uniform number a row. So a row's token depends on its own logits and its own number alone,
+whoever stands beside it in the batch.
+
+Shapes: B batch, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fundamentallm.errors import NumericalError
 
 
-def sample_next(
-    logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token a row.
-
-    The rules apply in this order: temperature, top-k, top-p.
+@dataclass(frozen=True)
+class SamplingRules:
+    """How the next token is chosen. The rules apply in the order in which they stand here.
 
     Args:
-        logits: (B, V), unnormalized log-probabilities; -inf rules a token out.
+        repetition_penalty: lowers the logits of tokens that the text holds already, > 0: positive
+            ones are divided by it, negative ones multiplied (Keskar et al. 2019, "CTRL", section
+            4.1, arXiv 1909.05858; it divides both, which would favour a repetition whose logit is
+            negative). 1 changes nothing.
         temperature: divides the logits; 0 takes the likeliest token, the first of equals.
         top_k: keep this many of the likeliest tokens, >= 1 (Fan et al. 2018).
         top_p: keep the fewest likeliest tokens whose probability together reaches this, in
-            (0, 1] (nucleus sampling, Holtzman et al. 2020).
-        generator: draws the random numbers, on the device of the logits; torch's global one if
-            None.
+            (0, 1] (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
+        min_p: keep the tokens at least this times as likely as the likeliest, in [0, 1]
+            (Nguyen et al. 2024, arXiv 2407.01082).
+
+    Raises:
+        ValueError: a rule is out of range.
+    """
+
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, fine, expected in (
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "finite and above 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
+        ):
+            if not fine:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+
+
+def sample_next(
+    logits: Tensor,
+    rules: SamplingRules,
+    uniforms: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Draw one token a row.
+
+    Args:
+        logits: (B, V), unnormalized log-probabilities; -inf rules a token out.
+        rules: how to choose.
+        uniforms: (B,) float64 in [0, 1), the random numbers; not read at temperature 0.
+        seen: (B, V) bool, the tokens that each row's text holds; None: no repetition penalty.
 
     Returns:
         Token ids (B,) int64.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: the logits have another shape, or the random numbers are missing.
         NumericalError: a row has a NaN, a +inf or no finite logit.
     """
-    _check_rules(temperature, top_k, top_p)
     if logits.ndim != 2:
         raise ValueError(f"logits must have shape (batch, vocabulary), got {tuple(logits.shape)}")
     # Half precision would merge neighbouring probabilities.
@@ -55,79 +88,57 @@ def sample_next(
             got=f"a highest logit of {highest[~torch.isfinite(highest)][0].item()}",
             fix="use an earlier checkpoint",
         )
-    if temperature == 0:
+    if seen is not None and rules.repetition_penalty != 1:
+        logits = torch.where(seen, _penalized(logits, rules.repetition_penalty), logits)
+    if rules.temperature == 0:
         return logits.argmax(dim=-1)
-    # Less the maximum, a quotient by a tiny temperature is 0 or -inf, never NaN.
-    tiny = torch.finfo(logits.dtype).tiny
-    scores = (logits - highest) / max(temperature, tiny)
-    if top_k is not None:
-        scores = _keep_top_k(scores, top_k)
-    if top_p is not None:
-        scores = _keep_top_p(scores, top_p)
-    return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+    if uniforms is None:
+        raise ValueError("a temperature above 0 needs random numbers, got uniforms None")
+    return draw(probabilities(logits, rules), uniforms)
 
 
-def generate_tokens(
-    model: nn.Module,
-    prompt_ids: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Continue prompts, one token at a time.
-
-    Each step runs without gradients and in evaluation mode; between steps the modes of all
-    modules are as they were. The global random state is never touched.
+def probabilities(logits: Tensor, rules: SamplingRules) -> Tensor:
+    """Return the probabilities (B, V) to draw from, after temperature, top-k, top-p and min-p.
 
     Args:
-        model: maps (B, T) int64 ids to logits (B, T, V). It sees the last `model.sequence_length`
-            tokens, or all of them if it has no such attribute.
-        prompt_ids: (B, T0) int64 on the model's device, T0 >= 1; any length.
-        max_new_tokens: tokens to draw for each prompt, >= 0.
-        temperature, top_k, top_p: as in `sample_next`.
-        generator: on the device of the prompt; a fresh one with a seed of chance if None.
+        logits: (B, V), finite but for -inf.
+        rules: temperature above 0; the repetition penalty is not applied here.
+    """
+    # Less the maximum, a quotient by a tiny temperature is 0 or -inf, never NaN.
+    tiny = torch.finfo(logits.dtype).tiny
+    scores = (logits - logits.amax(dim=-1, keepdim=True)) / max(rules.temperature, tiny)
+    if rules.top_k is not None:
+        scores = _keep_top_k(scores, rules.top_k)
+    if rules.top_p is not None:
+        scores = _keep_top_p(scores, rules.top_p)
+    if rules.min_p:
+        # The highest score is 0: a probability relative to the likeliest is exp(score).
+        scores = scores.masked_fill(scores < math.log(rules.min_p), -torch.inf)
+    return scores.softmax(dim=-1)
+
+
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the token at which the cumulated probability passes the row's uniform number.
+
+    A token of probability 0 is never drawn.
+
+    Args:
+        probabilities: (B, V), each row with a positive sum, which need not be 1.
+        uniforms: (B,) float64 in [0, 1).
 
     Returns:
-        An iterator over `max_new_tokens` tensors of ids (B,) int64.
-
-    Raises:
-        ValueError: an argument is out of range, at the call, before the first token.
-        NumericalError: as in `sample_next`, while iterating.
+        Token ids (B,) int64.
     """
-    _check_rules(temperature, top_k, top_p)
-    if prompt_ids.ndim != 2 or prompt_ids.size(1) == 0:
-        raise ValueError(
-            f"prompt_ids must have shape (batch, time) with at least one token, "
-            f"got {tuple(prompt_ids.shape)}"
-        )
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if generator is None:
-        generator = torch.Generator(device=prompt_ids.device)
-        generator.seed()
-    context: int | None = getattr(model, "sequence_length", None)
+    # float32 would lose what the rare tokens of a large vocabulary add.
+    cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulated[:, -1]
+    # The product can round up to the total, which no token passes.
+    bound = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, bound.unsqueeze(-1), right=True).squeeze(-1)
 
-    def steps() -> Iterator[Tensor]:
-        ids = prompt_ids
-        for _ in range(max_new_tokens):
-            if context is not None:
-                ids = ids[:, -context:]
-            # The contexts close before the yield: the caller must not find itself inside them.
-            with torch.no_grad(), _evaluation_mode(model):
-                token = sample_next(
-                    model(ids)[:, -1],
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    generator=generator,
-                )
-            ids = torch.cat((ids, token.unsqueeze(1)), dim=1)
-            yield token
 
-    return steps()
+def _penalized(logits: Tensor, penalty: float) -> Tensor:
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:
@@ -143,23 +154,3 @@ def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
     reached_before = probabilities.cumsum(dim=-1) - probabilities >= top_p
     kept = ordered.masked_fill(reached_before, -torch.inf)
     return torch.empty_like(scores).scatter(-1, indices, kept)
-
-
-def _check_rules(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

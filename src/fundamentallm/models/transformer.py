@@ -12,13 +12,22 @@ Shapes: B batch, T time, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fundamentallm.config.model import TransformerConfig
+from fundamentallm.errors import ConfigError
+from fundamentallm.models.attention import (
+    Attend,
+    document_attention,
+    own_document,
+    places_in_documents,
+)
+from fundamentallm.models.cache import CacheUse, KVCache
 from fundamentallm.models.components import (
     build_block,
     build_normalization,
@@ -27,12 +36,14 @@ from fundamentallm.models.components import (
     required,
 )
 from fundamentallm.models.initialization import initialize
-from fundamentallm.models.positions import Positions
+from fundamentallm.models.positions import Marks
 
 
-def run_block(block: nn.Module, x: Tensor, positions: Positions, embedded: Tensor) -> Tensor:
+def run_block(
+    block: nn.Module, x: Tensor, marks: Marks, embedded: Tensor, attend: Attend | None = None
+) -> Tensor:
     """Call a block as it is."""
-    out: Tensor = block(x, positions, embedded)
+    out: Tensor = block(x, marks, embedded, attend)
     return out
 
 
@@ -64,7 +75,7 @@ class Transformer(nn.Module):
         vocab_size = required(config, "vocab_size")
         self.config = config
         self.sequence_length = required(config, "sequence_length")
-        self.run_block: Callable[[nn.Module, Tensor, Positions, Tensor], Tensor] = run_block
+        self.run_block: Callable[[nn.Module, Tensor, Marks, Tensor], Tensor] = run_block
         self.gradient_checkpointing = False
 
         self.token_embedding = nn.Embedding(vocab_size, config.d_model)
@@ -78,12 +89,23 @@ class Transformer(nn.Module):
             self.head.weight = self.token_embedding.weight
         initialize(self, config.d_model, config.num_layers, zero_outputs=config.zero_init)
 
-    def forward(self, input_ids: Tensor, *, return_hidden: bool = False) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        return_hidden: bool = False,
+        cache: CacheUse | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
         """Return logits that at position t depend on tokens 0 to t alone.
 
         Args:
             input_ids: (B, T) int64, T at most `sequence_length`.
             return_hidden: stop before the head.
+            cache: keeps the keys and values of these tokens and, in a decoding step, stands for
+                the tokens before them; see `new_cache`.
+            document_ids: (B, T) int64, rising along a row: each document is computed as if it stood
+                alone, its positions counted from its own beginning. None: a row is one text.
 
         Returns:
             Logits (B, T, V), or with `return_hidden` what `logits_from_hidden` takes, (B, T, D).
@@ -100,18 +122,41 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"the input has {time} tokens, the context length is {self.sequence_length}"
             )
-        x = self.positions.embed(self.token_embedding(input_ids))
+        marks: Marks = self.positions
+        apart: Attend | None = None
+        if document_ids is not None:
+            marks, apart = self._apart(document_ids)
+        attends: Sequence[Attend | None] = [apart] * len(self.blocks)
+        if cache is not None:
+            kept, attends = self.positions.at(cache.places), cache.layers
+            assert kept is not None  # else there is no cache
+            marks = kept
+        x = marks.embed(self.token_embedding(input_ids))
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         x = embedded = self.dropout(x)
-        for block in self.blocks:
-            inputs = (block, x, self.positions, embedded)
-            if self.gradient_checkpointing:
-                x = checkpoint(self.run_block, *inputs, use_reentrant=False)
+        for block, attend in zip(self.blocks, attends, strict=True):
+            # Compiled code knows the plain case alone.
+            run = self.run_block if attend is None else partial(run_block, attend=attend)
+            if self.gradient_checkpointing and cache is None:
+                x = checkpoint(run, block, x, marks, embedded, use_reentrant=False)
             else:
-                x = self.run_block(*inputs)
+                x = run(block, x, marks, embedded)
         hidden: Tensor = self.norm(x)
         return hidden if return_hidden else self.logits_from_hidden(hidden)
+
+    def _apart(self, document_ids: Tensor) -> tuple[Marks, Attend]:
+        """Return the positions and the attention of rows whose documents do not see each other."""
+        marks = self.positions.at(places_in_documents(document_ids))
+        if marks is None:
+            raise ConfigError(
+                "these positions cannot be counted from the beginning of each document",
+                key="model.positions",
+                got=self.config.positions.name,
+                fix="set data.packing to continuous, or give the encoding a method `at`",
+            )
+        dropout = self.config.dropout if self.training else 0.0
+        return marks, partial(document_attention, own_document(document_ids), dropout)
 
     def logits_from_hidden(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) from the model's normalized output (..., D).
@@ -126,6 +171,26 @@ class Transformer(nn.Module):
     def follows_weight_type(self) -> bool:
         """Whether the model can compute with bfloat16 weights, without autocast."""
         return follows_weight_type(self.config)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache | None:
+        """Return an empty cache for `forward`; None if the positions cannot do with one.
+
+        Args:
+            batch: number of rows.
+            capacity: tokens a row, 1 to `sequence_length`.
+        """
+        weight = self.token_embedding.weight
+        if self.positions.at(torch.zeros(1, 1, dtype=torch.int64, device=weight.device)) is None:
+            return None
+        return KVCache(
+            batch,
+            capacity,
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.kv_heads,
+            head_width=self.config.head_width,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
 
     def num_parameters(self, non_embedding: bool = False) -> int:
         """Count the parameters, a shared one once.

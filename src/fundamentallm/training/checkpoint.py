@@ -223,6 +223,23 @@ class CheckpointManager:
         return saved
 
 
+def save_weights(path: Path, weights: Mapping[str, Tensor], **facts: Any) -> None:
+    """Write one portable file of weights and plain facts, for `torch.load(weights_only=True)`.
+
+    Args:
+        path: the file; missing parents are made.
+        weights: a `state_dict`, under the key `model`.
+        facts: plain values under their own names. `CheckpointManager.load` knows `metrics`,
+            `epoch` and `step`.
+
+    Raises:
+        CheckpointError: the disk is full or refuses; what was at the path is untouched.
+    """
+    from fundamentallm.training.portable import save_portable
+
+    save_portable(path, {"model": dict(weights), **facts})
+
+
 def validation_loss(metrics: Mapping[str, Any]) -> float | None:
     """Return `val_loss` or `val/loss` of some metrics as a float, or None without either."""
     for key in ("val_loss", "val/loss"):

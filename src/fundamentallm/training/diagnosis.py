@@ -19,7 +19,7 @@ from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.precision import Precision
 from fundamentallm.training.rng import capture_generators, restore_generators
-from fundamentallm.training.step import to_device
+from fundamentallm.training.step import documents_of, to_device
 
 Batch = dict[str, Tensor]
 
@@ -230,9 +230,10 @@ class Laboratory:
     def _objective(self, model: nn.Module, batch: Batch) -> Tensor:
         targets = batch["target_ids"]
         if getattr(self.loss_fn, "takes_hidden_states", False):
-            states = model(batch["input_ids"], return_hidden=True)
+            states = model(batch["input_ids"], return_hidden=True, **documents_of(batch))
             return self.loss_fn(states, model, targets, reduction="sum")
-        return self.loss_fn(model(batch["input_ids"]), targets, reduction="sum")
+        logits = model(batch["input_ids"], **documents_of(batch))
+        return self.loss_fn(logits, targets, reduction="sum")
 
     def bad_rows(self, window: Window, rng: Mapping[str, Any]) -> list[BadRow]:
         """Bisect a window to the sequences of this rank that are not finite on their own."""
@@ -278,7 +279,7 @@ class Laboratory:
         try:
             with torch.no_grad(), precision.weights(self.model), precision.autocast():
                 moved = to_device(batch, precision.device)
-                logits = self.model(moved["input_ids"])
+                logits = self.model(moved["input_ids"], **documents_of(moved))
                 return compute_loss(logits, moved["target_ids"], reduction="none")
         finally:
             self.model.train(was_training)

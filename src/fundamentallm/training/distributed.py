@@ -67,6 +67,12 @@ class Ranks:
         """Whether the flag is set on any rank."""
         return self.sum_counts([int(flag)])[0] > 0
 
+    def all_equal(self, number: int) -> bool:
+        """Whether every rank has the same number, modulo 2^64."""
+        data = number.to_bytes(8, "little")
+        parts = self.gather_bytes(torch.tensor(list(data), dtype=torch.uint8))
+        return all(torch.equal(part, parts[0]) for part in parts)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if not self.alone:
@@ -81,15 +87,21 @@ class Ranks:
         dist.all_gather(parts, own)
         return [part.cpu() for part in parts]
 
-    def broadcast_text(self, text: str) -> str:
-        """Give every rank rank 0's text."""
+    def first(self, flag: bool) -> int | None:
+        """Return the first rank on which the flag is set, None if it is on none."""
+        counts = [int(flag and rank == self.rank) for rank in range(self.world_size)]
+        return next((rank for rank, is_set in enumerate(self.sum_counts(counts)) if is_set), None)
+
+    def broadcast_text(self, text: str, source: int = 0) -> str:
+        """Give every rank the text of one."""
         if self.alone:
             return text
+        own = self.rank == source
         data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self._host_device())
-        length = self.sum_counts([len(data) if self.is_writer else 0])[0]
-        if not self.is_writer:
+        length = self.sum_counts([len(data) if own else 0])[0]
+        if not own:
             data = torch.empty(length, dtype=torch.uint8, device=self._host_device())
-        dist.broadcast(data, src=0)
+        dist.broadcast(data, src=source)
         return bytes(data.tolist()).decode()
 
     def _host_device(self) -> torch.device:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from fundamentallm.data.tokenizer import Tokenizer
@@ -129,7 +130,7 @@ def bad_sequences(
                 "micro_batch": bad.micro_batch,
                 "row": bad.row,
                 "first_bad_position": bad.position,
-                "corpus_offset": corpus_offset(trainer, bad.micro_batch, bad.row),
+                **corpus_place(trainer, bad.micro_batch, bad.row),
                 "token_ids": ids,
                 "text": tokenizer.decode(ids) if tokenizer is not None else None,
             }
@@ -137,15 +138,21 @@ def bad_sequences(
     return found
 
 
-def corpus_offset(trainer: Trainer, micro_batch: int, row: int) -> int | None:
-    """Return where a sequence begins in the training split, in tokens; None if nobody knows."""
+def corpus_place(trainer: Trainer, micro_batch: int, row: int) -> dict[str, int | None]:
+    """Return where a sequence begins in the training split: `corpus_offset` in tokens.
+
+    In a mixture that is the offset in one source, and `source` its number. None if nobody knows.
+    """
     rows_at = getattr(trainer.train_loader, "rows_at", None)
     if rows_at is None:
-        return None
+        return {"corpus_offset": None}
     loader, ranks = trainer.train_loader, trainer.ranks
     rows = rows_at(*divmod(trainer.state.iteration - 1, trainer.steps_per_epoch))
     index = (micro_batch * ranks.world_size + ranks.rank) * loader.batch_size + row
-    return int(rows[index]) if index < len(rows) else None
+    if index >= len(rows):
+        return {"corpus_offset": None}
+    *source, offset = np.atleast_1d(rows[index]).tolist()
+    return {"corpus_offset": offset, **({"source": source[0]} if source else {})}
 
 
 def environment() -> dict[str, Any]:

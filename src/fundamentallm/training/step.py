@@ -107,6 +107,7 @@ class TrainStep:
         self.clip_norm = max_grad_norm
         self.veto = ""
         self.vetoes_possible = False
+        self._bad_rate_somewhere = False
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, window: Window, num_tokens: int, num_sequences: int) -> StepOutput:
@@ -160,12 +161,13 @@ class TrainStep:
     def _objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the summed objective, with its graph, and the summed NLL, without."""
         targets = batch["target_ids"]
+        context = documents_of(batch)
         with self.precision.autocast():
             if getattr(self.loss_fn, "takes_hidden_states", False):
-                states = self.forward(batch["input_ids"], return_hidden=True)
+                states = self.forward(batch["input_ids"], return_hidden=True, **context)
                 objective = self.loss_fn(states, self.model, targets, reduction="sum")
             else:
-                states = self.forward(batch["input_ids"])
+                states = self.forward(batch["input_ids"], **context)
                 objective = self.loss_fn(states, targets, reduction="sum")
         if getattr(self.loss_fn, "is_nll", False):
             return objective, objective.detach()
@@ -181,12 +183,18 @@ class TrainStep:
         """Sum over the ranks and read once. NaN and infinity survive a sum: that is the vote."""
         if self.ranks.alone and nll.device.type == "cpu":  # nothing to wait for: packing costs more
             return nll.item() / num_tokens, grad_norm.item()
-        packed = torch.stack([nll / num_tokens, grad_norm.to(nll.dtype) / self.ranks.world_size])
-        loss, norm = self.ranks.sum_tensor(packed).tolist()
+        bad_rate = torch.full_like(nll, not self._rates_are_finite())
+        mine = [nll / num_tokens, grad_norm.to(nll.dtype) / self.ranks.world_size, bad_rate]
+        loss, norm, bad_rates = self.ranks.sum_tensor(torch.stack(mine)).tolist()
+        self._bad_rate_somewhere = bad_rates > 0
         return loss, norm
 
+    def _rates_are_finite(self) -> bool:
+        return all(math.isfinite(group["lr"]) for group in self.optimizer.param_groups)
+
     def _judge(self) -> str:
-        if not all(math.isfinite(group["lr"]) for group in self.optimizer.param_groups):
+        # A rank alone may look as late as this; several can only act on what they have agreed on.
+        if not self._rates_are_finite() if self.ranks.alone else self._bad_rate_somewhere:
             return "learning rate"
         if not math.isfinite(self.loss):
             return "nonfinite"
@@ -253,9 +261,11 @@ def evaluate_batch(
     """
     num_tokens = int((batch["target_ids"] >= 0).sum())
     batch = to_device(batch, precision.device)
-    options = {"return_hidden": True} if getattr(loss_fn, "takes_hidden_states", False) else {}
+    options: dict[str, Any] = (
+        {"return_hidden": True} if getattr(loss_fn, "takes_hidden_states", False) else {}
+    )
     with torch.no_grad(), precision.weights(model), precision.autocast():
-        states = model(batch["input_ids"], **options)
+        states = model(batch["input_ids"], **options, **documents_of(batch))
         return summed_nll(states, model, batch["target_ids"], loss_fn), num_tokens
 
 
@@ -307,6 +317,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         restore_rng(rng)
+
+
+def documents_of(batch: Batch) -> dict[str, Tensor]:
+    """Return what a model must know of the documents in a batch: nothing where a row is one."""
+    return {key: batch[key] for key in ("document_ids",) if key in batch}
 
 
 def to_device(batch: Any, device: torch.device) -> Batch:

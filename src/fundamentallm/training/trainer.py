@@ -27,10 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.loader import Window, as_window, as_window_loader
-from fundamentallm.errors import CheckpointError
+from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import EVENT_TO_ATTRIBUTE, TrainingEvents
 from fundamentallm.models.attention import choose_kernel, use_kernel
 from fundamentallm.training.compilation import compiled, resolve_compile
+from fundamentallm.training.data_faults import DataFaults
 from fundamentallm.training.diagnosis import Laboratory
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers.base import HANDLERS, Handler
@@ -206,6 +207,7 @@ class Trainer(Engine):
         self._step = self._make_step()
         self._rollback: tuple[int | None, str] | None = None
         self._redo = False
+        self._faults = DataFaults(self.ranks)
         self.generators_before: dict[str, Any] = {}
         self.window = Window([], 0)
         self._leaving = False
@@ -286,9 +288,11 @@ class Trainer(Engine):
             return {}
         # Ranks agree on leaving at the next step: one that left here would strand the others.
         poll = (lambda _: self._wants_to_leave()) if self.ranks.alone else None
-        batches = (as_window(batch).micro_batches[0] for batch in self.val_loader)
+        windows = map(as_window, self._faults.kept_from(self.val_loader))
+        batches = (micro for window in windows for micro in window.micro_batches)
         with self.evaluation_weights():
             output = evaluate(self.model, batches, self.precision, self.ranks, poll, self.loss_fn)
+        self._faults.raise_everywhere()
         if output is None:
             return {}
         metrics = {"val/loss": output.loss, "val/perplexity": output.perplexity}
@@ -323,6 +327,7 @@ class Trainer(Engine):
         if max_iters is not None or max_epochs is not None:
             self.limits = Limits(max_iters or (max_epochs or 1) * self.steps_per_epoch)
         self.finished, self._leaving, self._rollback = "", False, None
+        self._faults = DataFaults(self.ranks)
         self._began = (self.clock(), self.state.iteration)
         self._step.vetoes_possible = self.ranks.any(
             bool(self._event_handlers[TrainingEvents.FLLM_GRADIENTS_READY])
@@ -332,7 +337,11 @@ class Trainer(Engine):
             self.notify(TrainingEvents.FLLM_RUN_STARTED)
             self._settle()
             while not self.stopping:
-                self._run_to_stop()
+                try:
+                    self._run_to_stop()
+                except DataError:
+                    self._save_what_is_done()
+                    raise
                 if self._rollback is not None:
                     self._go_back()
         finally:
@@ -352,8 +361,19 @@ class Trainer(Engine):
         self.state.max_iters = self.limits.total_steps or 2**62
         self.state.epoch_length = self.steps_per_epoch
         super().run(
-            self.train_loader, max_iters=self.state.max_iters, epoch_length=self.steps_per_epoch
+            self._faults.kept_from(self.train_loader),
+            max_iters=self.state.max_iters,
+            epoch_length=self.steps_per_epoch,
         )
+
+    def _save_what_is_done(self) -> None:
+        """Save before a run ends because its data cannot be read on.
+
+        The error came between two steps, so the state is that after the last one. Several ranks
+        save only where all of them know of the error.
+        """
+        if self._faults.everyone_knows and self.restore_step() != self.state.iteration:
+            self._ask_for_checkpoint(on_schedule=False)
 
     def _note_spent_budget(self) -> None:
         """A run that is resumed may have nothing left to do but its last evaluation."""
@@ -387,8 +407,17 @@ class Trainer(Engine):
             self.model.train()
         sequences = sum(len(micro["input_ids"]) for micro in window.micro_batches)
         num_tokens, num_sequences, *votes = self.ranks.sum_counts(
-            [window.num_tokens, sequences, self._out_of_budget(), self._wants_to_leave()]
+            [
+                window.num_tokens,
+                sequences,
+                self._out_of_budget(),
+                self._wants_to_leave(),
+                self._faults.own is not None,
+            ]
         )
+        if votes[2]:
+            self.state.iteration -= 1  # the step is not begun on any rank
+            self._faults.raise_everywhere()
         self._votes = (votes[0] > 0, votes[1] > 0)
         if self.state.iteration in self.ledger.skipped:
             output = StepOutput(math.nan, math.nan, num_tokens, num_sequences, "ledger")

@@ -19,7 +19,7 @@ from torch import Tensor
 from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training import snapshot
-from fundamentallm.training.finite import NonFiniteStateError
+from fundamentallm.training.finite import DamagedStateError, bit_sum
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.state_tree import copied
@@ -87,6 +87,10 @@ class BackgroundSave:
             work()
         except Exception as error:  # raised again by whoever waits
             self._failure = error
+
+    def fail(self, error: Exception) -> None:
+        """End it before it has begun."""
+        self._failure = error
 
     def start(self, work: Callable[[], None]) -> None:
         """Do the work in a thread."""
@@ -189,6 +193,10 @@ class Checkpointing(Checkpoint):
         state = snapshot.capture(trainer)
         state["objects"] = {name: thing.state_dict() for name, thing in self.to_save.items()}
         save = self._background = BackgroundSave(step, before)
+        if (damage := self._damage_somewhere(trainer, state)) is not None:
+            save.fail(damage)
+            self._finish_background(trainer)
+            return
         beside = self.asynchronous and not trainer.stopping
         if trainer.ranks.is_writer:
             if beside:
@@ -200,6 +208,32 @@ class Checkpointing(Checkpoint):
                 save.run(work)
         if not beside:
             self._finish_background(trainer)
+
+    def _damage_somewhere(
+        self, trainer: Trainer, state: Mapping[str, Any]
+    ) -> DamagedStateError | None:
+        """Let every rank look at its own state before one of them writes; all get an error or none.
+
+        A moment that is infinite on one rank alone holds that rank's weight where it is, and the
+        ranks part without a sign of it in the loss.
+        """
+        ranks, found = trainer.ranks, None
+        if ranks.alone:  # what is written is looked at, in the thread that writes it
+            return None
+        where = f"step {trainer.state.iteration}, rank {ranks.rank}"
+        try:
+            snapshot.check_usable(state, where)
+        except DamagedStateError as error:
+            found = error
+        if ranks.any(found is not None):
+            return found or DamagedStateError("the state of another rank is not finite")
+        if ranks.all_equal(bit_sum(trainer.model.parameters())):
+            return None
+        return DamagedStateError(
+            "the ranks no longer have the same weights",
+            where=where,
+            fix="use an earlier checkpoint; if it comes again, look for a machine that miscounts",
+        )
 
     def _metadata(self, trainer: Trainer) -> dict[str, Any]:
         measured_now = trainer.state.evaluated_step == trainer.state.iteration
@@ -262,7 +296,7 @@ class Checkpointing(Checkpoint):
             [
                 failure is not None and not save.committed,
                 failure is not None,
-                isinstance(failure, NonFiniteStateError),
+                isinstance(failure, DamagedStateError),
             ]
         )
         if trouble:

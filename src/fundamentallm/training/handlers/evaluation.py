@@ -35,8 +35,13 @@ class Evaluation:
         state = trainer.state
         trainer.notify(TrainingEvents.FLLM_EVALUATION_STARTED)
         started = time.perf_counter()
-        if not trainer.validate():
-            state.evaluations -= 1  # a signal came; it runs again when the run goes on
+        completed = False
+        try:
+            completed = bool(trainer.validate())
+        finally:
+            if not completed:  # a signal came, or an error; it runs again when the run goes on
+                state.evaluations -= 1
+        if not completed:
             return
         logger.info(
             "step %d: validation loss %.4f, perplexity %.3f (%.1f s)",

@@ -177,7 +177,7 @@ class NaNRollback:
             NumericalError: the limits are used up.
         """
         if trainer.restore_step() is not None:
-            self._go_back(trainer, "the state to be saved is not finite", STATE)
+            self._go_back(trainer, "the state to be saved is damaged", STATE)
 
     def _diagnose(self, trainer: Trainer) -> Diagnosis:
         @contextmanager

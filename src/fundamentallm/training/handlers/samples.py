@@ -6,13 +6,12 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
-from fundamentallm.models.sampling import generate_tokens
+from fundamentallm.models.generation import generate_tokens
+from fundamentallm.models.sampling import SamplingRules
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.json_lines import JsonLines
 from fundamentallm.training.step import undisturbed
@@ -35,7 +34,7 @@ class Samples:
         run_dir: the run's directory.
         seed: the run's seed.
         prompt: the text to continue.
-        num_tokens: length of a sample in tokens.
+        num_tokens: length of a sample in tokens; it ends earlier with the document.
         temperature: 1 samples from the model's distribution, 0 takes the likeliest token.
         every: evaluations between two samples.
     """
@@ -85,16 +84,13 @@ class Samples:
         """Generate with the evaluation weights, log the text, add it to the file."""
         if not trainer.ranks.is_writer:
             return
-        step, device = trainer.state.iteration, trainer.device
-        generator = torch.Generator(device=device)
-        generator.manual_seed(derive_key(self.seed, step) % 2**63)
-        prompt = torch.as_tensor(self._prompt_ids(), dtype=torch.int64, device=device).unsqueeze(0)
+        step = trainer.state.iteration
         tokens = generate_tokens(
             trainer.model,
-            prompt,
+            [self._prompt_ids()],
             self.num_tokens,
-            temperature=self.temperature,
-            generator=generator,
+            SamplingRules(temperature=self.temperature),
+            [derive_key(self.seed, step) % 2**63],
         )
         ids = []
         with trainer.evaluation_weights(), undisturbed(trainer.model):
@@ -102,6 +98,8 @@ class Samples:
                 if trainer.interrupted_by is not None:
                     self.owed = step
                     return
+                if int(token) == self.tokenizer.end_id:
+                    break
                 ids.append(int(token))
         self.owed = None
         text = self.tokenizer.decode(ids)
@@ -118,7 +116,6 @@ class Samples:
 
     def _prompt_ids(self) -> list[int]:
         try:
-            ids = [int(token) for token in self.tokenizer.encode(self.prompt)]
-        except DataError:
-            ids = []
-        return ids or [0]  # a vocabulary without the prompt's characters: any token will do
+            return self.tokenizer.prompt_ids(self.prompt)
+        except DataError:  # a vocabulary without the prompt's characters
+            return self.tokenizer.prompt_ids("")

@@ -1,0 +1,310 @@
+"""Prompts and responses, one JSON object a line: the data of fine-tuning.
+
+    {"prompt": "Translate: dog\\n", "response": "Hund\\n"}
+
+The loss counts the response alone; the targets inside the prompt are -100. One example is one row,
+from its first token, padded to T with masked targets, so nothing is read across examples. A causal
+model cannot see the padding behind a token, so the loss is exactly that of the examples one by one,
+and weighted by tokens as everywhere. What separates prompt and response stands in the file; the
+text that ends a response is added where it is not there, and behind it the tokenizer's own end of a
+document, if it has one, so that the model learns to stop. Both are encoded apart, as a prompt is
+that stands alone.
+
+Shapes: N tokens of all examples, n examples, T sequence length, B batch size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fundamentallm.data.loader import IGNORED, Batch, EpochLoader, check_sizes
+from fundamentallm.data.text_file import read_text, to_utf8
+from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.errors import DataError
+
+SUFFIX = ".jsonl"
+_FORM = '{"prompt": "...", "response": "..."}'
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One line of a file.
+
+    Attributes:
+        prompt: the text that is given; may be empty.
+        response: the text to learn, its end included.
+        where: file and line.
+    """
+
+    prompt: str
+    response: str
+    where: str
+
+
+@dataclass(frozen=True)
+class EncodedExamples:
+    """Examples as tokens.
+
+    Attributes:
+        ids: (N,) prompt and response of the first example, of the second, and so on.
+        starts: (n + 1,) where each example starts in `ids`, and N.
+        prompt_lengths: (n,) tokens of each prompt.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    prompt_lengths: np.ndarray
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.prompt_lengths)
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """Tokens of each example that are predicted, (n,): the response's.
+
+        With an empty prompt nothing comes before the first, which is then not predicted.
+        """
+        counts: np.ndarray = np.diff(self.starts) - np.maximum(self.prompt_lengths, 1)
+        return counts
+
+    def part(self, numbers: np.ndarray) -> EncodedExamples:
+        """Return the consecutive examples of some numbers, which share the memory of `ids`."""
+        first, last = (int(numbers[0]), int(numbers[-1]) + 1) if len(numbers) else (0, 0)
+        return EncodedExamples(
+            self.ids, self.starts[first : last + 1], self.prompt_lengths[first:last]
+        )
+
+    def batch(self, numbers: np.ndarray, sequence_length: int) -> Batch:
+        """Return some examples as rows, `input_ids` and `target_ids`, int64 (B, T)."""
+        inputs = np.zeros((len(numbers), sequence_length), dtype=np.int64)
+        targets = np.full((len(numbers), sequence_length), IGNORED, dtype=np.int64)
+        for row, number in enumerate(numbers):
+            tokens = self.ids[self.starts[number] : self.starts[number + 1]]
+            masked = max(int(self.prompt_lengths[number]) - 1, 0)
+            inputs[row, : len(tokens) - 1] = tokens[:-1]
+            targets[row, masked : len(tokens) - 1] = tokens[masked + 1 :]
+        return {"input_ids": torch.from_numpy(inputs), "target_ids": torch.from_numpy(targets)}
+
+
+def read_examples(path: Path, end: str | None = None) -> list[Example]:
+    """Read the examples of a file; lines of white space are passed over, other keys too.
+
+    Args:
+        path: the file.
+        end: ends every response, added where it is not there; None adds nothing.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no example: `where` is file and line.
+    """
+    examples = []
+    # JSON text may hold other line separators of Unicode than this one.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line and not line.isspace():
+            examples.append(_ended(_example(line, f"{path}:{number}"), end))
+    return examples
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Return a SHA-256 that two lists share if they hold the same texts in the same order."""
+    result = hashlib.sha256()
+    for example in examples:
+        result.update(json.dumps([example.prompt, example.response]).encode() + b"\n")
+    return result.hexdigest()
+
+
+def encode_examples(
+    examples: Sequence[Example], tokenizer: Tokenizer, sequence_length: int
+) -> EncodedExamples:
+    """Encode examples, each of which must fit into one row.
+
+    Raises:
+        DataError: one has no token to learn, more than T + 1 tokens, or cannot be encoded; `where`
+            is its file and line.
+    """
+    pieces: list[np.ndarray] = []
+    starts, prompt_lengths = [0], []
+    for example in examples:
+        try:
+            prompt, response = tokenizer.encode(example.prompt), tokenizer.encode(example.response)
+        except DataError as error:
+            error.where = f"{example.where}: {error.where}" if error.where else example.where
+            raise
+        if len(prompt) + len(response) - max(len(prompt), 1) < 1:
+            raise DataError(
+                "there is no token to learn in this example",
+                where=example.where,
+                got=f"{len(prompt)} tokens of prompt and {len(response)} of response",
+                expected="a token of response that follows another token",
+                fix="remove the line, or complete it",
+            )
+        if tokenizer.end_id is not None:
+            response = np.append(response, response.dtype.type(tokenizer.end_id))
+        num_tokens = len(prompt) + len(response)
+        if num_tokens > sequence_length + 1:
+            raise DataError(
+                "this example is longer than the context",
+                where=example.where,
+                got=f"{num_tokens:,} tokens, {len(prompt):,} of them prompt",
+                expected=f"at most {sequence_length + 1:,} (data.sequence_length + 1)",
+                fix="raise data.sequence_length, or shorten or remove the example",
+            )
+        pieces += [prompt, response]
+        starts.append(starts[-1] + num_tokens)
+        prompt_lengths.append(len(prompt))
+    ids = np.concatenate(pieces) if pieces else np.empty(0, np.uint8)
+    return EncodedExamples(ids, np.array(starts), np.array(prompt_lengths, dtype=np.int64))
+
+
+class ExampleLoader(EpochLoader):
+    """Windows of examples, one a row, each once an epoch (`EpochLoader`).
+
+    Args:
+        examples: what to train on.
+        sequence_length: T, at least an example's tokens less one.
+        batch_size: B, examples in a micro-batch of one rank.
+        accumulation_steps: micro-batches of one rank in a step.
+        seed: of the order.
+        rank: this rank.
+        world_size: number of ranks.
+
+    Raises:
+        DataError: there is no example.
+        ValueError: a size below 1, or no such rank.
+    """
+
+    def __init__(
+        self,
+        examples: EncodedExamples,
+        sequence_length: int,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check_sizes(sequence_length, batch_size, rank, world_size, accumulation_steps)
+        if not len(examples):
+            raise DataError(
+                "there is no example to train on",
+                expected="at least 1 in the training part of data.split",
+                fix="add examples, or raise the first fraction of data.split",
+            )
+        super().__init__(
+            len(examples),
+            sequence_length,
+            batch_size,
+            accumulation_steps,
+            seed,
+            rank,
+            world_size,
+        )
+        self.examples = examples
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets that count in a step over all ranks, on average."""
+        return max(1, round(int(self.examples.num_targets.sum()) / len(self)))
+
+    def _gather(self, rows: np.ndarray) -> Batch:
+        return self.examples.batch(rows, self.sequence_length)
+
+
+class ExampleValidationLoader:
+    """Every example once, in order.
+
+    Args:
+        examples: what to evaluate on; none is an empty loader.
+        sequence_length: T, at least an example's tokens less one.
+        batch_size: B.
+        rank: this rank; rank r takes each world_size-th batch.
+        world_size: number of ranks.
+
+    Attributes:
+        num_tokens: targets that count, over all ranks.
+
+    Raises:
+        ValueError: a size below 1, or no such rank.
+    """
+
+    def __init__(
+        self,
+        examples: EncodedExamples,
+        sequence_length: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check_sizes(sequence_length, batch_size, rank, world_size)
+        self.examples = examples
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.num_tokens = int(examples.num_targets.sum())
+
+    def __len__(self) -> int:
+        """Return the batches over all ranks."""
+        return -(-len(self.examples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's batches."""
+        for number in range(self.rank, len(self), self.world_size):
+            first = number * self.batch_size
+            last = min(first + self.batch_size, len(self.examples))
+            yield self.examples.batch(np.arange(first, last), self.sequence_length)
+
+
+def _ended(example: Example, end: str | None) -> Example:
+    """Return an example whose response ends with a text and does not hold it earlier."""
+    # An empty response is left to be refused: what a model would learn of it is the end alone.
+    if end is None or not example.response:
+        return example
+    response = example.response.removesuffix(end) + end
+    # Also one that begins in the response and reaches into its end.
+    first = response.index(end)
+    if first + len(end) < len(response):
+        raise DataError(
+            "this response holds the text that ends a response, so a model would stop there",
+            where=example.where,
+            got=f"{end!a} after {first:,} characters",
+            expected=f"{end!a} at the end alone",
+            fix="set data.response_end to a text that no response holds, as '\\n\\n', or to null"
+            " where the tokenizer has an end of its own (bpe, most tokenizer.json)",
+        )
+    return replace(example, response=response)
+
+
+def _example(line: str, where: str) -> Example:
+    try:
+        value: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            "this line is not JSON", where=where, got=str(error), expected=_FORM
+        ) from error
+    if not isinstance(value, dict):
+        raise DataError(
+            "this line is no JSON object", where=where, got=type(value).__name__, expected=_FORM
+        )
+    for key in ("prompt", "response"):
+        if not isinstance(value.get(key), str):
+            raise DataError(
+                f"this line has no text under '{key}'",
+                where=where,
+                got=f"{type(value[key]).__name__}" if key in value else "no such key",
+                expected=_FORM,
+            )
+        try:
+            to_utf8(value[key])  # JSON can spell half of a surrogate pair
+        except DataError as error:
+            error.where = f"{where}: {key}: {error.where}"
+            raise
+    return Example(value["prompt"], value["response"], where)

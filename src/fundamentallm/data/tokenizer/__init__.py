@@ -1,0 +1,25 @@
+"""Text to token ids and back: one file for each kind of tokenizer; `base` has what they share."""
+
+from fundamentallm.data.tokenizer.base import (
+    TOKENIZERS,
+    Tokenizer,
+    build_tokenizer,
+    load_tokenizer,
+    tokenizer_from_dict,
+)
+from fundamentallm.data.tokenizer.byte import ByteTokenizer
+from fundamentallm.data.tokenizer.character import CharacterTokenizer
+from fundamentallm.data.tokenizer.subword import BpeTokenizer, FileTokenizer, SubwordTokenizer
+
+__all__ = [
+    "TOKENIZERS",
+    "BpeTokenizer",
+    "ByteTokenizer",
+    "CharacterTokenizer",
+    "FileTokenizer",
+    "SubwordTokenizer",
+    "Tokenizer",
+    "build_tokenizer",
+    "load_tokenizer",
+    "tokenizer_from_dict",
+]

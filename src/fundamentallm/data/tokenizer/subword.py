@@ -1,0 +1,352 @@
+"""Subword tokens, by the `tokenizers` library: byte-level BPE trained here, or any tokenizer.json.
+
+The library is imported when a tokenizer is made, never before.
+
+A long text is encoded in pieces, side by side on all cores. It is cut before a space behind a word,
+or before a line feed behind a letter or digit. The patterns of byte-level BPE (GPT-2's, Radford et
+al. 2019; those of later models alike) end a word there whatever comes before and after, so the ids
+are those of the whole. Only where a whole piece holds no such place is a text cut within a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fundamentallm.data.text_file import read_text, to_utf8
+from fundamentallm.data.tokenizer.base import TOKENIZERS, Tokenizer, checked_ids
+from fundamentallm.errors import ConfigError, DataError, MachineError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as LibraryTokenizer
+
+BATCH = 1 << 20  # characters encoded at once: the library needs some 100 bytes a token meanwhile
+END = "<|endoftext|>"
+KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "<|end|>")
+"""Names under which a tokenizer.json has the end of a document, as far as nobody says otherwise."""
+
+UNUSED = ("truncation", "padding", "post_processor")
+"""Keys of a tokenizer.json about what is cut off a text or put around it, which is never done."""
+
+# Of these, none looks across a boundary.
+_LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
+
+
+class SubwordTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library. Special tokens in a text are text.
+
+    Args:
+        state: the object of its tokenizer.json.
+        end: the token that ends a document; None: the first of `KNOWN_ENDS` that it has.
+
+    Attributes:
+        json: the object as it was given. What is in `UNUSED` is left out of account.
+
+    Raises:
+        ConfigError: it has no such token as `end`.
+        MachineError: the library is not installed.
+        ValueError: the library cannot read it.
+    """
+
+    kind = "file"
+
+    def __init__(self, state: Mapping[str, Any], end: str | None = None) -> None:
+        self.json = dict(state)
+        self.end = end
+        self._library = _from_json(self.json)
+        self._vocab_size = 1 + max(self._library.get_vocab().values(), default=-1)
+        if not self._vocab_size:
+            raise ValueError("the vocabulary is empty")
+        names = KNOWN_ENDS if end is None else (end,)
+        known = ids_by_name(self.json)
+        ids = [known[name] for name in names if name in known]
+        if end is not None and not ids:
+            raise ConfigError(
+                "the tokenizer has no such token", key="end", got=end, fix="name one that it has"
+            )
+        self._end_id = ids[0] if ids else None
+        self._cuts = _is_local(self.json)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return self._vocab_size
+
+    @property
+    def end_id(self) -> int | None:
+        """The id of the token that ends a document."""
+        return self._end_id
+
+    def find_cut(self, text: str) -> int:
+        """Return the place before the last space behind a word, else the end of the text.
+
+        0 where the tokenizer.json might read across such a place.
+        """
+        if not self._cuts:
+            return 0
+        return last_boundary(text) or len(text)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of a text.
+
+        Raises:
+            DataError: it holds half of a surrogate pair.
+        """
+        batches = _batches(self.pieces([text]))
+        encoded = [ids for batch in batches for ids in self.encode_many(batch)]
+        return np.concatenate(encoded) if encoded else np.empty(0, self._dtype)
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each text, on all cores.
+
+        Raises:
+            DataError: one holds half of a surrogate pair.
+        """
+        try:
+            encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            for text in texts:
+                to_utf8(text)  # says which character
+            raise
+        return [np.array(encoding.ids, dtype=self._dtype) for encoding in encoded]
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Return the text; special tokens have none, bytes that are no UTF-8 become U+FFFD."""
+        return str(self._library.decode(checked_ids(ids, self.vocab_size).tolist()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the type, the object of the tokenizer.json, and the end if it was chosen."""
+        end = {} if self.end is None else {"end": self.end}
+        return {"type": self.kind, "json": self.json, **end}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> SubwordTokenizer:
+        """Make a tokenizer from `to_dict`."""
+        tokenizer = cls.__new__(cls)
+        SubwordTokenizer.__init__(tokenizer, state["json"], state.get("end"))
+        return tokenizer
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of what is used of the tokenizer.json, wherever it came from."""
+        used = {key: value for key, value in self.json.items() if key not in UNUSED}
+        return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Return the tokenizer.json, which the library and all that use it open."""
+        return json.dumps(self.json, ensure_ascii=False, indent=1) + "\n"
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.min_scalar_type(self._vocab_size - 1)
+
+
+@TOKENIZERS.register("bpe")
+class BpeTokenizer(SubwordTokenizer):
+    """Byte-level BPE (Sennrich et al. 2016 on the bytes and words of Radford et al. 2019).
+
+    Any text can be encoded, and decoding gives it back. Equal texts train equal tokenizers.
+
+    Args:
+        vocab_size: V at most: 256 bytes, the end of a document, and merges as long as a pair
+            occurs twice; from 257.
+        texts: what to learn from.
+
+    Raises:
+        DataError: a text holds half of a surrogate pair.
+        MachineError: the library is not installed.
+        ValueError: vocab_size is below 257.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, vocab_size: int = 4096, *, texts: Iterable[str] = ()) -> None:
+        if vocab_size < 257:
+            raise ValueError(
+                f"vocab_size must be at least 257 (256 bytes and the end), got {vocab_size}"
+            )
+        super().__init__(_train(vocab_size, texts))
+
+
+@TOKENIZERS.register("file")
+class FileTokenizer(SubwordTokenizer):
+    """Any tokenizer.json of the `tokenizers` library.
+
+    Args:
+        path: the file.
+        end: the token that ends a document; None: the first of `KNOWN_ENDS` that it has.
+
+    Raises:
+        DataError: it cannot be read.
+        MachineError: the library is not installed.
+    """
+
+    def __init__(self, path: str, end: str | None = None) -> None:
+        try:
+            state = json.loads(read_text(Path(path).expanduser()))
+            super().__init__(state, end)
+        except (ValueError, RecursionError, RuntimeError, TypeError) as error:
+            raise DataError(
+                "this is not a tokenizer.json that the library `tokenizers` can read",
+                where=path,
+                got=str(error),
+                fix="name the tokenizer.json of a model",
+            ) from error
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise MachineError(
+            "subword tokenizers need the package `tokenizers`",
+            got=str(error),
+            fix="pip install 'fundamentallm[tokenizers]', or choose the tokenizer byte",
+        ) from error
+    return tokenizers
+
+
+def _from_json(state: Mapping[str, Any]) -> LibraryTokenizer:
+    tokenizers = _library()
+    try:
+        text = json.dumps(_out_of_reach(state))
+        library: LibraryTokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises the base class
+        raise ValueError(str(error)) from error
+    library.no_truncation()
+    library.no_padding()
+    # Else "<|endoftext|>" in somebody's text would end the document.
+    library.encode_special_tokens = True
+    return library
+
+
+def ids_by_name(state: Mapping[str, Any]) -> dict[str, int]:
+    """Return the tokens of a tokenizer.json."""
+    vocabulary = state["model"].get("vocab", {})
+    if not isinstance(vocabulary, Mapping):  # Unigram: pairs of a token and its score
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: token["id"] for token in _added(state)}}
+
+
+def _added(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return state.get("added_tokens") or []
+
+
+def _out_of_reach(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the special tokens that a model would find in a text by looking words up.
+
+    BPE makes tokens of merges, which never make a special one; the other kinds would take "</s>"
+    in somebody's text for the end of it, whatever the library is told about special tokens.
+    """
+    model = dict(state["model"])
+    special = {token["content"] for token in _added(state) if token.get("special")}
+    if not special or "merges" in model:
+        return dict(state)
+
+    def renamed(token: str) -> str:
+        return f"\0{token}\0" if token in special else token
+
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, Mapping):
+        model["vocab"] = {renamed(token): number for token, number in vocabulary.items()}
+    else:
+        model["vocab"] = [[renamed(token), score] for token, score in vocabulary]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = renamed(model["unk_token"])
+    added = [{**token, "content": renamed(token["content"])} for token in _added(state)]
+    return {**state, "model": model, "added_tokens": added}
+
+
+def _train(vocab_size: int, texts: Iterable[str]) -> dict[str, Any]:
+    tokenizers = _library()
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[END],
+        show_progress=False,
+    )
+
+    def checked() -> Iterator[str]:
+        for text in texts:
+            to_utf8(text)
+            yield text
+
+    library.train_from_iterator(checked(), trainer)
+    state: dict[str, Any] = json.loads(library.to_str())
+    return state
+
+
+def last_boundary(text: str) -> int:
+    """Return the last place where a word ends, whatever pattern of GPT-2's family finds words.
+
+    Before a space behind any character that is seen, or before a line feed behind a letter or digit
+    (behind others, later patterns take line feeds into the word). 0 for none.
+    """
+    end = len(text)
+    while (end := text.rfind(" ", 0, end)) > 0:
+        # Of white space and what is not printable, tables of Unicode differ in what they call it.
+        if text[end - 1].isprintable() and text[end - 1] != " ":
+            break
+    line = len(text)
+    while (line := text.rfind("\n", max(end, 0), line)) > 0:
+        if text[line - 1].isalnum():
+            return line
+    return max(end, 0)
+
+
+def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _is_local(state: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json reads nothing across a space behind a word.
+
+    So it is where its words are those of a byte-level pattern and nothing changes the text before;
+    a tokenizer.json with anything else encodes a document in one piece.
+    """
+    if state.get("added_tokens") and any(
+        " " in token.get("content", "") or token.get("lstrip") or token.get("rstrip")
+        for token in state["added_tokens"]
+        if not token.get("special")
+    ):
+        return False
+    normalizers = _flat(state.get("normalizer"), "normalizers")
+    if any(part.get("type") not in _LOCAL_NORMALIZERS for part in normalizers):
+        return False
+    parts = _flat(state.get("pre_tokenizer"), "pretokenizers")
+    return any(_ends_words(part) for part in parts) and not any(
+        part.get("add_prefix_space") for part in parts
+    )
+
+
+def _ends_words(part: Mapping[str, Any]) -> bool:
+    if part.get("type") == "ByteLevel":
+        return bool(part.get("use_regex", True))
+    # Patterns of GPT-2's family, as in Llama 3 and Qwen: a word takes a space before it at most.
+    pattern = str(part.get("pattern", {}).get("Regex", ""))
+    return part.get("type") == "Split" and "\\s+(?!\\S)" in pattern
+
+
+def _flat(part: Any, key: str) -> list[Mapping[str, Any]]:
+    if part is None:
+        return []
+    if isinstance(part, Mapping) and part.get("type") == "Sequence":
+        return [inner for item in part.get(key, []) for inner in _flat(item, key)]
+    return [part]

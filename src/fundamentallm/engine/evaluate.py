@@ -1,0 +1,291 @@
+"""The `evaluate` command."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from fundamentallm.data.corpus import Corpus, read_source, split_bounds, split_tokens
+from fundamentallm.data.examples import encode_examples
+from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.engine.assemble import read_run_source
+from fundamentallm.engine.console import printable, say, speaking
+from fundamentallm.engine.plugins import load_plugins
+from fundamentallm.errors import ConfigError, DataError
+from fundamentallm.inference.evaluate import (
+    Document,
+    Evaluated,
+    evaluate_documents,
+    example_documents,
+    split_documents,
+)
+from fundamentallm.inference.load import Trained, load_trained
+from fundamentallm.models.attention import use_kernel
+from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
+
+PARTS = {"train": "training", "val": "validation", "test": "test"}
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Print loss, perplexity and bits per character and byte."""
+    with speaking():
+        load_plugins(options.plugins, "--plugins")
+        _check(options)
+        trained = load_trained(options.model, resolve_device(options.device))
+        context = trained.config.model.sequence_length
+        assert context is not None
+        stride = context if options.stride is None else options.stride
+        if not 1 <= stride <= context:
+            raise ConfigError(
+                "stride is out of range",
+                key="--stride",
+                got=str(stride),
+                expected=f"1 to {context}, the context length",
+            )
+        corpus = _corpus(trained, options.data)
+        part = _part(corpus, options)
+        what = options.data or "the run's"
+        if part is not None:
+            what += f" {PARTS[part]} split"
+        if options.document_separator is not None and not any(
+            _is_text(member) for member in corpus.members
+        ):
+            raise ConfigError(
+                "--document-separator takes text apart, and this source is none",
+                got=what,
+                fix="leave it out: an example is a document, and --documents lists them",
+            )
+        apart = options.documents or options.document_separator is not None
+        documents = _documents(trained, corpus, part, apart, options.document_separator)
+        measured = [document for document in documents if document.num_predicted]
+        if not measured:
+            raise DataError(
+                "there is nothing to evaluate",
+                where=what,
+                got=f"{sum(len(document.tokens) for document in documents):,} tokens",
+                expected="at least 2",
+                fix="name a text with --data",
+            )
+        use_kernel(trained.model, trained.config.training.attention)
+        total, each = evaluate_documents(
+            trained.model,
+            trained.tokenizer,
+            measured,
+            context,
+            trained.config.data.batch_size,
+            _precision(trained),
+            stride,
+            corpus.end_id if trained.config.data.packing == "document" else None,
+        )
+    by_name = list(zip((document.name for document in measured), each, strict=True))
+    num_left_out = len(documents) - len(measured)
+    if options.json:
+        about = {
+            "checkpoint": str(trained.checkpoint),
+            "step": trained.manifest.step,
+            "averaged_weights": trained.averaged,
+            "data": what,
+            "context_length": context,
+            "stride": stride,
+            **total.to_dict(),
+        }
+        if apart:
+            about["documents"] = [{"name": name, **one.to_dict()} for name, one in by_name]
+            about["documents_too_short"] = num_left_out
+        say(json.dumps(about))
+        return 0
+    weights = ", averaged weights" if trained.averaged else ""
+    say(f"checkpoint          {trained.checkpoint} (step {trained.manifest.step}{weights})")
+    say(f"data                {what}")
+    if stride != context:
+        say(f"windows             of {context} tokens, {stride} apart")
+    say(f"loss                {total.loss:.4f} nats per token")
+    say(f"perplexity          {total.perplexity:.3f}")
+    say(f"bits per character  {total.bits_per_character:.4f}")
+    say(f"bits per byte       {total.bits_per_byte:.4f}")
+    say(f"tokens              {total.num_tokens:,}")
+    if apart:
+        _table(by_name, num_left_out)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.document_separator == "":
+        raise ConfigError(
+            "--document-separator is empty", fix="name the text that ends a document, as '<end>'"
+        )
+
+
+def _part(corpus: Corpus, options: argparse.Namespace) -> str | None:
+    """Return the part to measure; None: all of a text that --data names."""
+    if options.data is None or corpus.splits is not None:
+        return options.split or "val"
+    if options.split is not None:
+        raise ConfigError(
+            "--split is a part of the run's own text, and --data names another",
+            got=f"--split {options.split} --data {options.data}",
+            expected="--split with text that was split when it was prepared",
+            fix="leave out one of them",
+        )
+    return None
+
+
+def _is_text(corpus: Corpus) -> bool:
+    return corpus.examples is None and corpus.tokens is None and corpus.splits is None
+
+
+def _table(by_name: list[tuple[str, Evaluated]], num_left_out: int) -> None:
+    say()
+    short = f"; {num_left_out:,} with nothing to predict left out" if num_left_out else ""
+    say(f"{len(by_name):,} documents, each read by itself{short}")
+    say(f"{'tokens':>10} {'loss':>8} {'perplexity':>12} {'bits/char':>10} {'bits/byte':>10}  name")
+    for name, one in by_name:
+        say(
+            f"{one.num_tokens:>10,} {one.loss:>8.4f} {one.perplexity:>12.3f}"
+            f" {one.bits_per_character:>10.4f} {one.bits_per_byte:>10.4f}  {printable(name)}"
+        )
+
+
+def _precision(trained: Trained) -> Precision:
+    """Return the precision of the run, or what comes nearest on this device."""
+    device = next(trained.model.parameters()).device
+    training = trained.config.training
+    if device.type == "cuda" or training.precision != "fp16":
+        return Precision(training.precision, device, training.bf16_weights is True)
+    return Precision(resolve_precision("auto", False, device), device)
+
+
+def _corpus(trained: Trained, data: str | None) -> Corpus:
+    """Return the source to evaluate on, None for the run's own."""
+    if data is not None:
+        corpus = read_source(data, response_end=trained.config.data.response_end)
+        if corpus.tokenizer is not None:
+            expected = trained.tokenizer.fingerprint()
+            if corpus.tokenizer.fingerprint() != expected:
+                raise DataError(
+                    "the token file was made with another tokenizer than the model's",
+                    where=data,
+                    got=f"tokenizer {corpus.tokenizer.fingerprint()[:16]}",
+                    expected=f"tokenizer {expected[:16]}",
+                    fix="name the text itself, or a token file made with the model's tokenizer",
+                )
+        return corpus
+    corpus = read_run_source(trained.config.data, trained.run_dir)
+    expected = trained.manifest.metadata["data"]["sha256"]
+    if corpus.sha256 != expected:
+        raise DataError(
+            "the run's text has changed, so its splits are others",
+            where=corpus.name,
+            got=f"SHA-256 {corpus.sha256}",
+            expected=f"SHA-256 {expected}",
+            fix="restore the text, or name one with --data",
+        )
+    return corpus
+
+
+def _documents(
+    trained: Trained, corpus: Corpus, part: str | None, apart: bool, separator: str | None
+) -> list[Document]:
+    """Return what is to be measured: the texts of a source, or those of a part of the split.
+
+    Args:
+        trained: the model.
+        corpus: the source.
+        part: "train", "val" or "test"; None: all of the source.
+        apart: whether each document of a text stands alone; examples always do.
+        separator: what ends a document inside a file of text.
+    """
+    tokenizer, fractions = trained.tokenizer, trained.config.data.split
+    if corpus.examples is not None:
+        context = trained.config.model.sequence_length
+        assert context is not None
+        encoded = encode_examples(corpus.examples, tokenizer, context)
+        numbers = np.arange(len(encoded))
+        if part is not None:
+            numbers = np.asarray(split_tokens(numbers, fractions)[part])
+        names = [corpus.examples[number].where for number in numbers]
+        return example_documents(encoded.part(numbers), names)
+    return [
+        document
+        for member in corpus.members
+        for document in (
+            _text_documents(member, tokenizer, fractions, part, separator)
+            if apart and _is_text(member)
+            else _token_documents(member, tokenizer, fractions, part, apart)
+        )
+    ]
+
+
+def _token_documents(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    fractions: Sequence[float],
+    part: str | None,
+    apart: bool,
+) -> list[Document]:
+    """Return the tokens of a source or its part; where they have ends, cut there if wanted."""
+    parts = corpus.parts(tokenizer, fractions if part else (1.0, 0.0, 0.0))
+    whole = Document(corpus.name, parts[part or "train"])
+    if apart and corpus.end_id is not None:
+        return split_documents(whole, corpus.end_id)
+    return [whole]
+
+
+def _text_documents(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    fractions: Sequence[float],
+    part: str | None,
+    separator: str | None,
+) -> list[Document]:
+    """Return the documents of a text or its part, which may cut those at its two ends."""
+    pieces = [_document(name, text, tokenizer) for name, text in _texts(corpus, separator)]
+    if part is None:
+        return pieces
+    ends = [0, *itertools.accumulate(len(piece.tokens) for piece in pieces)]
+    # The split is of the tokens of the whole text.
+    if ends[-1] != len(tokenizer.encode(corpus.text)):
+        raise DataError(
+            "the tokenizer joins the end of a document with the next, so that a split of the text"
+            " cannot be taken apart",
+            where=", ".join(name for name, _, _ in corpus.pieces),
+            fix="name the documents with --data",
+        )
+    number = list(PARTS).index(part)
+    begin, end = split_bounds(ends[-1], fractions)[number : number + 2]
+    return [
+        Document(piece.name, piece.tokens[max(begin - start, 0) : max(end - start, 0)])
+        for piece, start in zip(pieces, ends, strict=False)
+        if start < end and start + len(piece.tokens) > begin
+    ]
+
+
+def _document(name: str, text: str, tokenizer: Tokenizer) -> Document:
+    try:
+        return Document(name, tokenizer.encode(text))
+    except DataError as error:
+        error.where = f"{name}: {error.where}" if error.where else name
+        raise
+
+
+def _texts(corpus: Corpus, separator: str | None) -> Iterator[tuple[str, str]]:
+    """Yield the documents of a text: its files, or with a separator what lies between.
+
+    A separator belongs to the document that it ends, as do more of them in a row.
+    """
+    for name, start, length in corpus.pieces:
+        text = corpus.text[start : start + length]
+        if separator is None:
+            yield name, text
+            continue
+        first, line = 0, 1
+        for found in re.finditer(f"(?:{re.escape(separator)})+|\\Z", text):
+            document = text[first : found.end()]
+            if document:
+                yield f"{name}:{line}", document
+            first, line = found.end(), line + document.count("\n")

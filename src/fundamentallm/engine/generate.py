@@ -1,0 +1,130 @@
+"""The `generate` command."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from fundamentallm.engine.console import printable, say, speaking
+from fundamentallm.engine.plugins import load_plugins
+from fundamentallm.errors import ConfigError, FundamentaLLMError
+from fundamentallm.inference.generate import Piece, stream_texts
+from fundamentallm.inference.load import Trained, load_trained
+from fundamentallm.training.precision import resolve_device
+
+HISTORY_LENGTH = 1000  # prompts
+SAMPLES_AT_ONCE = 16
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Stream text to the terminal, for one prompt or for each that is typed."""
+    with speaking():
+        load_plugins(options.plugins, "--plugins")
+        trained = load_trained(options.model, resolve_device(options.device))
+        if options.num_samples < 1:
+            raise ConfigError(
+                "num_samples is out of range", got=str(options.num_samples), expected="at least 1"
+            )
+        if options.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
+            return _interactive(trained, options)
+        _write(trained, options, options.prompt or "", options.seed)
+    return 0
+
+
+def _interactive(trained: Trained, options: argparse.Namespace) -> int:
+    seed = options.seed
+    say("Type a prompt and press Enter; Ctrl-C stops a text, Ctrl-D ends.")
+    with _history():
+        while True:
+            try:
+                prompt = input("> ")
+            except EOFError:
+                say()
+                return 0
+            try:
+                _write(trained, options, prompt, seed)
+            except KeyboardInterrupt:
+                say()
+            except FundamentaLLMError as error:
+                say(printable(str(error)))
+            seed += options.num_samples
+
+
+@contextlib.contextmanager
+def _history() -> Iterator[None]:
+    """Give `input` line editing and the prompts of earlier sessions, where there is readline."""
+    try:
+        import readline
+
+        path = history_path()
+    except (ImportError, RuntimeError):  # the latter: a user without a home
+        yield
+        return
+    # A home that cannot be read or written is no reason to refuse a prompt.
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        readline.set_history_length(HISTORY_LENGTH)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Prompts are the user's own affair.
+            path.touch(mode=0o600)
+            readline.write_history_file(path)
+
+
+def history_path() -> Path:
+    """Return the file of the prompts typed earlier, where the XDG specification has such files."""
+    home = os.environ.get("XDG_STATE_HOME", "")
+    state = Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "state"
+    return state / "fundamentallm" / "prompts"
+
+
+def _write(trained: Trained, options: argparse.Namespace, prompt: str, seed: int) -> None:
+    """Write the samples of a prompt one below the other, each as soon as it is known."""
+    for first in range(0, options.num_samples, SAMPLES_AT_ONCE):
+        numbers = range(first, min(first + SAMPLES_AT_ONCE, options.num_samples))
+        pieces = stream_texts(
+            trained.model,
+            trained.tokenizer,
+            [prompt] * len(numbers),
+            options.max_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            stop=options.stop or trained.stop,
+            stop_ids=trained.stop_ids,
+            seeds=[seed + number for number in numbers],
+        )
+        shown = None
+        for piece in in_order(pieces):
+            if piece.row != shown:
+                shown = piece.row
+                if options.num_samples > 1:
+                    say(f"--- sample {numbers[shown] + 1} ---")
+                say(printable(prompt), end="")
+            say(printable(piece.text), end="\n" if piece.last else "")
+
+
+def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Yield the pieces row by row: those of row 0 as they come, others when their turn is."""
+    row = 0
+    later: dict[int, Piece] = {}
+    for piece in pieces:
+        if piece.row > row:
+            before = later[piece.row].text if piece.row in later else ""
+            later[piece.row] = piece._replace(text=before + piece.text)
+            continue
+        yield piece
+        row += piece.last
+        while row in later:
+            waited = later.pop(row)
+            yield waited
+            row += waited.last

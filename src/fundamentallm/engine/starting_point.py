@@ -1,0 +1,133 @@
+"""What a run starts from: random weights, a folder (`model.init_from`), or its own checkpoint.
+
+A folder is read once, when a run begins. A run that goes on has the sizes, the tokenizer and the
+weights in its checkpoint, so the folder may be gone by then.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fundamentallm.config import RunConfig
+from fundamentallm.data.text_file import read_text
+from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
+from fundamentallm.data.tokenizer_json import read_tokenizer_json
+from fundamentallm.engine.run_directory import RunDirectory
+from fundamentallm.errors import ConfigError, DataError
+from fundamentallm.models.pretrained import Pretrained
+from fundamentallm.models.transformer import Transformer
+from fundamentallm.training.manifest import Manifest
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where a run's weights come from.
+
+    Attributes:
+        config: the run's, with what a folder decides filled in.
+        written: the run's, as written.
+        pretrained: the folder to read, None where nothing is to be read.
+        checkpoint: what the run goes on from, None to begin.
+        notes: decisions to tell the user.
+    """
+
+    config: RunConfig
+    written: RunConfig
+    pretrained: Pretrained | None = None
+    checkpoint: Manifest | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the folder's tokenizer; None if the configuration chooses one.
+
+        Raises:
+            ConfigError: the folder has none.
+            DataError: it cannot be read.
+        """
+        if "tokenizer" not in self.written.left_to_init_from:
+            return None
+        if self.checkpoint is not None:
+            return tokenizer_from_dict(self.checkpoint.metadata["tokenizer"], self.checkpoint.name)
+        assert self.pretrained is not None
+        path = self.pretrained.folder / TOKENIZER
+        if path.exists():
+            return read_tokenizer_json(path, _end_of_text(path.with_name(TOKENIZER_CONFIG)))
+        with self.written.blame("data.tokenizer"):
+            raise ConfigError(
+                "the folder to start from has no tokenizer, and a new one would give the ids"
+                " other meanings",
+                got=f"no {TOKENIZER} in {self.pretrained.folder}",
+                fix="set data.tokenizer to the one that the model was trained with",
+            )
+
+    def load_into(self, model: Transformer) -> None:
+        """Put the folder's weights into a new model; without a folder, leave it as it is.
+
+        Raises:
+            CheckpointError: the weights are not those that the folder describes.
+            ConfigError: as `Pretrained.state`.
+        """
+        if self.pretrained is not None:
+            model.load_state_dict(self.pretrained.state(model.config))
+
+
+def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
+    """Find out what a run starts from; a folder's weights are not read yet.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+        ConfigError: it is of another family, or the configuration says otherwise than it.
+    """
+    folder = config.model.init_from
+    if folder is None:
+        return StartingPoint(config, config)
+    if directory.checkpoint is not None:
+        began_with = RunConfig.model_validate(directory.checkpoint.metadata["config"])
+        data = {"sequence_length": began_with.data.sequence_length}
+        completed = config.model_copy(
+            update={"model": began_with.model, "data": config.data.model_copy(update=data)}
+        )
+        return StartingPoint(completed, config, checkpoint=directory.checkpoint)
+    with config.blame("model"):
+        pretrained = Pretrained.open(folder)
+        model = pretrained.adopt(config.model)
+    notes = [f"the weights start from {folder}"]
+    assert model.sequence_length is not None
+    length = model.sequence_length
+    if "sequence_length" not in config.left_to_init_from:
+        length = config.data.sequence_length
+        in_data = "sequence_length" in config.data.model_fields_set
+        with config.blame("data" if in_data else "model"):
+            pretrained.check_length(length)
+        if length < model.sequence_length:
+            notes.append(f"the context length is {length} in place of {model.sequence_length}")
+    if "tokenizer" not in config.left_to_init_from and (pretrained.folder / TOKENIZER).exists():
+        notes.append(f"data.tokenizer is used in place of the {TOKENIZER} in {folder}")
+    completed = config.model_copy(
+        update={
+            "model": model.model_copy(update={"sequence_length": length}),
+            "data": config.data.model_copy(update={"sequence_length": length}),
+        }
+    )
+    return StartingPoint(completed, config, pretrained, notes=notes)
+
+
+def _end_of_text(path: Path) -> str | None:
+    """Return the token that a folder's tokenizer_config.json calls the end of a text."""
+    if not path.exists():
+        return None
+    try:
+        said = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            "the tokenizer's configuration is not JSON", where=str(path), got=str(error)
+        ) from error
+    end = said.get("eos_token") if isinstance(said, dict) else None
+    if isinstance(end, dict):
+        end = end.get("content")
+    return end if isinstance(end, str) else None

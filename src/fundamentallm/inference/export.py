@@ -1,0 +1,164 @@
+"""A trained model, written for other tools.
+
+`hf`     a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` open by themselves
+`torch`  one file for `torch.load(path, weights_only=True)`
+
+An export appears whole or not at all, and never takes the place of something else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fundamentallm.data.tokenizer_json import token_name, tokenizer_json
+from fundamentallm.errors import CheckpointError
+from fundamentallm.inference.load import Trained
+from fundamentallm.models.layouts import layout_for
+from fundamentallm.registry import Registry
+from fundamentallm.training.checkpoint import save_weights
+from fundamentallm.training.filesystem import (
+    Filesystem,
+    make_directories,
+    random_suffix,
+    write_file,
+)
+from fundamentallm.training.tensor_file import tensor_file_chunks
+
+EXPORTS: Registry[Callable[[Trained, Path], None]] = Registry("export format")
+
+
+def export(trained: Trained, format_name: str, path: Path) -> None:
+    """Write a model in one of the formats of `EXPORTS`.
+
+    Args:
+        trained: the model; its weights are written as float32.
+        format_name: "hf" or "torch".
+        path: must not exist; missing parents are made.
+
+    Raises:
+        ConfigError: the format is unknown, or cannot express the model: `key` is the field.
+        CheckpointError: something is at the path.
+        OSError: the disk refuses; nothing is left at the path.
+    """
+    write = EXPORTS.get(format_name)
+    if Filesystem().status(path) is not None:
+        raise CheckpointError(
+            "there is something at the path already, and an export replaces nothing",
+            where=str(path),
+            fix="choose a new path with --out, or remove what is there",
+        )
+    write(trained, path)
+
+
+@EXPORTS.register("hf")
+def export_hf(trained: Trained, path: Path) -> None:
+    """Write a folder of the transformers library.
+
+    No text is a special token: `<unk>` is five characters, and nothing is put before a prompt. The
+    end of a document is the end of a text there, where the tokenizer has one. Where a model learnt
+    to end its responses with one token, `generate` there stops at it too.
+    """
+    config = trained.config.model
+    layout = layout_for(config)
+    weights = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
+    length = config.sequence_length
+    tokenizer = tokenizer_json(trained.tokenizer)
+    end_id = trained.tokenizer.end_id
+    end = None if end_id is None else token_name(tokenizer, end_id)
+    # Written as null: the families' own defaults are ids that mean something else here.
+    special = {"bos_token_id": None, "eos_token_id": end_id, "pad_token_id": None}
+    write_folder(
+        path,
+        {
+            "config.json": _json(
+                {
+                    **layout.describe(config),
+                    **special,
+                    "use_cache": True,
+                    # The first name is read by transformers 4, the second by 5.
+                    "torch_dtype": "float32",
+                    "dtype": "float32",
+                }
+            ),
+            "generation_config.json": _json({**special, **_stops(trained)}),
+            "model.safetensors": tensor_file_chunks(layout.to_theirs(config, weights)),
+            "tokenizer.json": _json(tokenizer),
+            "tokenizer_config.json": _json(
+                {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "model_max_length": length,
+                    "clean_up_tokenization_spaces": False,
+                    "split_special_tokens": True,
+                    **({} if end is None else {"eos_token": end}),
+                    "model_input_names": ["input_ids", "attention_mask"],
+                }
+            ),
+        },
+    )
+
+
+@EXPORTS.register("torch")
+def export_torch(trained: Trained, path: Path) -> None:
+    """Write one file: `model` (the state_dict), `config`, `tokenizer`, `step`, `metrics`."""
+    weights: dict[str, Tensor] = trained.model.state_dict()
+    score = trained.manifest.metadata.get("val_loss")
+    save_weights(
+        path,
+        weights,
+        step=trained.manifest.step,
+        metrics={} if score is None else {"val_loss": score},
+        config=trained.config.model_dump(mode="json"),
+        tokenizer=trained.tokenizer.to_dict(),
+    )
+
+
+def _stops(trained: Trained) -> dict[str, int | list[int]]:
+    learnt = [trained.tokenizer.encode(text).tolist() for text in trained.stop]
+    ids = trained.stop_ids + [one[0] for one in learnt if len(one) == 1]
+    if not ids:
+        return {}
+    # Padding comes after the end alone, so it may be any token.
+    return {"eos_token_id": ids[0] if len(ids) == 1 else ids, "pad_token_id": ids[0]}
+
+
+def write_folder(
+    path: Path,
+    files: Mapping[str, Iterable[bytes | memoryview]],
+    filesystem: Filesystem | None = None,
+) -> None:
+    """Write a new folder of files that appears under its name when all of it is on the disk.
+
+    Args:
+        path: the folder; missing parents are made.
+        files: contents by name, in chunks.
+        filesystem: the disk operations.
+
+    Raises:
+        OSError: the disk refuses, or something is at the path; nothing new is left there.
+    """
+    filesystem = filesystem or Filesystem()
+    make_directories(filesystem, path.absolute().parent)
+    staging = path.with_name(f".{path.name}.tmp-{random_suffix()}")
+    filesystem.make_directory(staging)
+    try:
+        for name, chunks in files.items():
+            write_file(filesystem, staging / name, chunks)
+        filesystem.sync_directory(staging)
+        filesystem.rename(staging, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for name in filesystem.names(staging):
+                filesystem.remove_file(staging / name)
+            filesystem.remove_directory(staging)
+        raise
+    filesystem.sync_directory(path.absolute().parent)
+
+
+def _json(value: Mapping[str, Any]) -> list[bytes]:
+    return [json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False).encode() + b"\n"]

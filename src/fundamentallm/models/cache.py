@@ -1,0 +1,163 @@
+"""The KV cache: what attention read of a text before, so that a new token is computed alone.
+
+A cache lives for one generation. Its buffers are allocated once, for the whole context; nothing is
+ever concatenated. There are two uses, each made for one forward pass:
+
+```python
+cache = model.new_cache(batch=2, capacity=256)
+model(ids, cache=cache.fill([0, 1], [5, 3]))    # (2, 5): prompts, padded at the right
+model(token, cache=cache.step())                # (2, 1): one token more in each row
+```
+
+- A fill begins rows anew. Its tokens read one another alone, so it is the plain causal forward;
+  no token of a row sees the padding at its right, and the row's next token overwrites it.
+- A step adds one token to every row, each at its own length.
+
+Shapes: B rows, L columns in use, C capacity, T tokens a row, H query heads, G key and value heads,
+K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fundamentallm.models.attention import Attend, cached_attention, flash_attention
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """One forward pass that keeps its keys and values.
+
+    Attributes:
+        places: positions of the tokens, (B, T) or (1, T) for all rows, int64.
+        layers: the attention of each layer.
+    """
+
+    places: Tensor
+    layers: Sequence[Attend]
+
+
+class KVCache:
+    """Keys and values of the tokens of B rows, each of its own length.
+
+    Args:
+        batch: B.
+        capacity: C, tokens a row.
+        num_layers: number of blocks.
+        num_kv_heads: G.
+        head_width: K.
+        dtype, device: of the keys and values.
+
+    Attributes:
+        lengths: tokens that each row holds.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (batch, num_kv_heads, capacity, head_width)
+        # Zeros: a masked column has weight 0, and 0 times what memory held may be NaN.
+        self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._values = [torch.zeros_like(keys) for keys in self._keys]
+        self._columns = torch.arange(capacity, device=device)
+        self.capacity = capacity
+        self.lengths = [0] * batch
+
+    def fill(self, rows: Sequence[int], lengths: Sequence[int]) -> CacheUse:
+        """Begin rows anew with tokens that are padded at the right to the longest.
+
+        The tokens of the pass are (len(rows), T), or (1, T) where all rows begin alike.
+
+        Args:
+            rows: distinct; what they held is forgotten.
+            lengths: tokens of each of them without padding; T is the largest.
+        """
+        time = max(lengths)
+        assert time <= self.capacity
+        for row, length in zip(rows, lengths, strict=True):
+            self.lengths[row] = length
+        index = None
+        if list(rows) != list(range(len(self.lengths))):
+            index = torch.tensor(rows, device=self._columns.device)
+        layers = [
+            partial(_fill, keys, values, index)
+            for keys, values in zip(self._keys, self._values, strict=True)
+        ]
+        return CacheUse(self._columns[None, :time], layers)
+
+    def step(self) -> CacheUse:
+        """Add one token to every row; none may be full."""
+        most = max(self.lengths)
+        assert most < self.capacity
+        attend: partial[Tensor]
+        if min(self.lengths) == most:
+            places = self._columns[None, most : most + 1]
+            attend = partial(_step, most)
+        else:
+            places = torch.tensor(self.lengths, device=self._columns.device)[:, None]
+            visible = self._columns[: most + 1] <= places  # (B, L)
+            rows = torch.arange(len(self.lengths), device=places.device)
+            attend = partial(_ragged_step, rows, places[:, 0], visible[:, None, None])
+        self.lengths = [length + 1 for length in self.lengths]
+        layers = [
+            partial(attend, keys, values)
+            for keys, values in zip(self._keys, self._values, strict=True)
+        ]
+        return CacheUse(places, layers)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these, which are numbered anew in this order."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self._columns.device)
+        self._keys = [keys[index] for keys in self._keys]
+        self._values = [values[index] for values in self._values]
+        self.lengths = [self.lengths[row] for row in rows]
+
+
+def _fill(
+    keys: Tensor, values: Tensor, rows: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    time = key.size(2)
+    for kept, new in ((keys, key), (values, value)):
+        if rows is None:
+            kept[:, :, :time] = new
+        else:
+            kept[rows, :, :time] = new.to(kept.dtype)
+    return flash_attention(query, key, value)
+
+
+def _step(
+    column: int, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Attend where all rows have the same length: plain slices, no mask."""
+    keys[:, :, column : column + 1] = key
+    values[:, :, column : column + 1] = value
+    return cached_attention(query, keys[:, :, : column + 1], values[:, :, : column + 1])
+
+
+def _ragged_step(
+    rows: Tensor,
+    columns: Tensor,
+    visible: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    keys[rows, :, columns] = key[:, :, 0].to(keys.dtype)
+    values[rows, :, columns] = value[:, :, 0].to(values.dtype)
+    end = visible.size(-1)
+    return cached_attention(query, keys[:, :, :end], values[:, :, :end], visible)

@@ -1,0 +1,241 @@
+"""From prompts to texts: one token more for each row of a batch, again and again.
+
+What the model sees of a text is its window, the same with a KV cache and without:
+
+- While the text fits into the context length T, the window is the whole text; of a longer prompt
+  it is the last T tokens.
+- When a token more would not fit, the window begins anew with the newest token and the T // 2
+  before it, and grows from there.
+
+A window that slid by one token each time would give every kept key and value another position, and
+what the upper layers keep of a token also depends on the tokens before it; so each token would
+cost a whole context. Beginning anew every (T + 1) // 2 tokens costs half a context that often,
+and the cached text is exactly the text of plain forward passes over the same windows.
+
+A row never depends on the rows beside it: it has its own window, length and random numbers.
+"""
+
+from __future__ import annotations
+
+import operator
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fundamentallm.models.cache import KVCache
+from fundamentallm.models.sampling import SamplingRules, sample_next
+
+_DRAWS = 64  # random numbers taken at once; part of what a seed means
+
+
+class Generation:
+    """Texts that grow by one token a step.
+
+    Each step runs without gradients and in evaluation mode; between steps the modes of all
+    modules are as they were. The global random state is never touched.
+
+    Args:
+        model: maps (B, T) int64 ids to logits (B, T, V), causally. It sees at most
+            `model.sequence_length` tokens, or all of them if it has no such attribute. If it has
+            `new_cache`, as `Transformer` does, a step computes the new tokens alone.
+        prompts: token ids, at least one each; any length.
+        max_new_tokens: the most steps that will be taken, >= 0.
+        rules: how a token is chosen.
+        seeds: one for each row, 0 to 2^64 - 1; None: of chance. A row's text follows from its
+            prompt and seed alone, on any device.
+        use_cache: False recomputes the window at every step, the reference for the cache.
+
+    Attributes:
+        rows: numbers of the prompts that still grow.
+        texts: all ids of each prompt so far, its own included, also of those that ended.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        rules: SamplingRules,
+        seeds: Sequence[int] | None = None,
+        *,
+        use_cache: bool = True,
+    ) -> None:
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise ValueError("there must be prompts, each of at least one token")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+        if seeds is None:
+            seeds = [secrets.randbits(63) for _ in prompts]
+        if len(seeds) != len(prompts):
+            raise ValueError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
+        self.model = model
+        self.rules = rules
+        self.rows = list(range(len(prompts)))
+        self.texts = [[operator.index(token) for token in prompt] for prompt in prompts]
+        self._remaining = max_new_tokens
+        self._modules = list(model.modules())
+        parameter = next(model.parameters(), None)
+        self._device = torch.device("cpu") if parameter is None else parameter.device
+        self._context: int | None = getattr(model, "sequence_length", None)
+        self._starts = [
+            0 if self._context is None else max(0, len(text) - self._context) for text in self.texts
+        ]
+        self._cache: KVCache | None = None
+        if use_cache and max_new_tokens and hasattr(model, "new_cache"):
+            longest = max(map(len, prompts)) + max_new_tokens - 1
+            with torch.inference_mode():
+                self._cache = model.new_cache(  # type: ignore[operator]
+                    len(prompts), min(longest, self._context or longest)
+                )
+        self._last = self._tensor([text[-1] for text in self.texts])
+        # Always on the CPU, so that a seed means the same text on every device.
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._uniforms = torch.empty(len(prompts), 0, dtype=torch.float64)
+        self._num_drawn = 0
+        self._seen: Tensor | None = None
+
+    def step(self) -> Tensor:
+        """Add one token to each row that still grows.
+
+        Returns:
+            The tokens, (R,) int64, in the order of `rows`.
+
+        Raises:
+            NumericalError: as in `sample_next`.
+        """
+        assert self._remaining > 0
+        with torch.inference_mode(), self._evaluation_mode():
+            first = self._num_drawn == 0
+            logits = self._next_logits(first)  # (R, V)
+            if self.rules.repetition_penalty != 1:
+                self._mark_seen(logits)
+            self._last = sample_next(logits, self.rules, self._next_uniforms(), self._seen)
+        self._num_drawn += 1
+        self._remaining -= 1
+        for row, token in zip(self.rows, self._last.tolist(), strict=True):
+            self.texts[row].append(token)
+        # Not an inference tensor, which autograd would refuse wherever the caller takes it.
+        return self._last.clone()
+
+    def end(self, rows: Sequence[int]) -> None:
+        """Let rows grow no further.
+
+        Args:
+            rows: numbers of prompts.
+        """
+        places = [place for place, row in enumerate(self.rows) if row not in rows]
+        if len(places) == len(self.rows):
+            return
+        self.rows = [self.rows[place] for place in places]
+        self._generators = [self._generators[place] for place in places]
+        self._uniforms = self._uniforms[places]
+        with torch.inference_mode():
+            self._last = self._last[places]
+            if self._seen is not None:
+                self._seen = self._seen[places]
+            if self._cache is not None:
+                self._cache.keep(places)
+
+    def _next_logits(self, first: bool) -> Tensor:
+        """Return the logits (R, V) after the last token of each row."""
+        begun = []
+        for place, row in enumerate(self.rows):
+            if self._context is not None:
+                length = len(self.texts[row]) - self._starts[row]
+                if length > self._context:
+                    self._starts[row] += (self._context + 1) // 2
+                    begun.append(place)
+        if self._cache is None:
+            return self._recomputed_logits()
+        if first or begun:
+            self._fill(self._cache, list(range(len(self.rows))) if first else begun)
+        return self.model(self._last.unsqueeze(-1), cache=self._cache.step())[:, 0]  # type: ignore[no-any-return]
+
+    def _fill(self, cache: KVCache, places: list[int]) -> None:
+        """Bring windows into the cache, without their last tokens, which are the step's."""
+        windows = [self._window(self.rows[place])[:-1] for place in places]
+        use = cache.fill(places, [len(window) for window in windows])
+        if all(window == windows[0] for window in windows):
+            del windows[1:]  # read once, kept for all
+        ids = self._padded(windows)
+        if ids.numel():
+            self.model(ids, return_hidden=True, cache=use)
+
+    def _recomputed_logits(self) -> Tensor:
+        windows = [self._window(row) for row in self.rows]
+        logits: Tensor = self.model(self._padded(windows))
+        lasts = self._tensor([len(window) - 1 for window in windows])
+        return logits[torch.arange(len(lasts), device=logits.device), lasts]
+
+    def _window(self, row: int) -> list[int]:
+        return self.texts[row][self._starts[row] :]
+
+    def _padded(self, windows: list[list[int]]) -> Tensor:
+        """Return (len(windows), T), padded at the right, where causality hides it."""
+        time = max(map(len, windows))
+        return self._tensor([window + [0] * (time - len(window)) for window in windows])
+
+    def _tensor(self, ids: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self._device)
+
+    def _next_uniforms(self) -> Tensor | None:
+        if self.rules.temperature == 0:
+            return None
+        column = self._num_drawn % _DRAWS
+        if column == 0:
+            self._uniforms = torch.stack(
+                [
+                    torch.rand(_DRAWS, dtype=torch.float64, generator=generator)
+                    for generator in self._generators
+                ]
+            ).to(self._device)
+        return self._uniforms[:, column]
+
+    def _mark_seen(self, logits: Tensor) -> None:
+        if self._seen is None:
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+            for place, row in enumerate(self.rows):
+                self._seen[place, self._tensor(self.texts[row])] = True
+        self._seen.scatter_(1, self._last.unsqueeze(-1), True)
+
+    @contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        training = [module for module in self._modules if module.training]
+        if training:
+            self.model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def generate_tokens(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    rules: SamplingRules,
+    seeds: Sequence[int] | None = None,
+    *,
+    use_cache: bool = True,
+) -> Iterator[Tensor]:
+    """Continue prompts, one token at a time.
+
+    Args:
+        model, prompts, max_new_tokens, rules, seeds, use_cache: as in `Generation`.
+
+    Returns:
+        An iterator over `max_new_tokens` tensors of ids (B,) int64.
+
+    Raises:
+        ValueError: an argument is out of range, at the call, before the first token.
+        NumericalError: as in `sample_next`, while iterating.
+    """
+    generation = Generation(model, prompts, max_new_tokens, rules, seeds, use_cache=use_cache)
+    return (generation.step() for _ in range(max_new_tokens))

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fundamentallm.data import documents as documents_module
+from fundamentallm.data.documents import InputReader, find_inputs
+from fundamentallm.errors import DataError, MachineError
+
+TEXT = "To be, or not to be.\nThat is \N{GREEK SMALL LETTER ALPHA} question \U0001f600\n"
+LINES = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in ("one", "two\n", "dr\u00e9i"))
+
+
+def read(path: Path, field: str = "text") -> list[tuple[str, str]]:
+    (source,) = find_inputs([str(path)])
+    reader = InputReader(source, field)
+    return [(document.where, "".join(document.chunks)) for document in reader.documents()]
+
+
+def texts(path: Path, field: str = "text") -> list[str]:
+    return [text for _, text in read(path, field)]
+
+
+@pytest.fixture(params=[1, 3, 1 << 20])
+def any_chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents_module, "CHUNK", request.param)
+    monkeypatch.setattr(documents_module, "ZSTANDARD_CHUNK", request.param)
+
+
+def packed(content: bytes, how: str) -> bytes:
+    if how == ".gz":
+        half = len(content) // 2
+        return gzip.compress(content[:half]) + gzip.compress(content[half:])  # two members
+    if how == ".zst":
+        half = len(content) // 2
+        compress = zstandard.ZstdCompressor().compress
+        return compress(content[:half]) + compress(content[half:])
+    return content
+
+
+@pytest.mark.usefixtures("any_chunk")
+@pytest.mark.parametrize("how", ["", ".gz", ".zst"])
+def test_text_and_records_are_read_in_any_packing(tmp_path: Path, how: str) -> None:
+    text = tmp_path / f"a.md{how}"
+    text.write_bytes(packed(b"\xef\xbb\xbf" + TEXT.encode(), how))
+    assert read(text) == [(str(text), TEXT)]
+    lines = tmp_path / f"b.jsonl{how}"
+    lines.write_bytes(packed(b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n\n", 1).encode(), how))
+    assert [where for where, _ in read(lines)] == [f"{lines}:{n}" for n in (1, 3, 4)]
+    assert texts(lines) == ["one", "two\n", "dr\u00e9i"]
+
+
+@pytest.mark.parametrize("how", [".gz", ".zst"])
+def test_what_a_file_is_its_first_bytes_say(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "plain.txt"
+    path.write_bytes(packed(TEXT.encode(), how))
+    assert texts(path) == [TEXT]
+
+
+def test_parquet_is_read_row_by_row(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "c.txt"  # whatever its name says
+    table = pyarrow.table({"body": ["one", None, "dr\u00e9i"] * 50, "n": list(range(150))})
+    parquet.write_table(table, path)
+    assert texts(path, "body") == ["one", "", "dr\u00e9i"] * 50
+    assert read(path, "body")[149][0] == f"{path}: row 150"
+    with pytest.raises(DataError, match="no column 'text'") as caught:
+        read(path)
+    assert "body" in caught.value.got
+    with pytest.raises(DataError, match="holds no text"):
+        read(path, "n")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DataError, match="Parquet file is damaged"):
+        read(path, "body")
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1....")
+    with pytest.raises(MachineError, match=r"fundamentallm\[parquet\]"):
+        read(tmp_path / "a.parquet")
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.ZstdCompressor().compress(b"text"))
+    with pytest.raises(MachineError, match=r"fundamentallm\[zstandard\]"):
+        read(tmp_path / "a.txt.zst")
+
+
+@settings(deadline=None, max_examples=50)
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+def test_any_text_is_read_as_it_is(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.mktemp("any") / "a.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents_module, "CHUNK", 3)
+        assert texts(path) == [text.removeprefix("\ufeff")]
+    lines = path.with_name("b.jsonl")
+    lines.write_text(json.dumps({"text": text}) + "\n")
+    assert texts(lines) == [text]
+
+
+@pytest.mark.usefixtures("any_chunk")
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"ab\xc3\xa9\xff.", ("byte 4", "0xff")),
+        (b"\xef\xbb\xbfab\xff", ("byte 5", "0xff")),
+        (b"ab\xc3", ("byte 2", "unexpected end")),
+        (b"ab\xed\xa0\x80", ("byte 2", "invalid continuation")),
+        ("\u00e9a\0".encode(), ("byte 3", "NUL")),
+        ("text".encode("utf-16"), ("UTF-16", "first bytes")),
+        (b"%PDF-1.7", ("PDF",)),
+        (b"PK\x03\x04....", ("zip",)),
+        (gzip.compress(b"PK\x03\x04...."), ("zip", "unpacked")),
+        (gzip.compress(TEXT.encode() * 100)[:-9], ("gzip", "cut", "byte")),
+        (gzip.compress(b"\xff" * 9), ("byte 0", "0xff")),
+        (zstandard.ZstdCompressor().compress(os.urandom(9000).hex().encode())[:-5], ("cut",)),
+    ],
+)
+def test_what_is_no_text_is_told_with_its_place(
+    tmp_path: Path, content: bytes, says: tuple[str, ...]
+) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    for words in (*says, "bad.txt"):
+        assert words in str(caught.value)
+    assert caught.value.fix
+
+
+def test_a_damaged_archive_is_told(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.gz", gzip.compress(TEXT.encode() * 1000)),
+        ("a.zst", zstandard.ZstdCompressor(write_checksum=True).compress(TEXT.encode() * 1000)),
+    ):
+        damaged = bytearray(content)
+        damaged[len(content) // 2] ^= 0x55
+        (tmp_path / name).write_bytes(bytes(damaged))
+        with pytest.raises(DataError, match=rf"{name}"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('"text"', "no text under 'text'"),
+        ('{"body": "x"}', "the keys body"),
+        ('{"text": 3}', "no text under 'text'"),
+        ('{"text": "a\\ud800"}', "surrogate"),
+        ("\udcff", "not JSON"),
+    ],
+)
+def test_a_bad_record_is_told_with_its_line(tmp_path: Path, line: str, says: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes((LINES + "\n" + line + "\n").encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match=says) as caught:
+        read(path)
+    assert f"{path}:5" in caught.value.where
+
+
+def test_a_record_that_cannot_be_held_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents_module, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(documents_module, "CHUNK", 100)
+    path = tmp_path / "long.jsonl"
+    path.write_text(LINES + json.dumps({"text": "x" * 2000}))
+    with pytest.raises(DataError, match="too long") as caught:
+        read(path)
+    assert caught.value.where == f"{path}:4"
+
+
+def test_paths_stand_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b/z.txt", "b/c/a.md.gz", "b/x.jsonl", "b/.hidden/a.txt", "b/image.png", "a.log"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("x")
+    assert [source.name for source in find_inputs(["b"])] == ["b/c/a.md.gz", "b/x.jsonl", "b/z.txt"]
+    found = find_inputs(["a.log", "b/**/*.txt", "./a.log", "b/z.txt"])
+    assert [source.name for source in found] == ["a.log", "b/z.txt"]
+    assert [source.kind for source in find_inputs(["b"])] == ["text", "lines", "text"]
+    for word in ("nowhere.txt", "*.none", "b/.hidden/../image.txt"):
+        with pytest.raises(DataError, match="no such file"):
+            find_inputs([word])
+    Path("empty").mkdir()
+    with pytest.raises(DataError, match="nothing to read in this folder"):
+        find_inputs(["empty"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match="regular file"):
+        read(tmp_path / "pipe.txt")
+
+
+def test_a_file_that_grows_while_it_is_read_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(LINES)
+    (source,) = find_inputs([str(path)])
+    reader = InputReader(source, "text")
+    documents = reader.documents()
+    next(documents)
+    with path.open("a") as file:
+        file.write("\n")
+    with pytest.raises(DataError, match="changed while it was read"):
+        list(documents)
+
+
+def test_the_fingerprint_is_of_the_file(tmp_path: Path) -> None:
+    import hashlib
+
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(LINES.encode()))
+    (source,) = find_inputs([str(path)])
+    taken = []
+    reader = InputReader(source, "text", taken.append)
+    assert reader.fingerprint is None
+    for document in reader.documents():
+        list(document.chunks)
+    assert reader.fingerprint is not None
+    assert reader.fingerprint.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert reader.fingerprint.size == sum(taken) == path.stat().st_size
+
+
+def test_standard_input_is_copied(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    with copy.open("wb") as file:
+        documents_module.copy_standard_input(io.BytesIO(LINES.encode()), file.write)
+    (source,) = find_inputs(["-"], copy, records=True)
+    assert source.name == "standard input"
+    reader = InputReader(source, "text")
+    assert ["".join(d.chunks) for d in reader.documents()] == ["one", "two\n", "dr\u00e9i"]

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.mixture import MixtureLoader, MixtureValidationLoader, split_evenly
+from fundamentallm.errors import DataError
+from fundamentallm.training.distributed import Ranks
+from fundamentallm.training.incident import corpus_place
+
+# Each token says where it is from: source i has the numbers from 1000 i on.
+SOURCES = [np.arange(1000 * i, 1000 * i + n) for i, n in enumerate((200, 50, 90))]
+WEIGHTS = [1.0, 2.0, 1.0]
+
+
+def mixture(**options: object) -> MixtureLoader:
+    return MixtureLoader(SOURCES, WEIGHTS, ["a", "b", "c"], 8, 4, **options)  # type: ignore[arg-type]
+
+
+def sequences(loader: MixtureLoader, epochs: int) -> list[list[list[int]]]:
+    found = []
+    for epoch in range(epochs):
+        loader.set_position(epoch, 0)
+        found.append(
+            [
+                row
+                for window in loader
+                for m in window.micro_batches
+                for row in m["input_ids"].tolist()
+            ]
+        )
+    return found
+
+
+def test_each_source_has_its_share_of_every_epoch() -> None:
+    loader = mixture(seed=3)
+    num_windows = [max(1, (len(tokens) - 8) // 8) for tokens in SOURCES]
+    assert loader.num_sequences == sum(num_windows)
+    for rows in sequences(loader, 3):
+        counts = Counter(row[0] // 1000 for row in rows)
+        assert [counts[i] for i in range(3)] == loader.shares
+    assert loader.shares[1] == pytest.approx(sum(num_windows) / 2, abs=1)
+
+
+def test_windows_are_those_of_the_source_and_each_is_seen_equally_often() -> None:
+    loader = mixture(seed=5)
+    seen: Counter[tuple[int, int, int]] = Counter()
+    for epoch in range(6):
+        for step in range(len(loader)):
+            for source, start in loader.rows_at(epoch, step).tolist():
+                assert 0 <= start <= len(SOURCES[source]) - 9
+                seen[source, start] += 1  # type: ignore[index]
+    for rows in sequences(loader, 2):
+        for row in rows:
+            assert np.diff(row).tolist() == [1] * 7
+    for source, member in enumerate(loader.members):
+        total = 6 * loader.shares[source]
+        laps = total / member.num_sequences
+        phases = {}
+        for (number, start), count in seen.items():  # type: ignore[misc]
+            if number == source:
+                phases.setdefault(start % 8, Counter())[start] += count
+        assert sum(sum(c.values()) for c in phases.values()) == total
+        assert len(phases) <= -(-total // member.num_sequences)
+        assert laps > 1 or source == 0
+
+
+def test_a_pass_visits_each_window_once() -> None:
+    """Over all epochs, source i's windows number c n to (c + 1) n - 1 are those of one lap."""
+    loader = mixture(seed=1)
+    member, share = loader.members[1], loader.shares[1]
+    drawn = []
+    for epoch in range(8):
+        order = {}
+        for step in range(len(loader)):
+            elements = super(MixtureLoader, loader).rows_at(epoch, step)
+            for element, (source, start) in zip(elements, loader.rows_at(epoch, step), strict=True):
+                if source == 1:
+                    order[int(element)] = int(start)
+        drawn += [order[element] for element in sorted(order)]
+    assert len(drawn) == 8 * share
+    n = member.num_sequences
+    for lap in range(len(drawn) // n):
+        starts = drawn[lap * n : (lap + 1) * n]
+        assert sorted(starts) == list(range(min(starts), min(starts) + 8 * n, 8))
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 99), epoch=st.integers(0, 5), data=st.data())
+def test_any_point_is_reached_at_once(seed: int, epoch: int, data: st.DataObject) -> None:
+    loader = mixture(seed=seed)
+    step = data.draw(st.integers(0, len(loader) - 1))
+    loader.set_position(epoch, step)
+    resumed = [m["input_ids"].tolist() for window in loader for m in window.micro_batches]
+    whole = sequences(mixture(seed=seed), epoch + 1)[epoch]
+    assert [row for batch in resumed for row in batch] == whole[step * 4 :]
+
+
+def test_ranks_and_accumulation_share_the_same_order() -> None:
+    alone = mixture(seed=2, accumulation_steps=2)
+    ranks = [mixture(seed=2, rank=rank, world_size=2) for rank in range(2)]
+    for step in range(len(alone)):
+        whole = [m["input_ids"].tolist() for m in alone.window_at(1, step).micro_batches]
+        parts = [loader.window_at(1, step).micro_batches[0] for loader in ranks]
+        rows = [m["input_ids"].tolist() for m in parts if (m["target_ids"] >= 0).any()]
+        assert [row for batch in whole for row in batch] == [row for batch in rows for row in batch]
+
+
+def test_seeds_give_other_orders() -> None:
+    assert sequences(mixture(seed=1), 1) != sequences(mixture(seed=2), 1)
+
+
+def test_a_short_source_is_named() -> None:
+    with pytest.raises(DataError, match="tiny"):
+        MixtureLoader([SOURCES[0], np.arange(5)], [1, 1], ["big", "tiny"], 8, 4)
+
+
+def test_one_source_has_the_windows_of_its_own_loader() -> None:
+    loader = MixtureLoader([SOURCES[0]], [1.0], ["a"], 8, 4, seed=7)
+    plain = TokenWindowLoader(SOURCES[0], 8, 4, seed=7)
+    assert len(loader) == len(plain)
+    assert loader.tokens_per_step == plain.tokens_per_step
+
+
+def test_validation_reads_every_target_of_every_source() -> None:
+    members = [ValidationLoader(tokens, 8, 3) for tokens in SOURCES]
+    loader = MixtureValidationLoader(members)
+    targets = [int(i) for batch in loader for i in batch["target_ids"].flatten() if i >= 0]
+    assert targets == [int(i) for tokens in SOURCES for i in tokens[1:]]
+    assert loader.num_tokens == len(targets)
+    assert len(loader) == len(list(loader))
+
+
+@given(
+    total=st.integers(1, 10_000),
+    weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=8),
+)
+def test_shares_are_as_near_to_the_weights_as_whole_numbers_can_be(
+    total: int, weights: list[float]
+) -> None:
+    parts = split_evenly(total, weights)
+    assert min(parts) >= 1
+    assert sum(parts) >= total
+    if total >= 100 * sum(weights) / min(weights):
+        assert sum(parts) == total
+        for part, weight in zip(parts, weights, strict=True):
+            assert abs(part - total * weight / sum(weights)) < 1
+
+
+def test_an_incident_names_source_and_place() -> None:
+    loader = mixture(seed=3, accumulation_steps=2)
+    place = SimpleNamespace(
+        train_loader=loader,
+        ranks=Ranks(),
+        steps_per_epoch=len(loader),
+        state=SimpleNamespace(iteration=len(loader) + 2),
+    )
+    micro_batches = loader.window_at(1, 1).micro_batches
+    for number, batch in enumerate(micro_batches):
+        for row, ids in enumerate(batch["input_ids"].tolist()):
+            found = corpus_place(place, number, row)  # type: ignore[arg-type]
+            assert found == {"source": ids[0] // 1000, "corpus_offset": ids[0] % 1000}
+    assert corpus_place(place, 99, 0) == {"corpus_offset": None}  # type: ignore[arg-type]
