@@ -60,13 +60,16 @@ logging.getLogger("ignite").addHandler(logging.NullHandler())
 
 # Events that count themselves; the others filter by a number that somebody else advances.
 SELF_COUNTING = {
-    TrainingEvents.FLLM_MICRO_BATCH_COMPLETED,
-    TrainingEvents.FLLM_OPTIMIZER_STEPPED,
-    TrainingEvents.FLLM_STEP_REJECTED,
-    TrainingEvents.FLLM_EVALUATION_STARTED,
-    TrainingEvents.FLLM_CHECKPOINT_SAVED,
-    TrainingEvents.FLLM_INCIDENT_DETECTED,
-    TrainingEvents.FLLM_ROLLED_BACK,
+    event: EVENT_TO_ATTRIBUTE[event]
+    for event in (
+        TrainingEvents.FLLM_MICRO_BATCH_COMPLETED,
+        TrainingEvents.FLLM_OPTIMIZER_STEPPED,
+        TrainingEvents.FLLM_STEP_REJECTED,
+        TrainingEvents.FLLM_EVALUATION_STARTED,
+        TrainingEvents.FLLM_CHECKPOINT_SAVED,
+        TrainingEvents.FLLM_INCIDENT_DETECTED,
+        TrainingEvents.FLLM_ROLLED_BACK,
+    )
 }
 
 
@@ -405,7 +408,22 @@ class Trainer(Engine):
         window = self.window = as_window(batch)
         if not self.model.training:
             self.model.train()
-        sequences = sum(len(micro["input_ids"]) for micro in window.micro_batches)
+        sequences = sum([micro["input_ids"].shape[0] for micro in window.micro_batches])
+        if self.ranks.alone:  # it asks itself after the step
+            num_tokens, num_sequences = window.num_tokens, sequences
+        else:
+            num_tokens, num_sequences = self._agree_on(window, sequences)
+        if self.state.iteration in self.ledger.skipped:
+            output = StepOutput(math.nan, math.nan, num_tokens, num_sequences, "ledger")
+            self.state.output = output
+            self.notify(TrainingEvents.FLLM_STEP_REJECTED)
+        else:
+            output = self._attempt(window, num_tokens, num_sequences)
+        self._account(output)
+        return output
+
+    def _agree_on(self, window: Window, sequences: int) -> tuple[int, int]:
+        """Return tokens and sequences over all ranks; on the way, vote on what may end the run."""
         num_tokens, num_sequences, *votes = self.ranks.sum_counts(
             [
                 window.num_tokens,
@@ -419,14 +437,7 @@ class Trainer(Engine):
             self.state.iteration -= 1  # the step is not begun on any rank
             self._faults.raise_everywhere()
         self._votes = (votes[0] > 0, votes[1] > 0)
-        if self.state.iteration in self.ledger.skipped:
-            output = StepOutput(math.nan, math.nan, num_tokens, num_sequences, "ledger")
-            self.state.output = output
-            self.notify(TrainingEvents.FLLM_STEP_REJECTED)
-        else:
-            output = self._attempt(window, num_tokens, num_sequences)
-        self._account(output)
-        return output
+        return num_tokens, num_sequences
 
     def _attempt(self, window: Window, num_tokens: int, num_sequences: int) -> StepOutput:
         """Take the step, and once more where a controller asks for it after a refusal."""
@@ -530,8 +541,8 @@ class Trainer(Engine):
 
     def notify(self, event: TrainingEvents) -> None:
         """Count the event and fire it if anyone listens."""
-        if event in SELF_COUNTING:
-            attribute = EVENT_TO_ATTRIBUTE[event]
+        attribute = SELF_COUNTING.get(event)
+        if attribute is not None:
             setattr(self.state, attribute, getattr(self.state, attribute) + 1)
         if self._event_handlers[event]:
             self._fire_event(event)
@@ -779,11 +790,12 @@ class Trainer(Engine):
 
     def _wants_to_leave(self) -> bool:
         pause = self.config.stop_after_seconds
-        return (
-            self.interrupted_by is not None
-            or (pause is not None and self.clock() >= pause)
-            or any(asks() for asks in self.pause_when)
-        )
+        if self.interrupted_by is not None or (pause is not None and self.clock() >= pause):
+            return True
+        for asks in self.pause_when:  # noqa: SIM110 (any() would make a generator in each step)
+            if asks():
+                return True
+        return False
 
     def _can_evaluate(self) -> bool:
         return self.val_loader is not None and len(self.val_loader) > 0

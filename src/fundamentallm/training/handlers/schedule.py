@@ -37,14 +37,14 @@ class Schedule(ParamScheduler):
     def apply(self, trainer: Trainer) -> None:
         """Write the rates for step `state.iteration`, cut as the ledger says; note `train/lr`."""
         # Ignite counts events from 0 and would count on after a rollback; the step knows better.
-        self.event_index = trainer.state.iteration - 1
+        step = self.event_index = trainer.state.iteration
         self.progress = trainer.clock_progress()
-        self(trainer)
-        factor = trainer.ledger.rate_factor(trainer.state.iteration)
-        if factor != 1.0:
-            for group in self.optimizer_param_groups:
-                group["lr"] *= factor
-        trainer.state.metrics["train/lr"] = self.optimizer_param_groups[0]["lr"]
+        multiplier = self.scheduler.multiplier(step, self.progress)
+        factor = trainer.ledger.rate_factor(step) if trainer.ledger.cuts else 1.0
+        groups = self.optimizer.param_groups
+        for group, base in zip(groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * multiplier * factor
+        trainer.state.metrics["train/lr"] = groups[0]["lr"]
 
     def get_param(self) -> list[float]:
         """Return the rate of each group for update number `event_index + 1`."""

@@ -31,6 +31,8 @@ class TensorBoard:
     def __init__(self, run_dir: Path) -> None:
         self.directory = run_dir / "tensorboard"
         self._writer: Any = None
+        self._event: Any = None  # tensorboardX's classes, once they are imported
+        self._summary: Any = None
         self._flushed_at = 0.0
         self._marks: list[tuple[int, str, int, str]] = []
 
@@ -110,23 +112,26 @@ class TensorBoard:
         self._marks.append((step, tag, count, text))
 
     def _write(self, trainer: Trainer, prefix: str) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
+        if self._summary is None:
+            from tensorboardX.proto.summary_pb2 import Summary
 
-        values = [
-            Summary.Value(tag=key, simple_value=value)
-            for key, value in trainer.state.metrics.items()
-            if key.startswith(prefix)
-        ]
-        self._add(trainer.state.iteration, summary=Summary(value=values))
+            self._summary = Summary
+        summary = self._summary()
+        for key, value in trainer.state.metrics.items():
+            if key.startswith(prefix):
+                summary.value.add(tag=key, simple_value=value)
+        self._add(trainer.state.iteration, summary=summary)
 
     def _add(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
         if self._writer is None:
             return
+        if self._event is None:
+            from tensorboardX.proto.event_pb2 import Event
+
+            self._event = Event
         now = time.time()
         try:
-            self._writer.write(Event(wall_time=now, step=step, **content).SerializeToString())
+            self._writer.write(self._event(wall_time=now, step=step, **content).SerializeToString())
             if now - self._flushed_at >= FLUSH_SECONDS:
                 self._flushed_at = now
                 self._writer.flush()

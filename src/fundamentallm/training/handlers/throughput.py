@@ -31,7 +31,9 @@ class Throughput:
     def __init__(self, window: int = 50, clock: Callable[[], float] = time.perf_counter) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1 step, got {window}")
-        self._steps: deque[tuple[float, int, int]] = deque(maxlen=window)
+        self._window = window
+        self._steps: deque[tuple[float, int, int]] = deque()
+        self._seconds, self._tokens, self._sequences = 0.0, 0, 0
         self._clock = clock
         self._started = 0.0
 
@@ -47,8 +49,18 @@ class Throughput:
     def stop(self, trainer: Trainer) -> None:
         """Add the step and write both rates."""
         output = trainer.state.output
-        self._steps.append((self._clock() - self._started, output.num_tokens, output.num_sequences))
-        seconds = max(sum(step[0] for step in self._steps), 1e-9)
+        step = (self._clock() - self._started, output.num_tokens, output.num_sequences)
+        self._steps.append(step)
+        self._add(*step)
+        if len(self._steps) > self._window:
+            seconds, tokens, sequences = self._steps.popleft()
+            self._add(-seconds, -tokens, -sequences)
+        seconds = max(self._seconds, 1e-9)
         metrics = trainer.state.metrics
-        metrics["train/tokens_per_second"] = sum(step[1] for step in self._steps) / seconds
-        metrics["train/samples_per_second"] = sum(step[2] for step in self._steps) / seconds
+        metrics["train/tokens_per_second"] = self._tokens / seconds
+        metrics["train/samples_per_second"] = self._sequences / seconds
+
+    def _add(self, seconds: float, tokens: int, sequences: int) -> None:
+        self._seconds += seconds
+        self._tokens += tokens
+        self._sequences += sequences
