@@ -33,16 +33,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from by_hand import GPT, Batches, Shape, make_optimizer, step_by_hand
+from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from by_hand import GPT, Batches, Shape, make_optimizer, step_by_hand
+from fundamentallm.config import load_config
+from fundamentallm.engine import assemble, run_directory
+from fundamentallm.engine.console import logging_to
+from fundamentallm.training.distributed import Ranks
+from fundamentallm.training.peak import measured_peak
+from fundamentallm.training.trainer import Trainer
 
 SHAPES = {
     "small": Shape(layers=4, heads=4, width=128, context=64, batch=12),  # nanoGPT's CPU recipe
     "large": Shape(layers=6, heads=6, width=384, context=256, batch=16),  # its GPU recipe
 }
 CONTESTANTS = ("hand", "ignite", "lightning", "hf", "engine", "ours")
+FAST = [
+    "model.normalization=rmsnorm",
+    "model.positions=rotary",
+    "model.feedforward=relu_squared",
+    "model.qk_norm=true",
+    "model.bias=false",
+    "training.precision=bf16",
+    "training.compile=auto",
+    "training.attention=auto",
+]
 WARMUP = 10  # steps
 CLIP = 1.0
 
@@ -88,8 +104,6 @@ def hand(shape: Shape, watch: Stopwatch) -> nn.Module:
 
 def ignite(shape: Shape, watch: Stopwatch) -> nn.Module:
     """Train in a plain Ignite engine."""
-    from ignite.engine import Engine, Events
-
     model = GPT(shape)
     optimizer = make_optimizer(model)
     engine = Engine(lambda _, batch: step_by_hand(model, optimizer, batch, CLIP))
@@ -138,7 +152,7 @@ def lightning(shape: Shape, watch: Stopwatch) -> nn.Module:
 
 def hf(shape: Shape, watch: Stopwatch) -> nn.Module:
     """Train in the Hugging Face Trainer, without its logs, bars and checkpoints."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    import transformers
 
     class Wrapped(nn.Module):
         def __init__(self) -> None:
@@ -148,7 +162,7 @@ def hf(shape: Shape, watch: Stopwatch) -> nn.Module:
         def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
             return {"loss": self.model.loss(input_ids, labels)}
 
-    class Lap(TrainerCallback):
+    class Lap(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_training_stop = watch.lap()
 
@@ -160,7 +174,7 @@ def hf(shape: Shape, watch: Stopwatch) -> nn.Module:
         for row in range(shape.batch)
     ]
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
+        arguments = transformers.TrainingArguments(
             output_dir=scratch,
             max_steps=10**6,
             per_device_train_batch_size=shape.batch,
@@ -172,7 +186,7 @@ def hf(shape: Shape, watch: Stopwatch) -> nn.Module:
             use_cpu=True,
             dataloader_pin_memory=False,
         )
-        Trainer(
+        transformers.Trainer(
             model,
             arguments,
             train_dataset=rows,
@@ -184,28 +198,23 @@ def hf(shape: Shape, watch: Stopwatch) -> nn.Module:
 
 def engine(shape: Shape, watch: Stopwatch) -> nn.Module:
     """Train the same model in this package's trainer, with the handlers that a run has."""
-    return _assembled(shape, watch, GPT(shape), ["training.precision=fp32"])
+    with assembled(shape, ["training.precision=fp32"], GPT(shape)) as trainer:
+        train(trainer, watch)
+        return trainer.model
 
 
 def ours(shape: Shape, watch: Stopwatch) -> nn.Module:
     """Train this package's model of the shape as fast as it goes."""
-    modern = ["model.normalization=rmsnorm", "model.positions=rotary"]
-    modern += ["model.feedforward=relu_squared", "model.qk_norm=true", "model.bias=false"]
-    fast = ["training.precision=bf16", "training.compile=auto", "training.attention=auto"]
-    return _assembled(shape, watch, None, [*modern, *fast])
+    with assembled(shape, FAST) as trainer:
+        train(trainer, watch)
+        return trainer.model
 
 
-def _assembled(
-    shape: Shape, watch: Stopwatch, model: nn.Module | None, overrides: list[str]
-) -> nn.Module:
-    from ignite.engine import Events
-
-    from fundamentallm.config import load_config
-    from fundamentallm.engine import assemble as assembly
-    from fundamentallm.engine import run_directory
-    from fundamentallm.engine.console import logging_to
-    from fundamentallm.training.distributed import Ranks
-
+@contextlib.contextmanager
+def assembled(
+    shape: Shape, overrides: list[str], model: nn.Module | None = None
+) -> Iterator[Trainer]:
+    """Assemble a run of a shape as `run` does, with this model in place of its own if given."""
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as held:
         text = Path(scratch) / "text.txt"
         text.write_text(Batches(shape).text(), encoding="utf-8")
@@ -226,19 +235,23 @@ def _assembled(
             ],
         )
         if model is not None:
-            assembly.Transformer = lambda _: model  # type: ignore[assignment, misc]
+            assemble.Transformer = lambda _: model  # type: ignore[assignment, misc]
         directory = run_directory.choose(config, "never", Path(scratch) / "run")
-        trainer = assembly.assemble(config, directory, Ranks()).trainer
+        trainer = assemble.assemble(config, directory, Ranks()).trainer
         directory.path.mkdir(exist_ok=True)
         held.enter_context(logging_to(directory.path / "log.txt"))
+        yield trainer
 
-        @trainer.on(Events.ITERATION_COMPLETED)
-        def lap() -> None:
-            if watch.lap():
-                trainer.finish("measured")
 
-        trainer.run()
-        return trainer.model
+def train(trainer: Trainer, watch: Stopwatch) -> None:
+    """Train until the watch says that it is enough."""
+
+    def lap() -> None:
+        if watch.lap():
+            trainer.finish("measured")
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lap)
+    trainer.run()
 
 
 def measure(name: str, shape: Shape, seconds: float) -> dict[str, Any]:
@@ -261,18 +274,6 @@ def peak_megabytes() -> float:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
     return float("nan")
-
-
-def matmul_peak(dtype: torch.dtype) -> float:
-    """Return the most FLOPs a second that a square matrix product was seen to do."""
-    best = 0.0
-    for size in (512, 1024, 2048):
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        for _ in range(5):
-            began = time.perf_counter()
-            a @ b
-            best = max(best, 2 * size**3 / (time.perf_counter() - began))
-    return best
 
 
 def flops_a_token(shape: Shape, parameters: int) -> int:
@@ -314,7 +315,10 @@ def main() -> int:
     if options.alone:
         print(json.dumps(measure(options.alone, shape, options.seconds)))
         return 0
-    peaks = {name: matmul_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    peaks = {
+        name: measured_peak(torch.device("cpu"), getattr(torch, name))
+        for name in ("float32", "bfloat16")
+    }
     arguments = ["--shape", options.shape, "--seconds", str(options.seconds)]
     rounds = list(turns(list(options.contestants), options.rounds, arguments))
     tokens = shape.batch * shape.context

@@ -116,13 +116,14 @@ class EpochLoader(ABC):
         if not 0 <= step < len(self):
             raise ValueError(f"step {step} of an epoch of {len(self)} steps")
         block, place = divmod(step, _STEPS_AHEAD)
-        if self._drawn is None or self._drawn[0] != (epoch, block):
+        drawn = self._drawn  # looked at once: a thread may read ahead meanwhile
+        if drawn is None or drawn[0] != (epoch, block):
             first = block * _STEPS_AHEAD * self.rows_per_step
             last = min(first + _STEPS_AHEAD * self.rows_per_step, self.num_sequences)
             order = Permutation(self.num_sequences, derive_key(self.seed, epoch, _ORDER))
-            self._drawn = (epoch, block), order(np.arange(first, last))
+            drawn = self._drawn = (epoch, block), order(np.arange(first, last))
         begin = place * self.rows_per_step
-        rows: np.ndarray = self._drawn[1][begin : begin + self.rows_per_step].copy()
+        rows: np.ndarray = drawn[1][begin : begin + self.rows_per_step].copy()
         return rows
 
     def window_at(self, epoch: int, step: int) -> Window:

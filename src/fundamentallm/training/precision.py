@@ -64,6 +64,11 @@ class Precision:
         self.bf16_weights = bf16_weights
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that matrix products run in."""
+        return _AUTOCAST_TYPES.get(self.name, torch.float32)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context for forward passes, in training and in validation alike."""
         if self.name == "fp32" or self.bf16_weights:

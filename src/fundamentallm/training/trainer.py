@@ -49,6 +49,7 @@ from fundamentallm.training.precision import (
     resolve_device,
     resolve_precision,
 )
+from fundamentallm.training.prefetch import ahead
 from fundamentallm.training.rng import capture_generators, restore_generators
 from fundamentallm.training.schedulers import ConstantLRScheduler, LearningRateScheduler
 from fundamentallm.training.state import COUNTERS, IRREVERSIBLE, TrainingState
@@ -364,7 +365,7 @@ class Trainer(Engine):
         self.state.max_iters = self.limits.total_steps or 2**62
         self.state.epoch_length = self.steps_per_epoch
         super().run(
-            self._faults.kept_from(self.train_loader),
+            self._faults.kept_from(ahead(self.train_loader, self.device)),
             max_iters=self.state.max_iters,
             epoch_length=self.steps_per_epoch,
         )

@@ -100,6 +100,8 @@ class Progress:
         parts.append(f"lr {metrics['train/lr']:.2e}")
         if "train/tokens_per_second" in metrics:
             parts.append(f"{metrics['train/tokens_per_second']:,.0f} tok/s")
+        if "train/mfu" in metrics:
+            parts.append(f"MFU {metrics['train/mfu']:.1%}")
         remaining = trainer.seconds_remaining()
         if remaining is not None:
             parts.append(f"ETA {format_seconds(remaining)}")

@@ -1,0 +1,62 @@
+"""How much of the hardware training uses."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ignite.engine import Events
+
+from fundamentallm.config.model import TransformerConfig
+from fundamentallm.events import TrainingEvents
+from fundamentallm.models.estimate import estimate
+from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.peak import device_peak
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+
+@HANDLERS.register("mfu")
+class ModelFlopsUtilization:
+    """Observes: writes `train/mfu`, the model's FLOPs a second as a share of the devices' peak.
+
+    The model's FLOPs are those of its forward and backward pass (`Estimate.flops_per_token`, after
+    Chowdhery et al. 2022, appendix B); what gradient checkpointing computes again is not counted.
+    It reads `train/tokens_per_second` of the handler `throughput`, and is NaN without it.
+
+    Args:
+        peak_tflops: of one device, in 10^12 FLOP/s; unset, the data sheet's for a GPU known by
+            name, else what matrix products are seen to reach when the run starts.
+    """
+
+    def __init__(self, peak_tflops: float | None = None) -> None:
+        if peak_tflops is not None and not 0 < peak_tflops < math.inf:
+            raise ValueError(f"peak_tflops must be a number above 0, got {peak_tflops}")
+        self.peak_tflops = peak_tflops
+        self.flops_per_token = math.nan
+        self.peak = math.nan
+
+    def attach(self, trainer: Trainer) -> None:
+        """Count at FLLM_RUN_STARTED; write at ITERATION_COMPLETED."""
+        trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.prepare)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self.update)
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Count a token's FLOPs and find the devices' peak in FLOP/s."""
+        config = getattr(trainer.model, "config", None)
+        if isinstance(config, TransformerConfig):
+            self.flops_per_token = estimate(config).flops_per_token
+        else:  # a model of a script's own: its attention is unknown
+            self.flops_per_token = 6.0 * sum(p.numel() for p in trainer.model.parameters())
+        if self.peak_tflops is not None:
+            peak = self.peak_tflops * 1e12
+        else:
+            peak = device_peak(trainer.device, trainer.precision.dtype)
+        self.peak = peak * trainer.ranks.world_size
+
+    def update(self, trainer: Trainer) -> None:
+        """Write the share."""
+        metrics = trainer.state.metrics
+        rate = metrics.get("train/tokens_per_second", math.nan)
+        metrics["train/mfu"] = rate * self.flops_per_token / self.peak

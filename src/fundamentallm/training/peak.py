@@ -1,0 +1,61 @@
+"""The most floating-point operations a second that a device does in matrix products."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+# Dense products with tensor cores, FLOP/s, of NVIDIA's data sheets (which also quote twice as much,
+# for matrices of which half is zero).
+_BF16_DATA_SHEETS = {
+    "H200": 989.4e12,
+    "H100 NVL": 835.0e12,
+    "H100 PCIe": 756.0e12,
+    "H100": 989.4e12,
+    "A100": 312.0e12,
+    "L40S": 362.0e12,
+    "L4": 121.0e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71.0e12,
+}
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return a device's peak in FLOP/s: of the data sheet for a GPU known by name, else measured.
+
+    Args:
+        device: a GPU or CPU.
+        dtype: float32, bfloat16 or float16.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        for model, peak in _BF16_DATA_SHEETS.items():
+            if model in name:
+                return peak
+    return measured_peak(device, dtype)
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the most FLOP/s that a square product was seen to do; some 0.5 s on two CPU cores.
+
+    Args:
+        device: a GPU or CPU, with the threads that torch is set to.
+        dtype: of both factors and the product.
+    """
+    best = 0.0
+    for size in (512, 1024, 2048) if device.type == "cpu" else (4096, 8192):
+        # Values without a random number: a run's own must not depend on being measured.
+        a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
+        for _ in range(5):
+            _wait(device)
+            began = time.perf_counter()
+            a @ a
+            _wait(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
