@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -153,6 +154,20 @@ def test_what_a_layout_cannot_express_is_refused_and_nothing_written(
     assert f"error: {key}: " in capsys.readouterr().err
     assert not [path for path in Path().iterdir() if "odd" in path.name and path.is_dir()]
     assert main(["export", "runs/odd", "--format", "torch", "--out", "odd.pt"]) == 0
+
+
+def test_a_full_disk_is_said_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(export_module, "write_file", refuse)
+    assert main(["export", "runs/llama", "--format", "hf", "--out", "there"]) == 5
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert "free some space" in said
+    assert not Path("there").exists()
 
 
 @pytest.mark.parametrize("fault", [lambda: OSError(28, "disk full"), Crash])

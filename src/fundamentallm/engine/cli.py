@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -16,6 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fundamentallm.errors import FundamentaLLMError, InterruptedRunError, MachineError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE = "free some space, or write to another disk; then do the same again"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             MachineError(
                 f"the machine refused: {error.strerror or error}",
                 where=str(error.filename or ""),
-                fix="--debug shows where it happened",
+                fix=_NO_SPACE if error.errno in _FULL else "--debug shows where it happened",
             )
         )
         return MachineError.exit_code
