@@ -141,16 +141,7 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
 
     # training steps
     with config.blame("training.optimizer"):
-        optimizer = OptimizerBuilder.build(
-            training.optimizer.name,
-            model,
-            training.learning_rate,
-            defaults={
-                "eps": training.optimizer_eps,
-                "weight_decay": training.optimizer_weight_decay,
-            },
-            **training.optimizer.options,
-        )
+        optimizer = OptimizerBuilder.from_config(training, model)
     limits = Limits.resolve(training, len(train_loader), train_loader.tokens_per_step)
     with config.blame("training.scheduler"):
         scheduler = SCHEDULERS.build(
