@@ -191,7 +191,7 @@ def ours(shape: Shape, watch: Stopwatch) -> nn.Module:
     """Train this package's model of the shape as fast as it goes."""
     modern = ["model.normalization=rmsnorm", "model.positions=rotary"]
     modern += ["model.feedforward=relu_squared", "model.qk_norm=true", "model.bias=false"]
-    fast = ["training.precision=bf16", "training.compile=auto", "training.attention=auto"]
+    fast = ["training.precision=bf16", "training.compile=true", "training.attention=auto"]
     return _assembled(shape, watch, None, [*modern, *fast])
 
 

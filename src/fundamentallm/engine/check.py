@@ -32,7 +32,7 @@ def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[st
     with speaking():
         load_plugins([*config.plugins, *plugins], config.locate("plugins"))
         check_names(config)
-        run = assemble(config, nowhere(config), Ranks())
+        run = assemble(config, nowhere(config), Ranks(), measuring=False)
     for note in run.notes:
         say(note)
     _print_costs(run)

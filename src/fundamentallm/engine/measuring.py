@@ -75,6 +75,7 @@ def measure(
     device: torch.device,
     seconds: float,
     slowest: float = math.inf,
+    brief: bool = False,
 ) -> Measurement:
     """Time the step of a configuration in this process, on a model of its own.
 
@@ -86,6 +87,8 @@ def measure(
             micro-batch alone.
         device: where to compute.
         seconds: time for the steps, of which there are at least three.
+        brief: for windows of one micro-batch: at least one step, the second call counts too, and
+            the fastest is the figure, for the median of so few would be chance.
         slowest: a first micro-batch, not compiled, that takes more seconds than these ends the
             measurement: its time is the figure.
 
@@ -95,7 +98,7 @@ def measure(
     rng = capture_rng()
     torch.manual_seed(config.seed)
     try:
-        return _measure(config, windows, device, seconds, slowest)
+        return _measure(config, windows, device, seconds, slowest, brief)
     finally:
         restore_rng(rng)
         gc.collect()
@@ -109,6 +112,7 @@ def _measure(
     device: torch.device,
     seconds: float,
     slowest: float,
+    brief: bool,
 ) -> Measurement:
     training = config.training
     model = Transformer(config.model).to(device).train()
@@ -131,14 +135,16 @@ def _measure(
     if first > slowest and not training.compile:
         return Measurement(first)
     again = timed(beginning)
-    taken: list[float] = []
-    while len(taken) < LEAST_STEPS or (sum(taken) < seconds and len(taken) < MOST_STEPS):
+    taken = [again] if brief else []
+    least = 2 if brief else LEAST_STEPS
+    while len(taken) < MOST_STEPS and (len(taken) < least or sum(taken) < seconds):
         taken.append(timed(windows[len(taken) % len(windows)]))
     runner = getattr(model, "run_block", None)
     if isinstance(runner, CompiledBlocks) and runner.compiled is None:
         return failed("torch.compile failed")
     compiling = max(0.0, first - again) if training.compile else 0.0
-    return Measurement(statistics.median(taken), compiling, _peak_bytes(device))
+    figure = min(taken) if brief else statistics.median(taken)
+    return Measurement(figure, compiling, _peak_bytes(device))
 
 
 def measure_apart(

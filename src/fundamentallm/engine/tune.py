@@ -156,7 +156,9 @@ def _space(config: RunConfig, device: torch.device, keep: Sequence[str]) -> Spac
     compiling = [start.compile]
     if "compile" not in keep and find_compiler() is not None:
         compiling = [False, True]
-    kernels = [start.attention] if "attention" in keep else list(KERNELS)
+    kernels = list(KERNELS)
+    if "attention" in keep or config.data.packing == "document":  # which has a kernel of its own
+        kernels = [start.attention]
     kinds = [
         {**narrow, "compile": compiled, "attention": kernel}
         for compiled, narrow, kernel in itertools.product(compiling, types, kernels)
