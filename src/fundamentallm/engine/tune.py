@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shlex
 import time
@@ -75,6 +76,12 @@ def tune(
             got=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
             fix="start it without torchrun",
         )
+    if not 0 < seconds < math.inf:
+        raise ConfigError(
+            "this is no time to measure in",
+            where=f"--seconds {seconds:g}",
+            expected="a number of seconds above 0",
+        )
     target = _free_path(config_path, out)
     deadline = time.monotonic() + seconds
     written = load_config(config_path, overrides)
@@ -113,6 +120,8 @@ def _free_path(config_path: Path, out: Path | None) -> Path:
                 where=f"--out {out}",
                 fix="name another, or remove it",
             )
+        if not out.absolute().parent.is_dir():
+            raise MachineError("there is no such directory", where=f"--out {out}")
         return out
     stem = config_path.stem
     numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
