@@ -110,14 +110,17 @@ class TestChoice:
         assert choose(PLAIN, None, True, Length(10_000, None), times) == PLAIN
 
     def test_a_hopeless_setting_may_stop_at_its_first_call(self):
-        limits = []
+        for seconds, limit in ((2.0, 8.0), (0.01, 1.0)):  # a first call has setup of its own
+            limits = []
 
-        def seconds_of(setting: Setting, slowest: float) -> Measurement:
-            limits.append(slowest)
-            return Measurement(1.0)
+            def seconds_of(
+                setting: Setting, slowest: float, limits=limits, seconds=seconds
+            ) -> Measurement:
+                limits.append(slowest)
+                return Measurement(seconds)
 
-        choose(PLAIN, NARROW, False, Length(10_000, None), seconds_of)
-        assert limits == [float("inf"), 4.0]
+            choose(PLAIN, NARROW, False, Length(10_000, None), seconds_of)
+            assert limits == [float("inf"), limit]
 
 
 def config(**training: object) -> RunConfig:

@@ -38,7 +38,9 @@ LEAST_SECONDS = 10.0  # expected of a run in which types are compared
 LEAST_SECONDS_TO_COMPILE = 30.0
 COMPILING_SHARE = 0.05  # of a run's time, up to which it may compile twice to compare types
 SECONDS = 0.5  # for the micro-batches of a setting, if they are faster than that
-HOPELESS = 4.0  # times the seconds of what was measured before: one call is enough
+# A type that takes so many times the seconds, and a second at least, has one call: where a machine
+# emulates it, more would cost the run. Below a second the first call's own setup is in the way.
+HOPELESS = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def choose(
     if length.steps is not None and length.steps * length.micro_batches < LEAST_MICRO_BATCHES:
         return start
     measured = {start: seconds_of(start, math.inf)}
-    slowest = HOPELESS * measured[start].step_seconds
+    slowest = max(1.0, HOPELESS * measured[start].step_seconds)
     expected = length.expected(measured[start])
     if other is not None and expected >= LEAST_SECONDS:
         measured[other] = seconds_of(other, slowest)

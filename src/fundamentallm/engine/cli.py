@@ -132,9 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--seconds",
         type=float,
-        default=300.0,
+        default=600.0,
         metavar="S",
-        help="begin no measurement after that time; default 300",
+        help="begin no measurement after that time; default 600",
     )
     tune.add_argument(
         "--keep",
