@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -593,6 +594,37 @@ def test_a_real_measurement_leaves_no_trace_in_the_run(done, monkeypatch, tmp_pa
 
     assert (tmp_path / "cache" / "fundamentallm" / "speed.json").exists()
     assert weights("chosen") == weights(done)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(compilation.find_compiler() is None, reason="needs a C++ compiler")
+# Torch hides this one from users while it traces, by way of showwarning, which pytest has replaced.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_run_that_measured_compiled_code_goes_on_exactly_without_measuring(
+    at_step, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("LEAST_MICRO_BATCHES", "LEAST_SECONDS", "LEAST_SECONDS_TO_COMPILE"):
+        monkeypatch.setattr(auto, name, 0)
+    measuring = auto.choose
+
+    def choose(start, *others):
+        measuring(start, *others)
+        return replace(start, compile=True)  # whatever is faster here
+
+    monkeypatch.setattr(auto, "choose", choose)
+    words = ["tiny.yaml", "training.compile=auto", "model.dropout=0"]
+    assert main(["run", *words, "--run-dir", "whole"]) == 0
+    at_step(5, press_ctrl_c)
+    assert main(["run", *words, "--run-dir", "cut"]) == 130
+    at_step(10**6, press_ctrl_c)
+    monkeypatch.setattr(auto, "choose", None)
+    torch._dynamo.reset()
+    assert main(["run", *words, "--run-dir", "cut"]) == 0
+
+    stored = yaml.safe_load(Path("cut/config.yaml").read_text())["training"]
+    assert stored["compile"] is True
+    assert weights("cut") == weights("whole")
 
 
 def test_threads_are_set_before_anything_is_computed(at_step):
