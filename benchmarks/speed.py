@@ -56,7 +56,7 @@ FAST = [
     "model.qk_norm=true",
     "model.bias=false",
     "training.precision=bf16",
-    "training.compile=auto",
+    "training.compile=true",
     "training.attention=auto",
 ]
 WARMUP = 10  # steps

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from ignite.engine import Events
 
 from fundamentallm.config import RunConfig
 from fundamentallm.engine import assemble as assembly
+from fundamentallm.engine import auto
 from fundamentallm.engine import run as run_module
 from fundamentallm.engine.cli import main
+from fundamentallm.engine.measuring import Measurement
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training import compilation, train
 from fundamentallm.training.manifest import parse_manifest, render_manifest
@@ -540,6 +543,101 @@ def test_what_auto_chose_is_not_chosen_again_on_resume(at_step, monkeypatch, cap
     assert "on cpu in bf16" in capsys.readouterr().err
     stored = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["training"]
     assert stored["precision"] == "bf16"
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path) -> list[str]:
+    """Measurements that find bf16 faster, also in a short run; the types that were measured."""
+    asked: list[str] = []
+
+    def measure(config, *_, **__):
+        asked.append(config.training.precision)
+        return Measurement(0.5 if config.training.precision == "bf16" else 1.0)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(auto, "LEAST_MICRO_BATCHES", 1)
+    monkeypatch.setattr(auto, "measure", measure)
+    return asked
+
+
+def test_what_was_measured_at_the_start_holds_on_resume(at_step, measured, capsys):
+    words = ["tiny.yaml", "training.precision=auto"]
+    assert main(["run", *words, "--run-dir", "whole"]) == 0
+    assert measured == ["fp32", "bf16"]
+    assert "auto: bf16; a micro-batch takes, measured now" in capsys.readouterr().err
+    at_step(5, press_ctrl_c)
+    assert main(["run", *words, "--run-dir", "cut"]) == 130
+    at_step(10**6, press_ctrl_c)
+    shutil.rmtree("cache")  # as on another machine
+    measured.clear()
+
+    assert main(["run", *words, "--run-dir", "cut"]) == 0
+
+    assert measured == []
+    assert weights("cut") == weights("whole")
+    stored = yaml.safe_load(Path("cut/config.yaml").read_text())["training"]
+    assert (stored["precision"], stored["bf16_weights"]) == ("bf16", True)
+
+
+def test_a_check_measures_nothing_for_auto(measured):
+    assert main(["check", "tiny.yaml", "training.precision=auto"]) == 0
+    assert measured == []
+
+
+def test_a_real_measurement_leaves_no_trace_in_the_run(done, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, value in {"LEAST_MICRO_BATCHES": 1, "LEAST_SECONDS": 0.0, "SECONDS": 1e-9}.items():
+        monkeypatch.setattr(auto, name, value)
+    monkeypatch.setattr(auto, "LEAST_GAIN", 1.0)  # whatever is measured, fp32 remains
+
+    assert main(["run", "tiny.yaml", "training.precision=auto", "--run-dir", "chosen"]) == 0
+
+    assert (tmp_path / "cache" / "fundamentallm" / "speed.json").exists()
+    assert weights("chosen") == weights(done)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(compilation.find_compiler() is None, reason="needs a C++ compiler")
+# Torch hides this one from users while it traces, by way of showwarning, which pytest has replaced.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_run_that_measured_compiled_code_goes_on_exactly_without_measuring(
+    at_step, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("LEAST_MICRO_BATCHES", "LEAST_SECONDS", "LEAST_SECONDS_TO_COMPILE"):
+        monkeypatch.setattr(auto, name, 0)
+    measuring = auto.choose
+
+    def choose(start, *others):
+        measuring(start, *others)
+        return replace(start, compile=True)  # whatever is faster here
+
+    monkeypatch.setattr(auto, "choose", choose)
+    words = ["tiny.yaml", "training.compile=auto", "model.dropout=0"]
+    assert main(["run", *words, "--run-dir", "whole"]) == 0
+    at_step(5, press_ctrl_c)
+    assert main(["run", *words, "--run-dir", "cut"]) == 130
+    at_step(10**6, press_ctrl_c)
+    monkeypatch.setattr(auto, "choose", None)
+    torch._dynamo.reset()
+    assert main(["run", *words, "--run-dir", "cut"]) == 0
+
+    stored = yaml.safe_load(Path("cut/config.yaml").read_text())["training"]
+    assert stored["compile"] is True
+    assert weights("cut") == weights("whole")
+
+
+def test_threads_are_set_before_anything_is_computed(at_step):
+    seen = []
+    at_step(1, lambda trainer: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    try:
+        assert main(["run", "tiny.yaml", f"training.threads={before + 1}"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [before + 1]
+    manifest = json.loads(Path("runs/tiny/checkpoints/step-00000004/MANIFEST.json").read_text())
+    assert manifest["metadata"]["circumstances"]["threads"] == before + 1
 
 
 def test_a_checkpoint_from_before_a_field_existed_is_gone_on_from(done, at_step, capsys):

@@ -20,6 +20,7 @@ LAYERS = [
     ["data", "models"],
     ["training"],
     ["training.step", "training.state", "training.diagnosis", "training.incident"],
+    ["training.build_step"],
     ["training.snapshot"],
     ["training.handlers"],
     ["training.trainer"],

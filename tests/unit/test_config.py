@@ -69,6 +69,7 @@ class TestDefaults:
             "bf16_weights": "auto",
             "attention": "auto",
             "compile": False,
+            "threads": None,
             "num_epochs": 3,
             "total_steps": None,
             "max_tokens": None,

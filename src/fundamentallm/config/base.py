@@ -79,14 +79,7 @@ class BaseConfig(BaseModel):
         Raises:
             MachineError: the file cannot be written.
         """
-        text: str = yaml.dump(
-            self.to_dict(),
-            Dumper=_Dumper,
-            sort_keys=False,
-            allow_unicode=True,
-            default_flow_style=False,
-            width=100,
-        )
+        text = dump_yaml(self.to_dict())
         if path is not None:
             try:
                 Path(path).write_text(text, encoding="utf-8")
@@ -140,6 +133,24 @@ class BaseConfig(BaseModel):
         as unset. Nothing else may change a configuration.
         """
         self.__dict__.update(values)
+
+
+def dump_yaml(plain: Any, flow: bool = False) -> str:
+    """Return plain values as YAML that `yaml_source` reads as the same.
+
+    Args:
+        plain: nested dicts, lists and single values.
+        flow: all in brackets rather than indented.
+    """
+    text: str = yaml.dump(
+        plain,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=flow,
+        width=100,
+    )
+    return text
 
 
 def _plain(value: Any) -> Any:

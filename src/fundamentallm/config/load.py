@@ -30,12 +30,21 @@ def load_config(
     Raises:
         ConfigError: a fault in the file or in an override; `where` names the line or the override.
     """
-    document = read_yaml(path)
-    for text in overrides:
-        document = _overridden(document, text)
+    document = overridden(read_yaml(path), overrides)
     if plugins:
         document = _with_plugins(document, plugins)
     return RunConfig.from_document(document)
+
+
+def overridden(document: YamlDocument, overrides: Sequence[str]) -> YamlDocument:
+    """Return a document with each `dotted.key=value` in its place, as `load_config` has it.
+
+    Raises:
+        ConfigError: a fault in an override.
+    """
+    for text in overrides:
+        document = _overridden(document, text)
+    return document
 
 
 def _overridden(document: YamlDocument, text: str) -> YamlDocument:
@@ -54,11 +63,21 @@ def _overridden(document: YamlDocument, text: str) -> YamlDocument:
     except ConfigError as error:
         error.where = origin  # an override has no lines
         raise
-    return _replaced(document, path, value, origin)
+    return replaced(document, path, value, origin)
 
 
-def _replaced(document: YamlDocument, path: KeyPath, value: Any, origin: str) -> YamlDocument:
-    """Return a document with one value in the place of all that was at or below its path."""
+def replaced(document: YamlDocument, path: KeyPath, value: Any, origin: str) -> YamlDocument:
+    """Return a document with one value in the place of all that was at or below its path.
+
+    Args:
+        document: left as it is.
+        path: the keys from the top.
+        value: plain.
+        origin: where the value came from, for messages.
+
+    Raises:
+        ConfigError: the path leads through a value that has no keys.
+    """
 
     def elsewhere(other: KeyPath) -> bool:
         return other[: len(path)] != path
@@ -69,8 +88,8 @@ def _replaced(document: YamlDocument, path: KeyPath, value: Any, origin: str) ->
         parent = _descend(parent, path[:length], origin)
     parent[path[-1]] = value
     lines = {other: line for other, line in document.lines.items() if elsewhere(other)}
-    replaced = {other: where for other, where in document.replaced.items() if elsewhere(other)}
-    return YamlDocument(document.name, data, lines, {**replaced, path: origin})
+    origins = {other: where for other, where in document.replaced.items() if elsewhere(other)}
+    return YamlDocument(document.name, data, lines, {**origins, path: origin})
 
 
 def _descend(parent: dict[str, Any], path: KeyPath, origin: str) -> dict[str, Any]:
@@ -100,9 +119,9 @@ def _with_plugins(document: YamlDocument, plugins: Sequence[str]) -> YamlDocumen
     if not isinstance(listed, list):
         return document  # validation will say so, with the line
     data = {**document.data, "plugins": [*listed]}
-    replaced = dict(document.replaced)
+    origins = dict(document.replaced)
     for name in plugins:
         if name not in data["plugins"]:
-            replaced["plugins", len(data["plugins"])] = f"command line: --plugins {printable(name)}"
+            origins["plugins", len(data["plugins"])] = f"command line: --plugins {printable(name)}"
             data["plugins"].append(name)
-    return YamlDocument(document.name, data, document.lines, replaced)
+    return YamlDocument(document.name, data, document.lines, origins)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fundamentallm.config.base import (
     BaseConfig,
@@ -79,8 +79,8 @@ class TrainingConfig(BaseConfig):
     if precision is bf16 or fp16."""
 
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Type of matrix multiplications; auto: the narrow type on a GPU, fp32 elsewhere unless
-    mixed_precision is true."""
+    """Type of matrix multiplications; auto: the narrow type on a GPU; on a CPU bf16 if the start of
+    a run finds it faster or mixed_precision is true, else fp32."""
 
     bf16_weights: bool | Literal["auto"] = "auto"
     """In bf16, compute with bfloat16 copies of the weights, made for each micro-batch, in place of
@@ -91,7 +91,11 @@ class TrainingConfig(BaseConfig):
     a softmax; auto: explicit on a CPU in bf16 with a context up to 1,024 tokens, else flash."""
 
     compile: bool | Literal["auto"] = False
-    """Compile the model's block with torch.compile; auto: where a C++ compiler is found."""
+    """Compile the model's block with torch.compile; auto: if there is a C++ compiler and the start
+    of a run finds that it pays."""
+
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """CPU threads of each rank; None: torch's choice, the cores or OMP_NUM_THREADS."""
 
     num_epochs: Count = 3
     """Passes over the training split, if no other budget ends the run."""

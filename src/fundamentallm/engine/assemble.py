@@ -29,6 +29,7 @@ from fundamentallm.data.tokenizer import (
     tokenizer_from_dict,
 )
 from fundamentallm.data.tokenizer_json import tokenizer_json
+from fundamentallm.engine.auto import choose_auto
 from fundamentallm.engine.exactness import circumstances, versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
@@ -50,6 +51,7 @@ from fundamentallm.training.precision import (
     resolve_precision,
 )
 from fundamentallm.training.schedulers import SCHEDULERS
+from fundamentallm.training.threads import use_threads
 from fundamentallm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -100,18 +102,22 @@ class Run:
     notes: list[str]
 
 
-def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
+def assemble(
+    config: RunConfig, directory: RunDirectory, ranks: Ranks, measuring: bool = True
+) -> Run:
     """Build every part of a run and connect them.
 
     Args:
         config: as written; its names were checked (`check_names`).
         directory: where the run lives, and what it goes on from.
         ranks: this process among the others.
+        measuring: choose by measuring what `auto` leaves open, in a run that begins.
 
     Raises:
         FundamentaLLMError: of the class of whatever part cannot be built.
     """
     written = config
+    use_threads(config.training.threads)
     device = resolve_run_device(config, ranks)
     start = starting_point(config, directory)
     config = start.config
@@ -126,6 +132,9 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
     resolved, notes = resolve(
         config, directory, tokenizer, len(train_loader), train_loader.tokens_per_step, device
     )
+    if measuring and directory.checkpoint is None:
+        resolved, chosen = choose_auto(written, resolved, train_loader, device, ranks)
+        notes += chosen
     notes = [*start.notes, *without_effect(config.data, corpus), *notes]
     training = resolved.training
 
@@ -141,16 +150,7 @@ def assemble(config: RunConfig, directory: RunDirectory, ranks: Ranks) -> Run:
 
     # training steps
     with config.blame("training.optimizer"):
-        optimizer = OptimizerBuilder.build(
-            training.optimizer.name,
-            model,
-            training.learning_rate,
-            defaults={
-                "eps": training.optimizer_eps,
-                "weight_decay": training.optimizer_weight_decay,
-            },
-            **training.optimizer.options,
-        )
+        optimizer = OptimizerBuilder.from_config(training, model)
     limits = Limits.resolve(training, len(train_loader), train_loader.tokens_per_step)
     with config.blame("training.scheduler"):
         scheduler = SCHEDULERS.build(

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from fundamentallm.config import RunConfig, load_config
+from fundamentallm.config import load_config
 from fundamentallm.engine.assemble import Run, assemble, check_names
 from fundamentallm.engine.console import say, speaking
 from fundamentallm.engine.fit import estimate_run, gib, memory_limit
 from fundamentallm.engine.plugins import load_plugins
-from fundamentallm.engine.run_directory import RunDirectory
+from fundamentallm.engine.run_directory import nowhere
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers.progress import format_seconds
 from fundamentallm.training.step import TrainStep
@@ -32,7 +32,7 @@ def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[st
     with speaking():
         load_plugins([*config.plugins, *plugins], config.locate("plugins"))
         check_names(config)
-        run = assemble(config, _nowhere(config), Ranks())
+        run = assemble(config, nowhere(config), Ranks(), measuring=False)
     for note in run.notes:
         say(note)
     _print_costs(run)
@@ -44,11 +44,6 @@ def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[st
     say(f"{config_path} is fine. Next:")
     say(f"  python -m fundamentallm.engine run {config_path}")
     return 0
-
-
-def _nowhere(config: RunConfig) -> RunDirectory:
-    path = Path("runs") / config.name  # named to the handlers, made by none of them
-    return RunDirectory(path, config.checkpoints_in(path))
 
 
 def _print_costs(run: Run) -> None:

@@ -125,6 +125,29 @@ def build_parser() -> argparse.ArgumentParser:
     check = _add(commands, "check", _check, "validate a YAML file and show what it would do")
     _add_config(check)
 
+    tune = _add(commands, "tune", _tune, "measure which settings this machine runs fastest")
+    _add_config(tune)
+    tune.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where the file with the fastest settings goes; default CONFIG.tuned.yaml",
+    )
+    tune.add_argument(
+        "--seconds",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="begin no measurement after that time; default 600",
+    )
+    tune.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        choices=("precision", "compile", "attention", "micro-batch", "threads"),
+        help="leave these as the file has them",
+    )
+
     evaluate = _add(commands, "evaluate", _evaluate, "measure the loss of a trained model")
     _add_model(evaluate)
     evaluate.add_argument(
@@ -352,6 +375,20 @@ def _check(options: argparse.Namespace) -> int:
         from fundamentallm.engine.check import check
 
     return check(options.config, options.overrides, options.plugins)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    with loading():
+        from fundamentallm.engine.tune import tune
+
+    return tune(
+        options.config,
+        options.overrides,
+        options.plugins,
+        options.out,
+        options.seconds,
+        options.keep,
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> int:

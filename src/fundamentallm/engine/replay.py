@@ -23,6 +23,7 @@ from fundamentallm.training.incident import EVIDENCE, REPORT, first_bad
 from fundamentallm.training.losses import LOSSES
 from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
 from fundamentallm.training.store import CheckpointStore
+from fundamentallm.training.threads import use_threads
 
 MAX_REPORT_BYTES = 64 << 20
 ROWS_SHOWN = 12
@@ -108,6 +109,7 @@ def replay_incident(incident: Path, report: dict[str, Any], device: torch.device
             fix="build the model there and use fundamentallm.training.diagnosis.Laboratory",
         )
     config = RunConfig.model_validate(report["description"]["config"])
+    use_threads(config.training.threads)
     model = Transformer(config.model)
     check_model_state(model, state["model"], str(store.directory))
     model.load_state_dict(state["model"])

@@ -84,6 +84,12 @@ def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory
         differing = differing or f"{candidate} has another configuration ({differences[0]})"
 
 
+def nowhere(config: RunConfig) -> RunDirectory:
+    """Return the directory that a fresh run would have, for commands that make none."""
+    path = Path("runs") / config.name
+    return RunDirectory(path, config.checkpoints_in(path))
+
+
 def drift(manifest: Manifest, config: RunConfig) -> list[str]:
     """Return the differences that make a configuration another run, as text."""
     differences = config_differences(as_written(manifest), config.model_dump(mode="json"))

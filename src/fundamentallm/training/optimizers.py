@@ -25,6 +25,7 @@ import torch
 from torch import nn, optim
 from torch.optim import Optimizer
 
+from fundamentallm.config.training import TrainingConfig
 from fundamentallm.registry import Registry
 from fundamentallm.training.lion import Lion
 from fundamentallm.training.muon import Muon, Scale, hidden_matrices
@@ -65,6 +66,24 @@ class OptimizerBuilder:
         groups = parameter_groups(model)
         context = {**(defaults or {}), "params": groups, "lr": lr, "model": model}
         return OPTIMIZERS.build(optimizer_name, kwargs, **context)
+
+    @staticmethod
+    def from_config(config: TrainingConfig, model: nn.Module) -> Optimizer:
+        """Build the optimizer that a configuration names.
+
+        Raises:
+            ConfigError, ValueError: as `build`.
+        """
+        return OptimizerBuilder.build(
+            config.optimizer.name,
+            model,
+            config.learning_rate,
+            defaults={
+                "eps": config.optimizer_eps,
+                "weight_decay": config.optimizer_weight_decay,
+            },
+            **config.optimizer.options,
+        )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:

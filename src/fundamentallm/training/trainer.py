@@ -8,7 +8,6 @@ between two inner runs, since Ignite cannot rewind inside one [#2669, #1386].
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import time
@@ -23,14 +22,12 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.loader import Window, as_window, as_window_loader
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import EVENT_TO_ATTRIBUTE, TrainingEvents
-from fundamentallm.models.attention import choose_kernel, use_kernel
-from fundamentallm.training.compilation import compiled, resolve_compile
+from fundamentallm.training.build_step import build_precision, build_step
 from fundamentallm.training.data_faults import DataFaults
 from fundamentallm.training.diagnosis import Laboratory
 from fundamentallm.training.distributed import Ranks
@@ -43,17 +40,13 @@ from fundamentallm.training.ledger import Ledger
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import LanguageModelingLoss
 from fundamentallm.training.optimizers import OptimizerBuilder
-from fundamentallm.training.precision import (
-    Precision,
-    resolve_bf16_weights,
-    resolve_device,
-    resolve_precision,
-)
+from fundamentallm.training.precision import resolve_device
 from fundamentallm.training.prefetch import ahead
 from fundamentallm.training.rng import capture_generators, restore_generators
 from fundamentallm.training.schedulers import ConstantLRScheduler, LearningRateScheduler
 from fundamentallm.training.state import COUNTERS, IRREVERSIBLE, TrainingState
-from fundamentallm.training.step import StepOutput, TrainStep, evaluate, evaluate_batch, undisturbed
+from fundamentallm.training.step import StepOutput, evaluate, evaluate_batch, undisturbed
+from fundamentallm.training.threads import use_threads
 
 logger = logging.getLogger(__name__)
 # Ignite logs each error that it passes on; whoever catches the error reports it.
@@ -175,15 +168,18 @@ class Trainer(Engine):
         self.state_dict_user_keys.extend(COUNTERS)
         self.register_events(*TrainingEvents, event_to_attr=EVENT_TO_ATTRIBUTE)
         self.config = config if config is not None else TrainingConfig()
+        use_threads(self.config.threads)
         self.ranks = Ranks.current()
         self.device = resolve_device(device) if isinstance(device, str) else device
         self.model = model.to(self.device)
-        self.precision = self._build_precision()
+        self.precision = build_precision(self.config, self.model, self.device)
         self.train_loader = as_window_loader(
             train_loader, self.config.accumulation_steps, self.config.seed
         )
         self.val_loader = val_loader
-        self.optimizer = optimizer if optimizer is not None else self._build_optimizer()
+        if optimizer is None:
+            optimizer = OptimizerBuilder.from_config(self.config, self.model)
+        self.optimizer = optimizer
         if scheduler is not None and not isinstance(scheduler, LearningRateScheduler):
             raise TypeError(
                 f"scheduler must be one of this package's schedules, not {type(scheduler).__name__}"
@@ -208,7 +204,15 @@ class Trainer(Engine):
         constructed = time.monotonic()
         self.clock: Callable[[], float] = lambda: time.monotonic() - constructed
         self._checkpoint_dir = Path(self.config.checkpoint_dir) if config is not None else None
-        self._step = self._make_step()
+        self._step = build_step(
+            self.config,
+            self.model,
+            self.optimizer,
+            self.loss_fn,
+            self.precision,
+            self.ranks,
+            self.notify,
+        )
         self._rollback: tuple[int | None, str] | None = None
         self._redo = False
         self._faults = DataFaults(self.ranks)
@@ -863,65 +867,6 @@ class Trainer(Engine):
             for entries in self._event_handlers.values()
             for handler, _, _ in entries
         )
-
-    def _build_precision(self) -> Precision:
-        config = self.config
-        name = resolve_precision(config.precision, config.mixed_precision, self.device)
-        follows = getattr(self.model, "follows_weight_type", None)
-        bf16_weights = resolve_bf16_weights(config.bf16_weights, name, self.device, follows)
-        return Precision(name, self.device, bf16_weights)
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        return OptimizerBuilder.build(
-            config.optimizer.name,
-            self.model,
-            config.learning_rate,
-            defaults={
-                "eps": config.optimizer_eps,
-                "weight_decay": config.optimizer_weight_decay,
-            },
-            **config.optimizer.options,
-        )
-
-    def _make_step(self) -> TrainStep:
-        if self.config.gradient_checkpointing:
-            self.model.gradient_checkpointing = True  # type: ignore[assignment]
-        context = getattr(self.model, "sequence_length", 0)
-        bf16_weights = self.precision.bf16_weights
-        use_kernel(
-            self.model, choose_kernel(self.config.attention, self.device, bf16_weights, context)
-        )
-        forward = self.model
-        if resolve_compile(self.config.compile):
-            forward = compiled(forward)
-        if not self.ranks.alone:
-            forward = DistributedDataParallel(
-                forward,
-                device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                **_without_buffer_sync(),
-            )
-        return TrainStep(
-            forward,
-            self.model,
-            self.optimizer,
-            self.loss_fn,
-            self.precision,
-            self.ranks,
-            self.config.max_grad_norm,
-            self.notify,
-            self.config.max_grad_value,
-        )
-
-
-def _without_buffer_sync() -> dict[str, Any]:
-    """Return the options that keep DDP from sending buffers: ours are constants on every rank.
-
-    Newer releases of torch warn at the name that older ones need.
-    """
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return {name: False}
 
 
 def _handler_name(handler: Any) -> str:

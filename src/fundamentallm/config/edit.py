@@ -1,0 +1,60 @@
+"""Other values in a YAML file, with its comments and its order as they were."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fundamentallm.config.base import dump_yaml
+from fundamentallm.config.key_path import KeyPath
+from fundamentallm.config.yaml_source import YamlDocument, parse_yaml
+from fundamentallm.errors import ConfigError
+
+
+def edited(text: str, changed: YamlDocument, paths: list[KeyPath]) -> str:
+    """Return the text of a document with the values that another one has at some paths.
+
+    Lines are edited where that says the same; text that is written in another way (a section in
+    brackets, say) is written anew, without its comments.
+
+    Args:
+        text: YAML with a mapping at the top.
+        changed: the document that the new text shall be.
+        paths: (section, key) of all values in which it differs from the text.
+    """
+    try:
+        new = _with_lines_edited(text, changed.data, paths)
+        if parse_yaml(new).data == changed.data:
+            return new
+    except (ConfigError, LookupError, ValueError):
+        pass
+    return dump_yaml(changed.data)
+
+
+def _with_lines_edited(text: str, data: Mapping[str, Any], paths: list[KeyPath]) -> str:
+    """Edit line by line; whether the result is right, the caller sees by reading it."""
+    lines = text.splitlines()
+    known = parse_yaml(text).lines
+    added: dict[str, list[str]] = {}
+    for path in paths:
+        section, key = (str(part) for part in path)
+        value = dump_yaml({key: data[section][key]}, flow=True).strip()[1:-1]
+        if path not in known:
+            added.setdefault(section, []).append(value)
+            continue
+        number = known[path] - 1
+        comment = re.search(r"\s+#.*$", lines[number])
+        indent = lines[number][: len(lines[number]) - len(lines[number].lstrip())]
+        lines[number] = indent + value + (comment[0] if comment else "")
+    for section, entries in sorted(
+        added.items(), key=lambda item: known.get((item[0],), 0), reverse=True
+    ):
+        inside = [line for path, line in known.items() if path[0] == section and len(path) > 1]
+        if inside:
+            first = lines[min(inside) - 1]
+            indent = first[: len(first) - len(first.lstrip())]
+            lines[max(inside) : max(inside)] = [indent + entry for entry in entries]
+        else:
+            lines += [f"{section}:", *("  " + entry for entry in entries)]
+    return "\n".join(lines) + "\n"

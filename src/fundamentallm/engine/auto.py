@@ -1,0 +1,250 @@
+"""What `precision: auto` and `compile: auto` choose when a run begins.
+
+A run pays for the choice out of its own time, so it is short: a few micro-batches for each setting,
+half a second, in this process, where compiled code is then at hand for the run. What cannot pay is
+not tried: nothing in a run of seconds, no compiler in a run of half a minute. The figures are kept
+(`speed_cache.py`); the choice follows from them and from the length of the run, and is stored in
+the run's configuration: a run that is resumed does not choose again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from fundamentallm.config import RunConfig
+from fundamentallm.data.loader import EpochLoader, Window, count_valid
+from fundamentallm.engine.measuring import Measurement, measure
+from fundamentallm.engine.search import LEAST_GAIN, Setting
+from fundamentallm.engine.speed_cache import SpeedCache, circumstances_of
+from fundamentallm.models.attention import choose_kernel
+from fundamentallm.models.components import follows_weight_type
+from fundamentallm.training.clock import seconds_since_start
+from fundamentallm.training.distributed import Ranks
+from fundamentallm.training.limits import Limits
+from fundamentallm.training.precision import resolve_bf16_weights
+
+logger = logging.getLogger(__name__)
+
+LEAST_MICRO_BATCHES = 100  # of a run in which anything is measured
+LEAST_SECONDS = 10.0  # expected of a run in which types are compared
+# ... and of one in which the compiler is called. It takes 5 to 30 s, and at best halves the rest.
+LEAST_SECONDS_TO_COMPILE = 30.0
+COMPILING_SHARE = 0.05  # of a run's time, up to which it may compile twice to compare types
+SECONDS = 0.5  # for the micro-batches of a setting, if they are faster than that
+# A type that takes so many times the seconds, and a second at least, has one call: where a machine
+# emulates it, more would cost the run. Below a second the first call's own setup is in the way.
+HOPELESS = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long a run has, from here on.
+
+    Attributes:
+        steps: of the optimizer, None where only the clock ends it.
+        seconds: None where the clock does not end it.
+        micro_batches: in a step.
+    """
+
+    steps: int | None
+    seconds: float | None
+    micro_batches: int = 1
+
+    def expected(self, measurement: Measurement) -> float:
+        """Return the seconds that the run takes, without compilation."""
+        steps = math.inf if self.steps is None else self.steps
+        left = math.inf if self.seconds is None else self.seconds
+        return min(steps * self.micro_batches * measurement.step_seconds, left)
+
+    def seconds_per_step(self, measurement: Measurement) -> float:
+        """Return the seconds of a step with its share of the compilation."""
+        step = self.micro_batches * measurement.step_seconds
+        compiling = measurement.compile_seconds
+        if self.steps is not None:
+            total = compiling + self.steps * step
+            if self.seconds is None or total <= self.seconds:
+                return total / self.steps
+        if self.seconds is None:
+            return step
+        left = self.seconds - compiling
+        return step * self.seconds / left if left > 0 else math.inf
+
+
+def choose(
+    start: Setting,
+    other: Setting | None,
+    may_compile: bool,
+    length: Length,
+    seconds_of: Callable[[Setting, float], Measurement],
+) -> Setting:
+    """Return the setting that ends the run soonest, or takes it furthest, measuring few.
+
+    Args:
+        start: not compiled; stays unless another saves `LEAST_GAIN` of the time.
+        other: the same in another type, None where the type is not to be chosen.
+        may_compile: whether compiling is to be chosen.
+        length: of the run.
+        seconds_of: measures a setting, of a micro-batch; its second argument is the time of one
+            after which the setting is out of the race.
+    """
+    if length.steps is not None and length.steps * length.micro_batches < LEAST_MICRO_BATCHES:
+        return start
+    measured = {start: seconds_of(start, math.inf)}
+    slowest = max(1.0, HOPELESS * measured[start].step_seconds)
+    expected = length.expected(measured[start])
+    if other is not None and expected >= LEAST_SECONDS:
+        measured[other] = seconds_of(other, slowest)
+    best = _best(measured, start, length)
+    if may_compile and expected >= LEAST_SECONDS_TO_COMPILE:
+        first = replace(best, compile=True)
+        measured[first] = seconds_of(first, slowest)
+        compiling = measured[first].compile_seconds
+        # Narrow types gain more from compilation: what lost without it may win with it.
+        if other is not None and compiling <= COMPILING_SHARE * expected:
+            second = replace(other if best == start else start, compile=True)
+            measured[second] = seconds_of(second, slowest)
+        best = _best(measured, start, length)
+    return best
+
+
+def _best(measured: dict[Setting, Measurement], start: Setting, length: Length) -> Setting:
+    best = min(measured, key=lambda setting: length.seconds_per_step(measured[setting]))
+    gained = length.seconds_per_step(measured[best]) < (1 - LEAST_GAIN) * length.seconds_per_step(
+        measured[start]
+    )
+    return best if gained else start
+
+
+def choose_auto(
+    written: RunConfig,
+    resolved: RunConfig,
+    loader: EpochLoader,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[RunConfig, list[str]]:
+    """Measure what `auto` leaves open in a run that begins; the first rank's choice holds for all.
+
+    Args:
+        written: the configuration with its `auto`.
+        resolved: with what holds if nothing is measured.
+        loader: of the training data.
+        device: where the run computes.
+        ranks: this process among the others.
+
+    Returns:
+        The configuration with the choice, and notes for the user.
+    """
+    training = resolved.training
+    opens_type = (
+        written.training.precision == "auto"
+        and not written.training.mixed_precision
+        and device.type == "cpu"
+    )
+    may_compile = written.training.compile == "auto"
+    if may_compile:
+        may_compile = not ranks.any(training.compile is False)
+    if not (opens_type or may_compile):
+        return resolved, []
+    start = replace(Setting.of(resolved), compile=training.compile is True and not may_compile)
+    message = ""
+    if ranks.is_writer:
+        other = _in_bf16(start, written, resolved, device) if opens_type else None
+        chosen, note = _choose(start, other, may_compile, resolved, loader, device, ranks)
+        message = json.dumps(
+            [chosen.precision, chosen.bf16_weights, chosen.attention, chosen.compile, note]
+        )
+    precision, bf16_weights, attention, compiles, note = json.loads(ranks.broadcast_text(message))
+    chosen = replace(
+        start,
+        precision=precision,
+        bf16_weights=bf16_weights,
+        attention=attention,
+        compile=compiles,
+    )
+    return chosen.applied_to(resolved), [note] if note else []
+
+
+def _in_bf16(
+    start: Setting, written: RunConfig, resolved: RunConfig, device: torch.device
+) -> Setting | None:
+    """Return the setting in bf16 that the configuration means; None if it starts there."""
+    if start.precision == "bf16":
+        return None
+    follows = partial(follows_weight_type, resolved.model)
+    weights = resolve_bf16_weights(written.training.bf16_weights, "bf16", device, follows)
+    context = resolved.model.sequence_length or resolved.data.sequence_length
+    kernel = choose_kernel(written.training.attention, device, weights, context)
+    return replace(start, precision="bf16", bf16_weights=weights, attention=kernel)
+
+
+def _choose(
+    start: Setting,
+    other: Setting | None,
+    may_compile: bool,
+    resolved: RunConfig,
+    loader: EpochLoader,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[Setting, str]:
+    """Choose with the figures that are known and those that are measured; return a note too."""
+    training = resolved.training
+    limits = Limits.resolve(training, len(loader), loader.tokens_per_step)
+    left = None if limits.max_seconds is None else limits.max_seconds - seconds_since_start()
+    length = Length(limits.total_steps, left, training.accumulation_steps)
+    cache = SpeedCache()
+    circumstances = circumstances_of(resolved, device, ranks.world_size)
+    known = cache.get(circumstances)
+    asked: dict[Setting, Measurement] = {}
+    new = False
+
+    def seconds_of(setting: Setting, slowest: float) -> Measurement:
+        nonlocal new
+        name = name_of(setting)
+        if name not in known:
+            batch = loader.window_at(0, 0).micro_batches[0]
+            window = Window([batch], count_valid(batch["target_ids"]))
+            config = setting.applied_to(resolved)
+            found = measure(config, [window], device, SECONDS, slowest, brief=True)
+            if found.fault:
+                return found
+            known[name], new = found, True
+        asked[setting] = known[name]
+        return known[name]
+
+    try:
+        chosen = choose(start, other, may_compile, length, seconds_of)
+    except Exception as error:  # the run itself says what is wrong, if something is
+        reason = " ".join(str(error).split())[:200]
+        logger.warning("auto: the measurement failed, so nothing is chosen by it: %s", reason)
+        return start, ""
+    finally:
+        if new:
+            cache.put(circumstances, known)
+    if not chosen.compile:
+        torch._dynamo.reset()
+    return chosen, _note(chosen, asked, new, cache)
+
+
+def name_of(setting: Setting) -> str:
+    """Return what tells a setting from the others that `auto` chooses among, for people."""
+    narrow = "" if setting.precision != "bf16" or setting.bf16_weights else " autocast"
+    return f"{setting.precision}{narrow}{' compiled' if setting.compile else ''}"
+
+
+def _note(chosen: Setting, asked: dict[Setting, Measurement], new: bool, cache: SpeedCache) -> str:
+    if len(asked) < 2:
+        return ""
+    figures = ", ".join(
+        f"{name_of(setting)} {1e3 * found.step_seconds:.3g} ms"
+        + (f" after {found.compile_seconds:.0f} s" if setting.compile else "")
+        for setting, found in asked.items()
+    )
+    known = "measured now" if new else f"known from {cache.path}"
+    return f"auto: {name_of(chosen)}; a micro-batch takes, {known}: {figures}"

@@ -1,0 +1,309 @@
+"""How long a step takes under a setting: the one measurement of `tune` and of `auto`.
+
+`measure` times the step of a configuration in this process. `measure_apart` does it in a process of
+its own, where the thread count, the compiler's caches and the peak of memory are nobody else's, and
+whose end is a result like another. That process is this module, run with a folder as its argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fundamentallm.config import RunConfig
+from fundamentallm.data.loader import Batch, Window, count_valid
+from fundamentallm.engine.fit import refuse_what_cannot_fit
+from fundamentallm.engine.plugins import load_plugins
+from fundamentallm.errors import ConfigError, FundamentaLLMError
+from fundamentallm.models.transformer import Transformer
+from fundamentallm.training.build_step import build_precision, build_step
+from fundamentallm.training.compilation import CompiledBlocks
+from fundamentallm.training.distributed import Ranks
+from fundamentallm.training.losses import LOSSES
+from fundamentallm.training.optimizers import OptimizerBuilder
+from fundamentallm.training.rng import capture_rng, restore_rng
+from fundamentallm.training.threads import use_threads
+
+CONFIG, ROWS, REQUEST, RESULT = "config.yaml", "rows.safetensors", "request.json", "result.json"
+LEAST_STEPS, MOST_STEPS = 3, 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What a setting costs.
+
+    Attributes:
+        step_seconds: of one optimizer step, the median of a few; infinite with a fault.
+        compile_seconds: what the first call took longer than the next; 0 if nothing was compiled.
+        peak_bytes: the most memory held at once: of the GPU where there is one, else of the whole
+            process; None where the system does not say.
+        fault: why there is no figure; empty if there is one.
+    """
+
+    step_seconds: float
+    compile_seconds: float = 0.0
+    peak_bytes: int | None = None
+    fault: str = ""
+
+
+def failed(fault: str) -> Measurement:
+    """Return the measurement of a setting that came to nothing."""
+    return Measurement(math.inf, fault=fault)
+
+
+def measure(
+    config: RunConfig,
+    windows: Sequence[Window],
+    device: torch.device,
+    seconds: float,
+    slowest: float = math.inf,
+    brief: bool = False,
+) -> Measurement:
+    """Time the step of a configuration in this process, on a model of its own.
+
+    Weights stay as they are (the learning rate is 0), and so do the random generators.
+
+    Args:
+        config: with everything resolved.
+        windows: taken in turn. The two calls before them, which warm up and compile, see the first
+            micro-batch alone.
+        device: where to compute.
+        seconds: time for the steps, of which there are at least three.
+        brief: for windows of one micro-batch: at least one step, the second call counts too, and
+            the fastest is the figure, for the median of so few would be chance.
+        slowest: a first micro-batch, not compiled, that takes more seconds than these ends the
+            measurement: its time is the figure.
+
+    Raises:
+        FundamentaLLMError: the step cannot be built.
+    """
+    rng = capture_rng()
+    torch.manual_seed(config.seed)
+    try:
+        return _measure(config, windows, device, seconds, slowest, brief)
+    finally:
+        restore_rng(rng)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure(
+    config: RunConfig,
+    windows: Sequence[Window],
+    device: torch.device,
+    seconds: float,
+    slowest: float,
+    brief: bool,
+) -> Measurement:
+    training = config.training
+    model = Transformer(config.model).to(device).train()
+    optimizer = OptimizerBuilder.from_config(training, model)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(lr) if isinstance(lr := group["lr"], Tensor) else 0.0
+    loss_fn = LOSSES.build(training.loss.name, training.loss.options)
+    precision = build_precision(training, model, device)
+    step = build_step(training, model, optimizer, loss_fn, precision, Ranks())
+
+    def timed(window: Window) -> float:
+        _wait_for(device)
+        started = time.perf_counter()
+        step(window, window.num_tokens, _number_of_rows(window))
+        _wait_for(device)
+        return time.perf_counter() - started
+
+    beginning = _first_of(windows[0])
+    first = timed(beginning)
+    if first > slowest and not training.compile:
+        return Measurement(first)
+    again = timed(beginning)
+    taken = [again] if brief else []
+    least = 2 if brief else LEAST_STEPS
+    while len(taken) < MOST_STEPS and (len(taken) < least or sum(taken) < seconds):
+        taken.append(timed(windows[len(taken) % len(windows)]))
+    runner = getattr(model, "run_block", None)
+    if isinstance(runner, CompiledBlocks) and runner.compiled is None:
+        return failed("torch.compile failed")
+    compiling = max(0.0, first - again) if training.compile else 0.0
+    figure = min(taken) if brief else statistics.median(taken)
+    return Measurement(figure, compiling, _peak_bytes(device))
+
+
+def measure_apart(
+    config: RunConfig,
+    rows: Batch,
+    plugins: Sequence[str],
+    seconds: float,
+    patience: float,
+) -> Measurement:
+    """Time the step of a configuration in a process of its own.
+
+    Args:
+        config: with everything resolved.
+        rows: the data of one step or more, `input_ids`, `target_ids` (rows, T) and so on; it is
+            cut into windows of `batch_size` times `accumulation_steps`.
+        plugins: modules to import there besides the configuration's.
+        seconds: time for the steps themselves.
+        patience: seconds after which the process is ended.
+
+    Returns:
+        A figure, or the fault: not enough memory, a crash, an error, no end.
+    """
+    with tempfile.TemporaryDirectory(prefix="fundamentallm-tune-") as name:
+        folder = Path(name)
+        config.to_yaml(folder / CONFIG)
+        save_file({key: value.contiguous() for key, value in rows.items()}, folder / ROWS)
+        request = {"plugins": list(plugins), "seconds": seconds}
+        (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
+        environment = {
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "TRITON_CACHE_DIR": str(folder / "triton"),
+        }
+        return _watch(folder, environment, patience)
+
+
+def _watch(folder: Path, environment: dict[str, str], patience: float) -> Measurement:
+    command = [sys.executable, "-m", "fundamentallm.engine.measuring", str(folder)]
+    with (folder / "output.txt").open("w+b") as output:
+        process = subprocess.Popen(  # noqa: S603 - our own module, by the interpreter that runs us
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # so that the compiler's workers end with it
+        )
+        try:
+            code = process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            return failed(f"no result after {patience:.0f} s")
+        finally:
+            _end(process)
+        result = folder / RESULT
+        if code == 0 and result.exists():
+            return Measurement(**json.loads(result.read_text(encoding="utf-8")))
+        output.seek(0)
+        said = output.read().decode("utf-8", "replace").strip().splitlines()
+    return failed(_reason(code, said[-1] if said else ""))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    process.wait()
+
+
+def _reason(code: int, last_line: str) -> str:
+    if code == -signal.SIGTERM or code == -getattr(signal, "SIGKILL", 9):
+        return "ended by the system: out of memory, most likely"
+    if code < 0:
+        return f"crashed with signal {-code}"
+    if re.search("out of memory|can't allocate memory|not enough memory|MemoryError", last_line):
+        return "out of memory"
+    return (last_line or f"ended with code {code}")[:100]
+
+
+def _answer(folder: Path) -> None:
+    """Do what `measure_apart` asks, in the process that it started."""
+    with contextlib.suppress(OSError):  # where memory runs out, this process shall be the one to go
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    request: dict[str, Any] = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+    config = RunConfig.from_yaml(folder / CONFIG)
+    use_threads(config.training.threads)
+    load_plugins([*config.plugins, *request["plugins"]], "plugins")
+    device = torch.device(config.training.device)
+    try:
+        refuse_what_cannot_fit(config, device)
+        windows = windows_of(
+            load_file(folder / ROWS), config.data.batch_size, config.training.accumulation_steps
+        )
+        result = measure(config, windows, device, request["seconds"])
+    except ConfigError as error:
+        result = failed(f"{error.what}: {error.got}" if error.got else error.what)
+    except FundamentaLLMError as error:
+        result = failed(error.what)
+    # Infinity is no JSON for others, but both ends are this module.
+    (folder / RESULT).write_text(json.dumps(asdict(result)), encoding="utf-8")
+
+
+def windows_of(rows: Batch, batch_size: int, accumulation_steps: int) -> list[Window]:
+    """Cut rows into windows of micro-batches, as the loader of one rank does.
+
+    Args:
+        rows: `input_ids`, `target_ids` and so on, each (rows, T); too few for a window are
+            repeated.
+        batch_size: rows of a micro-batch.
+        accumulation_steps: micro-batches of a window.
+    """
+    size = batch_size * accumulation_steps
+    number = len(rows["input_ids"])
+    picked = torch.arange(max(size, number - number % size)) % number
+    windows = []
+    for start in range(0, len(picked), size):
+        batches = [
+            {key: value[part] for key, value in rows.items()}
+            for part in torch.split(picked[start : start + size], batch_size)
+        ]
+        windows.append(Window(batches, sum(count_valid(b["target_ids"]) for b in batches)))
+    return windows
+
+
+def rows_of(window: Window) -> Batch:
+    """Return the rows of a window's micro-batches as one batch."""
+    batches = window.micro_batches
+    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def _first_of(window: Window) -> Window:
+    batch = window.micro_batches[0]
+    return Window([batch], count_valid(batch["target_ids"]))
+
+
+def _number_of_rows(window: Window) -> int:
+    return sum(len(batch["input_ids"]) for batch in window.micro_batches)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        # Not getrusage: its maximum is inherited from the process that started this one.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) << 10 if found else None
+
+
+if __name__ == "__main__":
+    _answer(Path(sys.argv[1]))

@@ -1,0 +1,335 @@
+"""The `tune` command: the settings that this machine runs a configuration fastest with."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fundamentallm.config import RunConfig, load_config
+from fundamentallm.config.edit import edited
+from fundamentallm.config.key_path import KeyPath
+from fundamentallm.config.load import overridden, replaced
+from fundamentallm.config.text_file import read_text
+from fundamentallm.config.yaml_source import YamlDocument, read_yaml
+from fundamentallm.data.loader import Batch
+from fundamentallm.engine.assemble import (
+    build_loaders,
+    check_names,
+    choose_tokenizer,
+    read_corpus,
+    resolve,
+    resolve_run_device,
+)
+from fundamentallm.engine.console import say, speaking
+from fundamentallm.engine.fit import gib
+from fundamentallm.engine.measuring import Measurement, measure_apart, rows_of
+from fundamentallm.engine.plugins import load_plugins
+from fundamentallm.engine.run_directory import nowhere
+from fundamentallm.engine.search import Setting, Space, batch_sizes, search, thread_counts
+from fundamentallm.engine.starting_point import starting_point
+from fundamentallm.errors import ConfigError, MachineError
+from fundamentallm.models.attention import KERNELS
+from fundamentallm.models.components import follows_weight_type
+from fundamentallm.training.compilation import find_compiler
+from fundamentallm.training.distributed import Ranks
+
+LEAST_PATIENCE = 60.0  # seconds that a candidate gets at least, or the first could not finish
+STEP_SECONDS = 2.0
+COLUMNS = "{:<15}{:<9}{:<11}{:<13}{:>7}{:>12}{:>13}{:>10}"
+
+
+def tune(
+    config_path: Path,
+    overrides: Sequence[str] = (),
+    plugins: Sequence[str] = (),
+    out: Path | None = None,
+    seconds: float = 600.0,
+    keep: Sequence[str] = (),
+) -> int:
+    """Measure, print the table, write the winner's configuration; return the exit code.
+
+    Args:
+        config_path: the user's file, which stays as it is.
+        overrides: as for `run`; the new file has them.
+        plugins: modules to import besides the file's.
+        out: the new file, which must not exist; None for a free name beside the user's.
+        seconds: after which no other setting is begun.
+        keep: of precision, compile, attention, micro-batch and threads, which to leave as
+            configured.
+
+    Raises:
+        FundamentaLLMError: what `run` would raise, or no setting works.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MachineError(
+            "tune measures one process",
+            got=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+            fix="start it without torchrun",
+        )
+    if not 0 < seconds < math.inf:
+        raise ConfigError(
+            "this is no time to measure in",
+            where=f"--seconds {seconds:g}",
+            expected="a number of seconds above 0",
+        )
+    target = _free_path(config_path, out)
+    deadline = time.monotonic() + seconds
+    written = load_config(config_path, overrides)
+    with speaking():
+        load_plugins([*written.plugins, *plugins], written.locate("plugins"))
+        check_names(written)
+        config, rows, device = _prepared(written)
+    start = Setting.of(config)
+    space = _space(config, device, keep)
+    table = Table(config, rows, plugins, device, deadline)
+    table.head()
+    best = search(start, space, table.seconds_of)
+    measured = table.measured
+    if best not in measured or measured[best].fault:
+        raise MachineError(
+            "no setting could be measured",
+            where=str(config_path),
+            got=measured[start].fault if start in measured else "no time",
+            fix="lower data.batch_size or the model's size, or give more --seconds",
+        )
+    say()
+    table.ranking(best)
+    _write(target, config_path, overrides, config, best, keep)
+    say()
+    say(table.gain(start, best))
+    say(f"Written to {target}. Next:")
+    say(f"  python -m fundamentallm.engine run {shlex.quote(str(target))}")
+    return 0
+
+
+def _free_path(config_path: Path, out: Path | None) -> Path:
+    if out is not None:
+        if out.exists():
+            raise ConfigError(
+                "the file to write exists",
+                where=f"--out {out}",
+                fix="name another, or remove it",
+            )
+        if not out.absolute().parent.is_dir():
+            raise MachineError("there is no such directory", where=f"--out {out}")
+        return out
+    stem = config_path.stem
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    names = (f"{stem}.tuned{number}{config_path.suffix}" for number in numbers)
+    return next(path for name in names if not (path := config_path.with_name(name)).exists())
+
+
+def _prepared(written: RunConfig) -> tuple[RunConfig, Batch, torch.device]:
+    """Return the configuration with everything resolved, the rows of its first steps, the device.
+
+    The first lines of `assemble`: no model is built here, and nothing is written.
+    """
+    ranks = Ranks()
+    directory = nowhere(written)
+    device = resolve_run_device(written, ranks)
+    start = starting_point(written, directory)
+    config = start.config
+    corpus = read_corpus(config.data, directory, ranks)
+    tokenizer = choose_tokenizer(config, corpus, start.tokenizer(), directory)
+    loader, _, _ = build_loaders(config, corpus, tokenizer, ranks)
+    resolved, _ = resolve(config, directory, tokenizer, len(loader), loader.tokens_per_step, device)
+    # Random weights are as fast as trained ones, and the processes that measure need no folder.
+    model = resolved.model.model_copy(update={"init_from": None})
+    return resolved.model_copy(update={"model": model}), rows_of(loader.window_at(0, 0)), device
+
+
+def _space(config: RunConfig, device: torch.device, keep: Sequence[str]) -> Space:
+    """Return what to try on a device, with the axes in `keep` left as they are."""
+    training, start = config.training, Setting.of(config)
+    own = {"precision": start.precision, "bf16_weights": start.bf16_weights}
+    types: list[dict[str, Any]] = [own]
+    if "precision" not in keep:
+        types = [
+            {"precision": "fp32", "bf16_weights": False},
+            {"precision": "bf16", "bf16_weights": False},
+        ]
+        if follows_weight_type(config.model):
+            types.append({"precision": "bf16", "bf16_weights": True})
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            types[1:] = [{"precision": "fp16", "bf16_weights": False}]
+    compiling = [start.compile]
+    if "compile" not in keep and find_compiler() is not None:
+        compiling = [False, True]
+    kernels = list(KERNELS)
+    if "attention" in keep or config.data.packing == "document":  # which has a kernel of its own
+        kernels = [start.attention]
+    kinds = [
+        {**narrow, "compile": compiled, "attention": kernel}
+        for compiled in compiling
+        # Compiling takes long, so what most often wins with it comes first.
+        for narrow, kernel in itertools.product(types[:: -1 if compiled else 1], kernels)
+    ]
+    rows = config.data.batch_size * training.accumulation_steps
+    sizes = [start.batch_size] if "micro-batch" in keep else batch_sizes(rows, start.batch_size)
+    threads: list[int | None] = [start.threads]
+    if "threads" not in keep and device.type == "cpu":
+        threads = thread_counts(_cores(), start.threads, torch.get_num_threads())
+    return Space(kinds, sizes, threads)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Table:
+    """Measures settings, and shows each as a row as soon as there is a figure.
+
+    Args:
+        config: with everything resolved.
+        rows: the data of a step.
+        plugins: modules that the measuring processes import.
+        device: where they compute.
+        deadline: of `time.monotonic`, after which nothing is begun.
+
+    Attributes:
+        measured: what was measured, in order.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        rows: Batch,
+        plugins: Sequence[str],
+        device: torch.device,
+        deadline: float,
+    ) -> None:
+        self.config = config
+        self.deadline = deadline
+        self.measured: dict[Setting, Measurement] = {}
+        self._rows = config.data.batch_size * config.training.accumulation_steps
+        self._tokens = self._rows * config.data.sequence_length
+        self._threads = torch.get_num_threads()
+        self._memory = "GPU memory" if device.type == "cuda" else "memory"
+        self._measure = partial(measure_apart, rows=rows, plugins=plugins, seconds=STEP_SECONDS)
+
+    def seconds_of(self, setting: Setting) -> float | None:
+        """Measure a setting and print its row; None where there is no time left."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            say("(the time is up; --seconds gives it more)")
+            return None
+        measurement = self._measure(
+            setting.applied_to(self.config), patience=max(left, LEAST_PATIENCE)
+        )
+        self.measured[setting] = measurement
+        say(self._row(setting, measurement))
+        return measurement.step_seconds
+
+    def head(self) -> None:
+        """Print what the columns are."""
+        say(f"{self._tokens:,} tokens a step on {self.config.training.device}, each row measured")
+        say("in a process of its own:")
+        say()
+        self._columns()
+
+    def ranking(self, best: Setting) -> None:
+        """Print the rows that have a figure, the fastest first."""
+        say("The fastest first:")
+        say()
+        self._columns()
+        rows = sorted(self.measured.items(), key=lambda item: item[1].step_seconds)
+        for setting, measurement in rows:
+            if not measurement.fault:
+                mark = "  <- chosen" if setting == best else ""
+                say(self._row(setting, measurement) + mark)
+
+    def gain(self, start: Setting, best: Setting) -> str:
+        """Return what the best setting is worth, in a line."""
+        if best == start:
+            return "What the file says is the fastest that was found."
+        before, after = (self.measured[setting].step_seconds for setting in (start, best))
+        if self.measured[start].fault:
+            return f"As the file has it: {self.measured[start].fault}."
+        return f"{before / after:.2f} times as fast as the file has it."
+
+    def _columns(self) -> None:
+        names = ("precision", "compile", "attention", "micro-batch", "threads", "tokens/s")
+        say(COLUMNS.format(*names, self._memory, "compiling"))
+
+    def _row(self, setting: Setting, measurement: Measurement) -> str:
+        precision = setting.precision
+        if precision == "bf16" and not setting.bf16_weights:
+            precision = "bf16 autocast"
+        start = COLUMNS.format(
+            precision,
+            "yes" if setting.compile else "no",
+            setting.attention,
+            f"{setting.batch_size} x {self._rows // setting.batch_size}",
+            setting.threads or self._threads,
+            *("" if measurement.fault else f"{self._tokens / measurement.step_seconds:,.0f}",),
+            *("", "") if measurement.fault else _costs(setting, measurement),
+        )
+        return f"{start.rstrip()}  {measurement.fault}" if measurement.fault else start
+
+
+def _costs(setting: Setting, measurement: Measurement) -> tuple[str, str]:
+    peak = measurement.peak_bytes
+    return (
+        "-" if peak is None else gib(peak),
+        f"{measurement.compile_seconds:.1f} s" if setting.compile else "-",
+    )
+
+
+def _write(
+    target: Path,
+    config_path: Path,
+    overrides: Sequence[str],
+    config: RunConfig,
+    best: Setting,
+    keep: Sequence[str],
+) -> None:
+    """Write a copy of the user's file with the best setting in it, and check it as `run` would."""
+    document = overridden(read_yaml(config_path), overrides)
+    changes = _changes(document, config, best, keep)
+    for path, value in changes.items():
+        document = replaced(document, path, value, "tune")
+    others = [tuple(word.partition("=")[0].strip().split(".")) for word in overrides]
+    text = edited(read_text(config_path), document, [*others, *changes])
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise MachineError(
+            f"the configuration cannot be written: {error.strerror or error}", where=str(target)
+        ) from error
+    check_names(load_config(target))
+
+
+def _changes(
+    document: YamlDocument, config: RunConfig, best: Setting, keep: Sequence[str]
+) -> dict[KeyPath, Any]:
+    """Return the values to write: the choice, and what of the rest is otherwise than it was."""
+    values = best.values(config.data.batch_size * config.training.accumulation_steps)
+    given = document.data.get("training") or {}
+    training = values["training"]
+    if "precision" in keep:
+        del training["precision"], training["bf16_weights"]
+    elif "mixed_precision" in given:
+        training["mixed_precision"] = best.precision != "fp32"
+    if best.precision != "bf16" and "bf16_weights" not in given:
+        training.pop("bf16_weights", None)
+    for name in {"compile", "attention"}.intersection(keep):
+        del training[name]
+    if best.threads == config.training.threads:
+        del training["threads"]
+    if best.batch_size == config.data.batch_size:
+        del values["data"]["batch_size"], training["accumulation_steps"]
+    return {
+        (section, field): value for section in values for field, value in values[section].items()
+    }

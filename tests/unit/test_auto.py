@@ -1,0 +1,276 @@
+"""What `auto` chooses when a run begins, over times that are known."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from fundamentallm.config import RunConfig
+from fundamentallm.data.loader import TokenWindowLoader
+from fundamentallm.engine import auto
+from fundamentallm.engine.auto import Length, choose, choose_auto, name_of
+from fundamentallm.engine.measuring import Measurement, failed
+from fundamentallm.engine.search import Setting
+from fundamentallm.engine.speed_cache import SpeedCache
+from fundamentallm.training.distributed import Ranks
+
+PLAIN = Setting("fp32", False, False, "flash", 8, None)
+NARROW = replace(PLAIN, precision="bf16", bf16_weights=True, attention="explicit")
+COMPILED = replace(PLAIN, compile=True)
+BOTH = replace(NARROW, compile=True)
+CPU = torch.device("cpu")
+
+
+class Times:
+    """Measurements by setting; remembers what it was asked."""
+
+    def __init__(self, **seconds: float | tuple[float, float]) -> None:
+        self.known = {
+            name.replace("_", " "): Measurement(*value)
+            if isinstance(value, tuple)
+            else Measurement(value)
+            for name, value in seconds.items()
+        }
+        self.asked: list[str] = []
+
+    def __call__(self, setting: Setting, slowest: float = 0.0) -> Measurement:
+        name = name_of(setting)
+        self.asked.append(name)
+        return self.known.get(name, failed("unknown"))
+
+
+class TestLength:
+    def test_compilation_is_shared_by_the_steps(self):
+        assert Length(100, None).seconds_per_step(Measurement(0.5, 20.0)) == pytest.approx(0.7)
+        assert Length(100, None, 4).seconds_per_step(Measurement(0.5, 20.0)) == pytest.approx(2.2)
+
+    def test_by_the_clock_it_costs_steps(self):
+        # 80 of 100 seconds are left for steps of 0.5 s: 160 steps in 100 s
+        assert Length(None, 100.0).seconds_per_step(Measurement(0.5, 20.0)) == pytest.approx(0.625)
+        assert Length(None, 10.0).seconds_per_step(Measurement(0.5, 20.0)) == float("inf")
+
+    def test_the_first_limit_counts(self):
+        slow, fast = Measurement(2.0), Measurement(0.5)
+        assert Length(100, 100.0).seconds_per_step(slow) == 2.0
+        assert Length(100, 100.0).expected(slow) == 100.0
+        assert Length(100, 100.0).expected(fast) == 50.0
+
+    def test_without_a_limit_compilation_is_free(self):
+        assert Length(None, None).seconds_per_step(Measurement(0.5, 20.0)) == 0.5
+
+
+class TestChoice:
+    def test_a_short_run_is_not_measured(self):
+        times = Times()
+        assert choose(PLAIN, NARROW, True, Length(99, None), times) == PLAIN
+        assert times.asked == []
+
+    def test_micro_batches_make_a_run_long(self):
+        times = Times(fp32=0.001)
+        choose(PLAIN, NARROW, True, Length(99, None, 2), times)
+        assert times.asked == ["fp32"]
+
+    def test_a_run_of_seconds_tries_nothing_else(self):
+        times = Times(fp32=0.09, bf16=0.01)
+        assert choose(PLAIN, NARROW, True, Length(100, None), times) == PLAIN
+        assert times.asked == ["fp32"]
+
+    def test_the_compiler_is_not_called_where_it_cannot_pay(self):
+        times = Times(fp32=0.2, bf16=0.1)
+        assert choose(PLAIN, NARROW, True, Length(100, None), times) == NARROW
+        assert times.asked == ["fp32", "bf16"]
+
+    def test_compilation_must_pay_within_the_run(self):
+        times = Times(fp32=0.5, fp32_compiled=(0.4, 20.0))
+        assert choose(PLAIN, None, True, Length(150, None), times) == PLAIN
+        assert choose(PLAIN, None, True, Length(1000, None), times) == COMPILED
+
+    def test_and_before_the_clock_ends_it(self):
+        times = Times(fp32=0.5, fp32_compiled=(0.4, 20.0))
+        assert choose(PLAIN, None, True, Length(None, 80.0), times) == PLAIN
+        assert choose(PLAIN, None, True, Length(None, 300.0), times) == COMPILED
+
+    def test_in_a_long_run_the_slower_type_gets_a_second_chance_compiled(self):
+        times = Times(fp32=0.5, bf16=0.6, fp32_compiled=(0.4, 20.0), bf16_compiled=(0.2, 20.0))
+        assert choose(PLAIN, NARROW, True, Length(10_000, None), times) == BOTH
+        times.asked.clear()
+        assert choose(PLAIN, NARROW, True, Length(300, None), times) == COMPILED
+        assert times.asked == ["fp32", "bf16", "fp32 compiled"]
+
+    def test_a_small_gain_changes_nothing(self):
+        times = Times(fp32=1.0, bf16=0.98)
+        assert choose(PLAIN, NARROW, False, Length(10_000, None), times) == PLAIN
+
+    def test_a_compiler_that_fails_is_out(self):
+        times = Times(fp32=1.0)
+        assert choose(PLAIN, None, True, Length(10_000, None), times) == PLAIN
+
+    def test_a_hopeless_setting_may_stop_at_its_first_call(self):
+        for seconds, limit in ((2.0, 8.0), (0.01, 1.0)):  # a first call has setup of its own
+            limits = []
+
+            def seconds_of(
+                setting: Setting, slowest: float, limits=limits, seconds=seconds
+            ) -> Measurement:
+                limits.append(slowest)
+                return Measurement(seconds)
+
+            choose(PLAIN, NARROW, False, Length(10_000, None), seconds_of)
+            assert limits == [float("inf"), limit]
+
+
+def config(**training: object) -> RunConfig:
+    values = {"total_steps": 10_000, **training}
+    return RunConfig.model_validate({"data": {"batch_size": 8}, "training": values})
+
+
+def resolved(compile: bool = True, **training: object) -> RunConfig:
+    fixed = {"attention": "flash", "bf16_weights": False, "precision": "fp32", **training}
+    return config(**fixed, compile=compile)
+
+
+def loader() -> TokenWindowLoader:
+    return TokenWindowLoader(list(range(5)) * 300, 16, 8)
+
+
+class Group(Ranks):
+    """A rank of two, among which messages go through a list."""
+
+    box: ClassVar[list[str]] = []
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank, 2, rank)
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def broadcast_text(self, text: str, source: int = 0) -> str:
+        if self.rank == source:
+            self.box.append(text)
+        return self.box[-1]
+
+
+@pytest.fixture
+def times(monkeypatch, tmp_path) -> Times:
+    """Measurements in place of the real ones, and a cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    times = Times(fp32=1.0, bf16=0.6, bf16_compiled=(0.3, 9.0), fp32_compiled=(0.5, 9.0))
+
+    def measure(config, windows, device, seconds, slowest, brief):
+        assert len(windows[0].micro_batches) == 1
+        return times(Setting.of(config), slowest)
+
+    monkeypatch.setattr(auto, "measure", measure)
+    return times
+
+
+AUTO = {"precision": "auto", "compile": "auto"}
+
+
+def test_the_choice_is_written_into_the_configuration(times):
+    chosen, notes = choose_auto(config(**AUTO), resolved(), loader(), CPU, Ranks())
+
+    training = chosen.training
+    assert (training.precision, training.mixed_precision, training.bf16_weights) == (
+        "bf16",
+        True,
+        True,
+    )
+    assert (training.attention, training.compile) == ("explicit", True)
+    assert "auto: bf16 compiled; a micro-batch takes, measured now: fp32 1e+03 ms" in notes[0]
+
+
+def test_a_machine_is_measured_once(times):
+    first, _ = choose_auto(config(**AUTO), resolved(), loader(), CPU, Ranks())
+    times.asked.clear()
+    again, notes = choose_auto(config(**AUTO), resolved(), loader(), CPU, Ranks())
+
+    assert again == first
+    assert times.asked == []
+    assert "known from" in notes[0]
+
+
+def test_another_number_of_threads_is_measured_anew(times):
+    choose_auto(config(**AUTO), resolved(), loader(), CPU, Ranks())
+    times.asked.clear()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        choose_auto(config(**AUTO), resolved(), loader(), CPU, Ranks())
+    finally:
+        torch.set_num_threads(threads)
+    assert times.asked[0] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("written", "asked"),
+    [
+        ({}, []),
+        ({"precision": "fp32"}, []),
+        ({"mixed_precision": True}, []),  # asks for the narrow type
+        ({"precision": "auto"}, ["fp32", "bf16"]),
+        ({"compile": "auto"}, ["fp32", "fp32 compiled"]),
+        ({"compile": True}, []),
+    ],
+)
+def test_only_auto_is_chosen(times, written, asked):
+    start = resolved(compile=bool(written.get("compile", False)))
+    choose_auto(config(**written), start, loader(), CPU, Ranks())
+    assert times.asked == asked
+
+
+def test_without_a_compiler_nothing_is_compiled(times):
+    chosen, _ = choose_auto(config(compile="auto"), resolved(compile=False), loader(), CPU, Ranks())
+    assert times.asked == []
+    assert chosen.training.compile is False
+
+
+def test_on_a_gpu_the_type_is_not_measured(times, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    start = resolved(precision="bf16")
+    chosen, _ = choose_auto(config(**AUTO), start, loader(), torch.device("cuda", 0), Ranks())
+    assert times.asked == ["bf16 autocast", "bf16 autocast compiled"]
+    assert chosen.training.precision == "bf16"
+
+
+def test_all_ranks_take_the_choice_of_the_first(times):
+    first, notes = choose_auto(config(**AUTO), resolved(), loader(), CPU, Group(0))
+    asked = len(times.asked)
+    times.known.clear()
+    second, _ = choose_auto(config(**AUTO), resolved(), loader(), CPU, Group(1))
+
+    assert second == first
+    assert first.training.precision == "bf16"
+    assert len(times.asked) == asked
+    assert notes
+
+
+def test_a_failing_measurement_is_a_warning_and_the_plain_way(times, monkeypatch, caplog):
+    def failing(*_, **__):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(auto, "measure", failing)
+    with caplog.at_level(logging.WARNING):
+        chosen, notes = choose_auto(config(**AUTO), resolved(), loader(), CPU, Group(0))
+        other, _ = choose_auto(config(**AUTO), resolved(), loader(), CPU, Group(1))
+
+    assert (chosen.training.precision, chosen.training.compile) == ("fp32", False)
+    assert other == chosen
+    assert notes == []
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the measurement failed, so nothing is chosen by it: out of memory" in caplog.text
+
+
+def test_a_broken_cache_is_no_obstacle(times, caplog):
+    path = SpeedCache().path
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    chosen, _ = choose_auto(config(**AUTO), resolved(), loader(), CPU, Ranks())
+    assert chosen.training.compile is True
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    choose_auto(config(**AUTO), resolved(), loader(), CPU, Ranks())
+    assert len(caplog.records) == 1
