@@ -205,6 +205,23 @@ def test_when_the_time_is_up_the_best_so_far_is_written(machine, monkeypatch, ca
     assert load_config("tiny.tuned.yaml").training.precision == "bf16"
 
 
+@pytest.mark.parametrize("after", [0, 3])
+def test_ctrl_c_ends_the_search_with_the_best_so_far(machine, after, capsys):
+    cost = machine.cost
+
+    def interrupted(setting):
+        if len(machine.configs) > after:
+            raise KeyboardInterrupt
+        return cost(setting)
+
+    machine.cost = interrupted
+    assert main(["tune", "tiny.yaml"]) == 130
+    assert Path("tiny.tuned.yaml").exists() == (after > 0)
+    if after:
+        assert "interrupted" in capsys.readouterr().out
+        assert load_config("tiny.tuned.yaml").training.precision == "bf16"
+
+
 def test_ranks_are_refused(machine, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["tune", "tiny.yaml"]) == 5

@@ -108,7 +108,7 @@ def tune(
     say(table.gain(start, best))
     say(f"Written to {target}. Next:")
     say(f"  python -m fundamentallm.engine run {shlex.quote(str(target))}")
-    return 0
+    return 130 if table.interrupted else 0
 
 
 def _free_path(config_path: Path, out: Path | None) -> Path:
@@ -199,6 +199,7 @@ class Table:
 
     Attributes:
         measured: what was measured, in order.
+        interrupted: whether Ctrl-C ended the search, with something measured.
     """
 
     def __init__(
@@ -212,6 +213,7 @@ class Table:
         self.config = config
         self.deadline = deadline
         self.measured: dict[Setting, Measurement] = {}
+        self.interrupted = False
         self._rows = config.data.batch_size * config.training.accumulation_steps
         self._tokens = self._rows * config.data.sequence_length
         self._threads = torch.get_num_threads()
@@ -224,9 +226,16 @@ class Table:
         if left <= 0:
             say("(the time is up; --seconds gives it more)")
             return None
-        measurement = self._measure(
-            setting.applied_to(self.config), patience=max(left, LEAST_PATIENCE)
-        )
+        try:
+            measurement = self._measure(
+                setting.applied_to(self.config), patience=max(left, LEAST_PATIENCE)
+            )
+        except KeyboardInterrupt:
+            if not any(not known.fault for known in self.measured.values()):
+                raise  # there is nothing to write yet
+            self.interrupted = True
+            say("(interrupted; what follows is of the settings above)")
+            return None
         self.measured[setting] = measurement
         say(self._row(setting, measurement))
         return measurement.step_seconds
