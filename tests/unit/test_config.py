@@ -753,6 +753,7 @@ class TestLoading:
             ("training.lerning_rate=1", "unknown key", "did you mean 'learning_rate'?"),
             ("trainning.learning_rate=1", "unknown key", "did you mean 'training'?"),
             ("learning_rate=1", "unknown key", "this key belongs under training:"),
+            ("data.sources=[{path: a, wieght: 1}]", "unknown key", "did you mean 'weight'?"),
             ("training.device.index=0", "wrong type: a mapping", ""),
             ("name.a=1", "has no keys", ""),
             ("training.learning_rate", "not an override", "no spaces around ="),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fundamentallm.data.corpus import SOURCES, read_source, split_tokens
 from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.errors import ConfigError, DataError
 
 TEXT = "To be, or not to be.\nThat is the question: \N{GREEK SMALL LETTER ALPHA}\n"
@@ -46,6 +47,15 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
     assert read_source(str(path)).text == TEXT
     assert read_source(str(path)).sha256 == sha256(TEXT.encode())
+
+
+def test_a_character_that_is_not_known_is_named_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abab\n")
+    (tmp_path / "b.txt").write_text("abxa\n")
+    corpus = read_source([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+    with pytest.raises(DataError, match="not in the vocabulary") as caught:
+        corpus.parts(CharacterTokenizer("ab\n"), (1.0, 0.0, 0.0))
+    assert caught.value.where == f"{tmp_path / 'b.txt'}: character 2 of the text"
 
 
 def test_files_are_joined_in_the_order_given(tmp_path: Path) -> None:

@@ -284,6 +284,9 @@ def test_an_example_that_does_not_fit_is_named(pair: tuple[str, str], message: s
         ("a\nb", "\n\n", "a\nb\n\n"),
         ("a<end>", "<end>", "a<end>"),
         ("xaa", "aa", "xaa"),
+        ("a\n", "\n\n", "a\n\n"),
+        ("a\nb\n", "\n\n\n", "a\nb\n\n\n"),
+        ("a\n", "\n<end>", "a\n<end>"),
         ("a\n\n", None, "a\n\n"),
         ("", "\n", ""),  # refused when it is encoded
     ],
@@ -301,7 +304,7 @@ def test_a_response_ends_once(
 
 @pytest.mark.parametrize(
     ("response", "end", "after"),
-    [("one\ntwo", "\n", 3), ("a\n\n", "\n", 1), ("a\n", "\n\n", 1)],
+    [("one\ntwo", "\n", 3), ("a\n\n", "\n", 1), ("xa", "aa", 1)],
 )
 def test_a_response_that_would_be_cut_is_named(
     response: str, end: str, after: int, tmp_path: Path
@@ -326,7 +329,13 @@ def test_what_is_accepted_stops_exactly_at_its_end(response: str, end: str) -> N
     except DataError:
         return
     if response:
-        assert ended.partition(end) == (response.removesuffix(end), end, "")
+        read, found, rest = ended.partition(end)
+        assert (found, rest) == (end, "")
+        # Nothing of the response is lost but line feeds that the end begins with.
+        lost = response.removesuffix(end).removeprefix(read)
+        assert read + lost == response.removesuffix(end)
+        assert end.startswith(lost)
+        assert not lost.strip()
 
 
 def test_a_source_of_examples(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import inspect
 import json
 import typing
 from collections.abc import Callable
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -196,10 +197,14 @@ def class_at(path: KeyPath, root: type[BaseModel]) -> type[BaseModel] | None:
 
 def _item_of(annotation: Any) -> Any:
     """Return the class of the items of a list, or of a list or nothing; None for anything else."""
-    if typing.get_origin(annotation) is list:
-        return typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
     choices = typing.get_args(annotation)
-    return next((_item_of(choice) for choice in choices if typing.get_origin(choice) is list), None)
+    if typing.get_origin(annotation) is list:
+        return choices[0]
+    if typing.get_origin(annotation) not in (Union, UnionType):
+        return None
+    return next((item for choice in choices if (item := _item_of(choice)) is not None), None)
 
 
 def _schema_at(path: KeyPath, root: type[BaseModel]) -> dict[str, Any]:

@@ -88,11 +88,26 @@ class Corpus:
         Args:
             tokenizer: encodes a text.
             fractions: of train, val and test by position; a folder split by document has its own.
+
+        Raises:
+            DataError: a text cannot be encoded; `where` begins with its file.
         """
         if self.splits is not None:
             return {name: self.splits.get(name, np.empty(0, np.uint8)) for name in PARTS}
-        tokens: Tokens = tokenizer.encode(self.text) if self.tokens is None else self.tokens
+        tokens: Tokens = self._encoded(tokenizer) if self.tokens is None else self.tokens
         return split_tokens(tokens, fractions)
+
+    def _encoded(self, tokenizer: Tokenizer) -> np.ndarray:
+        try:
+            return tokenizer.encode(self.text)
+        except DataError:
+            for name, first, length in self.pieces:  # which of the files is it?
+                try:
+                    tokenizer.encode(self.text[first : first + length])
+                except DataError as error:
+                    error.where = f"{name}: {error.where}" if error.where else name
+                    raise
+            raise
 
 
 def read_source(

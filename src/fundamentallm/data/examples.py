@@ -268,7 +268,7 @@ def _ended(example: Example, end: str | None) -> Example:
     # An empty response is left to be refused: what a model would learn of it is the end alone.
     if end is None or not example.response:
         return example
-    response = example.response.removesuffix(end) + end
+    response = example.response + end[_already_there(example.response, end) :]
     # Also one that begins in the response and reaches into its end.
     first = response.index(end)
     if first + len(end) < len(response):
@@ -281,6 +281,18 @@ def _ended(example: Example, end: str | None) -> Example:
             " where the tokenizer has an end of its own (bpe, most tokenizer.json)",
         )
     return replace(example, response=response)
+
+
+def _already_there(response: str, end: str) -> int:
+    """Return how many characters of the end a response has: all, or a beginning of white space.
+
+    A response that ends with a line feed needs but one more for an end of two. Of other texts a
+    beginning is the response's own, which a reader who stops before the end would miss.
+    """
+    if response.endswith(end):
+        return len(end)
+    blank = len(end) - len(end.lstrip())
+    return next((n for n in range(blank, 0, -1) if response.endswith(end[:n])), 0)
 
 
 def _example(line: str, where: str) -> Example:
@@ -301,6 +313,9 @@ def _example(line: str, where: str) -> Example:
                 where=where,
                 got=f"{type(value[key]).__name__}" if key in value else "no such key",
                 expected=_FORM,
+                fix="lines of text alone are for: python -m fundamentallm.engine prepare"
+                if "text" in value
+                else "",
             )
         try:
             to_utf8(value[key])  # JSON can spell half of a surrogate pair
