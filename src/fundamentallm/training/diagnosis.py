@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fundamentallm.data.loader import Window
+from fundamentallm.training.buffers import kept_buffers, put_back
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.precision import Precision
@@ -186,6 +187,7 @@ class Laboratory:
         parameters = [p for p in model.parameters() if p.requires_grad]
         kept = [p.grad for p in parameters]
         before, was_training = capture_generators(self.precision.device), model.training
+        buffers = kept_buffers(model)
         try:
             if rng is not None:
                 restore_generators(rng)
@@ -202,6 +204,7 @@ class Laboratory:
         finally:
             for parameter, gradient in zip(parameters, kept, strict=True):
                 parameter.grad = gradient
+            put_back(model, buffers)
             model.train(was_training)
             restore_generators(before)
         return result
