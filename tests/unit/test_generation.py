@@ -233,6 +233,23 @@ def test_the_penalty_knows_the_prompt_and_what_was_generated() -> None:
     assert texts(LowestFirst(), [[1, 3, 1], [5]], 4, rules) == [[0, 2, 4, 5], [0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_ids_beyond_the_vocabulary_are_never_drawn(rules: SamplingRules, use_cache: bool) -> None:
+    model = lively(tie_embeddings=False).double()
+    options: dict[str, Any] = {"use_cache": use_cache}
+    plain = texts(model, PROMPTS, 40, rules, [1, 2, 3, 4, 5], **options)
+    # The whole vocabulary is no bound.
+    assert texts(model, PROMPTS, 40, rules, [1, 2, 3, 4, 5], vocab_size=V, **options) == plain
+    with torch.no_grad():
+        padded = nn.Linear(model.head.in_features, V + 7, bias=False).double()
+        padded.weight[:V] = model.head.weight
+        padded.weight[V:] = 9.0 * model.head.weight[:7]  # likelier, wherever a logit is positive
+    model.head = padded
+    assert max(map(max, texts(model, PROMPTS, 40, rules, [1, 2, 3, 4, 5], **options))) >= V
+    assert texts(model, PROMPTS, 40, rules, [1, 2, 3, 4, 5], vocab_size=V, **options) == plain
+
+
 def test_no_tokens_asked_no_forward() -> None:
     model = Successor(sequence_length=8)
     assert list(generate_tokens(model, [[0]], 0, GREEDY)) == []

@@ -94,7 +94,7 @@ def stream_texts(
     Args:
         model: on its device; its context length bounds what it sees, not what it writes. What it
             sees of a longer text is described in `fundamentallm.models.generation`.
-        tokenizer: the model's.
+        tokenizer: the model's. Ids that it lacks, as of a padded vocabulary, are never drawn.
         prompts: the texts to continue, of any lengths; an empty one for a text from nothing (from
             the end of a document, where the tokenizer has one).
         max_tokens: tokens to generate for each.
@@ -132,6 +132,7 @@ def stream_texts(
         max_tokens,
         SamplingRules(repetition_penalty, temperature, top_k, top_p, min_p),
         seeds,
+        vocab_size=tokenizer.vocab_size,
     )
     return _pieces(generation, tokenizer, max_tokens, stop, frozenset(stop_ids))
 
