@@ -29,13 +29,12 @@ from fundamentallm.data.examples import EncodedExamples
 from fundamentallm.data.loader import IGNORED, Batch, add_documents
 from fundamentallm.data.token_file import Tokens
 from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.inference.decoding import REPLACEMENT, Decoder
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.precision import Precision
 from fundamentallm.training.step import documents_of, perplexity_of, to_device, undisturbed
 
 PIECE = 1 << 16  # tokens decoded at once
-LONGEST_CHARACTER = 4  # tokens
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -232,34 +231,18 @@ def _size(tokenizer: Tokenizer, document: Document) -> tuple[int, int]:
 
 
 def decoded_size(tokenizer: Tokenizer, tokens: Tokens) -> tuple[int, int]:
-    """Return characters and UTF-8 bytes of the text of tokens, which is never held as a whole."""
-    characters = octets = start = 0
-    while start < len(tokens):
-        stop = min(start + PIECE, len(tokens))
-        for _ in range(LONGEST_CHARACTER - 1):
-            stop += _is_inside_character(tokenizer, tokens, stop)
-        text, before = _text_after(tokenizer, tokens, start, stop)
-        characters += len(text) - len(before)
-        octets += _num_bytes(text) - _num_bytes(before)
-        start = stop
-    return characters, octets
+    """Return characters and UTF-8 bytes of the text of tokens.
 
-
-def _text_after(tokenizer: Tokenizer, tokens: Tokens, start: int, stop: int) -> tuple[str, str]:
-    """Return the text of some tokens and of the one before them, and that of the latter alone.
-
-    It tells a tokenizer that this is no beginning.
+    It is never held as a whole, but for a run of tokens that the tokenizer decodes as one.
     """
-    first = max(start - 1, 0)
-    return tokenizer.decode(tokens[first:stop]), tokenizer.decode(tokens[first:start])
-
-
-def _is_inside_character(tokenizer: Tokenizer, tokens: Tokens, place: int) -> bool:
-    """Whether the texts before and behind a place do not join to the text of both."""
-    first, last = max(place - LONGEST_CHARACTER, 0), place + LONGEST_CHARACTER
-    behind, between = _text_after(tokenizer, tokens, place, last)
-    before, both = tokenizer.decode(tokens[first:place]), tokenizer.decode(tokens[first:last])
-    return len(both) != len(before) + len(behind) - len(between)
+    decoder = Decoder(tokenizer)
+    characters = octets = 0
+    for start in range(0, len(tokens), PIECE):
+        text = decoder.feed(tokens[start : start + PIECE].tolist())
+        characters += len(text)
+        octets += _num_bytes(text)
+    text = decoder.rest()
+    return characters + len(text), octets + _num_bytes(text)
 
 
 def _num_bytes(text: str) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "<
 
 UNUSED = ("truncation", "padding", "post_processor")
 """Keys of a tokenizer.json about what is cut off a text or put around it, which is never done."""
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # the name of a byte's token
 
 # Of these, none looks across a boundary.
 _LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
@@ -71,6 +74,7 @@ class SubwordTokenizer(Tokenizer):
             )
         self._end_id = ids[0] if ids else None
         self._cuts = _is_local(self.json)
+        self._bytes, self._silent = _byte_ids(self.json), _special_ids(self.json)
 
     @property
     def vocab_size(self) -> int:
@@ -90,6 +94,21 @@ class SubwordTokenizer(Tokenizer):
         if not self._cuts:
             return 0
         return last_boundary(text) or len(text)
+
+    def find_join(self, ids: Sequence[int]) -> int:
+        """Return how many ids stand before the last run of bytes, where bytes are fallen back on.
+
+        Bytes in a row decode as one; special tokens, which have no text, do not part them.
+        """
+        if not self._bytes:
+            return len(ids)
+        end = len(ids)
+        first = end
+        while end and (ids[end - 1] in self._bytes or ids[end - 1] in self._silent):
+            end -= 1
+            if ids[end] in self._bytes:
+                first = end
+        return first
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text.
@@ -234,6 +253,20 @@ def ids_by_name(state: Mapping[str, Any]) -> dict[str, int]:
 
 def _added(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return state.get("added_tokens") or []
+
+
+def _special_ids(state: Mapping[str, Any]) -> frozenset[int]:
+    """Return the ids of the tokens that have no text."""
+    return frozenset(token["id"] for token in _added(state) if token.get("special"))
+
+
+def _byte_ids(state: Mapping[str, Any]) -> frozenset[int]:
+    """Return the ids that stand for single bytes and are decoded in runs."""
+    decoders = _flat(state.get("decoder"), "decoders")
+    if not any(part.get("type") == "ByteFallback" for part in decoders):
+        return frozenset()
+    found = {number for name, number in ids_by_name(state).items() if _BYTE.fullmatch(name)}
+    return frozenset(found) - _special_ids(state)
 
 
 def _out_of_reach(state: Mapping[str, Any]) -> dict[str, Any]:
