@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,8 @@ class SubwordTokenizer(Tokenizer):
         end: the token that ends a document; None: the first of `KNOWN_ENDS` that it has.
 
     Attributes:
-        json: the object as it was given. What is in `UNUSED` is left out of account.
+        json: the object as it was given, special tokens under the names that they had before
+            `out_of_reach`. What is in `UNUSED` is left out of account.
 
     Raises:
         ConfigError: it has no such token as `end`.
@@ -59,8 +60,11 @@ class SubwordTokenizer(Tokenizer):
     kind = "file"
 
     def __init__(self, state: Mapping[str, Any], end: str | None = None) -> None:
-        self.json = dict(state)
-        self.end = end
+        try:
+            self.json = _within_reach(dict(state))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        self.end = end = None if end is None else _plain(end)
         self._library = _from_json(self.json)
         self._vocab_size = 1 + max(self._library.get_vocab().values(), default=-1)
         if not self._vocab_size:
@@ -232,7 +236,7 @@ def _library() -> Any:
 def _from_json(state: Mapping[str, Any]) -> LibraryTokenizer:
     tokenizers = _library()
     try:
-        text = json.dumps(_out_of_reach(state))
+        text = json.dumps(out_of_reach(state))
         library: LibraryTokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises the base class
         raise ValueError(str(error)) from error
@@ -269,20 +273,38 @@ def _byte_ids(state: Mapping[str, Any]) -> frozenset[int]:
     return frozenset(found) - _special_ids(state)
 
 
-def _out_of_reach(state: Mapping[str, Any]) -> dict[str, Any]:
+def out_of_reach(state: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the special tokens that a model would find in a text by looking words up.
 
     BPE makes tokens of merges, which never make a special one; the other kinds would take "</s>"
     in somebody's text for the end of it, whatever the library is told about special tokens.
     """
-    model = dict(state["model"])
+    if "merges" in state["model"]:
+        return dict(state)
+    return _renamed(state, lambda name: f"\0{name}\0")
+
+
+def _within_reach(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `out_of_reach`."""
+    if not any(_plain(token["content"]) != token["content"] for token in _added(state)):
+        return dict(state)
+    return _renamed(state, _plain)
+
+
+def _plain(name: str) -> str:
+    return name[1:-1] if len(name) > 2 and name[0] == name[-1] == "\0" else name
+
+
+def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """Return a tokenizer.json whose special tokens have other names."""
     special = {token["content"] for token in _added(state) if token.get("special")}
-    if not special or "merges" in model:
+    if not special:
         return dict(state)
 
     def renamed(token: str) -> str:
-        return f"\0{token}\0" if token in special else token
+        return rename(token) if token in special else token
 
+    model = dict(state["model"])
     vocabulary = model["vocab"]
     if isinstance(vocabulary, Mapping):
         model["vocab"] = {renamed(token): number for token, number in vocabulary.items()}
