@@ -305,6 +305,13 @@ def test_a_retry_in_a_region_goes_twice_as_far_back(tmp_path):
     assert went_to_after(tmp_path, 10, 12) == [7, 6]
 
 
+def test_it_is_said_where_no_checkpoint_has_proved_healthy(tmp_path):
+    trainer = make_trainer(tmp_path, rollback=NaNRollback(healthy_after=10))
+    diverge(trainer, 10)
+    (incident,) = run(trainer)
+    assert "none has proved healthy" in incident.decision
+
+
 def test_a_region_ends(tmp_path):
     assert went_to_after(tmp_path, 10, 18) == [7, 15]
 

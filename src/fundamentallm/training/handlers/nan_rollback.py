@@ -261,6 +261,8 @@ class NaNRollback:
         before = self._healthy_until(doubled) if verdict == DIVERGENCE else None
         target = trainer.restore_step(before)
         decision = f"going back to step {target}" if target is not None else "going on from here"
+        if before is not None and target is not None and target > before:
+            decision += " (the oldest kept: none has proved healthy)"
         # A step that the restored state has behind it was taken, and stays so.
         first = (target if target is not None else step - 1) + 1
         if verdict == DIVERGENCE:
