@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -331,3 +334,29 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 def test_the_library_is_imported_late() -> None:
     code = "import sys, fundamentallm.data.tokenizer; assert 'tokenizers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_training_lets_a_signal_through(monkeypatch):
+    began, end = threading.Event(), threading.Event()
+
+    def never_ending(self, texts, trainer):
+        began.set()
+        end.wait(60)
+
+    class Library:
+        def __init__(self, model):
+            pass
+
+        train_from_iterator = never_ending
+
+    def interrupt():
+        began.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Library)
+    threading.Thread(target=interrupt).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            BpeTokenizer(texts=["a text"], vocab_size=300)
+    finally:
+        end.set()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -334,9 +335,27 @@ def _train(vocab_size: int, texts: Iterable[str]) -> dict[str, Any]:
             to_utf8(text)
             yield text
 
-    library.train_from_iterator(checked(), trainer)
+    _in_a_thread(lambda: library.train_from_iterator(checked(), trainer))
     state: dict[str, Any] = json.loads(library.to_str())
     return state
+
+
+def _in_a_thread(work: Callable[[], object]) -> None:
+    """Do work that looks at no signal; one that comes meanwhile raises here at once."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # raised again below
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="train-tokenizer", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if failures:
+        raise failures[0]
 
 
 def last_boundary(text: str) -> int:
@@ -377,7 +396,9 @@ def _is_local(state: Mapping[str, Any]) -> bool:
     a tokenizer.json with anything else encodes a document in one piece.
     """
     if state.get("added_tokens") and any(
-        " " in token.get("content", "") or token.get("lstrip") or token.get("rstrip")
+        any(map(str.isspace, token.get("content", "")))
+        or token.get("lstrip")
+        or token.get("rstrip")
         for token in state["added_tokens"]
         if not token.get("special")
     ):
