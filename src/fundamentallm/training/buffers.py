@@ -8,22 +8,27 @@ import torch
 from torch import Tensor, nn
 
 
-def kept_buffers(model: nn.Module) -> list[Tensor]:
-    """Return copies of the buffers that belong to the model's state; the others are constants."""
-    return [buffer.clone() for buffer in _of_state(model)]
+class StateBuffers:
+    """The buffers that belong to a model's state; the others are constants.
 
+    Args:
+        model: on its device already.
+    """
 
-@torch.no_grad()
-def put_back(model: nn.Module, kept: Sequence[Tensor]) -> None:
-    """Give the buffers the values that `kept_buffers` returned."""
-    for buffer, value in zip(_of_state(model), kept, strict=True):
-        buffer.copy_(value)
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [
+            buffer
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
 
+    def copied(self) -> list[Tensor]:
+        """Return copies of their values."""
+        return [buffer.clone() for buffer in self._buffers]
 
-def _of_state(model: nn.Module) -> list[Tensor]:
-    return [
-        buffer
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    ]
+    @torch.no_grad()
+    def put_back(self, values: Sequence[Tensor]) -> None:
+        """Give them the values that `copied` returned."""
+        for buffer, value in zip(self._buffers, values, strict=True):
+            buffer.copy_(value)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fundamentallm.data.loader import Window
-from fundamentallm.training.buffers import kept_buffers, put_back
+from fundamentallm.training.buffers import StateBuffers
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.precision import Precision
@@ -187,7 +187,8 @@ class Laboratory:
         parameters = [p for p in model.parameters() if p.requires_grad]
         kept = [p.grad for p in parameters]
         before, was_training = capture_generators(self.precision.device), model.training
-        buffers = kept_buffers(model)
+        buffers = StateBuffers(model)
+        values = buffers.copied()
         try:
             if rng is not None:
                 restore_generators(rng)
@@ -204,7 +205,7 @@ class Laboratory:
         finally:
             for parameter, gradient in zip(parameters, kept, strict=True):
                 parameter.grad = gradient
-            put_back(model, buffers)
+            buffers.put_back(values)
             model.train(was_training)
             restore_generators(before)
         return result

@@ -29,7 +29,7 @@ from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.loader import Window, as_window, as_window_loader
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import EVENT_TO_ATTRIBUTE, TrainingEvents
-from fundamentallm.training.buffers import kept_buffers, put_back
+from fundamentallm.training.buffers import StateBuffers
 from fundamentallm.training.data_faults import DataFaults
 from fundamentallm.training.diagnosis import Laboratory
 from fundamentallm.training.distributed import Ranks
@@ -172,6 +172,7 @@ class Trainer(Engine):
             self.device,
         )
         self.model = model.to(self.device)
+        self._buffers = StateBuffers(self.model)
         self.train_loader = as_window_loader(
             train_loader, self.config.accumulation_steps, self.config.seed
         )
@@ -428,14 +429,14 @@ class Trainer(Engine):
     def _attempt(self, window: Window, num_tokens: int, num_sequences: int) -> StepOutput:
         """Take the step, and once more where a controller asks for it after a refusal."""
         self.generators_before = capture_generators(self.device)
-        buffers_before = kept_buffers(self.model)
+        buffers_before = self._buffers.copied()
         while True:
             self._redo = False
             output = self._step(window, num_tokens, num_sequences)
             self.state.output = output
             if not output.rejection:
                 return output
-            put_back(self.model, buffers_before)
+            self._buffers.put_back(buffers_before)
             self.notify(TrainingEvents.FLLM_STEP_REJECTED)
             if output.rejection not in ("overflow", "empty"):
                 self._warn_if_nobody_acts(output)
