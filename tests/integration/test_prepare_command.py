@@ -62,7 +62,7 @@ def test_what_was_prepared_is_trained_measured_and_written(
     assert prepare("text.txt", "--out", "out", "--tokenizer", tokenizer) == 0
     said = capsys.readouterr()
     assert 'data: {source: "out"}' in said.out
-    assert "1 documents" in said.err
+    assert "1 document," in said.err
     assert main(["run", "tiny.yaml"]) == 0
     assert main(["evaluate", "runs/tiny", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -491,6 +491,27 @@ def test_memory_is_bounded(place: Path, shape: str) -> None:
 @pytest.mark.parametrize("shape", ["lines", "line", "word", "records"])
 def test_memory_is_bounded_for_a_gigabyte(place: Path, shape: str, tokenizer: str) -> None:
     assert peak_of(place, 1_000_000_000, shape, tokenizer) < LIMIT
+
+
+@pytest.mark.long
+@ON_LINUX
+@pytest.mark.parametrize("size", [200_000, 1_000_000])
+def test_memory_is_bounded_where_documents_are_read_whole(place: Path, size: int) -> None:
+    """A tokenizer.json that reads a text in one piece, as those of Llama's family do."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    text = TEXT.read_text(encoding="utf-8")
+    library = Tokenizer(models.Unigram())
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=["</s>"], unk_token="</s>")
+    library.train_from_iterator([text], trainer)
+    library.save("pieces.json")
+    Path("many").mkdir()
+    for number in range(12_000_000 // size):
+        whole = f"{number} " + text * (size // len(text) + 1)
+        Path(f"many/{number:03}.txt").write_text(whole[:size], encoding="utf-8")
+    words = ("--out", "x", "--tokenizer", "pieces.json")
+    assert peak_megabytes("many", *words) < LIMIT
 
 
 @pytest.mark.long

@@ -550,3 +550,18 @@ def test_an_error_with_two_ranks_is_a_message_and_leaves_nothing(place):
     # torchrun itself reports the exit codes with a traceback; frames of ours are another matter.
     assert "fundamentallm/engine" not in result.stderr
     assert {path.name for path in place.iterdir()} - before <= {"__pycache__"}
+
+
+@pytest.mark.parametrize(("world_size", "shut_down"), [("1", True), ("2", False)])
+def test_a_rank_ends_without_shutting_the_interpreter_down(world_size, shut_down):
+    script = (
+        "import atexit; atexit.register(print, 'shut down');"
+        "from fundamentallm.engine.cli import exit_process;"
+        "print('written'); exit_process(3)"
+    )
+    environment = {**os.environ, "WORLD_SIZE": world_size}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 3
+    assert done.stdout.splitlines() == ["written", *["shut down"] * shut_down]

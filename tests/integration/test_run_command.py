@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import yaml
 from ignite.engine import Events
@@ -975,6 +976,39 @@ def test_evaluate_measures_each_part_of_the_split(done, capsys):
         assert result["num_tokens"] == len(own) - 1
     assert main(["evaluate", "runs/tiny", "--split", "test"]) == 3
     assert "there is nothing to evaluate" in capsys.readouterr().err
+
+
+def test_evaluate_counts_the_text_itself_or_says_that_it_cannot(place, capsys):
+    """A tokenizer that leaves characters out of what it decodes must not make texts shorter."""
+    Path("text.txt").write_text(TEXT.read_text().lower())
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    trainer = tokenizers.trainers.WordLevelTrainer(
+        vocab_size=60, special_tokens=["<unk>"], show_progress=False
+    )
+    library.train(["text.txt"], trainer)
+    library.save("words.json")
+    tokenizer = "data.tokenizer={name: file, path: words.json}"
+    split = "data.split=[0.5, 0.5, 0.0]"
+    assert main(["run", "tiny.yaml", "data.sequence_length=8", tokenizer, split]) == 0
+    whole = evaluated(capsys, "--data", "text.txt")
+    text = Path("text.txt").read_text()
+    assert len(text) - 10 <= whole["num_characters"] < len(text)
+    assert whole["bits_comparable"] is True
+    val = evaluated(capsys)
+    assert val["bits_comparable"] is False
+    for options, noted in (([], True), (["--data", "text.txt"], False)):
+        assert main(["evaluate", "runs/tiny", *options]) == 0
+        assert ("do not compare with those of other" in capsys.readouterr().out) == noted
+
+
+def test_evaluate_knows_a_text_that_the_tokenizer_leaves_as_it_is(place, capsys):
+    tokenizer = "data.tokenizer={name: character, unknown: skip}"
+    assert main(["run", "tiny.yaml", tokenizer]) == 0
+    assert evaluated(capsys)["bits_comparable"] is True
+    Path("other.txt").write_text("First \u4f60\u597d\u4f60 line")
+    other = evaluated(capsys, "--data", "other.txt", "--document-separator", "\n")
+    assert (other["num_tokens"], other["num_characters"], other["num_bytes"]) == (10, 13, 19)
 
 
 def test_evaluate_with_a_stride_predicts_from_more(done, capsys):

@@ -79,6 +79,11 @@ def test_parquet_is_read_row_by_row(tmp_path: Path) -> None:
     assert "body" in caught.value.got
     with pytest.raises(DataError, match="holds no text"):
         read(path, "n")
+    data = bytearray(path.read_bytes())
+    data[4:24] = bytes(20)  # the head of the first page
+    (tmp_path / "flipped").write_bytes(data)
+    with pytest.raises(DataError, match="Parquet file is damaged"):
+        read(tmp_path / "flipped", "body")
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(DataError, match="Parquet file is damaged"):
         read(path, "body")

@@ -1,27 +1,36 @@
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fundamentallm.data.examples import Example, encode_examples
 from fundamentallm.data.loader import ValidationLoader
 from fundamentallm.data.tokenizer import (
     BpeTokenizer,
     ByteTokenizer,
     CharacterTokenizer,
+    SubwordTokenizer,
     Tokenizer,
 )
 from fundamentallm.inference import evaluate as module
 from fundamentallm.inference.evaluate import (
     Document,
     _windows,
+    changes_texts,
     decoded_size,
     evaluate_documents,
+    example_documents,
+    predicted_size,
     split_documents,
+    text_document,
 )
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.testing import tiny_model
@@ -194,6 +203,74 @@ def test_a_text_is_as_long_as_its_pieces(text: str, piece: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "PIECE", piece)
             assert decoded_size(tokenizer, tokens) == (len(text), len(text.encode()))
+
+
+def word_pieces() -> SubwordTokenizer:
+    """Lower-case words, whose text is decoded with a space between any two."""
+    library = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    library.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    library.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    library.decoder = tokenizers.decoders.WordPiece()
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=60, special_tokens=["[UNK]"], show_progress=False
+    )
+    library.train_from_iterator(["the cat sat on the mat"], trainer)
+    return SubwordTokenizer(json.loads(library.to_str()))
+
+
+def normalizing() -> SubwordTokenizer:
+    state = json.loads(json.dumps(BPE.json))
+    state["normalizer"] = {"type": "NFC"}
+    return SubwordTokenizer(state)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "changes"),
+    [
+        (ByteTokenizer(), False),
+        (BPE, False),
+        (CharacterTokenizer("ab"), False),
+        (CharacterTokenizer("ab", "skip"), True),
+        (CharacterTokenizer("ab", "replace"), True),
+        (word_pieces(), True),
+        (normalizing(), True),
+    ],
+)
+def test_a_tokenizer_that_changes_texts_is_known(tokenizer: Tokenizer, changes: bool) -> None:
+    assert changes_texts(tokenizer) == changes
+
+
+@pytest.mark.parametrize("tokenizer", [word_pieces(), CharacterTokenizer("the cas", "skip")])
+def test_a_text_weighs_what_it_is_and_not_what_is_decoded(tokenizer: Tokenizer) -> None:
+    text = "the cat, sat!!  on\n\u4f60\u597d the mat"
+    one = text_document("", text, tokenizer)
+    assert tokenizer.decode(one.tokens) != text
+    first = len(tokenizer.decode(one.tokens[:1]))
+    assert predicted_size(tokenizer, one) == (len(text) - first, len(text.encode()) - first)
+    uniform = tiny_model(tokenizer.vocab_size, CONTEXT).double()
+    with torch.no_grad():
+        uniform.head.weight.zero_()
+    total, _ = evaluate_documents(uniform, tokenizer, [one], CONTEXT, 4, CPU)
+    bits = (len(one.tokens) - 1) * math.log2(tokenizer.vocab_size)
+    assert total.bits_per_byte == pytest.approx(bits / (len(text.encode()) - first))
+
+
+def test_an_example_weighs_what_its_response_does() -> None:
+    tokenizer = CharacterTokenizer("abc", "skip")
+    examples = [Example("aXX", "bYYYc", "one"), Example("", "aZ\u00e9b", "two")]
+    encoded = encode_examples(examples, tokenizer, CONTEXT)
+    documents = example_documents(encoded, examples, tokenizer)
+    assert [document.name for document in documents] == ["one", "two"]
+    assert [document.num_given for document in documents] == [1, 1]
+    assert [document.size for document in documents] == [(5, 5), (3, 4)]
+
+
+@settings(deadline=None)
+@given(st.text("ab \u00e9\u4f60\U0001f600", min_size=1, max_size=30))
+def test_a_text_that_comes_back_weighs_what_its_tokens_do(text: str) -> None:
+    for tokenizer in (BPE, ByteTokenizer(end=True), CharacterTokenizer(text)):
+        one = text_document("", text, tokenizer)
+        assert one.size == predicted_size(tokenizer, replace(one, size=None))
 
 
 def test_documents_never_read_one_another(model: Transformer) -> None:

@@ -169,6 +169,15 @@ def test_stop_ids_end_a_row() -> None:
     assert written(["the "], [1], stop_ids=[256]) == [plain]
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"repetition_penalty": 2.0}])
+def test_a_padded_vocabulary_is_drawn_from_where_the_tokenizer_has_tokens(
+    options: dict[str, Any],
+) -> None:
+    text = "".join(stream_text(model(600), ABC, "a", 60, **options))
+    assert len(text) == 60
+    assert set(text) <= set("abc\ufffd")
+
+
 @pytest.mark.parametrize(
     ("options", "key"),
     [

@@ -233,6 +233,25 @@ def test_the_penalty_knows_the_prompt_and_what_was_generated() -> None:
     assert texts(LowestFirst(), [[1, 3, 1], [5]], 4, rules) == [[0, 2, 4, 5], [0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_ids_beyond_the_vocabulary_are_never_drawn(rules: SamplingRules, use_cache: bool) -> None:
+    model = lively(tie_embeddings=False).double()
+    padded = lively(tie_embeddings=False, vocab_size=V + 7).double()
+    weights = model.state_dict()
+    for name, weight in padded.state_dict().items():
+        rows = weights[name]
+        if weight.shape != rows.shape:
+            # Likelier than a token that there is, wherever that one's logit is positive.
+            rows = torch.cat([rows, 9.0 * rows[:7]])
+        weight.copy_(rows)
+    options: dict[str, Any] = {"seeds": [1, 2, 3, 4, 5], "use_cache": use_cache}
+    plain = texts(model, PROMPTS, 40, rules, **options)
+    assert texts(model, PROMPTS, 40, rules, **options, vocab_size=V) == plain
+    assert max(map(max, texts(padded, PROMPTS, 40, rules, **options))) >= V
+    assert texts(padded, PROMPTS, 40, rules, **options, vocab_size=V) == plain
+
+
 def test_no_tokens_asked_no_forward() -> None:
     model = Successor(sequence_length=8)
     assert list(generate_tokens(model, [[0]], 0, GREEDY)) == []

@@ -488,6 +488,43 @@ def test_the_tokenizer_beside_the_ids_is_the_one(inputs: list[str], tmp_path: Pa
         read_prepared(tmp_path / "out")
 
 
+def test_a_second_run_notices_what_is_missing_or_foreign_in_the_folder(
+    inputs: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    write_prepared(inputs, out, BYTE)
+    write_prepared([*inputs, *inputs], tmp_path / "other", options("character"))
+
+    def refused(match: str) -> None:
+        with pytest.raises(DataError, match=match):
+            write_prepared(inputs, out, BYTE)
+
+    tokenizer, tokens = out / "tokenizer.json", out / "all.tokens"
+    kept = tokenizer.read_bytes(), tokens.read_bytes()
+    tokenizer.unlink()
+    refused("cannot be read")
+    shutil.copy(tmp_path / "other/tokenizer.json", tokenizer)
+    refused("tokenizer in the folder")
+    tokenizer.write_bytes(kept[0])
+    shutil.copy(tmp_path / "other/all.tokens", tokens)
+    refused("not the one that was prepared")
+    tokens.write_bytes(kept[1])
+    write_prepared(inputs, out, BYTE)
+
+
+def test_white_space_alone_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "white.txt").write_text(" \n\t")
+    with pytest.raises(DataError, match="no text") as caught:
+        write_prepared([str(tmp_path / "white.txt")], tmp_path / "out", BYTE)
+    assert caught.value.got == "only white space"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_no_name_is_refused_with_a_size_too() -> None:
+    with pytest.raises(ConfigError, match="not a tokenizer"):
+        tokenizer_choice("3", 3)
+
+
 def test_a_manifest_that_is_none_is_refused(inputs: list[str], tmp_path: Path) -> None:
     write_prepared(inputs, tmp_path / "out", BYTE)
     path = tmp_path / "out/prepare.json"
@@ -499,6 +536,10 @@ def test_a_manifest_that_is_none_is_refused(inputs: list[str], tmp_path: Path) -
         lambda text: text.replace('"format": 1', '"format": 2'),
         lambda text: text.replace('"all"', '"../../etc/x"'),
         lambda text: text.replace('"all"', '"train"'),
+        lambda text: '{"format": 1, "files": {"all": {}}}',
+        lambda text: text.replace('"options"', '"option"'),
+        lambda text: text.replace('"mtime_ns"', '"mtime"'),
+        lambda text: text.replace('"size": ', '"size": -0.5e'),
     ):
         path.write_text(change(whole))
         with pytest.raises(DataError):

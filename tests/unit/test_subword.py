@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,7 @@ from fundamentallm.data.tokenizer import (
     subword,
     tokenizer_from_dict,
 )
-from fundamentallm.data.tokenizer_json import token_name, tokenizer_json
+from fundamentallm.data.tokenizer_json import read_tokenizer_json, token_name, tokenizer_json
 from fundamentallm.errors import ConfigError, DataError, MachineError
 
 EXCERPT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
@@ -177,7 +180,8 @@ def other_models() -> dict[str, dict[str, object]]:
 def test_no_text_is_a_special_token_whatever_the_model_is(kind: str) -> None:
     state = other_models()[kind]
     tokenizer = SubwordTokenizer(state)
-    library = direct(tokenizer)
+    library = tokenizers.Tokenizer.from_str(json.dumps(state))
+    library.encode_special_tokens = True
     assert tokenizer.end_id == 1
     assert library.encode("the </s> end").ids.count(1) == 1  # what is to be prevented
     assert 1 not in tokenizer.encode("the </s> end").tolist()
@@ -185,6 +189,24 @@ def test_no_text_is_a_special_token_whatever_the_model_is(kind: str) -> None:
         assert tokenizer.encode(text).tolist() == library.encode(text, add_special_tokens=False).ids
     ids = tokenizer.encode("the end").tolist()
     assert tokenizer.decode([*ids, 1]) == tokenizer.decode(ids) == library.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "words", "word pieces"])
+def test_so_it_is_in_what_is_written_for_others_and_read_back(kind: str, tmp_path: Path) -> None:
+    tokenizer = SubwordTokenizer(other_models()[kind])
+    written = tokenizer_json(tokenizer)
+    library = direct(tokenizer)
+    for text in ("the </s> end</s>", "<unk> \u4f60 the", "</s>", "\0</s>\0"):
+        ids = tokenizer.encode(text).tolist()
+        assert library.encode(text, add_special_tokens=False).ids == ids
+        assert library.decode([*ids, 1]) == tokenizer.decode(ids)
+    name = token_name(written, 1)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(written))
+    for back in (read_tokenizer_json(path, name), FileTokenizer(str(path), end=name)):
+        assert (back.fingerprint(), back.end_id) == (tokenizer.fingerprint(), 1)
+        assert tokenizer_json(back) == written
+        assert tokenizer_from_dict(back.to_dict()).end_id == 1
 
 
 def test_what_stands_around_a_text_is_no_part_of_the_tokenizer() -> None:
@@ -312,3 +334,29 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 def test_the_library_is_imported_late() -> None:
     code = "import sys, fundamentallm.data.tokenizer; assert 'tokenizers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_training_lets_a_signal_through(monkeypatch):
+    began, end = threading.Event(), threading.Event()
+
+    def never_ending(self, texts, trainer):
+        began.set()
+        end.wait(60)
+
+    class Library:
+        def __init__(self, model):
+            pass
+
+        train_from_iterator = never_ending
+
+    def interrupt():
+        began.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Library)
+    threading.Thread(target=interrupt).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            BpeTokenizer(texts=["a text"], vocab_size=300)
+    finally:
+        end.set()

@@ -245,7 +245,9 @@ class InputReader:
                                 fix="name the column of the text with --field",
                             )
                         yield Document(f"{name}: row {number:,}", [text or ""])
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:
+            if getattr(error, "errno", None):  # of the system, not of what is in the file
+                raise
             raise DataError(
                 "the Parquet file is damaged",
                 where=name,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         names = list(said["files"])
         if names != [WHOLE] and not set(names) <= set(PARTS):
             raise ValueError(f"files {names}")
+        _check_types(said)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             "this is not what `prepare` writes",
@@ -74,6 +76,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     manifest: dict[str, Any] = said
     return manifest
+
+
+def _check_types(said: Mapping[str, Any]) -> None:
+    """Raise a ValueError, KeyError or TypeError where a field is not as `prepare` writes it."""
+    wanted: list[tuple[Any, str, type]] = [(said, "options", dict), (said, "tokenizer", str)]
+    for entry in said["inputs"]:
+        kinds = (("path", str), ("size", int), ("mtime_ns", int), ("sha256", str))
+        wanted += [(entry, name, kind) for name, kind in kinds]
+    for entry in said["files"].values():
+        wanted += [(entry, "tokens", int), (entry, "sha256", str)]
+    for place, name, kind in wanted:
+        if type(place[name]) is not kind:
+            raise ValueError(f"{name} is {place[name]!r:.50}")
 
 
 def read_prepared(folder: Path) -> Prepared:

@@ -25,7 +25,7 @@ from fundamentallm.data.tokenizer import (
     tokenizer_from_dict,
 )
 from fundamentallm.data.tokenizer.character import REPLACEMENT
-from fundamentallm.data.tokenizer.subword import END, UNUSED, ids_by_name
+from fundamentallm.data.tokenizer.subword import END, UNUSED, ids_by_name, out_of_reach
 from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.registry import Registry
 
@@ -93,11 +93,12 @@ def token_name(state: Mapping[str, Any], number: int) -> str | None:
 def subword_json(tokenizer: SubwordTokenizer) -> dict[str, Any]:
     """Subwords, without what their tokenizer.json cuts off a text or puts around it.
 
-    A model that was trained here has never seen any of that.
+    A model that was trained here has never seen any of that, nor a special token where its name
+    stands in a text; so special tokens that would be found there have other names.
     """
     around = tokenizer.json.get("post_processor") or {}
     kept = around if around.get("type") == "ByteLevel" else None  # offsets, no ids
-    return {**tokenizer.json, **dict.fromkeys(UNUSED), "post_processor": kept}
+    return out_of_reach({**tokenizer.json, **dict.fromkeys(UNUSED), "post_processor": kept})
 
 
 @TOKENIZER_JSON.register("byte")

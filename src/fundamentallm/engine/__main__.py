@@ -1,8 +1,6 @@
 """The door `python -m fundamentallm.engine`."""
 
-import sys
-
-from fundamentallm.engine.cli import main
+from fundamentallm.engine.cli import exit_process, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

@@ -15,11 +15,28 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from fundamentallm.errors import FundamentaLLMError, InterruptedRunError, MachineError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_SPACE = "free some space, or write to another disk; then do the same again"
+
+
+def exit_process(code: int) -> NoReturn:
+    """End this process with a code; one of several ranks at once.
+
+    A thread of the process group may still let go of a tensor when the interpreter shuts down, and
+    then aborts the process ("terminate called without an active exception", one end in a hundred on
+    a busy machine), which torchrun takes for a rank that failed. By now files are closed and the
+    state is on the disk, so there is nothing that shutting down would still do.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,9 +21,14 @@ from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.inference.evaluate import (
     Document,
     Evaluated,
+    changes_texts,
+    decoded_size,
     evaluate_documents,
     example_documents,
+    predicted_size,
     split_documents,
+    text_document,
+    text_size,
 )
 from fundamentallm.inference.load import Trained, load_trained
 from fundamentallm.models.attention import use_kernel
@@ -82,6 +88,9 @@ def evaluate(options: argparse.Namespace) -> int:
             stride,
             corpus.end_id if trained.config.data.packing == "document" else None,
         )
+    comparable = all(document.size is not None for document in measured) or not changes_texts(
+        trained.tokenizer
+    )
     by_name = list(zip((document.name for document in measured), each, strict=True))
     num_left_out = len(documents) - len(measured)
     if options.json:
@@ -93,6 +102,7 @@ def evaluate(options: argparse.Namespace) -> int:
             "context_length": context,
             "stride": stride,
             **total.to_dict(),
+            "bits_comparable": comparable,
         }
         if apart:
             about["documents"] = [{"name": name, **one.to_dict()} for name, one in by_name]
@@ -109,6 +119,12 @@ def evaluate(options: argparse.Namespace) -> int:
     say(f"bits per character  {total.bits_per_character:.4f}")
     say(f"bits per byte       {total.bits_per_byte:.4f}")
     say(f"tokens              {total.num_tokens:,}")
+    if not comparable:
+        say(
+            "The bits are per character and byte of the decoded text, which this tokenizer may"
+            " change; they\ndo not compare with those of other tokenizers. Name the text itself"
+            " with --data."
+        )
     if apart:
         _table(by_name, num_left_out)
     return 0
@@ -208,8 +224,8 @@ def _documents(
         numbers = np.arange(len(encoded))
         if part is not None:
             numbers = np.asarray(split_tokens(numbers, fractions)[part])
-        names = [corpus.examples[number].where for number in numbers]
-        return example_documents(encoded.part(numbers), names)
+        examples = [corpus.examples[number] for number in numbers]
+        return example_documents(encoded.part(numbers), examples, tokenizer)
     return [
         document
         for member in corpus.members
@@ -229,10 +245,16 @@ def _token_documents(
     apart: bool,
 ) -> list[Document]:
     """Return the tokens of a source or its part; where they have ends, cut there if wanted."""
+    if part is None and _is_text(corpus):
+        return [_document(corpus.name, corpus.text, tokenizer)]
     parts = corpus.parts(tokenizer, fractions if part else (1.0, 0.0, 0.0))
     whole = Document(corpus.name, parts[part or "train"])
     if apart and corpus.end_id is not None:
         return split_documents(whole, corpus.end_id)
+    if _is_text(corpus) and changes_texts(tokenizer):
+        decoded = decoded_size(tokenizer, np.concatenate(list(parts.values())))
+        if decoded == text_size(corpus.text):  # it does not change this one
+            whole = replace(whole, size=predicted_size(tokenizer, whole))
     return [whole]
 
 
@@ -259,7 +281,9 @@ def _text_documents(
     number = list(PARTS).index(part)
     begin, end = split_bounds(ends[-1], fractions)[number : number + 2]
     return [
-        Document(piece.name, piece.tokens[max(begin - start, 0) : max(end - start, 0)])
+        piece
+        if begin <= start and start + len(piece.tokens) <= end
+        else Document(piece.name, piece.tokens[max(begin - start, 0) : max(end - start, 0)])
         for piece, start in zip(pieces, ends, strict=False)
         if start < end and start + len(piece.tokens) > begin
     ]
@@ -267,7 +291,7 @@ def _text_documents(
 
 def _document(name: str, text: str, tokenizer: Tokenizer) -> Document:
     try:
-        return Document(name, tokenizer.encode(text))
+        return text_document(name, text, tokenizer)
     except DataError as error:
         error.where = f"{name}: {error.where}" if error.where else name
         raise

@@ -49,7 +49,12 @@ from fundamentallm.data.documents import (
 from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.prepared import FORMAT, MANIFEST, PARTS, TOKENIZER, WHOLE, read_manifest
 from fundamentallm.data.token_file import HEADER_BYTES, TokenHeader, read_header
-from fundamentallm.data.tokenizer import TOKENIZERS, SubwordTokenizer, Tokenizer
+from fundamentallm.data.tokenizer import (
+    TOKENIZERS,
+    SubwordTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from fundamentallm.engine.console import say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.run_lock import LOCK_FILE, owning, refuse_if_owned
@@ -59,7 +64,10 @@ from fundamentallm.training.filesystem import Filesystem, make_directories, rand
 logger = logging.getLogger(__name__)
 
 BATCH = 1 << 20  # characters under way in one thread
-LONGEST_WHOLE = 1 << 22  # characters of a document that its tokenizer cannot cut
+# Of a document that its tokenizer cannot cut, and of many such at once: the library needs some 100
+# bytes a character meanwhile, and all of `prepare` is to stay below 400 MB.
+LONGEST_WHOLE = 1 << 20
+BATCH_WHOLE = 1 << 18
 SAMPLE_BLOCK = 1 << 16  # characters
 SAMPLE_BLOCKS = 384  # 25 million characters teach a subword tokenizer
 COPY = "standard-input"
@@ -103,6 +111,7 @@ class Counts:
     Attributes:
         documents, characters, tokens: how many; an end is a token.
         empty: documents without a character, which are left out.
+        seen: whether there was anything but white space.
         duplicates: documents that are equal to an earlier one.
     """
 
@@ -110,6 +119,7 @@ class Counts:
     characters: int = 0
     tokens: int = 0
     empty: int = 0
+    seen: bool = False
     duplicates: int = 0
 
 
@@ -169,8 +179,10 @@ def tokenizer_choice(text: str, vocab_size: int | None) -> Component:
     else:
         choice = parse_yaml(f"tokenizer: {text}").data["tokenizer"]
     if vocab_size is not None:
-        plain = {"name": choice} if isinstance(choice, str) else choice
-        choice = {**plain, "vocab_size": vocab_size}
+        if isinstance(choice, str):
+            choice = {"name": choice}
+        if isinstance(choice, dict):  # else it is refused below
+            choice = {**choice, "vocab_size": vocab_size}
     try:
         return Component.model_validate(choice)
     except ValueError as error:
@@ -272,7 +284,8 @@ def up_to_date(inputs: Sequence[Input], out: Path, options: Options) -> bool:
     """Tell whether a folder holds what these inputs and options would give.
 
     Size and time of change of an input are enough; where only the time differs, its contents are
-    looked at.
+    looked at. Of the folder, the tokenizer and the heads of the token files are read; a run looks
+    at every token when it opens them.
 
     Raises:
         DataError: it was prepared from others, or is damaged.
@@ -316,8 +329,25 @@ def up_to_date(inputs: Sequence[Input], out: Path, options: Options) -> bool:
                 expected=f"tokenizer {named.fingerprint()[:16]}",
                 fix=fix,
             )
-    for name in manifest["files"]:
-        read_header(out / f"{name}.tokens")
+    own = load_tokenizer(out / TOKENIZER).fingerprint()
+    for name, said in manifest["files"].items():
+        header = read_header(out / f"{name}.tokens")
+        if (header.count, header.sha256) != (said["tokens"], said["sha256"]):
+            raise DataError(
+                "the token file is not the one that was prepared",
+                where=str(out / f"{name}.tokens"),
+                got=f"{header.count:,} tokens, SHA-256 {header.sha256[:16]}",
+                expected=f"{said['tokens']:,} tokens, SHA-256 {said['sha256'][:16]}",
+                fix=fix,
+            )
+        if not own == header.tokenizer == manifest["tokenizer"]:
+            raise DataError(
+                "the tokenizer in the folder is not that of its tokens",
+                where=str(out / TOKENIZER),
+                got=f"tokenizer {own[:16]}",
+                expected=f"tokenizer {header.tokenizer[:16]}",
+                fix=fix,
+            )
     return True
 
 
@@ -396,8 +426,8 @@ def _write_into(
         if before.sha256 != after.sha256:
             raise changed_while_read(after.path)
     counts.tokens = sum(writer.count for writer in writers.values())
-    if not counts.documents:
-        raise _no_text(inputs)
+    if not counts.seen:
+        raise _no_text(inputs, counts.documents)
     files = {}
     for name, writer in writers.items():
         if writer.count:
@@ -427,19 +457,19 @@ def _write_into(
     _tell(counts, files, tokenizer)
 
 
-def _no_text(inputs: Sequence[Input]) -> DataError:
+def _no_text(inputs: Sequence[Input], num_blank: int = 0) -> DataError:
     return DataError(
         "there is no text in the inputs",
         where=", ".join(source.name for source in inputs[:5]),
-        got="empty documents alone",
+        got="only white space" if num_blank else "empty documents alone",
         fix="name files with text",
     )
 
 
 def _tell(counts: Counts, files: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     logger.info(
-        "%s documents, %s characters, %s tokens in a vocabulary of %s",
-        f"{counts.documents:,}",
+        "%s, %s characters, %s tokens in a vocabulary of %s",
+        "1 document" if counts.documents == 1 else f"{counts.documents:,} documents",
         f"{counts.characters:,}",
         f"{counts.tokens:,}",
         f"{tokenizer.vocab_size:,}",
@@ -535,6 +565,7 @@ def _cut(
         "Q"
     )  # 64 bits of each: a false duplicate in 5 million has odds of 1 to a million
     batch = Pieces()
+    most = BATCH_WHOLE if _reads_whole(tokenizer) else BATCH
     for document in documents:
         digest = hashlib.blake2b(digest_size=8)
         part = ""
@@ -546,7 +577,8 @@ def _cut(
                 # By its beginning, so that equal documents go to the same part.
                 part = part or _part_of(data, options)
                 size += len(piece)
-                if batch.size >= BATCH:
+                counts.seen = counts.seen or not piece.isspace()
+                if batch.texts and batch.size + len(piece) > most:
                     yield batch
                     batch = Pieces()
                 batch.texts.append(piece)
@@ -567,6 +599,11 @@ def _cut(
     if batch.texts:
         yield batch
     counts.duplicates = len(hashes) - len(np.unique(np.array(hashes, np.uint64)))
+
+
+def _reads_whole(tokenizer: Tokenizer) -> bool:
+    """Tell whether a tokenizer reads a document in one piece: it cuts no plain text."""
+    return not tokenizer.find_cut("plain text " * 9)
 
 
 def _part_of(data: bytes, options: Options) -> str:
@@ -681,6 +718,8 @@ def _encoded(
     )
     # The library of subwords uses all cores for one batch; the second is read out meanwhile.
     workers = 2 if isinstance(tokenizer, SubwordTokenizer) else min(cores, 8)
+    if _reads_whole(tokenizer):
+        workers = 1
     waiting: deque[Future[dict[str, np.ndarray]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
         try:

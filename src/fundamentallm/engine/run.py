@@ -187,6 +187,7 @@ def _conclude(run: Run, again: str) -> None:
     say(
         f"Done: {state.iteration:,} steps, {state.tokens_seen:,} tokens"
         f" in {trainer.elapsed_seconds():.0f} s ({trainer.finished})."
+        + (f" Updates refused: {state.skipped_steps:,}." if state.skipped_steps else "")
     )
     if "val/loss" in state.metrics:
         best = _best_val_loss(run.directory)

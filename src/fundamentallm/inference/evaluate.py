@@ -25,17 +25,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fundamentallm.data.examples import EncodedExamples
+from fundamentallm.data.examples import EncodedExamples, Example
 from fundamentallm.data.loader import IGNORED, Batch, add_documents
 from fundamentallm.data.token_file import Tokens
 from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.errors import DataError
+from fundamentallm.inference.decoding import REPLACEMENT, Decoder
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.precision import Precision
 from fundamentallm.training.step import documents_of, perplexity_of, to_device, undisturbed
 
 PIECE = 1 << 16  # tokens decoded at once
-LONGEST_CHARACTER = 4  # tokens
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+# What tokenizers change: case, white space, composed marks, signs beside words, rare characters.
+_VARIED = (
+    "Hello, World  don't ( x ) .\n\n\tna\u00efve e\u0301 \ufb01 \u4f60\u597d \U0001f600 \ue000 "
+)
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,15 @@ class Document:
         name: to tell it from others.
         tokens: (N,) token ids, in memory or in a file.
         num_given: tokens at its beginning that are read and not predicted, at least 1.
+        size: characters and UTF-8 bytes of the text behind the predicted tokens; None: it is not
+            known, so that of the decoded tokens counts, which is the same unless the tokenizer
+            changes texts.
     """
 
     name: str
     tokens: Tokens
     num_given: int = 1
+    size: tuple[int, int] | None = None
 
     @property
     def num_predicted(self) -> int:
@@ -68,7 +77,8 @@ class Evaluated:
         bits_per_character: bits to encode one character of the text with the model.
         bits_per_byte: bits to encode one byte of the text in UTF-8.
         num_tokens: predicted tokens.
-        num_characters: characters that are not whole before the first predicted token.
+        num_characters: characters of the text that are not whole before the first predicted
+            token.
         num_bytes: UTF-8 bytes of those characters.
     """
 
@@ -116,7 +126,7 @@ def evaluate_documents(
 
     Args:
         model: on `precision.device`; maps (B, T) ids to logits (B, T, V), causally.
-        tokenizer: to count the characters and bytes behind the tokens.
+        tokenizer: to count the characters and bytes behind the tokens of texts of unknown size.
         documents: any number, of any lengths.
         sequence_length: T, the longest window.
         batch_size: B.
@@ -139,27 +149,50 @@ def evaluate_documents(
         while some := list(itertools.islice(windows, batch_size)):
             sums = _summed_nll(model, _batch(documents, some, end_id), precision)
             np.add.at(nll, [window.document for window in some], sums.numpy())
-    counts = [(document.num_predicted, *_size(tokenizer, document)) for document in documents]
+    counts = [
+        (document.num_predicted, *predicted_size(tokenizer, document)) for document in documents
+    ]
     each = [Evaluated.of(own, *count) for own, count in zip(nll.tolist(), counts, strict=True)]
     total = Evaluated.of(math.fsum(nll), *np.array(counts, int).reshape(-1, 3).sum(0).tolist())
     return total, each
 
 
-def example_documents(examples: EncodedExamples, names: Sequence[str]) -> list[Document]:
+def text_document(name: str, text: str, tokenizer: Tokenizer) -> Document:
+    """Return a text as a document that weighs what the text does, whatever its tokens decode to.
+
+    Args:
+        name: of the document.
+        text: all of it.
+        tokenizer: encodes it.
+
+    Raises:
+        DataError: the text cannot be encoded.
+    """
+    tokens = tokenizer.encode(text)
+    return Document(name, tokens, size=_less(text_size(text), tokenizer, tokens[:1]))
+
+
+def example_documents(
+    encoded: EncodedExamples,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+) -> list[Document]:
     """Return examples as documents that are given their prompts.
 
     Args:
-        examples: as tokens.
-        names: of each.
+        encoded: as tokens.
+        examples: as text, in the same order.
+        tokenizer: what they were encoded with.
     """
-    return [
-        Document(
-            name,
-            examples.ids[examples.starts[number] : examples.starts[number + 1]],
-            max(int(examples.prompt_lengths[number]), 1),
-        )
-        for number, name in zip(range(len(examples)), names, strict=True)
-    ]
+    documents = []
+    for number, example in zip(range(len(encoded)), examples, strict=True):
+        tokens = encoded.ids[encoded.starts[number] : encoded.starts[number + 1]]
+        num_given = int(encoded.prompt_lengths[number])
+        size = text_size(example.response)
+        if not num_given:  # nothing to predict the first token of the response from
+            num_given, size = 1, _less(size, tokenizer, tokens[:1])
+        documents.append(Document(example.where, tokens, num_given, size))
+    return documents
 
 
 def split_documents(document: Document, end_id: int) -> list[Document]:
@@ -223,44 +256,46 @@ def _summed_nll(model: nn.Module, batch: Batch, precision: Precision) -> Tensor:
     return losses.cpu().double().sum(dim=1)
 
 
-def _size(tokenizer: Tokenizer, document: Document) -> tuple[int, int]:
+def predicted_size(tokenizer: Tokenizer, document: Document) -> tuple[int, int]:
     """Return characters and bytes of a document less those of its given tokens."""
-    characters, octets = decoded_size(tokenizer, document.tokens)
+    if document.size is not None:
+        return document.size
+    whole = decoded_size(tokenizer, document.tokens)
+    return _less(whole, tokenizer, document.tokens[: document.num_given])
+
+
+def _less(size: tuple[int, int], tokenizer: Tokenizer, given: Tokens) -> tuple[int, int]:
+    """Return a size less that of the first tokens."""
     # A character that the given tokens only begin is not whole yet.
-    before = tokenizer.decode(document.tokens[: document.num_given]).rstrip(REPLACEMENT)
-    return characters - len(before), octets - _num_bytes(before)
+    characters, octets = text_size(tokenizer.decode(np.asarray(given)).rstrip(REPLACEMENT))
+    return max(0, size[0] - characters), max(0, size[1] - octets)
+
+
+def changes_texts(tokenizer: Tokenizer) -> bool:
+    """Whether some texts come back from their tokens as others, so that their size is lost.
+
+    A tokenizer that refuses what it does not know changes nothing.
+    """
+    try:
+        return tokenizer.decode(tokenizer.encode(_VARIED)) != _VARIED
+    except DataError:
+        return False
+
+
+def text_size(text: str) -> tuple[int, int]:
+    """Return characters and UTF-8 bytes."""
+    return len(text), len(text.encode("utf-8", "surrogatepass"))
 
 
 def decoded_size(tokenizer: Tokenizer, tokens: Tokens) -> tuple[int, int]:
-    """Return characters and UTF-8 bytes of the text of tokens, which is never held as a whole."""
-    characters = octets = start = 0
-    while start < len(tokens):
-        stop = min(start + PIECE, len(tokens))
-        for _ in range(LONGEST_CHARACTER - 1):
-            stop += _is_inside_character(tokenizer, tokens, stop)
-        text, before = _text_after(tokenizer, tokens, start, stop)
-        characters += len(text) - len(before)
-        octets += _num_bytes(text) - _num_bytes(before)
-        start = stop
-    return characters, octets
+    """Return characters and UTF-8 bytes of the text of tokens.
 
-
-def _text_after(tokenizer: Tokenizer, tokens: Tokens, start: int, stop: int) -> tuple[str, str]:
-    """Return the text of some tokens and of the one before them, and that of the latter alone.
-
-    It tells a tokenizer that this is no beginning.
+    It is never held as a whole, but for a run of tokens that the tokenizer decodes as one.
     """
-    first = max(start - 1, 0)
-    return tokenizer.decode(tokens[first:stop]), tokenizer.decode(tokens[first:start])
-
-
-def _is_inside_character(tokenizer: Tokenizer, tokens: Tokens, place: int) -> bool:
-    """Whether the texts before and behind a place do not join to the text of both."""
-    first, last = max(place - LONGEST_CHARACTER, 0), place + LONGEST_CHARACTER
-    behind, between = _text_after(tokenizer, tokens, place, last)
-    before, both = tokenizer.decode(tokens[first:place]), tokenizer.decode(tokens[first:last])
-    return len(both) != len(before) + len(behind) - len(between)
-
-
-def _num_bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
+    decoder = Decoder(tokenizer)
+    sizes = [
+        text_size(decoder.feed(tokens[start : start + PIECE].tolist()))
+        for start in range(0, len(tokens), PIECE)
+    ]
+    sizes.append(text_size(decoder.rest()))
+    return sum(characters for characters, _ in sizes), sum(octets for _, octets in sizes)

@@ -9,11 +9,12 @@ from torch import nn
 
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import ConfigError
+from fundamentallm.inference.decoding import Decoder
 from fundamentallm.models.generation import Generation
 from fundamentallm.models.sampling import SamplingRules
 
 LARGEST_SEED = 2**63 - 1
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+LONGEST_RUN = 64  # tokens held back: longer ones are a script of their own, to be seen as written
 
 
 class Piece(NamedTuple):
@@ -94,7 +95,7 @@ def stream_texts(
     Args:
         model: on its device; its context length bounds what it sees, not what it writes. What it
             sees of a longer text is described in `fundamentallm.models.generation`.
-        tokenizer: the model's.
+        tokenizer: the model's. Ids that it lacks, as of a padded vocabulary, are never drawn.
         prompts: the texts to continue, of any lengths; an empty one for a text from nothing (from
             the end of a document, where the tokenizer has one).
         max_tokens: tokens to generate for each.
@@ -132,6 +133,7 @@ def stream_texts(
         max_tokens,
         SamplingRules(repetition_penalty, temperature, top_k, top_p, min_p),
         seeds,
+        vocab_size=tokenizer.vocab_size,
     )
     return _pieces(generation, tokenizer, max_tokens, stop, frozenset(stop_ids))
 
@@ -143,7 +145,7 @@ def _pieces(
     stop: Sequence[str],
     stop_ids: frozenset[int],
 ) -> Iterator[Piece]:
-    streams = [TextStream(tokenizer, text[-1:], stop) for text in generation.texts]
+    streams = [TextStream(tokenizer, text, stop) for text in generation.texts]
     for number in range(1, max_tokens + 1):
         ended = []
         rows = list(generation.rows)
@@ -163,13 +165,13 @@ def _pieces(
 class TextStream:
     """Turns tokens into text as soon as the text is certain.
 
-    Tokens need not end where characters do: the first bytes of a character decode to U+FFFD until
-    the last has come, so such an ending is held back, as is one that a stop string may begin with.
-    Which tokens the text comes in makes no difference to what is given out in all.
+    What the next tokens may change is held back (`fundamentallm.inference.decoding`), as is an
+    ending that a stop string may begin with. Which tokens the text comes in makes no difference to
+    what is given out in all.
 
     Args:
         tokenizer: of the tokens.
-        before: the token before the first, for tokenizers that decode a token by its neighbour.
+        before: the tokens before the first, for tokenizers that decode a token by its neighbour.
         stop: strings, none of them empty. The text ends before the one that is whole first, and
             of those before the one that begins first.
 
@@ -181,30 +183,18 @@ class TextStream:
         self, tokenizer: Tokenizer, before: Sequence[int] = (), stop: Sequence[str] = ()
     ) -> None:
         self.stopped = False
-        self._tokenizer = tokenizer
         self._stop = stop
-        self._ids = list(before)
-        self._num_given = len(tokenizer.decode(self._ids))  # characters of the text of _ids
-        self._pending = ""  # the last character, if the next token may complete it
+        self._decoder = Decoder(tokenizer, before, LONGEST_RUN)
         self._held = ""  # what a stop string may begin with
 
     def feed(self, token: int) -> str:
         """Take the next token; return the text that is certain now, perhaps none."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        certain = len(text) - text.endswith(REPLACEMENT)
-        new = text[self._num_given : certain]
-        self._num_given = max(self._num_given, certain)
-        self._pending = text[self._num_given :]
-        if not self._pending:
-            self._ids = self._ids[-1:]
-            self._num_given = len(self._tokenizer.decode(self._ids))
-        return self._unless_stopped(new)
+        return self._unless_stopped(self._decoder.feed([token]))
 
     def rest(self) -> str:
         """Return what was held back, when no token follows."""
-        text = self._unless_stopped(self._pending) + self._held
-        self._pending = self._held = ""
+        text = self._unless_stopped(self._decoder.rest()) + self._held
+        self._held = ""
         return text
 
     def _unless_stopped(self, new: str) -> str:

@@ -47,6 +47,8 @@ class Generation:
         seeds: one for each row, 0 to 2^64 - 1; None: of chance. A row's text follows from its
             prompt and seed alone, on any device.
         use_cache: False recomputes the window at every step, the reference for the cache.
+        vocab_size: the ids that may be drawn are 0 to this, exclusive; None: all of the model's.
+            A model whose vocabulary is padded has logits for ids that mean nothing.
 
     Attributes:
         rows: numbers of the prompts that still grow.
@@ -65,6 +67,7 @@ class Generation:
         seeds: Sequence[int] | None = None,
         *,
         use_cache: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("there must be prompts, each of at least one token")
@@ -76,6 +79,7 @@ class Generation:
             raise ValueError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
         self.model = model
         self.rules = rules
+        self.vocab_size = vocab_size
         self.rows = list(range(len(prompts)))
         self.texts = [[operator.index(token) for token in prompt] for prompt in prompts]
         self._remaining = max_new_tokens
@@ -112,7 +116,7 @@ class Generation:
         assert self._remaining > 0
         with torch.inference_mode(), self._evaluation_mode():
             first = self._num_drawn == 0
-            logits = self._next_logits(first)  # (R, V)
+            logits = self._next_logits(first)[:, : self.vocab_size]  # (R, V)
             if self.rules.repetition_penalty != 1:
                 self._mark_seen(logits)
             self._last = sample_next(logits, self.rules, self._next_uniforms(), self._seen)
@@ -224,11 +228,12 @@ def generate_tokens(
     seeds: Sequence[int] | None = None,
     *,
     use_cache: bool = True,
+    vocab_size: int | None = None,
 ) -> Iterator[Tensor]:
     """Continue prompts, one token at a time.
 
     Args:
-        model, prompts, max_new_tokens, rules, seeds, use_cache: as in `Generation`.
+        model, prompts, max_new_tokens, rules, seeds, use_cache, vocab_size: as in `Generation`.
 
     Returns:
         An iterator over `max_new_tokens` tensors of ids (B,) int64.
@@ -237,5 +242,7 @@ def generate_tokens(
         ValueError: an argument is out of range, at the call, before the first token.
         NumericalError: as in `sample_next`, while iterating.
     """
-    generation = Generation(model, prompts, max_new_tokens, rules, seeds, use_cache=use_cache)
+    generation = Generation(
+        model, prompts, max_new_tokens, rules, seeds, use_cache=use_cache, vocab_size=vocab_size
+    )
     return (generation.step() for _ in range(max_new_tokens))

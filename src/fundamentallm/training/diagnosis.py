@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fundamentallm.data.loader import Window
+from fundamentallm.training.buffers import StateBuffers
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.precision import Precision
@@ -186,6 +187,8 @@ class Laboratory:
         parameters = [p for p in model.parameters() if p.requires_grad]
         kept = [p.grad for p in parameters]
         before, was_training = capture_generators(self.precision.device), model.training
+        buffers = StateBuffers(model)
+        values = buffers.copied()
         try:
             if rng is not None:
                 restore_generators(rng)
@@ -202,6 +205,7 @@ class Laboratory:
         finally:
             for parameter, gradient in zip(parameters, kept, strict=True):
                 parameter.grad = gradient
+            buffers.put_back(values)
             model.train(was_training)
             restore_generators(before)
         return result

@@ -39,6 +39,10 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
+def _has_nan(tensor: torch.Tensor) -> bool:
+    return bool(torch.isnan(tensor).any())
+
+
 def bit_sum(tensors: Iterable[torch.Tensor]) -> int:
     """Return the sum of the tensors' bits read as integers, modulo 2^64: equal for equal tensors.
 
@@ -59,14 +63,19 @@ def check_finite(
     Args:
         state: as `snapshot.capture` returns it.
         where: the checkpoint, for the message.
-        constant_buffers: names under `model` that may be infinite, as a mask of -inf is.
+        constant_buffers: names under `model` that may be infinite, as a mask of -inf is, but not
+            NaN, as what a running mean became of one would be.
 
     Raises:
         DamagedStateError: naming the first tensors that are not.
     """
     learned = {part: state[part] for part in LEARNED if part in state}
     allowed = {f"model.{name}" for name in constant_buffers}
-    found = [name for name in nonfinite_tensors(learned) if name not in allowed]
+    found = [
+        name
+        for name in nonfinite_tensors(learned)
+        if name not in allowed or _has_nan(learned["model"][name.removeprefix("model.")])
+    ]
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise DamagedStateError(

@@ -28,6 +28,7 @@ from fundamentallm.data.loader import Window, as_window, as_window_loader
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import EVENT_TO_ATTRIBUTE, TrainingEvents
 from fundamentallm.training.build_step import build_precision, build_step
+from fundamentallm.training.buffers import StateBuffers
 from fundamentallm.training.data_faults import DataFaults
 from fundamentallm.training.diagnosis import Laboratory
 from fundamentallm.training.distributed import Ranks
@@ -173,6 +174,7 @@ class Trainer(Engine):
         self.device = resolve_device(device) if isinstance(device, str) else device
         self.model = model.to(self.device)
         self.precision = build_precision(self.config, self.model, self.device)
+        self._buffers = StateBuffers(self.model)
         self.train_loader = as_window_loader(
             train_loader, self.config.accumulation_steps, self.config.seed
         )
@@ -447,19 +449,38 @@ class Trainer(Engine):
     def _attempt(self, window: Window, num_tokens: int, num_sequences: int) -> StepOutput:
         """Take the step, and once more where a controller asks for it after a refusal."""
         self.generators_before = capture_generators(self.device)
+        buffers_before = self._buffers.copied()
         while True:
             self._redo = False
             output = self._step(window, num_tokens, num_sequences)
             self.state.output = output
             if not output.rejection:
                 return output
+            self._buffers.put_back(buffers_before)
             self.notify(TrainingEvents.FLLM_STEP_REJECTED)
+            if output.rejection not in ("overflow", "empty"):
+                self._warn_if_nobody_acts(output)
             if output.rejection != "overflow":
                 # As if the step had never been tried: a clean run that passes over its window
                 # draws no random numbers for it.
                 restore_generators(self.generators_before)
             if not self._redo:
                 return output
+
+    def _warn_if_nobody_acts(self, output: StepOutput) -> None:
+        if "nan_rollback" in self.attached or not self.ranks.is_writer:
+            return
+        refused = self.state.skipped_steps
+        if math.log10(refused).is_integer():  # the 1st, 10th, 100th: a run may refuse every step
+            logger.warning(
+                "step %d: update refused (%s): loss %s, gradient norm %s; %d so far, and without"
+                " the handler nan_rollback nobody looks for the cause",
+                self.state.iteration,
+                output.rejection,
+                output.loss,
+                output.grad_norm,
+                refused,
+            )
 
     def _account(self, output: StepOutput) -> None:
         """Count the step and write the metrics that need no handler."""
@@ -472,7 +493,7 @@ class Trainer(Engine):
         if step_of_epoch == 1:
             state.epoch_nll, state.epoch_tokens = 0.0, 0
             metrics.pop("train/epoch_loss", None)
-        if math.isfinite(output.loss):
+        if math.isfinite(output.loss) and not output.rejection:
             state.epoch_nll += output.loss * output.num_tokens
             state.epoch_tokens += output.num_tokens
         if step_of_epoch == self.steps_per_epoch:
@@ -632,7 +653,12 @@ class Trainer(Engine):
         """Clip the current update to a gradient norm, if that is less than it would be clipped to.
 
         Call it at FLLM_GRADIENTS_READY.
+
+        Raises:
+            ValueError: the norm is not a number above 0; the update would be none.
         """
+        if not norm > 0.0:
+            raise ValueError(f"a step can be clipped to a norm above 0, got {norm}")
         known = self._step.clip_norm
         self._step.clip_norm = norm if known is None else min(norm, known)
 
@@ -677,7 +703,7 @@ class Trainer(Engine):
         return bool(self.finished) or self._leaving
 
     def weights_before(self, before: int | None = None) -> Mapping[str, Tensor] | None:
-        """Return the model's state in the checkpoint that a rollback would go to."""
+        """Return the model's state in the newest checkpoint that is at most `before`, or None."""
         return self.restore_point.weights_before(before) if self.restore_point else None
 
     @property

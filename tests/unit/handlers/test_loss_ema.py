@@ -31,7 +31,7 @@ def weighted_mean(losses: list[float], decay: float) -> float:
 
 def feed(handler: LossEMA, losses: list[float]) -> list[float]:
     """Hand losses over as a trainer would; return the metric after each."""
-    state = SimpleNamespace(output=SimpleNamespace(loss=math.nan), metrics={})
+    state = SimpleNamespace(output=SimpleNamespace(loss=math.nan, rejection=""), metrics={})
     trainer: Any = SimpleNamespace(state=state)
     values = []
     for loss in losses:

@@ -286,6 +286,153 @@ def test_distance_and_neighbourhood_double_with_each_retry(tmp_path):
     assert [cut.first for cut in trainer.ledger.cuts] == [5, 9]
 
 
+def went_to_after(directory: Path, *faults: int) -> list[int]:
+    """Return where divergences take a run that keeps every step's checkpoint."""
+    rollback = NaNRollback(healthy_after=2, neighbours=0, rate_steps=3)
+    trainer = make_trainer(None, rollback=rollback, total_steps=24, checkpoint_steps=1)
+    Checkpointing(directory, n_saved=24).attach(trainer)
+    diverge(trainer, *faults)
+    went_to: list[int] = []
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_ROLLED_BACK, lambda: went_to.append(trainer.state.iteration)
+    )
+    run(trainer)
+    return went_to
+
+
+def test_a_retry_in_a_region_goes_twice_as_far_back(tmp_path):
+    # Two good steps behind step 7, then four behind step 6: 7, 8, 9 and 11.
+    assert went_to_after(tmp_path, 10, 12) == [7, 6]
+
+
+def test_it_is_said_where_no_checkpoint_has_proved_healthy(tmp_path):
+    trainer = make_trainer(tmp_path, rollback=NaNRollback(healthy_after=10))
+    diverge(trainer, 10)
+    (incident,) = run(trainer)
+    assert "none has proved healthy" in incident.decision
+
+
+def test_a_region_ends(tmp_path):
+    assert went_to_after(tmp_path, 10, 18) == [7, 15]
+
+
+class WithTheseWeights(Plain):
+    """Breaks on every window but the last one that was applied, while the weights are those."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.good: list[Tensor] = []
+        self.weights: Tensor | None = None
+
+    def spoil(self, loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        weights = next(iter(self.trainer.model.parameters())).detach()
+        if self.trainer.state.iteration < self.step:
+            self.good.extend(targets)
+            return loss
+        if self.weights is None:
+            self.weights = weights.clone()
+        known = all(any(torch.equal(row, good) for good in self.good) for row in targets)
+        return loss if known or not torch.equal(weights, self.weights) else loss * math.nan
+
+
+def test_weights_that_are_blamed_for_one_window_after_another_are_left(tmp_path):
+    # The checkpoint of step 8 has the weights that break: not to be taken for other ones.
+    trainer = make_trainer(tmp_path, WithTheseWeights(9))
+    verdicts = [incident.verdict for incident in run(trainer)]
+    assert verdicts == ["data_with_weights", "data_with_weights", "divergence"]
+    assert trainer.state.rollbacks == 1
+    assert trainer.finished
+
+
+def test_a_refused_update_enters_no_average(tmp_path):
+    class Infinite(Data):
+        def spoil(self, loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+            hit = any(torch.equal(row, bad) for row in targets for bad in self.rows)
+            if hit and logits.requires_grad:
+                logits.register_hook(lambda gradient: gradient * math.inf)
+            return loss  # finite
+
+    broken = make_trainer(tmp_path / "broken", Infinite(6))
+    (incident,) = run(broken)
+    assert incident.verdict == "data"
+    assert_same_run(broken, told(tmp_path / "told", {"skipped": [6], "cuts": []}))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "max_rollbacks",
+        "max_per_region",
+        "max_overflows",
+        "max_transients",
+        "max_spikes",
+        "healthy_after",
+        "neighbours",
+        "rate_steps",
+    ],
+)
+def test_refuses_a_negative_count(option):
+    with pytest.raises(ValueError, match=option):
+        NaNRollback(**{option: -1})
+
+
+def test_running_statistics_are_as_before_a_refused_step(tmp_path):
+    class Normed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_model()
+            self.norm = torch.nn.BatchNorm1d(self.inner.config.vocab_size)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            logits = self.inner(input_ids)
+            if self.training and iteration() == 6 and not tried:
+                tried.append(6)
+                logits = logits * math.nan
+            return self.norm(logits.flatten(0, 1)).view_as(logits)
+
+    def train(directory: Path) -> Trainer:
+        torch.manual_seed(3)
+        trainer = Trainer(
+            Normed(),
+            *tiny_loaders(),
+            device="cpu",
+            config=TrainingConfig(total_steps=9, eval_steps=4, learning_rate=1e-2),
+            handlers=[NaNRollback(), Evaluation(), Checkpointing(directory)],
+        )
+        trainers.append(trainer)
+        trainer.run()
+        return trainer
+
+    trainers: list[Trainer] = []
+    tried: list[int] = []
+
+    def iteration() -> int:
+        return trainers[-1].state.iteration
+
+    broken = train(tmp_path / "broken")
+    assert tried == [6]
+    clean = train(tmp_path / "clean")
+    for name, value in clean.model.state_dict().items():
+        assert torch.equal(broken.model.state_dict()[name], value), name
+
+
+def test_without_a_controller_refusals_are_said(caplog):
+    torch.manual_seed(3)
+    trainer = Trainer(
+        tiny_model(),
+        *tiny_loaders(),
+        loss_fn=(loss_fn := Once(*range(3, 15))),
+        device="cpu",
+        config=TrainingConfig(total_steps=14, learning_rate=1e-2),
+    )
+    loss_fn.trainer = trainer
+    with caplog.at_level("WARNING"):
+        trainer.run()
+    said = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+    assert len(said) == 2  # the 1st and the 10th of 12
+    assert "step 3: update refused (nonfinite): loss nan" in said[0]
+
+
 def test_a_learning_rate_that_is_no_number_never_meets_the_weights(tmp_path):
     broken = make_trainer(tmp_path / "broken")
     left = [6]

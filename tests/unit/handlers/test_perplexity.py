@@ -26,7 +26,7 @@ def feed(
     values = []
     for loss, num_tokens in steps:
         state.iteration += 1
-        state.output = SimpleNamespace(loss=loss, num_tokens=num_tokens)
+        state.output = SimpleNamespace(loss=loss, num_tokens=num_tokens, rejection="")
         handler.update(trainer)
         values.append(state.metrics["train/perplexity"])
     return values

@@ -132,6 +132,16 @@ def test_a_prompt_outside_the_vocabulary_is_no_reason_to_fail(tmp_path, prompt):
     assert all(len(record["text"]) == 12 for record in read(tmp_path))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_a_tokenizer_smaller_than_the_model_s_vocabulary(tmp_path, temperature):
+    letters = LETTERS[:4]
+    tokenizer = CharacterTokenizer(letters)
+    make_trainer(samples(tmp_path, tokenizer, num_tokens=40, temperature=temperature)).run()
+    for record in read(tmp_path):
+        assert len(record["text"]) == 40
+        assert set(record["text"]) <= set(letters)
+
+
 def test_modes_stay_as_they_were(tmp_path):
     trainer = make_trainer(samples(tmp_path))
     modes = []

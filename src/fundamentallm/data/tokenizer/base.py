@@ -79,6 +79,14 @@ class Tokenizer(ABC):
         """
         return 0
 
+    def find_join(self, ids: Sequence[int]) -> int:
+        """Return how many of the first ids decode to the same text whatever ids follow.
+
+        A last character of which they have only a part counts as decoded (it is U+FFFD). So it is
+        all of them, but for a tokenizer that decodes whole runs of ids as one.
+        """
+        return len(ids)
+
     def pieces(self, chunks: Iterable[str], longest: int | None = None) -> Iterator[str]:
         """Cut a text, given in chunks of any size, into pieces to encode one by one.
 

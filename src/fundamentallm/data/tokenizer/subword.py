@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,8 @@ KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "<
 UNUSED = ("truncation", "padding", "post_processor")
 """Keys of a tokenizer.json about what is cut off a text or put around it, which is never done."""
 
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # the name of a byte's token
+
 # Of these, none looks across a boundary.
 _LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 
@@ -45,7 +49,8 @@ class SubwordTokenizer(Tokenizer):
         end: the token that ends a document; None: the first of `KNOWN_ENDS` that it has.
 
     Attributes:
-        json: the object as it was given. What is in `UNUSED` is left out of account.
+        json: the object as it was given, special tokens under the names that they had before
+            `out_of_reach`. What is in `UNUSED` is left out of account.
 
     Raises:
         ConfigError: it has no such token as `end`.
@@ -56,8 +61,11 @@ class SubwordTokenizer(Tokenizer):
     kind = "file"
 
     def __init__(self, state: Mapping[str, Any], end: str | None = None) -> None:
-        self.json = dict(state)
-        self.end = end
+        try:
+            self.json = _within_reach(dict(state))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        self.end = end = None if end is None else _plain(end)
         self._library = _from_json(self.json)
         self._vocab_size = 1 + max(self._library.get_vocab().values(), default=-1)
         if not self._vocab_size:
@@ -71,6 +79,7 @@ class SubwordTokenizer(Tokenizer):
             )
         self._end_id = ids[0] if ids else None
         self._cuts = _is_local(self.json)
+        self._bytes, self._silent = _byte_ids(self.json), _special_ids(self.json)
 
     @property
     def vocab_size(self) -> int:
@@ -90,6 +99,21 @@ class SubwordTokenizer(Tokenizer):
         if not self._cuts:
             return 0
         return last_boundary(text) or len(text)
+
+    def find_join(self, ids: Sequence[int]) -> int:
+        """Return how many ids stand before the last run of bytes, where bytes are fallen back on.
+
+        Bytes in a row decode as one; special tokens, which have no text, do not part them.
+        """
+        if not self._bytes:
+            return len(ids)
+        end = len(ids)
+        first = end
+        while end and (ids[end - 1] in self._bytes or ids[end - 1] in self._silent):
+            end -= 1
+            if ids[end] in self._bytes:
+                first = end
+        return first
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text.
@@ -213,7 +237,7 @@ def _library() -> Any:
 def _from_json(state: Mapping[str, Any]) -> LibraryTokenizer:
     tokenizers = _library()
     try:
-        text = json.dumps(_out_of_reach(state))
+        text = json.dumps(out_of_reach(state))
         library: LibraryTokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises the base class
         raise ValueError(str(error)) from error
@@ -236,20 +260,52 @@ def _added(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return state.get("added_tokens") or []
 
 
-def _out_of_reach(state: Mapping[str, Any]) -> dict[str, Any]:
+def _special_ids(state: Mapping[str, Any]) -> frozenset[int]:
+    """Return the ids of the tokens that have no text."""
+    return frozenset(token["id"] for token in _added(state) if token.get("special"))
+
+
+def _byte_ids(state: Mapping[str, Any]) -> frozenset[int]:
+    """Return the ids that stand for single bytes and are decoded in runs."""
+    decoders = _flat(state.get("decoder"), "decoders")
+    if not any(part.get("type") == "ByteFallback" for part in decoders):
+        return frozenset()
+    found = {number for name, number in ids_by_name(state).items() if _BYTE.fullmatch(name)}
+    return frozenset(found) - _special_ids(state)
+
+
+def out_of_reach(state: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the special tokens that a model would find in a text by looking words up.
 
     BPE makes tokens of merges, which never make a special one; the other kinds would take "</s>"
     in somebody's text for the end of it, whatever the library is told about special tokens.
     """
-    model = dict(state["model"])
+    if "merges" in state["model"]:
+        return dict(state)
+    return _renamed(state, lambda name: f"\0{name}\0")
+
+
+def _within_reach(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `out_of_reach`."""
+    if not any(_plain(token["content"]) != token["content"] for token in _added(state)):
+        return dict(state)
+    return _renamed(state, _plain)
+
+
+def _plain(name: str) -> str:
+    return name[1:-1] if len(name) > 2 and name[0] == name[-1] == "\0" else name
+
+
+def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """Return a tokenizer.json whose special tokens have other names."""
     special = {token["content"] for token in _added(state) if token.get("special")}
-    if not special or "merges" in model:
+    if not special:
         return dict(state)
 
     def renamed(token: str) -> str:
-        return f"\0{token}\0" if token in special else token
+        return rename(token) if token in special else token
 
+    model = dict(state["model"])
     vocabulary = model["vocab"]
     if isinstance(vocabulary, Mapping):
         model["vocab"] = {renamed(token): number for token, number in vocabulary.items()}
@@ -279,9 +335,27 @@ def _train(vocab_size: int, texts: Iterable[str]) -> dict[str, Any]:
             to_utf8(text)
             yield text
 
-    library.train_from_iterator(checked(), trainer)
+    _in_a_thread(lambda: library.train_from_iterator(checked(), trainer))
     state: dict[str, Any] = json.loads(library.to_str())
     return state
+
+
+def _in_a_thread(work: Callable[[], object]) -> None:
+    """Do work that looks at no signal; one that comes meanwhile raises here at once."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # raised again below
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="train-tokenizer", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if failures:
+        raise failures[0]
 
 
 def last_boundary(text: str) -> int:
@@ -322,7 +396,9 @@ def _is_local(state: Mapping[str, Any]) -> bool:
     a tokenizer.json with anything else encodes a document in one piece.
     """
     if state.get("added_tokens") and any(
-        " " in token.get("content", "") or token.get("lstrip") or token.get("rstrip")
+        any(map(str.isspace, token.get("content", "")))
+        or token.get("lstrip")
+        or token.get("rstrip")
         for token in state["added_tokens"]
         if not token.get("special")
     ):

@@ -371,9 +371,9 @@ class Checkpointing(Checkpoint):
         self.restore(trainer, self.store.directory / found.name)
 
     def weights_before(self, before: int | None = None) -> Mapping[str, Tensor] | None:
-        """Return the model's state in that checkpoint, None if there is none."""
+        """Return the model's state in the newest checkpoint that is at most `before`, or None."""
         found = self._to_restore(before)
-        if found is None:
+        if found is None or (before is not None and found.step > before):
             return None
         model: Mapping[str, Tensor] = self.store.read(self.store.directory / found.name)["model"]
         return model

@@ -18,7 +18,8 @@ class LossEMA:
     """Observes: writes `train/loss_ema`, the bias-corrected exponential mean of the loss.
 
     The correction divides by 1 - decay^n (Adam, arXiv 1412.6980, section 3), so the first value
-    is the first loss. Losses that are not finite are left out, not replaced.
+    is the first loss. Losses that are not finite, or whose update was refused,
+    are left out, not replaced.
 
     Args:
         decay: weight of the past, in [0, 1).
@@ -42,8 +43,9 @@ class LossEMA:
 
     def update(self, trainer: Trainer) -> None:
         """Take in the step's loss, which the guard has brought to the host already."""
-        loss = trainer.state.output.loss
-        if math.isfinite(loss):
+        output = trainer.state.output
+        loss = output.loss
+        if math.isfinite(loss) and not output.rejection:
             self.total = self.decay * self.total + (1.0 - self.decay) * loss
             self.count += 1
         trainer.state.metrics["train/loss_ema"] = self.value

@@ -16,6 +16,7 @@ from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import CheckpointError, NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.diagnosis import (
+    DATA_WITH_WEIGHTS,
     DIVERGENCE,
     SPIKE,
     STATE,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Windows passed over in a row for these weights alone, after which the weights are to blame.
+BLAMED = 2
 METRICS_KEPT = 200  # steps before an incident whose metrics go into its report
 
 
@@ -42,7 +45,8 @@ class NaNRollback:
     under control (`diagnosis.py`), and the verdict decides:
 
     - transient: the step is taken once more from the very same state.
-    - precision, data, data_with_weights: this window alone is passed over.
+    - precision, data, data_with_weights: this window alone is passed over; after two in a row of
+      the last, a third is a divergence.
     - divergence: the run goes back to a checkpoint that has proved healthy, with `healthy_after`
       good steps behind it; the window and its neighbours are passed over, and the learning rate is
       lowered for `rate_steps`. Distance and neighbourhood double with each retry in a region.
@@ -87,6 +91,19 @@ class NaNRollback:
     ) -> None:
         if not 0.0 < rate_factor <= 1.0:
             raise ValueError(f"rate_factor must lie above 0 and at most at 1, got {rate_factor}")
+        counts = {
+            "max_rollbacks": max_rollbacks,
+            "max_per_region": max_per_region,
+            "max_overflows": max_overflows,
+            "max_transients": max_transients,
+            "max_spikes": max_spikes,
+            "healthy_after": healthy_after,
+            "neighbours": neighbours,
+            "rate_steps": rate_steps,
+        }
+        for name, count in counts.items():
+            if count < 0:
+                raise ValueError(f"{name} must not be negative, got {count}")
         self.max_rollbacks = max_rollbacks
         self.max_per_region = max_per_region
         self.max_overflows = max_overflows
@@ -108,6 +125,7 @@ class NaNRollback:
         needed = healthy_after * 2 ** min(max_per_region, 10)
         self._good_steps: deque[int] = deque(maxlen=max(1, needed))
         self._redone: int | None = None
+        self._blamed = 0  # windows in a row that were bad with the weights of the last update
         self._good_window: Window | None = None
         self._metrics: deque[dict[str, Any]] = deque(maxlen=METRICS_KEPT)
 
@@ -120,7 +138,7 @@ class NaNRollback:
 
     def note_good_window(self, trainer: Trainer) -> None:
         """An applied update ends a series of overflows; its window is known to be good."""
-        self.overflows = 0
+        self.overflows = self._blamed = 0
         self._good_steps.append(trainer.state.iteration)
         self._good_window = trainer.window
 
@@ -182,8 +200,9 @@ class NaNRollback:
     def _diagnose(self, trainer: Trainer) -> Diagnosis:
         @contextmanager
         def earlier_weights() -> Iterator[bool]:
-            # Not the ones that the step began with, if there are others.
-            earlier = trainer.weights_before(trainer.state.iteration - 2)
+            # Not the ones that the step began with, which the last applied update made.
+            last = self._good_steps[-1] if self._good_steps else trainer.state.iteration - 1
+            earlier = trainer.weights_before(last - 1)
             if earlier is None:
                 yield False
                 return
@@ -216,9 +235,12 @@ class NaNRollback:
             self._redone = step
             trainer.redo_step()
             self._report(trainer, fault, TRANSIENT, "the step is taken once more", diagnosis)
-        elif diagnosis.verdict == DIVERGENCE:
+        elif diagnosis.verdict == DIVERGENCE or (
+            diagnosis.verdict == DATA_WITH_WEIGHTS and self._blamed >= BLAMED
+        ):
             self._go_back(trainer, fault, DIVERGENCE, diagnosis)
         else:
+            self._blamed += diagnosis.verdict == DATA_WITH_WEIGHTS
             self._count(trainer, fault, diagnosis.verdict, diagnosis)
             trainer.ledger.skip([step])
             self._report(trainer, fault, diagnosis.verdict, "its window is passed over", diagnosis)
@@ -239,6 +261,8 @@ class NaNRollback:
         before = self._healthy_until(doubled) if verdict == DIVERGENCE else None
         target = trainer.restore_step(before)
         decision = f"going back to step {target}" if target is not None else "going on from here"
+        if before is not None and target is not None and target > before:
+            decision += " (the oldest kept: none has proved healthy)"
         # A step that the restored state has behind it was taken, and stays so.
         first = (target if target is not None else step - 1) + 1
         if verdict == DIVERGENCE:
@@ -329,13 +353,16 @@ class NaNRollback:
             "region_end": self.region_end,
             "in_region": self.in_region,
             "overflows": self.overflows,
+            "blamed": self._blamed,
             "good_steps": list(self._good_steps),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take counts over; never fewer than are known, for a rollback loads an older state."""
         self.overflows = state_dict["overflows"]
+        self._blamed = state_dict.get("blamed", 0)  # unknown to a checkpoint of an earlier release
         self._good_window = None
+        self._redone = None  # of the course that is left
         self._good_steps.clear()
         self._good_steps.extend(state_dict["good_steps"])
         counts = [state_dict[name] for name in ("total", "transients", "spikes")]

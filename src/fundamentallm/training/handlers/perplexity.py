@@ -37,7 +37,7 @@ class Perplexity:
         # run is resumed or rolled back.
         if (state.iteration - 1) % trainer.steps_per_epoch == 0:
             self.nll, self.num_tokens = 0.0, 0
-        if math.isfinite(state.output.loss):
+        if math.isfinite(state.output.loss) and not state.output.rejection:
             self.nll += state.output.loss * state.output.num_tokens
             self.num_tokens += state.output.num_tokens
         mean = self.nll / self.num_tokens if self.num_tokens else math.nan

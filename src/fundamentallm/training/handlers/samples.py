@@ -91,6 +91,7 @@ class Samples:
             self.num_tokens,
             SamplingRules(temperature=self.temperature),
             [derive_key(self.seed, step) % 2**63],
+            vocab_size=self.tokenizer.vocab_size,  # a model's may be padded
         )
         ids = []
         with trainer.evaluation_weights(), undisturbed(trainer.model):

@@ -65,6 +65,8 @@ class Spikes:
             raise ValueError(f"threshold must be positive, got {threshold}")
         if patience < 1:
             raise ValueError(f"patience must be at least 1, got {patience}")
+        if rise is not None and not rise > 0.0:
+            raise ValueError(f"rise must be positive or null, got {rise}")
         self.policy = policy
         self.threshold = threshold
         self.patience = patience
@@ -145,6 +147,10 @@ class Spikes:
         logger.info("step %d: %s", trainer.state.iteration, self._found)
         lasting = self.policy == "rollback" or self._risen or self.in_a_row > self.patience
         trainer.reject_step(DIVERGENCE if lasting else SPIKE)
+        if lasting and trainer.restore_step() is None:
+            # The run goes on from here, and a window of before would call each step a divergence
+            # until the lowered rate had time to act.
+            self._begin_anew()
 
     def accept(self, trainer: Trainer) -> None:
         """Remember an accepted step that does not stand out; report one that does."""
