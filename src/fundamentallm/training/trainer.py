@@ -27,8 +27,8 @@ from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.loader import Window, as_window, as_window_loader
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import EVENT_TO_ATTRIBUTE, TrainingEvents
-from fundamentallm.training.build_step import build_precision, build_step
 from fundamentallm.training.buffers import StateBuffers
+from fundamentallm.training.build_step import build_precision, build_step
 from fundamentallm.training.data_faults import DataFaults
 from fundamentallm.training.diagnosis import Laboratory
 from fundamentallm.training.distributed import Ranks
