@@ -86,3 +86,55 @@ def test_an_incident_of_a_script_says_how_to_go_on(incident, capsys):
     path.write_text(json.dumps({**json.loads(path.read_text()), "description": {}}))
     assert main(["replay", str(incident)]) == 4
     assert "Laboratory" in capsys.readouterr().err
+
+
+BAD_REPORTS = {
+    "description of null": lambda report: report.update(description=None),
+    "description of a list": lambda report: report.update(description=[]),
+    "config of a wrong type": lambda report: report["description"].update(config="x"),
+    "config of wrong values": lambda report: report["description"].update(config={"model": 3}),
+    "unknown key": lambda report: report["description"]["config"].update(zzz=1),
+    "huge model": lambda report: report["description"]["config"]["model"].update(d_model=10**9),
+    "odd heads": lambda report: report["description"]["config"]["model"].update(num_heads=7),
+    "precision of half": lambda report: report["description"]["config"]["training"].update(
+        precision="fp16"
+    ),
+    "precision elsewhere": lambda report: report["description"]["config"].update(precision="fp16"),
+    "first_bad of null": lambda report: report.update(first_bad=None),
+    "a place that is a text": lambda report: report["first_bad"].update(backward="x"),
+    "a place without a module": lambda report: report["first_bad"].update(backward={"a": 1}),
+    "a place that is missing": lambda report: report["first_bad"].pop("forward"),
+    "verdict of a list": lambda report: report.update(verdict=["x"]),
+    "verdict of a table": lambda report: report.update(verdict={}),
+    "unknown verdict": lambda report: report.update(verdict="\x1b[31mred"),
+    "step of a text": lambda report: report.update(step="\x1b[31mred"),
+    "step of a truth value": lambda report: report.update(step=True),
+}
+
+
+@pytest.mark.parametrize("change", BAD_REPORTS.values(), ids=BAD_REPORTS)
+def test_a_report_that_was_changed_is_refused_and_steers_no_terminal(incident, capsys, change):
+    path = incident / "report.json"
+    report = json.loads(path.read_text())
+    change(report)
+    path.write_text(json.dumps(report))
+    assert main(["replay", str(incident)]) == 4
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert str(incident) in said.err
+
+
+def test_a_report_nested_without_end_is_refused(incident, capsys):
+    (incident / "report.json").write_text("[" * 200_000)
+    assert main(["replay", str(incident)]) == 4
+    assert "no incident" in capsys.readouterr().err
+
+
+def test_a_recorded_module_steers_no_terminal(incident, capsys):
+    path = incident / "report.json"
+    report = json.loads(path.read_text())
+    report["first_bad"]["forward"]["module"] = "\x1b[31mred"
+    path.write_text(json.dumps(report))
+    assert main(["replay", str(incident)]) == 20
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
