@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.errors import CheckpointError
 from fundamentallm.training.diagnosis import SPIKE, TRANSIENT, Diagnosis, Reading
 from fundamentallm.training.store import CheckpointStore, step_name
 
@@ -187,7 +188,10 @@ def _checkpoint_before(trainer: Trainer) -> dict[str, Any] | None:
     path = trainer.state.last_checkpoint
     if path is None or not path.is_dir():
         return None
-    manifest = CheckpointStore(path.parent).manifest(path)
+    try:
+        manifest = CheckpointStore(path.parent).manifest(path)
+    except CheckpointError as error:  # what is known of it must not cost the rest of the report
+        return {"name": path.name, "error": str(error)}
     files = {name: record.sha256 for name, record in manifest.files.items()}
     return {"name": manifest.name, "manifest": manifest.hash, "files": files}
 

@@ -473,3 +473,32 @@ def test_a_disk_that_is_full_does_not_stop_the_healing(tmp_path, caplog):
     assert len(run(trainer)) == 1
     assert trainer.finished
     assert "the evidence cannot be written" in caplog.text
+
+
+def report_of(directory: Path, name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(
+        (directory / "incidents" / name / "report.json").read_text()
+    )
+    return report
+
+
+def test_the_evidence_names_the_checkpoint_that_a_resumed_run_began_with(tmp_path):
+    run(make_trainer(tmp_path / "checkpoints", total_steps=6))
+    resumed = make_trainer(tmp_path / "checkpoints", Data(7), NaNRollback(run_dir=tmp_path))
+    resumed.resume(tmp_path / "checkpoints" / "step-00000006")
+    run(resumed)
+    assert report_of(tmp_path, "00000007-data")["checkpoint"]["name"] == "step-00000006"
+
+
+def test_a_checkpoint_without_its_manifest_costs_no_report(tmp_path):
+    trainer = make_trainer(tmp_path / "checkpoints", Data(6), NaNRollback(run_dir=tmp_path))
+
+    def spoil() -> None:
+        if trainer.state.iteration == 5:
+            (trainer.state.last_checkpoint / "MANIFEST.json").write_text("{")  # type: ignore[operator]
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, spoil)
+    run(trainer)
+    checkpoint = report_of(tmp_path, "00000006-data")["checkpoint"]
+    assert checkpoint["name"] == "step-00000004"
+    assert "MANIFEST.json" in checkpoint["error"]
