@@ -7,9 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from campaigns.heal import make_incident
+import torch
+from campaigns.heal import CONFIG, TEXT, make_incident
+from ignite.engine import Events
 
+from fundamentallm.config import load_config
+from fundamentallm.engine import run_directory
+from fundamentallm.engine.assemble import assemble
 from fundamentallm.engine.cli import main
+from fundamentallm.training.distributed import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +144,34 @@ def test_a_recorded_module_steers_no_terminal(incident, capsys):
     assert main(["replay", str(incident)]) == 20
     said = capsys.readouterr()
     assert "\x1b" not in said.out + said.err
+
+
+@pytest.mark.parametrize("part", ["weight", "moment"])
+def test_a_damaged_state_is_reproduced(tmp_path, capsys, part):
+    text, config = tmp_path / "text.txt", tmp_path / "run.yaml"
+    text.write_text(TEXT, encoding="utf-8")
+    options = "tie_embeddings: false"
+    config.write_text(CONFIG.format(text=text, model=options, seed=3), encoding="utf-8")
+    loaded = load_config(config)
+    run = assemble(loaded, run_directory.choose(loaded, "never", tmp_path / "run"), Ranks())
+    trainer, left = run.trainer, [12]
+
+    def spoil() -> None:
+        if left == [trainer.state.iteration]:
+            left.clear()
+            weight = next(iter(trainer.model.parameters()))
+            with torch.no_grad():
+                if part == "weight":
+                    weight[0, 0] = torch.inf
+                else:
+                    trainer.optimizer.state[weight]["exp_avg"][0, 0] = torch.inf
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, spoil)
+    trainer.run()
+    (incident,) = (tmp_path / "run" / "incidents").iterdir()
+    assert incident.name == "00000012-state"
+    assert main(["replay", str(incident)]) == 0
+    said = capsys.readouterr().out
+    assert ("model.token_embedding" if part == "weight" else "exp_avg") in said
+    end = "Reproduced." if part == "weight" else "Finite, as it was then."
+    assert said.rstrip().endswith(end)
