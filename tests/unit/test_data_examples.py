@@ -109,8 +109,8 @@ def test_a_step_s_gradient_is_that_of_the_naive_loss(batch_size: int, accumulati
 def test_evaluation_counts_the_responses_alone() -> None:
     torch.manual_seed(0)
     model = tiny_model(256, 20).double().eval()
-    names = [prompt for prompt, _ in PROMPTED]
-    documents = example_documents(encoded(PROMPTED, 20), names)
+    examples = [Example(prompt, response, prompt) for prompt, response in PROMPTED]
+    documents = example_documents(encoded(PROMPTED, 20), examples, ByteTokenizer())
     result, each = evaluate_documents(model, ByteTokenizer(), documents, 20, 2, CPU)
     naive = torch.stack(naive_losses(model, PROMPTED)).detach()
     assert result.num_tokens == len(naive) == 22

@@ -351,7 +351,7 @@ def test_only_what_a_killed_run_left_is_removed(inputs: list[str], tmp_path: Pat
         ("a.txt", b"PK\x03\x04", "zip"),
         ("a.jsonl", b'{"text": "x"}\n{"body": 1}\n', "a.jsonl:2"),
         ("a.jsonl", b"\n\n", "no text in the inputs"),
-        ("a.txt.gz", gzip.compress(b"some text")[:-2], "gzip"),
+        ("a.txt.gz", gzip.compress(b"some text", mtime=0)[:-2], "gzip"),
     ],
 )
 @pytest.mark.parametrize("tokenizer", ["character", "byte"])

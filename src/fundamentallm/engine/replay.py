@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from fundamentallm.config import RunConfig
 from fundamentallm.data.loader import Window, count_valid
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
-from fundamentallm.errors import CheckpointError, NumericalError
+from fundamentallm.errors import CheckpointError, ConfigError, NumericalError
 from fundamentallm.models.attention import choose_kernel, use_kernel
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.checkpoint import check_model_state
-from fundamentallm.training.diagnosis import SPIKE, TRANSIENT, Diagnosis, Laboratory, Replay
+from fundamentallm.training.diagnosis import (
+    SPIKE,
+    TRANSIENT,
+    VERDICTS,
+    Diagnosis,
+    Laboratory,
+    Replay,
+)
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.incident import EVIDENCE, REPORT, first_bad
 from fundamentallm.training.losses import LOSSES
@@ -27,6 +36,15 @@ from fundamentallm.training.threads import use_threads
 
 MAX_REPORT_BYTES = 64 << 20
 ROWS_SHOWN = 12
+FORMS: dict[str, type] = {
+    "step": int,
+    "fault": str,
+    "verdict": str,
+    "decision": str,
+    "first_bad": dict,
+    "description": dict,
+}
+"""What a replay reads of a report, and what each must be."""
 
 
 def replay(options: argparse.Namespace) -> int:
@@ -40,14 +58,14 @@ def replay(options: argparse.Namespace) -> int:
         load_plugins(options.plugins, "--plugins")
         report = read_report(options.incident)
         if report["verdict"] in (TRANSIENT, SPIKE):
-            say(f"incident   step {report['step']}: {printable(str(report['fault']))}")
+            say(f"incident   step {report['step']}: {printable(report['fault'])}")
             say(f"verdict    {report['verdict']}: the step was finite, there is nothing to replay")
             return 0
         device = resolve_device(options.device)
         result = replay_incident(options.incident, report, device)
     found = first_bad(Diagnosis("", result))
-    say(f"incident   step {report['step']}: {printable(str(report['fault']))}")
-    say(f"verdict    {report['verdict']}; {printable(str(report['decision']))}")
+    say(f"incident   step {report['step']}: {printable(report['fault'])}")
+    say(f"verdict    {report['verdict']}; {printable(report['decision'])}")
     say(f"now        loss {result.loss}, gradient norm {result.grad_norm}")
     for part in ("forward", "backward"):
         say(f"{part:<11}{_place(found[part])}   (recorded: {_place(report['first_bad'][part])})")
@@ -75,19 +93,35 @@ def read_report(incident: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_REPORT_BYTES:
             raise CheckpointError("the report is too large", where=str(path))
         report = json.loads(path.read_text(encoding="utf-8"))
-        wanted = {"step", "fault", "verdict", "decision", "first_bad", "description"}
-        if not isinstance(report, dict) or not wanted <= report.keys():
-            raise ValueError("it lacks what a report has")
-        if not {"forward", "backward"} <= report["first_bad"].keys():
-            raise ValueError("it lacks the first bad places")
-    except (OSError, ValueError, AttributeError) as error:
+        _check_report(report)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             "this is no incident",
             where=str(path),
             got=str(error),
             fix="name a directory as runs/mine/incidents/00000137-data",
         ) from error
-    return report
+    return dict(report)
+
+
+def _check_report(report: Any) -> None:
+    """Raise ValueError where a report has not the form that is read here."""
+    if not isinstance(report, dict):
+        raise ValueError("its report is no table")
+    for key, form in FORMS.items():
+        # True is an int to Python.
+        if not isinstance(report.get(key), form) or isinstance(report[key], bool):
+            raise ValueError(f"its report lacks '{key}', or has something else there")
+    if report["verdict"] not in VERDICTS:
+        raise ValueError(f"its verdict is unknown: {printable(report['verdict'][:40])}")
+    for part in ("forward", "backward"):
+        place = report["first_bad"].get(part, "")
+        if place is not None and not (
+            isinstance(place, dict)
+            and isinstance(place.get("module"), str)
+            and isinstance(place.get("kind"), str)
+        ):
+            raise ValueError(f"its report has no place in 'first_bad.{part}'")
 
 
 def replay_incident(incident: Path, report: dict[str, Any], device: torch.device) -> Replay:
@@ -108,12 +142,9 @@ def replay_incident(incident: Path, report: dict[str, Any], device: torch.device
             where=str(incident),
             fix="build the model there and use fundamentallm.training.diagnosis.Laboratory",
         )
-    config = RunConfig.model_validate(report["description"]["config"])
-    use_threads(config.training.threads)
-    model = Transformer(config.model)
-    check_model_state(model, state["model"], str(store.directory))
-    model.load_state_dict(state["model"])
+    config, model = _build(report["description"]["config"], state, str(store.directory))
     training = config.training
+    use_threads(training.threads)
     precision, bf16_weights = training.precision, training.bf16_weights is True
     if precision == "fp16" and device.type != "cuda":
         precision = "bf16"
@@ -126,14 +157,53 @@ def replay_incident(incident: Path, report: dict[str, Any], device: torch.device
         Precision(resolve_precision(precision, False, device), device, bf16_weights),
         Ranks(),
     )
-    batches = state["window"]
-    window = Window(batches, sum(count_valid(batch["target_ids"]) for batch in batches))
-    generators = {
-        name: value
-        for name, value in state["generators"].items()
-        if name == "torch" or device.type == "cuda"
-    }
+    try:
+        batches = state["window"]
+        window = Window(batches, sum(count_valid(batch["target_ids"]) for batch in batches))
+        generators = {
+            name: value
+            for name, value in state["generators"].items()
+            if name == "torch" or device.type == "cuda"
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            "the evidence lacks the window or the random generators",
+            where=str(store.directory),
+            got=f"{type(error).__name__}: {error}",
+        ) from error
     return laboratory.replay(window, generators, watch=True)
+
+
+def _build(values: Any, state: Mapping[str, Any], where: str) -> tuple[RunConfig, Transformer]:
+    """Build the model that an incident's configuration describes, with the weights of its evidence.
+
+    Raises:
+        CheckpointError: the configuration is no one's, or describes another model.
+        ConfigError: a part is not registered (a plugin's).
+    """
+    try:
+        config = RunConfig.model_validate(values)
+        with torch.device("meta"):  # shapes alone: a damaged one may be of any size
+            check_model_state(Transformer(config.model), state["model"], where)
+        model = Transformer(config.model)
+    except (ConfigError, CheckpointError):
+        raise
+    except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(
+            "the configuration in the incident's report cannot be built",
+            where=where,
+            got=_first_fault(error),
+            fix="use the report as `run` wrote it",
+        ) from error
+    model.load_state_dict(state["model"])
+    return config, model
+
+
+def _first_fault(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _print_modules(result: Replay) -> None:
@@ -144,12 +214,12 @@ def _print_modules(result: Replay) -> None:
     begin = max(0, first - ROWS_SHOWN // 2)
     say()
     for number, reading in enumerate(result.readings[begin : begin + ROWS_SHOWN], begin):
-        say(f"{'>' if number == first else ' '} {reading}")
+        say(printable(f"{'>' if number == first else ' '} {reading}"))
     say()
 
 
 def _place(place: dict[str, Any] | None) -> str:
-    return f"{place['kind']} of {place['module']}" if place else "nothing bad"
+    return printable(f"{place['kind']} of {place['module']}") if place else "nothing bad"
 
 
 def _modules(places: dict[str, Any]) -> list[str | None]:

@@ -31,6 +31,21 @@ DATA = "data"
 DATA_WITH_WEIGHTS = "data_with_weights"
 STATE = "state"
 SPIKE = "spike"
+OVERFLOW = "overflow"
+UNEXPLAINED = "unexplained"
+VERDICTS = frozenset(
+    (
+        TRANSIENT,
+        PRECISION,
+        DIVERGENCE,
+        DATA,
+        DATA_WITH_WEIGHTS,
+        STATE,
+        SPIKE,
+        OVERFLOW,
+        UNEXPLAINED,
+    )
+)
 """The verdicts:
 
 transient           the same batch from the same state is finite: the machine erred
@@ -39,7 +54,9 @@ divergence          another batch, which was good, is bad at these weights too
 data                this batch alone is bad, at earlier weights as well
 data_with_weights   this batch alone is bad, and only at these weights
 state               the optimizer's state or the learning rate is not finite
-spike               finite, but far above what was usual (no replay is made)
+spike               finite, but far above what was usual
+overflow            the fp16 loss scale overflowed too often in a row
+unexplained         transient, but twice at the same step
 """
 
 

@@ -1,10 +1,12 @@
 """A numerical incident: what happened, what was decided, and the evidence on disk.
 
 incidents/00000137-data/
-  report.json         fault, verdict, decision, modules, bad sequences with their text,
-                      the metrics before, environment, configuration
+  report.json         fault, verdict, decision, modules, bad sequences with their text (else the
+                      window's), the metrics before, environment, configuration
   evidence/step-00000136/   a checkpoint directory: the weights before the step, the random
-                      generators and the window's tokens, with hashes
+                      generators before it and the window's tokens, with hashes. Of a transient
+                      fault and a spike it has no weights; of a state that was found damaged after
+                      its step it has the damaged weights, under the number of that step.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 
 from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.errors import CheckpointError
 from fundamentallm.training.diagnosis import SPIKE, TRANSIENT, Diagnosis, Reading
 from fundamentallm.training.store import CheckpointStore, step_name
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 REPORT = "report.json"
 EVIDENCE = "evidence"
+MAX_TOKENS_SHOWN = 1 << 18
 # Named, not filtered: whatever else the environment holds may be a secret.
 ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED", "RANK", "WORLD_SIZE")
 
@@ -66,7 +70,8 @@ def write_incident(
 ) -> Path:
     """Write the evidence; return its directory.
 
-    The weights must be those before the step, as they are after a refusal.
+    The trainer's weights are written as they are: those before the step if it was refused, which
+    the evidence's name says (one step less), else those after it.
 
     Args:
         run_dir: the run's directory.
@@ -80,24 +85,27 @@ def write_incident(
     """
     directory = _free(run_dir / "incidents" / f"{incident.step:08d}-{incident.verdict}")
     directory.mkdir(parents=True)
-    # These may come often. What a machine did once no evidence can show again, and a finite step
-    # has no bad module.
-    if incident.verdict not in (TRANSIENT, SPIKE):
-        evidence = {
-            "model": trainer.model.state_dict(),
-            "generators": trainer.generators_before,
-            "window": list(trainer.window.micro_batches),
-        }
-        store = CheckpointStore(directory / EVIDENCE)
-        before = incident.step - 1
-        store.write(step_name(before), evidence, {"incident": str(incident)}, step=before)
+    # Those without weights may come often. What a machine did once no evidence can show again, and
+    # a finite step has no bad module.
+    has_weights = incident.verdict not in (TRANSIENT, SPIKE)
+    evidence = {
+        "model": trainer.model.state_dict() if has_weights else {},
+        "generators": trainer.generators_before,
+        "window": list(trainer.window.micro_batches),
+    }
+    refused = bool(getattr(trainer.state.output, "rejection", ""))
+    of_step = incident.step - 1 if refused else incident.step
+    store = CheckpointStore(directory / EVIDENCE)
+    store.write(step_name(of_step), evidence, {"incident": str(incident)}, step=of_step)
+    bad = bad_sequences(incident, trainer, tokenizer)
     report = {
         "step": incident.step,
         "fault": incident.fault,
         "verdict": incident.verdict,
         "decision": incident.decision,
         "first_bad": first_bad(incident.diagnosis),
-        "bad_sequences": bad_sequences(incident, trainer, tokenizer),
+        "bad_sequences": bad,
+        "window": [] if bad else window_sequences(trainer, tokenizer),
         "modules": incident.diagnosis.replay.table() if incident.diagnosis else [],
         "metrics": list(metrics),
         "ledger": trainer.ledger.state_dict(),
@@ -121,21 +129,42 @@ def bad_sequences(
     incident: Incident, trainer: Trainer, tokenizer: Tokenizer | None
 ) -> list[dict[str, Any]]:
     """Say which sequences of the window are bad, where they stand in the corpus, and their text."""
-    window = trainer.window
-    found = []
-    for bad in incident.diagnosis.bad_rows if incident.diagnosis else ():
-        ids = window.micro_batches[bad.micro_batch]["input_ids"][bad.row].tolist()
-        found.append(
-            {
-                "micro_batch": bad.micro_batch,
-                "row": bad.row,
-                "first_bad_position": bad.position,
-                **corpus_place(trainer, bad.micro_batch, bad.row),
-                "token_ids": ids,
-                "text": tokenizer.decode(ids) if tokenizer is not None else None,
-            }
-        )
+    return [
+        {
+            "first_bad_position": bad.position,
+            **_sequence(trainer, bad.micro_batch, bad.row, tokenizer),
+        }
+        for bad in (incident.diagnosis.bad_rows if incident.diagnosis else ())
+    ]
+
+
+def window_sequences(trainer: Trainer, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
+    """Say the same of a window none of whose sequences is known to be bad.
+
+    A huge window is cut off at `MAX_TOKENS_SHOWN`; the evidence has all of it.
+    """
+    found: list[dict[str, Any]] = []
+    num_tokens = 0
+    for number, batch in enumerate(trainer.window.micro_batches):
+        for row, ids in enumerate(batch["input_ids"]):
+            num_tokens += len(ids)
+            if num_tokens > MAX_TOKENS_SHOWN:
+                return found
+            found.append(_sequence(trainer, number, row, tokenizer))
     return found
+
+
+def _sequence(
+    trainer: Trainer, micro_batch: int, row: int, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    ids = trainer.window.micro_batches[micro_batch]["input_ids"][row].tolist()
+    return {
+        "micro_batch": micro_batch,
+        "row": row,
+        **corpus_place(trainer, micro_batch, row),
+        "token_ids": ids,
+        "text": tokenizer.decode(ids) if tokenizer is not None else None,
+    }
 
 
 def corpus_place(trainer: Trainer, micro_batch: int, row: int) -> dict[str, int | None]:
@@ -187,7 +216,10 @@ def _checkpoint_before(trainer: Trainer) -> dict[str, Any] | None:
     path = trainer.state.last_checkpoint
     if path is None or not path.is_dir():
         return None
-    manifest = CheckpointStore(path.parent).manifest(path)
+    try:
+        manifest = CheckpointStore(path.parent).manifest(path)
+    except CheckpointError as error:  # what is known of it must not cost the rest of the report
+        return {"name": path.name, "error": str(error)}
     files = {name: record.sha256 for name, record in manifest.files.items()}
     return {"name": manifest.name, "manifest": manifest.hash, "files": files}
 

@@ -44,6 +44,7 @@ class StepOutput:
             "overflow" (the fp16 loss scale was too large, which is expected now and then),
             "empty" (no valid token), "ledger" (a window to be skipped), "learning rate" (it is not
             finite), or a controller's reason.
+        details: what the controller saw, in words; empty without one.
     """
 
     loss: float
@@ -51,6 +52,7 @@ class StepOutput:
     num_tokens: int
     num_sequences: int
     rejection: str = ""
+    details: str = ""
 
 
 class TrainStep:
@@ -77,6 +79,7 @@ class TrainStep:
         clip_norm: what the current update is clipped to; a controller may lower it at
             FLLM_GRADIENTS_READY.
         veto: a controller's reason to refuse the current update; set at FLLM_GRADIENTS_READY.
+        veto_details: what it saw, in words.
         vetoes_possible: whether some rank has such a controller, so that all must vote.
     """
 
@@ -105,7 +108,7 @@ class TrainStep:
         self.loss = math.nan
         self.norm = math.nan
         self.clip_norm = max_grad_norm
-        self.veto = ""
+        self.veto = self.veto_details = ""
         self.vetoes_possible = False
         self._bad_rate_somewhere = False
         self._seed: tuple[float, Tensor] | None = None
@@ -123,7 +126,8 @@ class TrainStep:
         """
         if num_tokens == 0:
             return self._refused(StepOutput(math.nan, math.nan, 0, num_sequences, "empty"))
-        self.veto, self.clip_norm = "", self.max_grad_norm
+        self.veto = self.veto_details = ""
+        self.clip_norm = self.max_grad_norm
         nll = self._accumulate(window, num_tokens)
         self.precision.unscale_(self.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
@@ -132,7 +136,8 @@ class TrainStep:
         self.notify(TrainingEvents.FLLM_GRADIENTS_READY)
 
         rejection = self._judge()
-        output = StepOutput(self.loss, self.norm, num_tokens, num_sequences, rejection)
+        details = self.veto_details if rejection == self.veto else ""
+        output = StepOutput(self.loss, self.norm, num_tokens, num_sequences, rejection, details)
         if rejection:
             self.precision.update(adapt=rejection == "overflow")
             return self._refused(output)

@@ -670,9 +670,14 @@ class Trainer(Engine):
         """Return what replays of the current step need."""
         return Laboratory(self.model, self.loss_fn, self.precision, self.ranks)
 
-    def reject_step(self, reason: str) -> None:
-        """Refuse the update of the current step; call it at FLLM_GRADIENTS_READY."""
-        self._step.veto = reason
+    def reject_step(self, reason: str, details: str = "") -> None:
+        """Refuse the update of the current step; call it at FLLM_GRADIENTS_READY.
+
+        Args:
+            reason: one word or two for the log; "spike" and "divergence" ask `nan_rollback` to act.
+            details: what was seen, in words, for the report of an incident.
+        """
+        self._step.veto, self._step.veto_details = reason, details
 
     def roll_back(self, reason: str, before: int | None = None) -> None:
         """Go back to an earlier checkpoint after this step.

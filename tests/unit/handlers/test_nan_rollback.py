@@ -27,6 +27,7 @@ from fundamentallm.training.handlers import (
 )
 from fundamentallm.training.incident import Incident
 from fundamentallm.training.losses import compute_loss
+from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
 Loss = Callable[..., Tensor]
@@ -620,3 +621,89 @@ def test_a_disk_that_is_full_does_not_stop_the_healing(tmp_path, caplog):
     assert len(run(trainer)) == 1
     assert trainer.finished
     assert "the evidence cannot be written" in caplog.text
+
+
+def report_of(directory: Path, name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(
+        (directory / "incidents" / name / "report.json").read_text()
+    )
+    return report
+
+
+def test_the_evidence_names_the_checkpoint_that_a_resumed_run_began_with(tmp_path):
+    run(make_trainer(tmp_path / "checkpoints", total_steps=6))
+    resumed = make_trainer(tmp_path / "checkpoints", Data(7), NaNRollback(run_dir=tmp_path))
+    resumed.resume(tmp_path / "checkpoints" / "step-00000006")
+    run(resumed)
+    assert report_of(tmp_path, "00000007-data")["checkpoint"]["name"] == "step-00000006"
+
+
+def test_a_checkpoint_without_its_manifest_costs_no_report(tmp_path):
+    trainer = make_trainer(tmp_path / "checkpoints", Data(6), NaNRollback(run_dir=tmp_path))
+
+    def spoil() -> None:
+        if trainer.state.iteration == 5:
+            (trainer.state.last_checkpoint / "MANIFEST.json").write_text("{")  # type: ignore[operator]
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, spoil)
+    run(trainer)
+    checkpoint = report_of(tmp_path, "00000006-data")["checkpoint"]
+    assert checkpoint["name"] == "step-00000004"
+    assert "MANIFEST.json" in checkpoint["error"]
+
+
+def evidence_of(directory: Path, name: str) -> tuple[str, dict[str, Any]]:
+    (path,) = (directory / "incidents" / name / "evidence").iterdir()
+    return path.name, CheckpointStore(path.parent).read(path)
+
+
+def test_the_evidence_of_a_transient_fault_has_the_window_and_the_random_numbers(tmp_path):
+    trainer = make_trainer(None, Once(6), NaNRollback(run_dir=tmp_path))
+    before: list[Tensor] = []
+
+    def note() -> None:
+        if trainer.state.iteration == 6:
+            before.append(torch.get_rng_state())
+
+    trainer.add_event_handler(Events.ITERATION_STARTED, note)
+    run(trainer)
+    window = trainer.train_loader.window_at(0, 5).micro_batches[0]["input_ids"]
+    report = report_of(tmp_path, "00000006-transient")
+    assert [entry["token_ids"] for entry in report["window"]] == window.tolist()
+    assert [entry["corpus_offset"] for entry in report["window"]] == [
+        int(offset) for offset in trainer.train_loader.rows_at(0, 5)
+    ]
+    name, state = evidence_of(tmp_path, "00000006-transient")
+    assert name == "step-00000005"
+    assert torch.equal(state["generators"]["torch"], before[0])
+    assert torch.equal(state["window"][0]["input_ids"], window)
+
+
+@pytest.mark.parametrize("part", ["weight", "moment"])
+def test_the_evidence_of_a_damaged_state_says_what_is_damaged(tmp_path, part):
+    rollback = NaNRollback(run_dir=tmp_path)
+    trainer = make_trainer(tmp_path / "checkpoints", rollback=rollback)
+    left = [8]
+
+    def spoil() -> None:
+        if [trainer.state.iteration] == left:
+            left.clear()
+            weight = next(iter(trainer.model.parameters()))
+            with torch.no_grad():
+                (weight if part == "weight" else trainer.optimizer.state[weight]["exp_avg"])[0] = (
+                    math.inf
+                )
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, spoil)
+    (incident,) = run(trainer)
+    report = report_of(tmp_path, "00000008-state")
+    name, state = evidence_of(tmp_path, "00000008-state")
+    assert name == "step-00000008"
+    assert report["modules"]
+    if part == "weight":
+        assert "model.token_embedding.weight" in incident.fault
+        assert report["first_bad"]["forward"]["module"] == "token_embedding"
+        assert not bool(torch.isfinite(state["model"]["token_embedding.weight"]).all())
+    else:
+        assert "optimizer.state.0.exp_avg" in incident.fault
+        assert report["first_bad"] == {"forward": None, "backward": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -16,6 +17,7 @@ from fundamentallm.testing import RecordingHandler, tiny_loaders, tiny_model
 from fundamentallm.training.handlers import Checkpointing, NaNRollback, Spikes, WeightEMA
 from fundamentallm.training.incident import Incident
 from fundamentallm.training.losses import compute_loss
+from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
 OPTIONS: dict[str, Any] = {"window": 16, "needed": 8, "threshold": 8.0, "patience": 3}
@@ -178,13 +180,58 @@ def test_the_evidence_of_a_refused_spike_names_its_worst_sequences(tmp_path):
     trainer.add_event_handler(TrainingEvents.FLLM_STEP_REJECTED, measure)
     run(trainer)
     (directory,) = (tmp_path / "incidents").iterdir()
-    assert sorted(path.name for path in directory.iterdir()) == ["report.json"]
+    (evidence,) = (directory / "evidence").iterdir()
+    state = CheckpointStore(evidence.parent).read(evidence)
+    assert state["model"] == {}
+    window = trainer.train_loader.window_at(*divmod(11, len(trainer.train_loader)))
+    assert torch.equal(state["window"][0]["input_ids"], window.micro_batches[0]["input_ids"])
+    assert state["generators"].keys() == {"torch"}
     report = json.loads((directory / "report.json").read_text())
     rows = [entry["row"] for entry in report["bad_sequences"]]
     assert rows == sorted(range(len(expected)), key=lambda row: -expected[row])[:3]
     offsets = [entry["corpus_offset"] for entry in report["bad_sequences"]]
     steps = len(trainer.train_loader)
     assert offsets == [trainer.train_loader.rows_at(*divmod(11, steps))[row] for row in rows]
+
+
+def test_what_stands_out_is_said_in_the_log_line_and_in_the_report(tmp_path, caplog):
+    rollback = NaNRollback(run_dir=tmp_path)
+    trainer = make_trainer(Spiking(12), Spikes("reject", **OPTIONS), rollback)
+    (incident,) = run(trainer)
+    report = json.loads(next((tmp_path / "incidents").glob("*/report.json")).read_text())
+    for text in (str(incident), report["fault"], caplog.text):
+        assert "deviations above those of the last" in text
+        assert "gradient norm" in text
+
+
+@pytest.mark.parametrize("cause", ["policy", "patience", "rise"])
+def test_a_divergence_by_spikes_has_its_modules_and_sequences(tmp_path, cause):
+    losses: dict[str, Spiking] = {
+        "policy": Spiking(13),
+        "patience": Spiking(*range(13, 17)),
+        "rise": Rising(12, factor=0.03),
+    }
+    options = {**OPTIONS, **({"threshold": 50.0} if cause == "rise" else {})}
+    trainer = make_trainer(
+        losses[cause],
+        Spikes("rollback" if cause == "policy" else "reject", **options),
+        NaNRollback(healthy_after=2, neighbours=0, max_rollbacks=1, run_dir=tmp_path),
+        Checkpointing(tmp_path / "checkpoints"),
+        total_steps=60 if cause == "rise" else 24,
+    )
+    with contextlib.suppress(NumericalError):
+        run(trainer)
+    directory = next((tmp_path / "incidents").glob("*-divergence"))
+    report = json.loads((directory / "report.json").read_text())
+    assert len(report["bad_sequences"]) == 3
+    assert all(entry["token_ids"] for entry in report["bad_sequences"])
+    assert {"output", "gradient"} <= {reading["kind"] for reading in report["modules"]}
+    assert report["first_bad"] == {"forward": None, "backward": None}
+    assert ("has risen" if cause == "rise" else "deviations above") in report["fault"]
+    (evidence,) = (directory / "evidence").iterdir()
+    assert CheckpointStore(evidence.parent).read(evidence)["model"].keys() == (
+        trainer.model.state_dict().keys()
+    )
 
 
 def test_rejections_in_a_row_lead_back(tmp_path):

@@ -408,6 +408,7 @@ class Checkpointing(Checkpoint):
         snapshot.restore(trainer, state)
         for name, thing in self.to_save.items():
             thing.load_state_dict(state["objects"][name])
+        trainer.state.last_checkpoint = path
         if path.parent.resolve() == self.store.directory.resolve():
             self._is_ours = False  # not before it was looked over once more
             self._take_over(trainer)

@@ -18,12 +18,14 @@ from fundamentallm.events import TrainingEvents
 from fundamentallm.training.diagnosis import (
     DATA_WITH_WEIGHTS,
     DIVERGENCE,
+    OVERFLOW,
     SPIKE,
     STATE,
     TRANSIENT,
+    UNEXPLAINED,
     Diagnosis,
-    Replay,
 )
+from fundamentallm.training.finite import nonfinite_tensors
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.incident import Incident, write_incident
 
@@ -165,26 +167,29 @@ class NaNRollback:
         """
         output, step = trainer.state.output, trainer.state.iteration
         fault = f"loss {output.loss}, gradient norm {output.grad_norm}"
+        if output.details:
+            fault += f" ({output.details})"
         if output.rejection == "overflow":
             self.overflows += 1
             if self.overflows >= self.max_overflows:
-                self._give_up(trainer, f"{self.overflows} fp16 overflows in a row", "overflow")
+                fault = f"{self.overflows} fp16 overflows in a row"
+                self._give_up(trainer, fault, OVERFLOW, self._look(trainer, OVERFLOW))
         elif output.rejection == "learning rate":
-            self._go_back(trainer, "the learning rate is not finite", STATE)
+            fault = "the learning rate is not finite"
+            self._go_back(trainer, fault, STATE, self._look(trainer, STATE))
         elif output.rejection == DIVERGENCE:  # a controller's word for it
-            self._go_back(trainer, fault, DIVERGENCE)
+            self._go_back(trainer, fault, DIVERGENCE, self._look(trainer, DIVERGENCE, 3))
         elif output.rejection == SPIKE:
             self.spikes += 1
+            diagnosis = self._look(trainer, SPIKE, 3)
             if self.spikes > self.max_spikes:
-                self._give_up(trainer, f"{fault} after {self.max_spikes} spikes", SPIKE)
+                self._give_up(trainer, f"{fault} after {self.max_spikes} spikes", SPIKE, diagnosis)
             trainer.ledger.skip([step])
-            worst = trainer.laboratory().worst_rows(trainer.window)
-            diagnosis = Diagnosis(SPIKE, Replay(output.loss, output.grad_norm), worst)
             self._report(trainer, fault, SPIKE, "its window is passed over", diagnosis)
         elif output.rejection == "nonfinite":
             if self._redone == step:
                 trainer.ledger.skip([step])
-                self._go_back(trainer, fault, "unexplained")
+                self._go_back(trainer, fault, UNEXPLAINED, self._look(trainer, UNEXPLAINED))
             else:
                 self._act(trainer, fault, self._diagnose(trainer))
 
@@ -195,7 +200,15 @@ class NaNRollback:
             NumericalError: the limits are used up.
         """
         if trainer.restore_step() is not None:
-            self._go_back(trainer, "the state to be saved is damaged", STATE)
+            fault = f"the state to be saved is damaged{_damage(trainer)}"
+            self._go_back(trainer, fault, STATE, self._look(trainer, STATE))
+
+    def _look(self, trainer: Trainer, verdict: str, num_worst: int = 0) -> Diagnosis:
+        """Replay a step whose verdict is known: what every module gave, and the worst sequences."""
+        laboratory = trainer.laboratory()
+        replay = laboratory.replay(trainer.window, trainer.generators_before, watch=True)
+        rows = laboratory.worst_rows(trainer.window, num_worst) if num_worst else ()
+        return Diagnosis(verdict, replay, rows)
 
     def _diagnose(self, trainer: Trainer) -> Diagnosis:
         @contextmanager
@@ -231,7 +244,12 @@ class NaNRollback:
         if diagnosis.verdict == TRANSIENT:
             self.transients += 1
             if self.transients > self.max_transients:
-                self._give_up(trainer, f"{fault}, transient for the {self.transients}th time")
+                self._give_up(
+                    trainer,
+                    f"{fault}, transient for the {self.transients}th time",
+                    TRANSIENT,
+                    diagnosis,
+                )
             self._redone = step
             trainer.redo_step()
             self._report(trainer, fault, TRANSIENT, "the step is taken once more", diagnosis)
@@ -370,3 +388,18 @@ class NaNRollback:
             self.total, self.transients, self.spikes = counts
             self.region_end = state_dict["region_end"]
             self.in_region = state_dict["in_region"]
+
+
+def _damage(trainer: Trainer) -> str:
+    """Name what is not finite on this rank, for the end of a sentence; nothing if all is."""
+    names = list(
+        nonfinite_tensors(
+            {
+                "model": dict(trainer.model.named_parameters()),
+                "optimizer": trainer.optimizer.state_dict(),
+                "handlers": {name: it.state_dict() for name, it in trainer.attached.items()},
+            }
+        )
+    )
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f": {', '.join(names[:3])}{more}" if names else ""

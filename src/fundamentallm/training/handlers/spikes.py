@@ -144,9 +144,8 @@ class Spikes:
         if not self._found or not math.isfinite(trainer.window_loss + trainer.window_grad_norm):
             return
         self.in_a_row += 1
-        logger.info("step %d: %s", trainer.state.iteration, self._found)
         lasting = self.policy == "rollback" or self._risen or self.in_a_row > self.patience
-        trainer.reject_step(DIVERGENCE if lasting else SPIKE)
+        trainer.reject_step(DIVERGENCE if lasting else SPIKE, self._found)
         if lasting and trainer.restore_step() is None:
             # The run goes on from here, and a window of before would call each step a divergence
             # until the lowered rate had time to act.
