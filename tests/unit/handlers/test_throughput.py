@@ -8,7 +8,7 @@ from ignite.engine import Events
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
-from fundamentallm.training.handlers import Evaluation, Throughput
+from fundamentallm.training.handlers import Evaluation, Throughput, throughput
 from fundamentallm.training.trainer import Trainer
 
 
@@ -102,3 +102,39 @@ def test_survives_a_clock_that_stands_still():
 def test_refuses_an_empty_window():
     with pytest.raises(ValueError, match="window must be at least 1 step"):
         Throughput(window=0)
+
+
+class SlowDevice:
+    """Ends each step of two seconds when the step after it does."""
+
+    def __init__(self) -> None:
+        self.marks = 0
+
+    def mark(self) -> int:
+        self.marks += 1
+        return self.marks
+
+    def seconds(self, began: int, ended: int) -> float | None:
+        return 2.0 if ended < self.marks else None
+
+
+def test_steps_that_the_device_has_not_finished_count_at_a_later_one(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(throughput, "device_timer", lambda device: SlowDevice())
+    train, _ = tiny_loaders()
+    trainer = Trainer(
+        tiny_model(),
+        train,
+        device="cpu",
+        config=TrainingConfig(total_steps=3),
+        handlers=[Throughput(5)],
+    )
+    rates: list[float | None] = []
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_METRICS_READY,
+        lambda: rates.append(trainer.state.metrics.get("train/tokens_per_second")),
+    )
+    trainer.run()
+    # 32 tokens a step, of two seconds; nothing is known after the first.
+    assert rates == [None, 16.0, 16.0]
