@@ -614,9 +614,10 @@ def test_a_run_that_measured_compiled_code_goes_on_exactly_without_measuring(
         return replace(start, compile=True)  # whatever is faster here
 
     monkeypatch.setattr(auto, "choose", choose)
-    words = ["tiny.yaml", "training.compile=auto", "model.dropout=0"]
+    steps = "training.total_steps=20"
+    words = ["tiny.yaml", "training.compile=auto", "model.dropout=0", steps]
     assert main(["run", *words, "--run-dir", "whole"]) == 0
-    at_step(5, press_ctrl_c)
+    at_step(STEPS_PER_EPOCH - 1, press_ctrl_c)  # the resumed one begins with a short batch
     assert main(["run", *words, "--run-dir", "cut"]) == 130
     at_step(10**6, press_ctrl_c)
     monkeypatch.setattr(auto, "choose", None)
@@ -625,7 +626,24 @@ def test_a_run_that_measured_compiled_code_goes_on_exactly_without_measuring(
 
     stored = yaml.safe_load(Path("cut/config.yaml").read_text())["training"]
     assert stored["compile"] is True
-    assert weights("cut") == weights("whole")
+    assert weights("cut", "step-00000020") == weights("whole", "step-00000020")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(compilation.find_compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_run_goes_on_where_no_compiler_is(at_step, monkeypatch, capsys):
+    words = ["tiny.yaml", "training.compile=true"]
+    at_step(6, press_ctrl_c)
+    assert main(["run", *words]) == 130
+    at_step(10**6, press_ctrl_c)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    capsys.readouterr()
+    assert main(["run", *words]) == 0
+    assert "no C++ compiler here" in " ".join("".join(capsys.readouterr()).split())
+    stored = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["training"]
+    assert stored["compile"] is False
+    assert main(["run", "tiny.yaml", "training.compile=true", "--run-dir", "other"]) != 0
 
 
 def test_threads_are_set_before_anything_is_computed(at_step):
@@ -651,10 +669,13 @@ def test_a_checkpoint_from_before_a_field_existed_is_gone_on_from(done, at_step,
         for description in (metadata["config_as_written"], metadata["config"]):
             del description["model"]["init_from"], description["model"]["logit_softcap"]
             del description["training"]["max_seconds"], description["plugins"]
+            for field in ("attention", "bf16_weights", "threads"):
+                del description["training"][field]
         path.write_bytes(render_manifest(stored.step, stored.files, metadata))
 
     assert main(["run", "tiny.yaml", "model.logit_softcap=30", "--resume", "cut"]) == 4
     assert "model.logit_softcap: None there, 30.0 here" in capsys.readouterr().err
+    assert main(["evaluate", "cut"]) == 0
     assert main(["run", "tiny.yaml", "--resume", "cut"]) == 0
     assert weights("cut") == weights(done)
     assert main(["run", "tiny.yaml", "training.max_seconds=900", "--resume", "cut"]) == 0

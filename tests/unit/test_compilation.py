@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from fundamentallm.data.loader import Window
 from fundamentallm.errors import MachineError
 from fundamentallm.models.attention import use_kernel
 from fundamentallm.models.transformer import Transformer, run_block
@@ -20,8 +21,13 @@ from fundamentallm.training.compilation import (
     compiled,
     find_compiler,
     resolve_compile,
+    uncompiled,
 )
-from fundamentallm.training.precision import narrowed
+from fundamentallm.training.diagnosis import Diagnosis, Laboratory
+from fundamentallm.training.distributed import Ranks
+from fundamentallm.training.incident import first_bad
+from fundamentallm.training.losses import LanguageModelingLoss
+from fundamentallm.training.precision import Precision, narrowed
 
 # Torch hides this one from users while it traces, by way of showwarning, which pytest has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -93,6 +99,59 @@ def test_another_shape_is_computed_without_the_compiler() -> None:
     for ids in (tokens(batch=1), tokens(time=5)):
         assert torch.equal(fast(ids), plain(ids))
     assert counter.frame_count == 1
+
+
+def test_a_known_shape_is_compiled_whatever_comes_first() -> None:
+    fast, plain, counter = pair()
+    fast.run_block = CompiledBlocks(run_block, 2, 8, backend=counter)
+    fast(tokens(batch=1))  # the short last step of an epoch
+    assert counter.frame_count == 0
+    with torch.no_grad():  # an evaluation before any step
+        torch.testing.assert_close(fast.eval()(tokens()), plain.eval()(tokens()))
+    fast.train()(tokens())
+    fast(tokens(time=5))
+    assert counter.frame_count == 1
+
+
+def test_an_unknown_length_is_that_of_the_first_whole_batch() -> None:
+    fast, _, counter = pair()
+    fast.run_block = CompiledBlocks(run_block, 2, backend=counter)
+    fast(tokens(batch=1, time=5))
+    fast(tokens())
+    assert counter.frame_count == 1
+
+
+def test_any_number_of_models_in_a_process_is_compiled() -> None:
+    for batch in range(1, 11):
+        fast, _, counter = pair()
+        fast(tokens(batch=batch))
+        assert counter.frame_count == 1
+
+
+def test_hooks_are_called_where_a_model_is_uncompiled() -> None:
+    fast, _, _ = pair()
+    fast(tokens())
+    seen: list[str] = []
+    fast.blocks[0].feedforward.register_forward_hook(lambda *_: seen.append("feedforward"))
+    with uncompiled(fast):
+        fast(tokens())
+    assert seen == ["feedforward"]
+    assert isinstance(fast.run_block, CompiledBlocks)
+
+
+def test_a_replay_sees_into_compiled_blocks() -> None:
+    fast, _, counter = pair()
+    ids = tokens()
+    window = Window([{"input_ids": ids, "target_ids": ids}], ids.numel())
+    laboratory = Laboratory(
+        fast, LanguageModelingLoss(), Precision("fp32", torch.device("cpu")), Ranks()
+    )
+    assert laboratory.replay(window).is_finite
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        fast.blocks[1].feedforward.input.weight[0, 0] = torch.nan
+    found = first_bad(Diagnosis("", laboratory.replay(window, watch=True)))
+    assert found["forward"]["module"] == "blocks.1.feedforward.input"
 
 
 def test_evaluation_alone_compiles_nothing() -> None:

@@ -24,5 +24,6 @@ def test_gpt2_124m_has_its_parameters_and_half_a_million_tokens_a_step():
     config = load_config(CONFIGS / "gpt2_124m.yaml")
     model = config.model.model_copy(update={"sequence_length": config.data.sequence_length})
     assert estimate(model).parameters == pytest.approx(124.4e6, rel=2e-3)
+    assert config.training.device == "cuda"
     rows = config.data.batch_size * config.training.accumulation_steps
     assert rows * config.data.sequence_length == 2**19

@@ -388,6 +388,12 @@ def as_window_loader(loader: Any, accumulation_steps: int = 1, seed: int = 0) ->
     return WindowLoader(loader, accumulation_steps, seed)
 
 
+def batch_shape_of(loader: Any) -> tuple[int | None, int | None]:
+    """Return rows and tokens of a whole micro-batch, None for what the loader does not tell."""
+    source = loader.loader if isinstance(loader, WindowLoader) else loader
+    return getattr(source, "batch_size", None), getattr(source, "sequence_length", None)
+
+
 def as_window(batch: Any) -> Window:
     """Return a batch as a window of one micro-batch; a window as it is."""
     if isinstance(batch, Window):

@@ -39,7 +39,7 @@ from fundamentallm.models.attention import choose_kernel
 from fundamentallm.models.components import check_components, follows_weight_type
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.clock import seconds_since_start
-from fundamentallm.training.compilation import resolve_compile
+from fundamentallm.training.compilation import find_compiler, resolve_compile
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers import HANDLERS
 from fundamentallm.training.limits import Limits
@@ -75,6 +75,9 @@ DEFAULT_HANDLERS: dict[str, dict[str, Any]] = {
     "samples": {},
 }
 
+
+# What checkpoints that lack these fields were trained with.
+BEFORE_THERE_WAS_A_CHOICE = {"bf16_weights": False, "attention": "flash"}
 
 LEAST_OVERLAP = 0.01  # share of the validation text to warn of
 
@@ -427,7 +430,14 @@ def resolve(
         # What was chosen for the run stays: another precision would be another course.
         began_with = directory.checkpoint.metadata["config"]["training"]
         fields = ("precision", "mixed_precision", "bf16_weights", "attention", "compile")
-        chosen = training.model_copy(update={name: began_with[name] for name in fields})
+        known = {**BEFORE_THERE_WAS_A_CHOICE, **began_with}
+        chosen = training.model_copy(update={name: known[name] for name in fields})
+        if chosen.compile and find_compiler() is None:
+            notes.append(
+                "the run was compiled so far, and there is no C++ compiler here: it goes on without"
+                " one, and its numbers differ in their last bits"
+            )
+            chosen = chosen.model_copy(update={"compile": False})
     with config.blame("training.precision"):
         precision = resolve_precision(chosen.precision, chosen.mixed_precision, device)
     model = config.model.model_copy(

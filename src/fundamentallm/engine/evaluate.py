@@ -31,7 +31,7 @@ from fundamentallm.inference.evaluate import (
     text_size,
 )
 from fundamentallm.inference.load import Trained, load_trained
-from fundamentallm.models.attention import use_kernel
+from fundamentallm.models.attention import choose_kernel, use_kernel
 from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
 
 PARTS = {"train": "training", "val": "validation", "test": "test"}
@@ -77,14 +77,19 @@ def evaluate(options: argparse.Namespace) -> int:
                 expected="at least 2",
                 fix="name a text with --data",
             )
-        use_kernel(trained.model, trained.config.training.attention)
+        precision = _precision(trained)
+        attention = trained.config.training.attention
+        use_kernel(
+            trained.model,
+            choose_kernel(attention, precision.device, precision.bf16_weights, context),
+        )
         total, each = evaluate_documents(
             trained.model,
             trained.tokenizer,
             measured,
             context,
             trained.config.data.batch_size,
-            _precision(trained),
+            precision,
             stride,
             corpus.end_id if trained.config.data.packing == "document" else None,
         )

@@ -38,12 +38,15 @@ def build_step(
     precision: Precision,
     ranks: Ranks,
     notify: Callable[[TrainingEvents], None] = lambda event: None,
+    batch_shape: tuple[int | None, int | None] = (None, None),
 ) -> TrainStep:
     """Return the step of a model that is on its device; the compiler runs at its first call.
 
     Args:
         config: attention, compilation, gradient checkpointing and clipping.
         model, optimizer, loss_fn, precision, ranks, notify: as for `TrainStep`.
+        batch_shape: rows and tokens of a whole micro-batch, as far as they are known; what is
+            compiled is compiled for it.
 
     Raises:
         MachineError: as `resolve_compile`.
@@ -55,7 +58,7 @@ def build_step(
     use_kernel(model, choose_kernel(config.attention, device, precision.bf16_weights, context))
     forward = model
     if resolve_compile(config.compile):
-        forward = compiled(forward)
+        forward = compiled(forward, *batch_shape)
     if not ranks.alone:
         forward = DistributedDataParallel(
             forward,

@@ -12,8 +12,9 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,32 +27,39 @@ BlockRunner = Callable[..., Tensor]
 
 
 class CompiledBlocks:
-    """Calls blocks through one compiled function, if the shape is that of the first training call.
+    """Calls blocks through one compiled function where the input has the shape of a whole batch.
 
+    Which inputs those are must not hang on which came first in this process: a resumed run would
+    otherwise go on with other code, and other last bits, than the one that was not interrupted.
     Evaluation goes through the same code: without gradients it would have to be compiled again.
     What the code keeps for a backward pass is dropped at once.
 
     Args:
         plain: `plain(block, x, positions, embedded)`, which is compiled. Where the compiler fails,
             there is a warning, and all goes on with this.
+        rows, time: the shape (B, T) of a whole batch; what is unset, the first training call tells.
         backend: a backend of `torch.compile`.
     """
 
-    def __init__(self, plain: BlockRunner, backend: str = "inductor") -> None:
+    def __init__(
+        self,
+        plain: BlockRunner,
+        rows: int | None = None,
+        time: int | None = None,
+        backend: str = "inductor",
+    ) -> None:
         self.plain = plain
-        self.compiled: BlockRunner | None = torch.compile(plain, backend=backend, dynamic=False)
-        self.key: tuple[Any, ...] | None = None
-        self.drops = False
+        self.rows, self.time = rows, time
+        self.compiled: BlockRunner | None = torch.compile(
+            _apart(plain), backend=backend, dynamic=False
+        )
+        self._drops: bool | None = None
 
     def __call__(
         self, block: nn.Module, x: Tensor, positions: nn.Module, embedded: Tensor
     ) -> Tensor:
         """Return `plain(block, x, positions, embedded)`, from compiled code where there is some."""
-        key = (x.shape, x.dtype, x.device)
-        if self.key is None and block.training and torch.is_grad_enabled():
-            self.key = key
-            self.drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
-        if self.compiled is None or key != self.key or (self.drops and not block.training):
+        if self.compiled is None or not self._serves(block, x):
             return self.plain(block, x, positions, embedded)
         if embedded is x:  # as for the first block: one tensor twice would be a case of its own
             embedded = x.view_as(x)
@@ -66,6 +74,44 @@ class CompiledBlocks:
             logger.warning("torch.compile failed, going on without it: %s", reason)
             self.compiled = None
             return self.plain(block, x, positions, embedded)
+
+    def _serves(self, block: nn.Module, x: Tensor) -> bool:
+        """Return whether this is the shape that the code is for."""
+        rows, time = x.shape[:2]
+        if self.rows is None or self.time is None:
+            trains = block.training and torch.is_grad_enabled()
+            if not trains or rows != (self.rows or rows) or time != (self.time or time):
+                return False
+            self.rows, self.time = rows, time
+        if (rows, time) != (self.rows, self.time):
+            return False
+        if self._drops is None:
+            self._drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
+        return block.training or not self._drops
+
+
+def _apart(plain: BlockRunner) -> BlockRunner:
+    """Return a function of its own: the compiler counts its attempts, at most 8, by code object."""
+
+    def call(block: nn.Module, x: Tensor, positions: nn.Module, embedded: Tensor) -> Tensor:
+        return plain(block, x, positions, embedded)
+
+    call.__code__ = call.__code__.replace()
+    return call
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Have a model's blocks called as they are: hooks inside compiled code are not called."""
+    runner = getattr(model, "run_block", None)
+    if not isinstance(runner, CompiledBlocks):
+        yield
+        return
+    model.run_block = runner.plain  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.run_block = runner  # type: ignore[assignment]
 
 
 def find_compiler() -> str | None:
@@ -91,14 +137,18 @@ def resolve_compile(choice: bool | Literal["auto"]) -> bool:
     )
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compiled(model: nn.Module, rows: int | None = None, time: int | None = None) -> nn.Module:
     """Return what to call in place of the model.
 
     A model with `run_block` is compiled a block at a time, in place, and returned itself; another
     as a whole. The compiler runs at the first call.
+
+    Args:
+        model: as it is.
+        rows, time: as for `CompiledBlocks`.
     """
     plain = getattr(model, "run_block", None)
     if plain is None:
         return torch.compile(model)  # type: ignore[return-value]
-    model.run_block = CompiledBlocks(plain)  # type: ignore[assignment]
+    model.run_block = CompiledBlocks(plain, rows, time)  # type: ignore[assignment]
     return model

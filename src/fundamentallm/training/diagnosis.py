@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fundamentallm.data.loader import Window
 from fundamentallm.training.buffers import StateBuffers
+from fundamentallm.training.compilation import uncompiled
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.precision import Precision
@@ -171,7 +172,8 @@ class Laboratory:
     """All that a replay needs.
 
     Attributes:
-        model: without a wrapper for ranks or compilation.
+        model: without a wrapper for ranks; blocks that are compiled are called as they are where
+            modules are watched.
         loss_fn: `loss_fn(logits, targets, reduction="sum")`, or on hidden states, as in training.
         precision: autocast as in training.
         ranks: who must agree on what was seen.
@@ -212,7 +214,11 @@ class Laboratory:
             model.train()
             for parameter in parameters:
                 parameter.grad = None
-            with watched(model, result.readings) if watch else _unwatched():
+            # Compiled code calls no hook, and in another precision it would be compiled again.
+            with (
+                uncompiled(model) if watch or not narrow else nullcontext(),
+                watched(model, result.readings) if watch else nullcontext(),
+            ):
                 nll = self._accumulate(model, window, precision, result.readings, watch)
             if watch:
                 result.readings += _parameter_readings(model, result.readings)
@@ -394,11 +400,6 @@ def watched(model: nn.Module, readings: list[Reading]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _unwatched() -> Iterator[None]:
-    yield
 
 
 def _parameter_readings(model: nn.Module, readings: Sequence[Reading]) -> list[Reading]:

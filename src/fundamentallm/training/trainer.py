@@ -24,7 +24,7 @@ from ignite.engine.events import RemovableEventHandle
 from torch import Tensor, nn
 
 from fundamentallm.config.training import TrainingConfig
-from fundamentallm.data.loader import Window, as_window, as_window_loader
+from fundamentallm.data.loader import Window, as_window, as_window_loader, batch_shape_of
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import EVENT_TO_ATTRIBUTE, TrainingEvents
 from fundamentallm.training.buffers import StateBuffers
@@ -214,6 +214,7 @@ class Trainer(Engine):
             self.precision,
             self.ranks,
             self.notify,
+            batch_shape_of(self.train_loader),
         )
         self._rollback: tuple[int | None, str] | None = None
         self._redo = False
