@@ -20,7 +20,10 @@ from fundamentallm.models.transformer import Transformer
 
 V, T = 13, 9
 COMBINATIONS = [
-    {"positions": positions, "num_kv_heads": kv, "qk_norm": norm, "logit_softcap": cap}
+    {
+        **{"positions": positions, "num_kv_heads": kv, "qk_norm": norm, "logit_softcap": cap},
+        **{"token_shift": norm != (cap is None), "embedding_norm": norm},
+    }
     for positions, kv, norm, cap in itertools.product(
         POSITIONS.names(), (1, 2, 4), (False, True), (None, 5.0)
     )

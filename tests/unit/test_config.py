@@ -104,6 +104,7 @@ class TestDefaults:
             "tie_embeddings": True,
             "logit_softcap": None,
             "embedding_norm": False,
+            "token_shift": False,
             "residual_mix": False,
             "zero_init": False,
         }

@@ -44,6 +44,7 @@ def test_parameters_are_exact(normalization: str, positions: str, feedforward: s
         num_kv_heads=2,
         residual_mix=tied,
         embedding_norm=not tied,
+        token_shift=not tied,
     )
     model, costs = Transformer(choice), estimate(choice)
     assert costs.parameters == model.num_parameters()

@@ -230,6 +230,7 @@ def test_no_random_number_is_drawn() -> None:
     [
         ({"qk_norm": True}, "qk_norm"),
         ({"embedding_norm": True}, "embedding_norm"),
+        ({"token_shift": True}, "token_shift"),
         ({"residual_mix": True}, "residual_mix"),
         ({"logit_softcap": 30.0}, "logit_softcap"),
         ({"positions": "sinusoidal"}, "positions"),
@@ -259,7 +260,7 @@ def test_no_option_of_the_model_was_forgotten() -> None:
     expressed = {"vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff"}
     expressed |= {"sequence_length", "normalization", "positions", "feedforward", "bias"}
     expressed |= {"tie_embeddings", "dropout"}
-    refused = {"qk_norm", "logit_softcap", "embedding_norm", "residual_mix"}
+    refused = {"qk_norm", "logit_softcap", "embedding_norm", "token_shift", "residual_mix"}
     of_the_beginning_alone = {"init_from", "zero_init"}
     known = expressed | refused | of_the_beginning_alone
     assert set(TransformerConfig.model_fields) == known

@@ -51,7 +51,9 @@ def model(positions: str, **options: object) -> Transformer:
 def test_a_packed_row_equals_its_documents_one_by_one(
     positions: str, num_kv_heads: int, ids: list[int]
 ) -> None:
-    transformer = model(positions, num_kv_heads=num_kv_heads)
+    transformer = model(positions, num_kv_heads=num_kv_heads, token_shift=num_kv_heads == 2)
+    if transformer.token_shift is not None:
+        torch.nn.init.normal_(transformer.token_shift.weight)
     batch = add_documents({"input_ids": torch.tensor([ids, ids[::-1]])}, END)
     packed = transformer(batch["input_ids"], document_ids=batch["document_ids"])
     for row in range(2):

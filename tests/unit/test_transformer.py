@@ -31,21 +31,25 @@ CHOICES = [
         NORMALIZATIONS.names(), POSITIONS.names(), FEEDFORWARDS.names()
     )
 ]
-# All flags off, all on, and each pair of values for each pair of flags (an orthogonal array).
+# All flags off, and each pair of values for each pair of flags (Plackett and Burman 1946).
 FLAGS = [
     {
         **{"bias": a, "qk_norm": b, "tie_embeddings": c, "num_kv_heads": d, "logit_softcap": e},
-        **{"residual_mix": f, "embedding_norm": g},
+        **{"residual_mix": f, "embedding_norm": g, "token_shift": h},
     }
-    for a, b, c, d, e, f, g in [
-        (False, False, False, None, None, False, False),
-        (False, False, True, 2, 5.0, False, True),
-        (False, True, False, 2, 5.0, True, False),
-        (False, True, True, None, None, True, True),
-        (True, False, False, 2, None, True, True),
-        (True, False, True, None, 5.0, True, False),
-        (True, True, False, None, 5.0, False, True),
-        (True, True, True, 2, None, False, False),
+    for a, b, c, d, e, f, g, h in [
+        (False, False, False, None, None, False, False, False),
+        (True, True, False, 2, 5.0, True, False, False),
+        (False, True, True, None, 5.0, True, True, False),
+        (True, False, True, 2, None, True, True, True),
+        (False, True, False, 2, 5.0, False, True, True),
+        (False, False, True, None, 5.0, True, False, True),
+        (False, False, False, 2, None, True, True, False),
+        (True, False, False, None, 5.0, False, True, True),
+        (True, True, False, None, None, True, False, True),
+        (True, True, True, None, None, False, True, False),
+        (False, True, True, 2, None, False, False, True),
+        (True, False, True, 2, 5.0, False, False, False),
     ]
 ]
 IDS = ["-".join(choice.values()) for choice in CHOICES]
@@ -151,6 +155,9 @@ class NaiveTransformer:
         rows = [self.embed(t, token) for t, token in enumerate(sequence)]
         if self.config.embedding_norm:
             rows = [self.norm("embedding_norm", x) for x in rows]
+        if self.config.token_shift:
+            share = self.weights["token_shift.weight"]
+            rows = [x + share * y for x, y in zip(rows, [0 * rows[0], *rows[:-1]], strict=True)]
         embedded = rows
         for layer in range(self.config.num_layers):
             block = f"blocks.{layer}"

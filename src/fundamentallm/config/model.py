@@ -69,6 +69,9 @@ class TransformerConfig(BaseConfig):
     embedding_norm: bool = False
     """Whether the embeddings are normalized before the first block."""
 
+    token_shift: bool = False
+    """Whether each embedding gets a trained share of the one before it, none at the start."""
+
     residual_mix: bool = False
     """Whether each block reads a trained mixture of the residual stream and the embeddings, from
     the stream alone at the start."""

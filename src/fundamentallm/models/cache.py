@@ -19,7 +19,7 @@ K head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fundamentallm.models.attention import Attend, cached_attention, flash_attention
+from fundamentallm.models.token_shift import one_before
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,13 @@ class CacheUse:
     Attributes:
         places: positions of the tokens, (B, T) or (1, T) for all rows, int64.
         layers: the attention of each layer.
+        before: from the embeddings of the tokens, (B, T, D), those one place before each. Keeps the
+            last ones: call it once.
     """
 
     places: Tensor
     layers: Sequence[Attend]
+    before: Callable[[Tensor], Tensor]
 
 
 class KVCache:
@@ -72,6 +76,7 @@ class KVCache:
         # Zeros: a masked column has weight 0, and 0 times what memory held may be NaN.
         self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
+        self._last: Tensor | None = None  # embeddings (B, 1, D), where a model asks for them
         self._columns = torch.arange(capacity, device=device)
         self.capacity = capacity
         self.lengths = [0] * batch
@@ -91,12 +96,16 @@ class KVCache:
             self.lengths[row] = length
         index = None
         if list(rows) != list(range(len(self.lengths))):
-            index = torch.tensor(rows, device=self._columns.device)
+            index = self._index(rows)
         layers = [
             partial(_fill, keys, values, index)
             for keys, values in zip(self._keys, self._values, strict=True)
         ]
-        return CacheUse(self._columns[None, :time], layers)
+        self._last = (
+            None if self._last is None else self._last.index_fill(0, self._index(rows), 0.0)
+        )
+        begin = partial(self._begin, [*zip(rows, lengths, strict=True)])
+        return CacheUse(self._columns[None, :time], layers, begin)
 
     def step(self) -> CacheUse:
         """Add one token to every row; none may be full."""
@@ -116,14 +125,36 @@ class KVCache:
             partial(attend, keys, values)
             for keys, values in zip(self._keys, self._values, strict=True)
         ]
-        return CacheUse(places, layers)
+        return CacheUse(places, layers, self._go_on)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these, which are numbered anew in this order."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self._columns.device)
+        index = self._index(rows)
         self._keys = [keys[index] for keys in self._keys]
         self._values = [values[index] for values in self._values]
+        if self._last is not None:
+            self._last = self._last[index]
         self.lengths = [self.lengths[row] for row in rows]
+
+    def _index(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self._columns.device)
+
+    def _begin(self, lengths: Sequence[tuple[int, int]], x: Tensor) -> Tensor:
+        """Return the embeddings before those of rows that begin anew; keep those at their ends."""
+        last = torch.zeros_like(x[:1, :1]).repeat(len(self.lengths), 1, 1)
+        if self._last is not None:
+            last.copy_(self._last)
+        for number, (row, length) in enumerate(lengths):
+            if length:
+                last[row, 0] = x[number if len(x) > 1 else 0, length - 1]
+        self._last = last
+        return one_before(x)
+
+    def _go_on(self, x: Tensor) -> Tensor:
+        """Return the embeddings of the tokens before, 0 for none; keep these, (B, 1, D)."""
+        before = torch.zeros_like(x) if self._last is None else self._last
+        self._last = x
+        return before
 
 
 def _fill(

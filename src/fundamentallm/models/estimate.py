@@ -104,8 +104,11 @@ def estimate(
     table = vocab_size * config.d_model
     body = config.num_layers * block_parameters + norm_parameters
     tables = table if config.tie_embeddings else 2 * table
-    embedding_norm_parameters = norm_parameters if config.embedding_norm else 0
-    parameters = body + embedding_norm_parameters + position_parameters + tables
+    if config.embedding_norm:
+        body += norm_parameters
+    if config.token_shift:
+        body += config.d_model
+    parameters = body + position_parameters + tables
     if gradient_checkpointing:
         blocks_bytes = config.num_layers * stream_bytes + block_bytes
     else:
@@ -116,8 +119,7 @@ def estimate(
         parameters=parameters,
         non_embedding_parameters=parameters - table - position_parameters,
         # The head multiplies, tied or not; looking up a token or a position does not.
-        flops_per_token=6 * (body + embedding_norm_parameters + table)
-        + 12 * config.num_layers * config.d_model * time,
+        flops_per_token=6 * (body + table) + 12 * config.num_layers * config.d_model * time,
         weight_bytes=parameters * _FLOAT32_BYTES,
         gradient_bytes=parameters * _FLOAT32_BYTES,
         optimizer_bytes=parameters * _FLOAT32_BYTES * optimizer_states,

@@ -4,7 +4,8 @@
 - Normalization, positions and feed-forward are chosen by name: see the registries.
 - Grouped-query attention where num_kv_heads is below num_heads.
 - The head has no bias and may share its matrix with the token embedding.
-- Optionally the embeddings are normalized and mixed in again at each block.
+- Optionally the embeddings are normalized, get a share of the one before, and are mixed in again at
+  each block.
 - Dropout on embeddings, attention weights and what each branch adds.
 
 Shapes: B batch, T time, D model width, V vocabulary.
@@ -37,6 +38,7 @@ from fundamentallm.models.components import (
 )
 from fundamentallm.models.initialization import initialize
 from fundamentallm.models.positions import Marks
+from fundamentallm.models.token_shift import TokenShift, one_before
 
 
 def run_block(
@@ -81,6 +83,7 @@ class Transformer(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, config.d_model)
         self.positions = build_positions(config)
         self.embedding_norm = build_normalization(config) if config.embedding_norm else None
+        self.token_shift = TokenShift(config.d_model) if config.token_shift else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(build_block(config) for _ in range(config.num_layers))
         self.norm = build_normalization(config)
@@ -124,16 +127,21 @@ class Transformer(nn.Module):
             )
         marks: Marks = self.positions
         apart: Attend | None = None
+        before: Callable[[Tensor], Tensor] = one_before
         if document_ids is not None:
-            marks, apart = self._apart(document_ids)
+            places = places_in_documents(document_ids)
+            marks, apart = self._apart(document_ids, places)
+            before = partial(_one_before_within, places)
         attends: Sequence[Attend | None] = [apart] * len(self.blocks)
         if cache is not None:
             kept, attends = self.positions.at(cache.places), cache.layers
             assert kept is not None  # else there is no cache
-            marks = kept
+            marks, before = kept, cache.before
         x = marks.embed(self.token_embedding(input_ids))
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
+        if self.token_shift is not None:
+            x = self.token_shift(x, before(x))
         x = embedded = self.dropout(x)
         for block, attend in zip(self.blocks, attends, strict=True):
             # Compiled code knows the plain case alone.
@@ -145,9 +153,9 @@ class Transformer(nn.Module):
         hidden: Tensor = self.norm(x)
         return hidden if return_hidden else self.logits_from_hidden(hidden)
 
-    def _apart(self, document_ids: Tensor) -> tuple[Marks, Attend]:
+    def _apart(self, document_ids: Tensor, places: Tensor) -> tuple[Marks, Attend]:
         """Return the positions and the attention of rows whose documents do not see each other."""
-        marks = self.positions.at(places_in_documents(document_ids))
+        marks = self.positions.at(places)
         if marks is None:
             raise ConfigError(
                 "these positions cannot be counted from the beginning of each document",
@@ -205,3 +213,8 @@ class Transformer(nn.Module):
             return total
         tables = [self.token_embedding.weight, *self.positions.parameters()]
         return total - sum(table.numel() for table in tables)
+
+
+def _one_before_within(places: Tensor, x: Tensor) -> Tensor:
+    """Return `one_before`, 0 where a document begins; `places` (B, T) count from there."""
+    return one_before(x).masked_fill((places == 0)[..., None], 0.0)

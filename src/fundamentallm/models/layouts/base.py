@@ -84,7 +84,7 @@ class Layout(ABC):
         ]
         found += [
             Obstacle(field, "true", "false")
-            for field in ("qk_norm", "embedding_norm", "residual_mix")
+            for field in ("qk_norm", "embedding_norm", "token_shift", "residual_mix")
             if getattr(config, field)
         ]
         if config.logit_softcap is not None:
