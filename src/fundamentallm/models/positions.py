@@ -66,7 +66,7 @@ class AddedMarks:
 
     def embed(self, x: Tensor) -> Tensor:
         """Return (B, T, D) with the rows added."""
-        return x + self.rows
+        return x + self.rows.to(x.dtype)
 
     def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Return both as they are."""
@@ -110,7 +110,7 @@ class LearnedPositions(Positions):
     def embed(self, x: Tensor) -> Tensor:
         """Return (B, T, D) with row t of the table added at position t."""
         _, num_positions, _ = x.shape
-        return x + self.table.weight[:num_positions]
+        return x + self.table.weight[:num_positions].to(x.dtype)
 
     def at(self, places: Tensor) -> Marks:
         """Return what adds row `places[b, t]` of the table."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -135,6 +136,9 @@ class Precision:
 def narrowed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Lend a model narrow copies of its floating-point parameters, one copy for a shared one.
 
+    Tables of embeddings are not lent: what is looked up in them is narrowed instead. Their backward
+    pass adds up a row for each token, and in bfloat16 a frequent token's sum stops growing.
+
     The copies hang on the parameters: a backward pass adds its gradients to the parameters' own,
     in their type. It must run inside the context, since checkpointed activations are computed
     again from what the model then holds.
@@ -146,11 +150,17 @@ def narrowed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     places = [
         (module._parameters, name, parameter)
         for module in model.modules()
+        if not isinstance(module, nn.Embedding)
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.is_floating_point()
     ]
     with torch.enable_grad():  # also in evaluation, where compiled code expects what it knows
         copies = {id(parameter): parameter.to(dtype) for _, _, parameter in places}
+    hooks = [
+        module.register_forward_hook(partial(_narrow_output, dtype))
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    ]
     try:
         for parameters, name, parameter in places:
             # Assigned as an attribute, a tensor that is no nn.Parameter would be refused.
@@ -159,6 +169,12 @@ def narrowed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for parameters, name, parameter in places:
             parameters[name] = parameter
+        for hook in hooks:
+            hook.remove()
+
+
+def _narrow_output(dtype: torch.dtype, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.to(dtype)
 
 
 def resolve_bf16_weights(
