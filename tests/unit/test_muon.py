@@ -277,11 +277,27 @@ def test_a_closure_is_evaluated_with_gradients() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"momentum": 1.0}, {"num_steps": 0}, {"head_lr": 0.0}, {"scale": "other"}, {"dtype": "int8"}],
+    [
+        *({"momentum": 1.0}, {"num_steps": 0}, {"head_lr": 0.0}, {"scale": "other"}),
+        *({"dtype": "int8"}, {"betas": (0.9, 1.5)}, {"betas": (2.0, 0.9)}, {"eps": -1.0}),
+        *({"weight_decay": -1.0}, {"adamw_lr": -1.0}),
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(options)).removesuffix("_lr")):
+    name = next(iter(options))
+    said = {"eps": "epsilon", "adamw_lr": "learning rate", "betas": "beta"}.get(
+        name, name.removesuffix("_lr")
+    )
+    with pytest.raises((ConfigError, ValueError), match=f"(?i){said}"):
         OptimizerBuilder.build("muon", Net(), 0.1, **options)
+
+
+def test_the_last_layer_is_the_head_by_its_rows_where_none_has_the_name() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False), nn.Linear(7, 4))
+    model.append(nn.Linear(4, 7, bias=False))
+    groups = OptimizerBuilder.build("muon", model, 0.1).param_groups
+    assert [id(p) for p in groups[0]["params"]] == [id(model[1].weight), id(model[2].weight)]
+    assert [id(p) for p in groups[1]["params"]] == [id(model[3].weight)]
 
 
 def test_a_vector_is_no_matrix() -> None:

@@ -154,9 +154,9 @@ def test_copies_are_no_less_exact_than_autocast_however_often_a_token_comes(tied
             ((actual[name] - expected).norm() / expected.norm()).item()
             for actual in (copies, autocast)
         )
-        assert error < max(4 * known, 0.02), (
-            name
-        )  # both are chance; lost rows cost 14 times as much
+        # Both are chance; lost rows cost 14 times as much. The two scalars of a residual mix are
+        # sums over all activations, in which most cancels.
+        assert error < (0.1 if expected.numel() == 2 else max(2 * known, 0.015)), name
 
 
 def test_a_window_adds_up_gradients_that_bfloat16_would_lose():

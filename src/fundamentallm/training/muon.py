@@ -158,15 +158,21 @@ class Muon(Optimizer):
 def hidden_matrices(model: nn.Module, linear_weights: list[nn.Parameter]) -> list[nn.Parameter]:
     """Return those linear weights that map one hidden space to another.
 
-    Left out are the model's last layer, `model.head` if there is one, and whatever is an
-    embedding too: their rows belong to tokens, each of which has a scale of its own.
+    Left out are `model.head` and whatever is an embedding too: their rows belong to tokens, each of
+    which has a scale of its own. In a model without `head` the last linear layer is taken for it if
+    it has as many rows as an embedding.
 
     Args:
         model: the model.
         linear_weights: candidates, which also may have one dimension.
     """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    tables = {id(embedding.weight) for embedding in embeddings}
     head = getattr(model, "head", None)
+    if head is None:
+        sizes = {embedding.num_embeddings for embedding in embeddings}
+        *_, last = [None, *(m for m in model.modules() if isinstance(m, nn.Linear))]
+        head = last if last is not None and last.out_features in sizes else None
     if isinstance(head, nn.Module):
         tables |= {id(parameter) for parameter in head.parameters()}
     return [weight for weight in linear_weights if id(weight) not in tables and weight.ndim >= 2]

@@ -289,6 +289,8 @@ def muon(
     Raises:
         ValueError: a number is out of range.
     """
+    # AdamW checks its arguments, but not its groups.
+    optim.AdamW([nn.Parameter(torch.empty(0))], adamw_lr, betas, eps, weight_decay)
     decaying, others = (group["params"] for group in params)
     matrices = hidden_matrices(model, decaying)
     hidden = {id(weight) for weight in matrices}
