@@ -32,7 +32,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @given(
-    st.integers(1, 12), st.integers(1, 12), st.integers(1, 4), st.floats(-8, 8), st.integers(0, 99)
+    st.integers(1, 12), st.integers(1, 12), st.integers(1, 4), st.floats(-15, 15), st.integers(0, 99)
 )
 @settings(deadline=None, max_examples=60)
 def test_orthogonalize_maps_singular_values_and_keeps_the_vectors(
@@ -40,7 +40,7 @@ def test_orthogonalize_maps_singular_values_and_keeps_the_vectors(
 ) -> None:
     matrix = random(rows, columns, seed=seed)
     u, s, v = np.linalg.svd(matrix.numpy(), full_matrices=False)
-    s = s / max(np.linalg.norm(s), 1e-7)
+    s = s / np.linalg.norm(s)
     for _ in range(num_steps):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     actual = orthogonalize(matrix * 10**magnitude, num_steps)

@@ -48,7 +48,8 @@ def orthogonalize(matrices: Tensor, num_steps: int = 5) -> Tensor:
     tall = rows > columns
     x = (matrices.mT if tall else matrices).reshape(-1, min(rows, columns), max(rows, columns))
     # The Frobenius norm bounds the largest singular value, from where the iteration may begin.
-    x = x / torch.linalg.matrix_norm(x.float(), keepdim=True).clamp(min=1e-7).to(x.dtype)
+    # Squares of what is below 1e-18 have no float32 left; that matrix counts as next to 0.
+    x = x / torch.linalg.matrix_norm(x.float(), keepdim=True).clamp(min=1e-18).to(x.dtype)
     for _ in range(num_steps):
         gram = x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
