@@ -646,6 +646,27 @@ def test_a_compiled_run_goes_on_where_no_compiler_is(at_step, monkeypatch, capsy
     assert main(["run", "tiny.yaml", "training.compile=true", "--run-dir", "other"]) != 0
 
 
+def test_nothing_is_measured_of_what_cannot_fit(monkeypatch, capsys):
+    monkeypatch.setattr(auto, "measure", None)
+    monkeypatch.setattr("fundamentallm.engine.fit.memory_limit", lambda device: 1 << 20)
+    words = ["training.precision=auto", "model.d_model=512", "training.total_steps=1000"]
+    assert main(["run", "tiny.yaml", *words]) == 2
+    assert "cannot fit into memory" in capsys.readouterr().err
+
+
+def test_what_has_no_effect_is_said(capsys):
+    words = ["training.bf16_weights=true", "training.total_steps=1"]
+    assert main(["run", "tiny.yaml", *words]) == 0
+    assert "training.bf16_weights has no effect in fp32" in "".join(capsys.readouterr())
+    assert main(["prepare", "text.txt", "--tokenizer", "character", "--out", "prepared"]) == 0
+    words = ["data.source=prepared", "data.packing=document", "training.total_steps=1"]
+    words += ["training.compile=true", "training.attention=explicit"]
+    assert main(["run", "tiny.yaml", *words, "--run-dir", "apart"]) == 0
+    said = "".join(capsys.readouterr())
+    assert "training.compile has no effect" in said
+    assert "training.attention has no effect" in said
+
+
 def test_threads_are_set_before_anything_is_computed(at_step):
     seen = []
     at_step(1, lambda trainer: seen.append(torch.get_num_threads()))

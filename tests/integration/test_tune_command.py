@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -144,10 +150,29 @@ def test_what_is_kept_is_left_as_the_file_has_it(machine):
     main(["tune", "tiny.yaml", "--keep", "precision", "micro-batch", "threads"])
 
     config = load_config("tiny.tuned.yaml")
-    assert config.training.precision == "auto"
+    # Not "auto" as in the file: the run would choose, and not necessarily what was measured.
+    assert config.training.precision == "fp32"
     assert config.data.batch_size == 4
     assert config.training.compile is True
     assert {c.training.precision for c in machine.configs} == {"fp32"}
+
+
+def test_a_kept_kernel_is_the_one_that_was_measured(machine):
+    main(["tune", "tiny.yaml", "training.precision=fp32", "--keep", "attention"])
+
+    written = load_config("tiny.tuned.yaml").training
+    assert {c.training.attention for c in machine.configs} == {"flash"}
+    assert written.attention == "flash"  # with "auto", bf16 would have taken another
+
+
+def test_documents_apart_are_not_compiled_to_no_effect(machine):
+    text = CONFIG.replace("source: text.txt", "source: prepared\n  packing: document")
+    Path("tiny.yaml").write_text(text)
+    words = ["text.txt", "--tokenizer", "character", "--out", "prepared"]
+    assert main(["prepare", *words]) == 0
+    assert main(["tune", "tiny.yaml"]) == 0
+    assert {c.training.compile for c in machine.configs} == {False}
+    assert {c.training.attention for c in machine.configs} == {"flash"}
 
 
 def test_a_conflicting_field_is_settled(machine):
@@ -226,6 +251,41 @@ def test_ranks_are_refused(machine, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["tune", "tiny.yaml"]) == 5
     assert "without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_nothing_is_left_of_a_tune_that_was_stopped(stop, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "fundamentallm.engine", "tune", "tiny.yaml"]
+    with subprocess.Popen(
+        command,
+        env={**os.environ, "TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        wait_until(lambda: children(process.pid))
+        (child,) = children(process.pid)
+        process.send_signal(stop)
+        process.wait(timeout=30)
+    wait_until(lambda: not Path(f"/proc/{child}").exists())
+    if stop != signal.SIGKILL:
+        assert process.returncode == 128 + stop
+        assert list(scratch.glob("fundamentallm-*")) == []
+    assert not Path("tiny.tuned.yaml").exists()
+
+
+def children(process: int) -> list[int]:
+    names = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for name in names for child in name.read_text().split()]
+
+
+def wait_until(arrived: Callable[[], object], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not arrived():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.long

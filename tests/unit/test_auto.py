@@ -249,6 +249,59 @@ def test_all_ranks_take_the_choice_of_the_first(times):
     assert notes
 
 
+def test_another_kernel_is_another_figure(times):
+    choose_auto(config(precision="auto"), resolved(compile=False), loader(), CPU, Ranks())
+    times.asked.clear()
+    chosen, _ = choose_auto(
+        config(precision="auto", attention="flash"), resolved(compile=False), loader(), CPU, Ranks()
+    )
+    assert times.asked == ["bf16"]  # its kernel was the other one; that of fp32 was the same
+    assert chosen.training.attention == "flash"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_where_one_rank_has_no_compiler_none_compiles(times, precision, caplog):
+    class Mixed(Group):
+        def any(self, flag: bool) -> bool:
+            return True
+
+    chosen = [
+        choose_auto(
+            config(compile="auto", precision=precision),
+            resolved(compile=rank == 0),
+            loader(),
+            CPU,
+            Mixed(rank),
+        )[0].training
+        for rank in (0, 1)
+    ]
+    assert [training.compile for training in chosen] == [False, False]
+    assert chosen[0].precision == chosen[1].precision
+    assert "another rank found no C++ compiler" in caplog.text
+
+
+def test_an_error_of_the_first_rank_does_not_leave_the_others_waiting(times, monkeypatch):
+    def failing(*_):
+        raise OSError("the disk has gone")
+
+    monkeypatch.setattr(auto, "circumstances_of", failing)
+    with pytest.raises(OSError, match="the disk has gone"):
+        choose_auto(config(**AUTO), resolved(), loader(), CPU, Group(0))
+    with pytest.raises(SystemExit):
+        choose_auto(config(**AUTO), resolved(), loader(), CPU, Group(1))
+
+
+def test_documents_apart_are_not_compiled(times):
+    written = config(**AUTO)
+    data = written.data.model_copy(update={"packing": "document"})
+    start = resolved().model_copy(update={"data": data})
+    chosen, _ = choose_auto(
+        written.model_copy(update={"data": data}), start, loader(), CPU, Ranks()
+    )
+    assert times.asked == ["fp32", "bf16"]
+    assert chosen.training.compile is False
+
+
 def test_a_failing_measurement_is_a_warning_and_the_plain_way(times, monkeypatch, caplog):
     def failing(*_, **__):
         raise RuntimeError("out of\nmemory")

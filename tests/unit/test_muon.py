@@ -32,7 +32,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @given(
-    st.integers(1, 12), st.integers(1, 12), st.integers(1, 4), st.floats(-15, 15), st.integers(0, 99)
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.floats(-15, 15),
+    st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=60)
 def test_orthogonalize_maps_singular_values_and_keeps_the_vectors(

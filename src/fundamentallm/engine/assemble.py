@@ -135,16 +135,17 @@ def assemble(
     resolved, notes = resolve(
         config, directory, tokenizer, len(train_loader), train_loader.tokens_per_step, device
     )
+    with config.blame("model"):
+        refuse_what_cannot_fit(resolved, device)
     if measuring and directory.checkpoint is None:
         resolved, chosen = choose_auto(written, resolved, train_loader, device, ranks)
         notes += chosen
-    notes = [*start.notes, *without_effect(config.data, corpus), *notes]
+    notes = [*start.notes, *without_effect(config, corpus), *notes]
     training = resolved.training
 
     # models compute; the ranks share the weights, and then each draws its own dropout
     torch.manual_seed(config.seed)
     with config.blame("model"):
-        refuse_what_cannot_fit(resolved, device)
         model = Transformer(resolved.model)
         start.load_into(model)
     model.to(device)
@@ -322,9 +323,17 @@ def choose_tokenizer(
         return build_tokenizer(chosen.name, chosen.options, corpus.text)
 
 
-def without_effect(data: DataConfig, corpus: Corpus) -> list[str]:
-    """Return a note for each setting of the data that a prepared folder has decided already."""
+def without_effect(config: RunConfig, corpus: Corpus) -> list[str]:
+    """Return a note for each setting as written that something else has decided already."""
+    data, training = config.data, config.training
     notes = []
+    if data.packing == "document":
+        if training.compile is True:
+            notes.append("training.compile has no effect: data.packing: document is not compiled")
+        if training.attention == "explicit":
+            notes.append("training.attention has no effect: data.packing: document has its own")
+    if training.bf16_weights is True and (training.precision or "fp32") == "fp32":
+        notes.append("training.bf16_weights has no effect in fp32")
     if corpus.tokenizer is not None and "tokenizer" in data.model_fields_set:
         notes.append("data.tokenizer has no effect: the prepared text has its own")
     if any(member.splits is not None for member in corpus.members) and (

@@ -148,19 +148,32 @@ def choose_auto(
         and device.type == "cpu"
     )
     may_compile = written.training.compile == "auto"
-    if may_compile:
-        may_compile = not ranks.any(training.compile is False)
+    apart = resolved.data.packing == "document"  # which is not compiled
+    if may_compile and (apart or ranks.any(training.compile is False)):
+        if training.compile and not apart:
+            logger.warning("compile: auto: another rank found no C++ compiler: nothing is compiled")
+        may_compile, training = False, training.model_copy(update={"compile": False})
+        resolved = resolved.model_copy(update={"training": training})
     if not (opens_type or may_compile):
         return resolved, []
     start = replace(Setting.of(resolved), compile=training.compile is True and not may_compile)
     message = ""
+    failure: Exception | None = None
     if ranks.is_writer:
-        other = _in_bf16(start, written, resolved, device) if opens_type else None
-        chosen, note = _choose(start, other, may_compile, resolved, loader, device, ranks)
-        message = json.dumps(
-            [chosen.precision, chosen.bf16_weights, chosen.attention, chosen.compile, note]
-        )
-    precision, bf16_weights, attention, compiles, note = json.loads(ranks.broadcast_text(message))
+        try:
+            other = _in_bf16(start, written, resolved, device) if opens_type else None
+            chosen, note = _choose(start, other, may_compile, resolved, loader, device, ranks)
+            message = json.dumps(
+                [chosen.precision, chosen.bf16_weights, chosen.attention, chosen.compile, note]
+            )
+        except Exception as error:  # the others wait for the message
+            failure = error
+    message = ranks.broadcast_text(message)
+    if failure is not None:
+        raise failure
+    if not message:
+        raise SystemExit(1)  # the first rank tells why
+    precision, bf16_weights, attention, compiles, note = json.loads(message)
     chosen = replace(
         start,
         precision=precision,
@@ -206,7 +219,7 @@ def _choose(
 
     def seconds_of(setting: Setting, slowest: float) -> Measurement:
         nonlocal new
-        name = name_of(setting)
+        name = f"{name_of(setting)}, {setting.attention} attention"
         if name not in known:
             batch = loader.window_at(0, 0).micro_batches[0]
             window = Window([batch], count_valid(batch["target_ids"]))

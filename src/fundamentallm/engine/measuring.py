@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -228,6 +229,7 @@ def _reason(code: int, last_line: str) -> str:
 
 def _answer(folder: Path) -> None:
     """Do what `measure_apart` asks, in the process that it started."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with contextlib.suppress(OSError):  # where memory runs out, this process shall be the one to go
         Path("/proc/self/oom_score_adj").write_text("1000")
     request: dict[str, Any] = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
@@ -247,6 +249,15 @@ def _answer(folder: Path) -> None:
         result = failed(error.what)
     # Infinity is no JSON for others, but both ends are this module.
     (folder / RESULT).write_text(json.dumps(asdict(result)), encoding="utf-8")
+
+
+def _end_with(parent: int) -> None:
+    """End this process, and the compiler's, when the one that waits for it has gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    if hasattr(os, "killpg"):
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+    os._exit(1)
 
 
 def windows_of(rows: Batch, batch_size: int, accumulation_steps: int) -> list[Window]:

@@ -19,9 +19,7 @@ import logging
 import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +27,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -58,7 +55,8 @@ from fundamentallm.data.tokenizer import (
 from fundamentallm.engine.console import say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.run_lock import LOCK_FILE, owning, refuse_if_owned
-from fundamentallm.errors import ConfigError, DataError, InterruptedRunError, MachineError
+from fundamentallm.engine.stopping import ended_by_signals
+from fundamentallm.errors import ConfigError, DataError, MachineError
 from fundamentallm.training.filesystem import Filesystem, make_directories, random_suffix
 
 logger = logging.getLogger(__name__)
@@ -776,29 +774,3 @@ def _progress(inputs: Sequence[Input], passes: int) -> Iterator[Callable[[int], 
         total=total, unit="B", unit_scale=True, desc="prepare", disable=None, leave=False
     ) as bar:
         yield bar.update
-
-
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a block as Ctrl-C does, so that nothing is left behind."""
-    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise InterruptedRunError(
-            "stopped, and nothing was written",
-            signal_number=number,
-            fix="repeat the command",
-        )
-
-    before = {number: signal.getsignal(number) for number in wanted}
-    for number in wanted:
-        if before[number] is signal.SIG_DFL:
-            signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -134,8 +134,6 @@ def circumstances_of(
         "loss": training.loss.to_plain(),
         "gradient_checkpointing": training.gradient_checkpointing,
         "packing": config.data.packing,
-        "bf16_weights": training.bf16_weights,
-        "attention": training.attention,
     }
     return {
         "processor": _processor(),

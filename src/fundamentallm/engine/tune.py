@@ -36,6 +36,7 @@ from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.run_directory import nowhere
 from fundamentallm.engine.search import Setting, Space, batch_sizes, search, thread_counts
 from fundamentallm.engine.starting_point import starting_point
+from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.models.attention import KERNELS
 from fundamentallm.models.components import follows_weight_type
@@ -92,7 +93,8 @@ def tune(
     space = _space(config, device, keep)
     table = Table(config, rows, plugins, device, deadline)
     table.head()
-    best = search(start, space, table.seconds_of)
+    with ended_by_signals():
+        best = search(start, space, table.seconds_of)
     measured = table.measured
     if best not in measured or measured[best].fault:
         raise MachineError(
@@ -162,11 +164,11 @@ def _space(config: RunConfig, device: torch.device, keep: Sequence[str]) -> Spac
         if device.type == "cuda" and not torch.cuda.is_bf16_supported():
             types[1:] = [{"precision": "fp16", "bf16_weights": False}]
     compiling = [start.compile]
-    if "compile" not in keep and find_compiler() is not None:
+    # Documents apart have a kernel of their own, which is not compiled.
+    apart = config.data.packing == "document"
+    if "compile" not in keep and not apart and find_compiler() is not None:
         compiling = [False, True]
-    kernels = list(KERNELS)
-    if "attention" in keep or config.data.packing == "document":  # which has a kernel of its own
-        kernels = [start.attention]
+    kernels = [start.attention] if "attention" in keep or apart else list(KERNELS)
     kinds = [
         {**narrow, "compile": compiled, "attention": kernel}
         for compiled in compiling
@@ -323,10 +325,16 @@ def _write(
 def _changes(
     document: YamlDocument, config: RunConfig, best: Setting, keep: Sequence[str]
 ) -> dict[KeyPath, Any]:
-    """Return the values to write: the choice, and what of the rest is otherwise than it was."""
+    """Return the values to write: the choice, and what of the rest is otherwise than it was.
+
+    Of what is kept, an `auto` becomes what was measured for it: the run could choose otherwise.
+    """
     values = best.values(config.data.batch_size * config.training.accumulation_steps)
     given = document.data.get("training") or {}
     training = values["training"]
+    fields = type(config.training).model_fields
+    opened = {name for name in fields if given.get(name, fields[name].default) == "auto"}
+    keep = [name for name in keep if name not in opened]
     if "precision" in keep:
         del training["precision"], training["bf16_weights"]
     elif "mixed_precision" in given:

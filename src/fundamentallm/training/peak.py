@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
@@ -31,7 +32,8 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         for model, peak in _BF16_DATA_SHEETS.items():
-            if model in name:
+            # A slice of a GPU has a share of its peak that the name does not tell.
+            if re.search(rf"\b{model}\b", name) and "MIG" not in name:
                 return peak
     return measured_peak(device, dtype)
 

@@ -268,7 +268,7 @@ class Trainer(Engine):
             CheckpointError: it is damaged, or of another model, optimizer or data.
         """
         path = Path(path)
-        if not self._listens(Checkpointing):
+        if not self.listens(Checkpointing):
             self._checkpoint_dir = path.parent
         self.attach_defaults()
         if self.restore_point is None:
@@ -667,6 +667,14 @@ class Trainer(Engine):
         """Take the refused step once more from the state before it; call at FLLM_STEP_REJECTED."""
         self._redo = True
 
+    def listens(self, kind: type) -> bool:
+        """Return whether a handler of a class is attached."""
+        return any(
+            isinstance(getattr(handler, "__self__", handler), kind)
+            for entries in self._event_handlers.values()
+            for handler, _, _ in entries
+        )
+
     def laboratory(self) -> Laboratory:
         """Return what replays of the current step need."""
         return Laboratory(self.model, self.loss_fn, self.precision, self.ranks)
@@ -877,11 +885,11 @@ class Trainer(Engine):
 
     def attach_defaults(self) -> None:
         """Attach schedule, evaluation and checkpointing from the arguments, unless they are."""
-        if not self._listens(Schedule):
+        if not self.listens(Schedule):
             Schedule(self.scheduler).attach(self)
-        if not self._listens(Evaluation):
+        if not self.listens(Evaluation):
             Evaluation().attach(self)
-        if self._checkpoint_dir is not None and not self._listens(Checkpointing):
+        if self._checkpoint_dir is not None and not self.listens(Checkpointing):
             Checkpointing(self._checkpoint_dir, n_saved=self.config.keep_last).attach(self)
 
     def _keep_checkpoints_in(self, directory: Path) -> None:
@@ -892,13 +900,6 @@ class Trainer(Engine):
                 f" checkpoint_dir={directory} would have no effect"
             )
         self._checkpoint_dir = directory
-
-    def _listens(self, kind: type) -> bool:
-        return any(
-            isinstance(getattr(handler, "__self__", handler), kind)
-            for entries in self._event_handlers.values()
-            for handler, _, _ in entries
-        )
 
 
 def _handler_name(handler: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fundamentallm.config.training import TrainingConfig
+from fundamentallm.events import TrainingEvents
 from fundamentallm.models.estimate import estimate
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training import peak
@@ -37,11 +38,28 @@ def test_is_the_models_flops_a_second_over_the_peak():
     )
 
 
-def test_is_nan_where_nobody_measures_throughput():
+def test_is_nan_where_nobody_measures_throughput(caplog):
     trainer = make_trainer()
     ModelFlopsUtilization(peak_tflops=1.0).attach(trainer)
     trainer.run()
     assert math.isnan(trainer.state.metrics["train/mfu"])
+    assert caplog.text.count("mfu is NaN: the handler throughput") == 1
+
+
+def test_is_of_its_own_step_whatever_was_attached_first():
+    trainer = make_trainer()
+    ModelFlopsUtilization(peak_tflops=0.5).attach(trainer)
+    Throughput().attach(trainer)
+    shares = []
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_METRICS_READY,
+        lambda: shares.append(
+            trainer.state.metrics["train/mfu"] / trainer.state.metrics["train/tokens_per_second"]
+        ),
+    )
+    trainer.run()
+    flops = estimate(trainer.model.config).flops_per_token
+    assert shares == pytest.approx([flops / 0.5e12] * 3)
 
 
 def test_a_model_without_a_configuration_is_counted_by_its_parameters():
@@ -80,11 +98,19 @@ def test_refuses_a_peak_that_is_none(wrong):
         ("NVIDIA H200", 989.4),
         ("NVIDIA A100-SXM4-80GB", 312.0),
         ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
     ],
 )
 def test_a_known_gpu_has_the_peak_of_its_data_sheet(monkeypatch, name, tflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak.device_peak(torch.device("cuda"), torch.bfloat16) == tflops * 1e12
+
+
+@pytest.mark.parametrize("name", ["NVIDIA L40", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "A1000"])
+def test_another_gpu_and_a_slice_of_one_are_measured(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(peak, "measured_peak", lambda device, dtype: 1.0)
+    assert peak.device_peak(torch.device("cuda"), torch.bfloat16) == 1.0
 
 
 def test_measuring_draws_no_random_number():
