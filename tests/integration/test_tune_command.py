@@ -264,6 +264,8 @@ def test_nothing_is_left_of_a_tune_that_was_stopped(stop, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        # These tests may run under nohup, whose children ignore a hangup, and rightly so.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     ) as process:
         wait_until(lambda: children(process.pid))
         (child,) = children(process.pid)

@@ -1,0 +1,107 @@
+"""Validation loss of a recipe over seeds, the seconds it took, and the steps' share of them.
+
+    python benchmarks/recipes.py CONFIG [--data PATH] [--seeds 1337 1338 1339] [KEY=VALUE ...]
+
+    configs/shakespeare_cpu.yaml                           two minutes, compilation included
+    configs/shakespeare_cpu.yaml training.max_seconds=590  ten
+    configs/shakespeare_small.yaml                         2,000 steps of 768 tokens
+    configs/shakespeare_small.yaml training.total_steps=250 --against-hand
+
+Each seed is a process of its own, timed from its start to its end, with an empty compile cache. The
+seconds of the steps are those that training itself took: no start, no compilation, no evaluation.
+With `--against-hand` the eager float32 loop of nanoGPT's CPU recipe (`speed.py`'s `hand`) is timed
+as well, and the seconds are given as a share of its 2,000 steps, which nanoGPT reports 1.88 after.
+Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WINDOW = 50  # steps between two lines of the log, and of the throughput in it
+HAND_STEPS = 2000
+
+
+def train(config: Path, data: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """Train in a process of its own, with nothing compiled before."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(scratch) / "run"
+        command = [sys.executable, "-m", "fundamentallm.engine", "run", str(config)]
+        command += [f"seed={seed}", f"data.source={data}", "handlers.samples=false"]
+        command += [f"training.log_steps={WINDOW}", f"handlers.throughput={{window: {WINDOW}}}"]
+        command += [*overrides, "--run-dir", str(run)]
+        started = time.perf_counter()
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "inductor")},
+        )
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["train/tokens_per_second"] for line in lines if "train/loss" in line]
+    # The first line is of the first step alone, which compiles.
+    rate = 1 / statistics.mean(1 / rate for rate in rates[2:])
+    return {
+        "val/loss": [line["val/loss"] for line in lines if "val/loss" in line][-1],
+        "seconds": round(seconds, 1),
+        "steps": lines[-1]["step"],
+        "tokens a second": round(rate),
+        "seconds of steps": round(lines[-1]["tokens"] / rate, 2),
+    }
+
+
+def hand_milliseconds() -> float:
+    """Return the median step of the loop by hand."""
+    command = [sys.executable, str(Path(__file__).with_name("speed.py")), "--alone", "hand"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1])["ms"])
+
+
+def main() -> None:
+    """Parse the arguments, train, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--data", default="tinyshakespeare")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339])
+    parser.add_argument("--against-hand", action="store_true")
+    options = parser.parse_intermixed_args()
+
+    rounds, shares = {}, []
+    for seed in options.seeds:
+        rounds[seed] = train(options.config, options.data, seed, options.overrides)
+        print(f"seed {seed}: {rounds[seed]}", file=sys.stderr)
+        if options.against_hand:
+            hand = hand_milliseconds()
+            shares.append(rounds[seed]["seconds of steps"] / (hand * HAND_STEPS / 1e3))
+            rounds[seed]["hand, ms a step"] = round(hand, 2)
+    losses = [found["val/loss"] for found in rounds.values()]
+    report = {
+        "config": str(options.config),
+        "overrides": options.overrides,
+        "seeds": rounds,
+        "mean val/loss": round(statistics.mean(losses), 4),
+        "spread": round(max(losses) - min(losses), 4),
+        "most seconds": max(found["seconds"] for found in rounds.values()),
+    }
+    if shares:
+        report["share of the loop's 2,000 steps"] = round(statistics.median(shares), 4)
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
