@@ -1,10 +1,10 @@
 """What `precision: auto` and `compile: auto` choose when a run begins.
 
 A run pays for the choice out of its own time, so it is short: a few micro-batches for each setting,
-half a second, in this process; what was compiled the compiler then finds in its cache. What cannot
-pay is not tried: nothing in a run of seconds, no compiler in a run of half a minute. Figures are
-kept (`speed_cache.py`); the choice follows from them and from the length of the run, and is stored
-in the run's configuration: a run that is resumed does not choose again.
+half a second, in this process, where compiled code is then at hand for the run. What cannot pay is
+not tried: nothing in a run of seconds, no compiler in a run of half a minute. The figures are kept
+(`speed_cache.py`); the choice follows from them and from the length of the run, and is stored in
+the run's configuration: a run that is resumed does not choose again.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Literal
 
 import torch
@@ -50,10 +51,11 @@ class CompiledBlocks:
     ) -> None:
         self.plain = plain
         self.rows, self.time = rows, time
-        self.compiled: BlockRunner | None = torch.compile(
-            _apart(plain), backend=backend, dynamic=False
-        )
+        self.backend = backend
+        self.compiled: BlockRunner | None = plain
         self._drops: bool | None = None
+        if rows is not None and time is not None:
+            self._expect(rows, time)
 
     def __call__(
         self, block: nn.Module, x: Tensor, positions: nn.Module, embedded: Tensor
@@ -75,6 +77,11 @@ class CompiledBlocks:
             self.compiled = None
             return self.plain(block, x, positions, embedded)
 
+    def _expect(self, rows: int, time: int) -> None:
+        self.rows, self.time = rows, time
+        one = _one_of_its_shape(self.plain, rows, time)
+        self.compiled = torch.compile(one, backend=self.backend, dynamic=False)
+
     def _serves(self, block: nn.Module, x: Tensor) -> bool:
         """Return whether this is the shape that the code is for."""
         rows, time = x.shape[:2]
@@ -82,7 +89,7 @@ class CompiledBlocks:
             trains = block.training and torch.is_grad_enabled()
             if not trains or rows != (self.rows or rows) or time != (self.time or time):
                 return False
-            self.rows, self.time = rows, time
+            self._expect(rows, time)
         if (rows, time) != (self.rows, self.time):
             return False
         if self._drops is None:
@@ -90,8 +97,13 @@ class CompiledBlocks:
         return block.training or not self._drops
 
 
-def _apart(plain: BlockRunner) -> BlockRunner:
-    """Return a function of its own: the compiler counts its attempts, at most 8, by code object."""
+@cache
+def _one_of_its_shape(plain: BlockRunner, rows: int, time: int) -> BlockRunner:
+    """Return a function of its own for each shape, the same for each model.
+
+    The compiler counts its attempts by code object, and gives up after 8; but what it has compiled
+    for one model serves the next of the same kind.
+    """
 
     def call(block: nn.Module, x: Tensor, positions: nn.Module, embedded: Tensor) -> Tensor:
         return plain(block, x, positions, embedded)
