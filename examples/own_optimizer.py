@@ -1,8 +1,8 @@
-"""An optimizer of your own: Lion, without touching the package.
+"""An optimizer of your own: AdaBelief, without touching the package.
 
     python examples/own_optimizer.py
     PYTHONPATH=examples python -m fundamentallm.engine run configs/train.yaml \\
-        --plugins own_optimizer training.optimizer=lion training.learning_rate=5e-4
+        --plugins own_optimizer training.optimizer=adabelief training.learning_rate=2e-3
 
 What to learn: one decorated function. `params` and `lr` come from the program, every other
 parameter is an option that a YAML may write, checked against its annotation. The groups that
@@ -20,49 +20,67 @@ from torch.optim import Optimizer
 from fundamentallm.training.optimizers import OPTIMIZERS
 
 
-class Lion(Optimizer):
-    """Sign of an interpolation between momentum and gradient (Chen et al. 2023, algorithm 2).
+class AdaBelief(Optimizer):
+    """Adam that divides by how far gradients stray from their mean (Zhuang et al. 2020, alg. 2).
+
+    A gradient as expected gets a long step, a surprising one a short one.
 
     Args:
         params: parameters or groups of them.
-        lr: step size; 3 to 10 times smaller than AdamW's.
-        betas: interpolation for the update, and for the momentum.
+        lr: step size, as for AdamW.
+        betas: decay of the mean, and of the squared distance to it.
+        eps: added to that square in each step, and to its root.
         weight_decay: decoupled, as in AdamW.
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float, betas: tuple[float, float], weight_decay: float
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            update_beta, momentum_beta = group["betas"]
+            (beta1, beta2), eps = group["betas"], group["eps"]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"]
-                update = momentum.lerp(parameter.grad, 1 - update_beta).sign_()
+                    state["step"] = 0
+                    state["mean"] = torch.zeros_like(parameter)
+                    state["surprise"] = torch.zeros_like(parameter)
+                state["step"] += 1
+                mean, surprise = state["mean"], state["surprise"]
+                mean.lerp_(parameter.grad, 1 - beta1)
+                stray = parameter.grad - mean
+                surprise.mul_(beta2).addcmul_(stray, stray, value=1 - beta2).add_(eps)
+                # Both averages begin at 0; this makes up for it.
+                mean_scale = 1 - beta1 ** state["step"]
+                surprise_scale = 1 - beta2 ** state["step"]
+                distance = (surprise / surprise_scale).sqrt_().add_(eps)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"])
-                momentum.lerp_(parameter.grad, 1 - momentum_beta)
+                parameter.addcdiv_(mean, distance, value=-group["lr"] / mean_scale)
 
 
-@OPTIMIZERS.register("lion")
-def lion(
+@OPTIMIZERS.register("adabelief")
+def adabelief(
     params: Iterable[Any],
     lr: float,
     *,
-    betas: tuple[float, float] = (0.9, 0.99),
-    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-12,
+    weight_decay: float = 0.01,
 ) -> Optimizer:
-    """Build Lion with the options of a configuration."""
-    return Lion(params, lr, betas, weight_decay)
+    """Build AdaBelief with the options of a configuration."""
+    return AdaBelief(params, lr, betas, eps, weight_decay)
 
 
 def main() -> None:
@@ -74,7 +92,7 @@ def main() -> None:
     torch.manual_seed(0)
     train_loader, val_loader = tiny_loaders()
     model = tiny_model()
-    optimizer = OptimizerBuilder.build("lion", model, lr=3e-3)
+    optimizer = OptimizerBuilder.build("adabelief", model, lr=1e-2)
     history = Trainer(model, train_loader, val_loader, optimizer, device="cpu").train(num_epochs=5)
     print(f"validation loss {history.val_loss[0]:.3f} -> {history.val_loss[-1]:.3f}")
 

@@ -19,7 +19,7 @@ TINY = EXAMPLES / "data" / "tiny.txt"
 # Each plugin with what selects its part in a run.
 PLUGINS = {
     "own_handler": ["handlers.gradient_noise.every=5"],
-    "own_optimizer": ["training.optimizer=lion", "training.learning_rate=5e-4"],
+    "own_optimizer": ["training.optimizer=adabelief", "training.learning_rate=2e-3"],
     "own_schedule": ["training.scheduler={name: restarts, depth: 0.2}"],
     "own_block": ["model.feedforward=geglu"],
     "own_tokenizer": ["data.tokenizer={name: words, max_words: 100}"],
