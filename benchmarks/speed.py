@@ -56,7 +56,7 @@ FAST = [
     "model.qk_norm=true",
     "model.bias=false",
     "training.precision=bf16",
-    "training.compile=true",
+    "training.compile=native",
     "training.attention=auto",
 ]
 WARMUP = 10  # steps

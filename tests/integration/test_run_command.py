@@ -646,6 +646,45 @@ def test_a_compiled_run_goes_on_where_no_compiler_is(at_step, monkeypatch, capsy
     assert main(["run", "tiny.yaml", "training.compile=true", "--run-dir", "other"]) != 0
 
 
+NATIVE = ["tiny.yaml", "data.sequence_length=32", "model.d_model=64", "model.dropout=0"]
+NATIVE += ["training.compile=native", "training.precision=bf16", "training.eval_steps=3"]
+
+
+@pytest.mark.skipif(compilation.find_compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("step", [1, 5, 6])
+def test_a_run_of_native_code_goes_on_exactly(at_step, step):
+    at_step(10**6, press_ctrl_c)
+    assert main(["run", *NATIVE, "--run-dir", "whole"]) == 0
+    at_step(step, press_ctrl_c)
+    assert main(["run", *NATIVE, "--run-dir", "cut"]) == 130
+    at_step(10**6, press_ctrl_c)
+    assert main(["run", *NATIVE, "--run-dir", "cut"]) == 0
+    stored = yaml.safe_load(Path("cut/config.yaml").read_text())["training"]
+    assert (stored["compile"], stored["bf16_weights"]) == ("native", False)
+    assert weights("cut") == weights("whole")
+    assert timeless("cut") == timeless("whole")
+
+
+@pytest.mark.skipif(compilation.find_compiler() is None, reason="needs a C++ compiler")
+def test_a_native_run_goes_on_where_no_compiler_is(at_step, monkeypatch, capsys):
+    at_step(6, press_ctrl_c)
+    assert main(["run", *NATIVE]) == 130
+    at_step(10**6, press_ctrl_c)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main(["run", *NATIVE]) == 0
+    assert "no C++ compiler here" in " ".join("".join(capsys.readouterr()).split())
+    assert main(["run", *NATIVE, "--run-dir", "other"]) == 5
+    assert "compile: native needs a C++ compiler" in capsys.readouterr().err
+
+
+def test_a_model_that_native_code_does_not_know_is_refused_with_the_reason(capsys):
+    assert main(["run", *NATIVE, "model.bias=true", "model.d_model=48"]) == 2
+    said = capsys.readouterr().err
+    assert "compile: native does not know this model's block" in said
+    assert "d_model 48" in said
+    assert "training.compile" in said
+
+
 def test_nothing_is_measured_of_what_cannot_fit(monkeypatch, capsys):
     monkeypatch.setattr(auto, "measure", None)
     monkeypatch.setattr("fundamentallm.engine.fit.memory_limit", lambda device: 1 << 20)

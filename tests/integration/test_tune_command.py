@@ -94,6 +94,30 @@ def test_the_winner_is_written_into_a_copy_of_the_file(machine, capsys):
     assert "8.00 times as fast as the file has it" in written
 
 
+def test_native_code_is_a_candidate_where_the_block_is_known(machine, capsys):
+    known = ["model.d_model=64", "data.sequence_length=32", "model.d_ff=96"]
+    assert main(["tune", "tiny.yaml", *known]) == 0
+    tried = [c.training for c in machine.configs if c.training.compile == "native"]
+    assert tried
+    assert {(t.precision, t.bf16_weights) for t in tried} == {("bf16", False)}
+    assert "native" in capsys.readouterr().out
+    machine.configs.clear()
+    assert main(["tune", "tiny.yaml"]) == 0
+    assert "native" not in {c.training.compile for c in machine.configs}
+
+
+def test_native_code_that_wins_is_written(machine, monkeypatch):
+    monkeypatch.setattr(
+        machine,
+        "cost",
+        lambda setting: Measurement(0.1 if setting.compile == "native" else 1.0, 3.0),
+    )
+    known = ["model.d_model=64", "data.sequence_length=32", "model.d_ff=96"]
+    assert main(["tune", "tiny.yaml", *known]) == 0
+    training = load_config("tiny.tuned.yaml").training
+    assert (training.compile, training.precision) == ("native", "bf16")
+
+
 def test_the_table_shows_every_candidate_and_marks_the_winner(machine, capsys):
     main(["tune", "tiny.yaml"])
 

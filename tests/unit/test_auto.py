@@ -21,6 +21,7 @@ from fundamentallm.training.distributed import Ranks
 PLAIN = Setting("fp32", False, False, "flash", 8, None)
 NARROW = replace(PLAIN, precision="bf16", bf16_weights=True, attention="explicit")
 COMPILED = replace(PLAIN, compile=True)
+NATIVE = replace(PLAIN, precision="bf16", compile="native")
 BOTH = replace(NARROW, compile=True)
 CPU = torch.device("cpu")
 
@@ -101,6 +102,24 @@ class TestChoice:
         assert choose(PLAIN, NARROW, True, Length(300, None), times) == COMPILED
         assert times.asked == ["fp32", "bf16", "fp32 compiled"]
 
+    def test_native_code_is_tried_first_and_where_it_wins_torch_does_not_compile(self):
+        times = Times(fp32=0.5, bf16=0.6, bf16_native=(0.1, 3.0), fp32_compiled=(0.05, 20.0))
+        chosen = choose(PLAIN, NARROW, True, Length(10_000, None), times, NATIVE)
+        assert chosen == NATIVE
+        assert times.asked == ["fp32", "bf16", "bf16 native"]
+
+    def test_native_code_that_is_slower_or_fails_leaves_the_others(self):
+        times = Times(fp32=0.5, bf16=0.6, bf16_native=(0.7, 3.0), fp32_compiled=(0.3, 20.0))
+        assert choose(PLAIN, None, True, Length(1000, None), times, NATIVE) == COMPILED
+        times = Times(fp32=0.5, fp32_compiled=(0.3, 20.0))
+        assert choose(PLAIN, None, True, Length(1000, None), times, NATIVE) == COMPILED
+
+    def test_native_code_must_pay_within_the_run_too(self):
+        times = Times(fp32=0.1, bf16_native=(0.09, 3.0))
+        assert choose(PLAIN, None, True, Length(100, None), times, NATIVE) == PLAIN
+        times = Times(fp32=0.2, bf16_native=(0.19, 3.0))
+        assert choose(PLAIN, None, True, Length(100, None), times, NATIVE) == PLAIN
+
     def test_a_small_gain_changes_nothing(self):
         times = Times(fp32=1.0, bf16=0.98)
         assert choose(PLAIN, NARROW, False, Length(10_000, None), times) == PLAIN
@@ -159,6 +178,7 @@ def times(monkeypatch, tmp_path) -> Times:
     """Measurements in place of the real ones, and a cache of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     times = Times(fp32=1.0, bf16=0.6, bf16_compiled=(0.3, 9.0), fp32_compiled=(0.5, 9.0))
+    times.known["bf16 native"] = Measurement(0.7, 3.0)
 
     def measure(config, windows, device, seconds, slowest, brief):
         assert len(windows[0].micro_batches) == 1
@@ -182,6 +202,29 @@ def test_the_choice_is_written_into_the_configuration(times):
     )
     assert (training.attention, training.compile) == ("explicit", True)
     assert "auto: bf16 compiled; a micro-batch takes, measured now: fp32 1e+03 ms" in notes[0]
+
+
+def test_native_code_is_chosen_for_a_block_that_it_knows(times):
+    times.known["bf16 native"] = Measurement(0.1, 3.0)
+    written = config(**AUTO)
+    known = {"d_model": 64, "num_heads": 2, "d_ff": 96}
+    model = written.model.model_copy(update=known)
+    chosen, notes = choose_auto(
+        written, resolved().model_copy(update={"model": model}), loader(), CPU, Ranks()
+    )
+    training = chosen.training
+    assert (training.precision, training.compile, training.bf16_weights) == (
+        "bf16",
+        "native",
+        False,
+    )
+    assert "auto: bf16 native" in notes[0]
+    assert RunConfig.from_yaml(chosen.to_yaml()).training == training
+
+    times.asked.clear()
+    unknown = model.model_copy(update={"bias": True})
+    choose_auto(written, resolved().model_copy(update={"model": unknown}), loader(), CPU, Ranks())
+    assert "bf16 native" not in times.asked
 
 
 def test_a_machine_is_measured_once(times):

@@ -276,7 +276,7 @@ class TestMessages:
             ("training: {learning_rate: }", "no value", "a number above 0", "write a value"),
             ("training: {learning_rate: [1]}", "wrong type: a list", "a number above 0", ""),
             ("training: {precision: bf17}", "unknown value", "one of fp32, bf16", "'bf16'?"),
-            ("training: {compile: on}", "wrong type: text", "true or false or auto", "write true"),
+            ("training: {compile: on}", "wrong type: text", "one of auto, native", "write true"),
             ("training: {device: 3}", "wrong type: an integer", "text", 'put it in quotes: "3"'),
             ("training: {keep_last: 1}", "one checkpoint alone", "from 2", "set keep_last to 2"),
             ("training: 3", "wrong type: an integer", "a mapping of keys", ""),
@@ -439,6 +439,16 @@ class TestCrossField:
         assert (config.mixed_precision, config.precision) == (mixed, precision)
         again = TrainingConfig.from_yaml(config.to_yaml())
         assert (again.mixed_precision, again.precision) == (mixed, precision)
+
+    def test_native_code_is_in_bf16_with_weights_in_float32(self):
+        config = TrainingConfig(compile="native", precision="bf16")
+        assert config.bf16_weights is False
+        assert TrainingConfig.from_yaml(config.to_yaml()) == config
+        assert TrainingConfig(compile="native", mixed_precision=True).compile == "native"
+        assert "bfloat16" in fault("training: {compile: native}").what
+        assert "precision: bf16" in fault("training: {compile: native, precision: fp16}").fix
+        error = fault("training: {compile: native, precision: bf16, bf16_weights: true}")
+        assert error.key == "training.bf16_weights"
 
     @pytest.mark.parametrize("given", [(True, "fp32"), (False, "bf16"), (False, "fp16")])
     def test_precisions_that_disagree(self, given):

@@ -90,9 +90,9 @@ class TrainingConfig(BaseConfig):
     """How attention is computed, to the same result: torch's fused kernel, or batched products and
     a softmax; auto: explicit on a CPU in bf16 with a context up to 1,024 tokens, else flash."""
 
-    compile: bool | Literal["auto"] = False
-    """Compile the model's block with torch.compile; auto: if there is a C++ compiler and the start
-    of a run finds that it pays."""
+    compile: bool | Literal["auto", "native"] = False
+    """Compile the model's block: true with torch.compile, native (on CPUs, in bf16) as C++ of this
+    package's own; auto: whichever the start of a run finds to pay, if there is a C++ compiler."""
 
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """CPU threads of each rank; None: torch's choice, the cores or OMP_NUM_THREADS."""
@@ -170,6 +170,26 @@ class TrainingConfig(BaseConfig):
                 f"{self.precision} disagree",
                 fix="remove one of the two",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _native_is_narrow(self) -> TrainingConfig:
+        if self.compile != "native":
+            return self
+        if self.precision in ("fp32", "fp16"):
+            raise problem(
+                "compile",
+                f"compile native computes its products in bfloat16, and precision is "
+                f"{self.precision}",
+                fix="set precision: bf16, or compile: true",
+            )
+        if self.bf16_weights is True:
+            raise problem(
+                "bf16_weights",
+                "compile native reads the weights in float32",
+                fix="remove bf16_weights, or set compile: true",
+            )
+        self._settle(bf16_weights=False)
         return self
 
     @model_validator(mode="after")

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fundamentallm.cache_directory import default_cache_dir
 from fundamentallm.config.data import SourceConfig
-from fundamentallm.data.download import default_cache_dir, download, sha256_of
+from fundamentallm.data.download import download, sha256_of
 from fundamentallm.data.examples import SUFFIX as EXAMPLES_SUFFIX
 from fundamentallm.data.examples import Example, digest, read_examples
 from fundamentallm.data.prepared import PARTS, WHOLE, is_prepared, read_prepared

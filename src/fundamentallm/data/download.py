@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import http
 import http.client
-import os
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -18,22 +17,6 @@ from fundamentallm.errors import DataError
 TIMEOUT = 60  # seconds of silence
 CHUNK = 1 << 20  # bytes
 LARGEST_DOWNLOAD = 1 << 40  # bytes; an answer without an end must not go on for ever
-
-
-def default_cache_dir() -> Path:
-    """Return where downloads are kept: `fundamentallm` in the user's cache directory.
-
-    Raises:
-        DataError: the user has no home, as in some containers.
-    """
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "fundamentallm"
-    except RuntimeError as error:
-        raise DataError(
-            f"there is no place for downloads: {error}",
-            fix="set XDG_CACHE_HOME to a writable place",
-        ) from error
 
 
 def download(url: str, sha256: str, path: Path) -> Path:

@@ -37,9 +37,11 @@ from fundamentallm.engine.starting_point import starting_point
 from fundamentallm.errors import CheckpointError, ConfigError, DataError
 from fundamentallm.models.attention import choose_kernel
 from fundamentallm.models.components import check_components, follows_weight_type
+from fundamentallm.models.native.block import require_native
+from fundamentallm.models.native.library import find_compiler
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.clock import seconds_since_start
-from fundamentallm.training.compilation import find_compiler, resolve_compile
+from fundamentallm.training.compilation import resolve_compile
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers import HANDLERS
 from fundamentallm.training.limits import Limits
@@ -328,7 +330,7 @@ def without_effect(config: RunConfig, corpus: Corpus) -> list[str]:
     data, training = config.data, config.training
     notes = []
     if data.packing == "document":
-        if training.compile is True:
+        if training.compile in (True, "native"):
             notes.append("training.compile has no effect: data.packing: document is not compiled")
         if training.attention == "explicit":
             notes.append("training.attention has no effect: data.packing: document has its own")
@@ -466,7 +468,12 @@ def resolve(
                 if model.init_from
                 else "remove model.vocab_size",
             )
-    bf16_weights = resolve_bf16_weights(
+    native = chosen.compile == "native"
+    if native:
+        with config.blame("training.compile"):
+            require_native(model, device)
+        precision = "bf16"  # also where it is auto
+    bf16_weights = not native and resolve_bf16_weights(
         chosen.bf16_weights, precision, device, partial(follows_weight_type, model)
     )
     context = model.sequence_length or config.data.sequence_length

@@ -25,6 +25,7 @@ from fundamentallm.engine.search import LEAST_GAIN, Setting
 from fundamentallm.engine.speed_cache import SpeedCache, circumstances_of
 from fundamentallm.models.attention import choose_kernel
 from fundamentallm.models.components import follows_weight_type
+from fundamentallm.models.native.block import why_not
 from fundamentallm.training.clock import seconds_since_start
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.limits import Limits
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 LEAST_MICRO_BATCHES = 100  # of a run in which anything is measured
 LEAST_SECONDS = 10.0  # expected of a run in which types are compared
-# ... and of one in which the compiler is called. It takes 5 to 30 s, and at best halves the rest.
+# ... and of one in which torch's compiler is called. It takes 5 to 30 s, at best halves the rest.
 LEAST_SECONDS_TO_COMPILE = 30.0
 COMPILING_SHARE = 0.05  # of a run's time, up to which it may compile twice to compare types
 SECONDS = 0.5  # for the micro-batches of a setting, if they are faster than that
@@ -83,6 +84,7 @@ def choose(
     may_compile: bool,
     length: Length,
     seconds_of: Callable[[Setting, float], Measurement],
+    native: Setting | None = None,
 ) -> Setting:
     """Return the setting that ends the run soonest, or takes it furthest, measuring few.
 
@@ -93,6 +95,8 @@ def choose(
         length: of the run.
         seconds_of: measures a setting, of a micro-batch; its second argument is the time of one
             after which the setting is out of the race.
+        native: with native code, None where there can be none. It compiles in seconds, so it is
+            tried first; where it wins, torch's compiler is not called.
     """
     if length.steps is not None and length.steps * length.micro_batches < LEAST_MICRO_BATCHES:
         return start
@@ -101,7 +105,11 @@ def choose(
     expected = length.expected(measured[start])
     if other is not None and expected >= LEAST_SECONDS:
         measured[other] = seconds_of(other, slowest)
+    if native is not None and expected >= LEAST_SECONDS:
+        measured[native] = seconds_of(native, slowest)
     best = _best(measured, start, length)
+    if best == native:
+        return best
     if may_compile and expected >= LEAST_SECONDS_TO_COMPILE:
         first = replace(best, compile=True)
         measured[first] = seconds_of(first, slowest)
@@ -146,6 +154,7 @@ def choose_auto(
         written.training.precision == "auto"
         and not written.training.mixed_precision
         and device.type == "cpu"
+        and training.compile != "native"
     )
     may_compile = written.training.compile == "auto"
     apart = resolved.data.packing == "document"  # which is not compiled
@@ -156,13 +165,18 @@ def choose_auto(
         resolved = resolved.model_copy(update={"training": training})
     if not (opens_type or may_compile):
         return resolved, []
-    start = replace(Setting.of(resolved), compile=training.compile is True and not may_compile)
+    start = Setting.of(resolved)
+    if may_compile:
+        start = replace(start, compile=False)
     message = ""
     failure: Exception | None = None
     if ranks.is_writer:
         try:
             other = _in_bf16(start, written, resolved, device) if opens_type else None
-            chosen, note = _choose(start, other, may_compile, resolved, loader, device, ranks)
+            native = _native(start, other, resolved, device) if may_compile else None
+            chosen, note = _choose(
+                start, other, may_compile, native, resolved, loader, device, ranks
+            )
             message = json.dumps(
                 [chosen.precision, chosen.bf16_weights, chosen.attention, chosen.compile, note]
             )
@@ -197,10 +211,21 @@ def _in_bf16(
     return replace(start, precision="bf16", bf16_weights=weights, attention=kernel)
 
 
+def _native(
+    start: Setting, other: Setting | None, resolved: RunConfig, device: torch.device
+) -> Setting | None:
+    """Return the setting with native code, which is in bf16; None where it cannot be."""
+    narrow = next((s for s in (start, other) if s is not None and s.precision == "bf16"), None)
+    if narrow is None or why_not(resolved.model, device):
+        return None
+    return replace(narrow, bf16_weights=False, compile="native")
+
+
 def _choose(
     start: Setting,
     other: Setting | None,
     may_compile: bool,
+    native: Setting | None,
     resolved: RunConfig,
     loader: EpochLoader,
     device: torch.device,
@@ -232,7 +257,7 @@ def _choose(
         return known[name]
 
     try:
-        chosen = choose(start, other, may_compile, length, seconds_of)
+        chosen = choose(start, other, may_compile, length, seconds_of, native)
     except Exception as error:  # the run itself says what is wrong, if something is
         reason = " ".join(str(error).split())[:200]
         logger.warning("auto: the measurement failed, so nothing is chosen by it: %s", reason)
@@ -240,7 +265,7 @@ def _choose(
     finally:
         if new:
             cache.put(circumstances, known)
-    if not chosen.compile:
+    if chosen.compile is not True:
         torch._dynamo.reset()
     return chosen, _note(chosen, asked, new, cache)
 
@@ -248,6 +273,8 @@ def _choose(
 def name_of(setting: Setting) -> str:
     """Return what tells a setting from the others that `auto` chooses among, for people."""
     narrow = "" if setting.precision != "bf16" or setting.bf16_weights else " autocast"
+    if setting.compile == "native":
+        return f"{setting.precision} native"
     return f"{setting.precision}{narrow}{' compiled' if setting.compile else ''}"
 
 

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from fundamentallm.config import RunConfig
 
@@ -27,7 +27,7 @@ class Setting:
     Attributes:
         precision: "fp32", "bf16" or "fp16".
         bf16_weights: whether bfloat16 copies of the weights take the place of autocast.
-        compile: whether the block is compiled.
+        compile: whether the block is compiled: by torch (True) or as native code ("native").
         attention: the kernel's name.
         batch_size: rows of a micro-batch; the step's rows stay, so accumulation follows.
         threads: of the CPU; None for torch's choice.
@@ -35,7 +35,7 @@ class Setting:
 
     precision: str
     bf16_weights: bool
-    compile: bool
+    compile: bool | Literal["native"]
     attention: str
     batch_size: int
     threads: int | None
@@ -47,7 +47,7 @@ class Setting:
         return cls(
             training.precision,
             training.bf16_weights is True,
-            training.compile is True,
+            training.compile if training.compile != "auto" else False,
             training.attention,
             config.data.batch_size,
             training.threads,

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import fundamentallm
+from fundamentallm.cache_directory import default_cache_dir
 from fundamentallm.config import RunConfig
-from fundamentallm.data.download import default_cache_dir
 from fundamentallm.engine.measuring import Measurement
 from fundamentallm.errors import DataError
 from fundamentallm.training.filesystem import Filesystem, make_directories, replace_file

@@ -40,7 +40,8 @@ from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.models.attention import KERNELS
 from fundamentallm.models.components import follows_weight_type
-from fundamentallm.training.compilation import find_compiler
+from fundamentallm.models.native.block import why_not
+from fundamentallm.models.native.library import find_compiler
 from fundamentallm.training.distributed import Ranks
 
 LEAST_PATIENCE = 60.0  # seconds that a candidate gets at least, or the first could not finish
@@ -175,6 +176,11 @@ def _space(config: RunConfig, device: torch.device, keep: Sequence[str]) -> Spac
         # Compiling takes long, so what most often wins with it comes first.
         for narrow, kernel in itertools.product(types[:: -1 if compiled else 1], kernels)
     ]
+    native = {"precision": "bf16", "bf16_weights": False, "compile": "native"}
+    kept = {name for name in ("precision", "compile") if name in keep}
+    may_be = all(native[name] == getattr(start, name) for name in kept)
+    if may_be and not apart and find_compiler() is not None and not why_not(config.model, device):
+        kinds.insert(0, {**native, "attention": start.attention})
     rows = config.data.batch_size * training.accumulation_steps
     sizes = [start.batch_size] if "micro-batch" in keep else batch_sizes(rows, start.batch_size)
     threads: list[int | None] = [start.threads]
@@ -279,7 +285,7 @@ class Table:
             precision = "bf16 autocast"
         start = COLUMNS.format(
             precision,
-            "yes" if setting.compile else "no",
+            "native" if setting.compile == "native" else "yes" if setting.compile else "no",
             setting.attention,
             f"{setting.batch_size} x {self._rows // setting.batch_size}",
             setting.threads or self._threads,

@@ -57,8 +57,8 @@ def build_step(
     device = precision.device
     use_kernel(model, choose_kernel(config.attention, device, precision.bf16_weights, context))
     forward = model
-    if resolve_compile(config.compile):
-        forward = compiled(forward, *batch_shape)
+    if choice := resolve_compile(config.compile):
+        forward = compiled(forward, *batch_shape, native=choice == "native")
     if not ranks.alone:
         forward = DistributedDataParallel(
             forward,

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fundamentallm.errors import MachineError
+from fundamentallm.models.native.block import NativeBlocks
+from fundamentallm.models.native.library import find_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _one_of_its_shape(plain: BlockRunner, rows: int, time: int) -> BlockRunner:
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Have a model's blocks called as they are: hooks inside compiled code are not called."""
     runner = getattr(model, "run_block", None)
-    if not isinstance(runner, CompiledBlocks):
+    if not isinstance(runner, CompiledBlocks | NativeBlocks):
         yield
         return
     model.run_block = runner.plain  # type: ignore[assignment]
@@ -126,30 +126,30 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         model.run_block = runner  # type: ignore[assignment]
 
 
-def find_compiler() -> str | None:
-    """Return the path of the C++ compiler that torch.compile would call; None without one."""
-    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+Choice = bool | Literal["auto", "native"]
 
 
-def resolve_compile(choice: bool | Literal["auto"]) -> bool:
+def resolve_compile(choice: Choice) -> bool | Literal["native"]:
     """Choose whether to compile: "auto" does where a compiler is found, and warns where none is.
 
     Raises:
-        MachineError: True, and there is no compiler.
+        MachineError: compiled code is asked for, and there is no compiler.
     """
     if not choice or find_compiler() is not None:
-        return bool(choice)
+        return choice if choice == "native" else bool(choice)
     if choice == "auto":
         logger.warning("compile: auto: no C++ compiler was found, so nothing is compiled")
         return False
     raise MachineError(
-        "torch.compile needs a C++ compiler, and there is none",
+        f"compile: {str(choice).lower()} needs a C++ compiler, and there is none",
         got=f"CXX={os.environ['CXX']}" if "CXX" in os.environ else "no g++ in PATH",
         fix="install g++, name another in CXX, or set training.compile to auto or false",
     )
 
 
-def compiled(model: nn.Module, rows: int | None = None, time: int | None = None) -> nn.Module:
+def compiled(
+    model: nn.Module, rows: int | None = None, time: int | None = None, native: bool = False
+) -> nn.Module:
     """Return what to call in place of the model.
 
     A model with `run_block` is compiled a block at a time, in place, and returned itself; another
@@ -158,8 +158,16 @@ def compiled(model: nn.Module, rows: int | None = None, time: int | None = None)
     Args:
         model: as it is.
         rows, time: as for `CompiledBlocks`.
+        native: by the code of this package, in place of torch's compiler.
+
+    Raises:
+        MachineError: native code cannot be had.
     """
     plain = getattr(model, "run_block", None)
+    if native:
+        assert plain is not None, "the configuration's model has blocks"
+        model.run_block = NativeBlocks(plain)  # type: ignore[assignment]
+        return model
     if plain is None:
         return torch.compile(model)  # type: ignore[return-value]
     model.run_block = CompiledBlocks(plain, rows, time)  # type: ignore[assignment]

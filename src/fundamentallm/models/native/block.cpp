@@ -1,0 +1,752 @@
+// A transformer block on a CPU, forwards and backwards, in one call each.
+//
+// A thread takes whole sequences: what a block makes of one stays in the core's own cache from the
+// first product to the last, where a chain of general operations would carry every intermediate
+// result to memory and back. Products are of bfloat16 with float32 sums; the residual stream,
+// normalizations, softmax and gradients of weights are float32.
+//
+// Shapes: B sequences, T tokens, D width, H heads of width K, G key and value heads, E = G K,
+// W = D + 2 E, F hidden width, I = 2 matrices into the feed-forward for swiglu, else 1. D, K, F and
+// T are multiples of 32. A linear weight is (out, in), as in torch.
+
+#include <omp.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <utility>
+
+#include "rows.h"
+#include "tiles.h"
+
+namespace {
+
+using Size = std::int64_t;
+
+// Bytes of a core's own cache that one kind of data may take.
+Size cache_share() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const Size size = std::max<Size>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20);
+    return size / 2;
+#else
+    return 1 << 19;
+#endif
+}
+
+// The arguments of both calls; fused_block.py has the same fields in the same order.
+struct Block {
+    Size batch, time, width, heads, kv_heads, hidden;
+    FeedForward feedforward;
+    Size threads;
+    float eps, qk_eps;
+
+    // Weights, float32. Gains of queries and keys, angles and the mixture may be null.
+    const float *mix, *gain1, *query, *key, *value, *query_gain, *key_gain, *output;
+    const float *gain2, *gate, *input, *feed_output;
+    const float *cosines, *sines;  // (T, K / 2)
+    bf16* packed;                  // the matrices as products read them; `packed_size` numbers
+
+    const float *x, *embedded;  // (B, T, D)
+    float* y;                   // (B, T, D)
+
+    // What the backward pass reads. Null: there will be none.
+    bf16* raw;      // (B, T, W) queries, keys and values as they leave their matrices
+    bf16* read;     // (B, T, D) what the heads read
+    float* lse;     // (B, H, T) logarithms of the softmax's sums
+    float* middle;  // (B, T, D) the stream between attention and feed-forward
+
+    // The backward pass: the gradient that comes in and those that go out, as above.
+    const float* d_y;
+    float *d_x, *d_embedded;
+    float *d_mix, *d_gain1, *d_query, *d_key, *d_value, *d_query_gain, *d_key_gain, *d_output;
+    float *d_gain2, *d_gate, *d_input, *d_feed_output;
+
+    Size head_width() const { return width / heads; }
+    Size kv_width() const { return kv_heads * head_width(); }
+    Size raw_width() const { return width + 2 * kv_width(); }
+    Size inputs() const { return feedforward == FeedForward::swiglu ? 2 : 1; }
+    Size before_width() const { return inputs() * hidden; }
+    // Rows that go through the matrices together: the more, the less often these are read again;
+    // but what they leave behind on the way must stay in the core's cache.
+    Size strip() const {
+        Size parts = (2 * time * (2 * width + before_width()) + cache_share() - 1) / cache_share();
+        return std::min<Size>(64, time + 0 * parts);
+    }
+    // Sequences of a thread whose share in the weights' gradients is summed at once. The sums of a
+    // narrow block stay in the cache, and so do the operands of 256 tokens. A wide one's do not:
+    // they are visited seldom, as long as one operand of each product stays.
+    Size group() const {
+        bool narrow = weights() * Size(sizeof(float)) <= 2 * cache_share();
+        Size tokens = narrow ? 256 : cache_share() / (2 * width);
+        return std::max<Size>(1, tokens / time);
+    }
+    float scale() const { return 1.0f / std::sqrt(float(head_width())); }
+    Size weights() const {
+        return width * (raw_width() + width + before_width() + hidden);
+    }
+    Angles angles(Size t) const {
+        Size half = head_width() / 2;
+        return cosines ? Angles{cosines + t * half, sines + t * half} : Angles{};
+    }
+};
+
+// The packed matrices: for the forward products, then for those of the backward pass.
+struct Packed {
+    bf16 *raw, *output, *before, *feed_output;
+    bf16 *raw_back, *output_back, *before_back, *feed_output_back;
+
+    explicit Packed(const Block& b) {
+        bf16* at = b.packed;
+        auto take = [&](Size count) { return std::exchange(at, at + count); };
+        raw = take(b.raw_width() * b.width);
+        output = take(b.width * b.width);
+        before = take(b.before_width() * b.width);
+        feed_output = take(b.hidden * b.width);
+        raw_back = take(b.raw_width() * b.width);
+        output_back = take(b.width * b.width);
+        before_back = take(b.before_width() * b.width);
+        feed_output_back = take(b.hidden * b.width);
+    }
+};
+
+// Working memory, kept from call to call. Without memory it only counts what it would give.
+class Arena {
+    std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
+    std::size_t capacity = 0, used = 0;
+
+public:
+    template <class T>
+    void take(T*& at, Size count) {
+        at = reinterpret_cast<T*>(memory.get() + used);
+        used += (std::size_t(count) * sizeof(T) + 63) / 64 * 64;
+    }
+    std::size_t taken() const { return used; }
+    void reserve(std::size_t bytes) {
+        used = 0;
+        if (bytes <= capacity) return;
+        constexpr std::size_t page = 2 << 20;
+        capacity = (bytes + page - 1) / page * page;
+        memory.reset();
+        memory.reset(static_cast<char*>(std::aligned_alloc(page, capacity)));
+        if (!memory) std::abort();  // there is no memory left, and nobody to tell
+#if defined(MADV_HUGEPAGE)
+        madvise(memory.get(), capacity, MADV_HUGEPAGE);  // megabytes are gone through in no order
+#endif
+    }
+};
+
+thread_local Arena arena;
+
+// The named places of a kind of working memory, for one sequence.
+template <class Memory>
+Memory in_arena(const Block& b) {
+    Arena counting;
+    Memory{b, counting};
+    arena.reserve(counting.taken());
+    return Memory(b, arena);
+}
+
+// Pack a weight (out, in) for x W^T, whose k are the columns of W.
+void pack_forward(const float* weight, Size out, Size in, bf16* to) {
+#pragma omp for schedule(static) nowait
+    for (Size n = 0; n < out; n += 16) pack_transposed(weight + n * in, in, to + n * in, in / 32);
+}
+
+// Pack it for d W, whose k are its rows, which begin at `first` of `rows` of all that are stacked.
+void pack_backward(const float* weight, Size out, Size in, bf16* to, Size first, Size rows) {
+#pragma omp for schedule(static) nowait
+    for (Size k = 0; k < out; k += 32) {
+        pack_pairs(weight + k * in, in, 32, in, to, (first + k) / 32, rows / 32);
+    }
+}
+
+void pack_weights(const Block& b, bool backward) {
+    Packed p(b);
+    Size d = b.width, e = b.kv_width(), f = b.hidden, w = b.raw_width(), i = b.before_width();
+    pack_forward(b.query, d, d, p.raw);
+    pack_forward(b.key, e, d, p.raw + d * d);
+    pack_forward(b.value, e, d, p.raw + (d + e) * d);
+    pack_forward(b.output, d, d, p.output);
+    pack_forward(b.gate, f, d, p.before);
+    if (b.inputs() == 2) pack_forward(b.input, f, d, p.before + f * d);
+    pack_forward(b.feed_output, d, f, p.feed_output);
+    if (backward) {
+        pack_backward(b.query, d, d, p.raw_back, 0, w);
+        pack_backward(b.key, e, d, p.raw_back, d, w);
+        pack_backward(b.value, e, d, p.raw_back, d + e, w);
+        pack_backward(b.output, d, d, p.output_back, 0, d);
+        pack_backward(b.gate, f, d, p.before_back, 0, i);
+        if (b.inputs() == 2) pack_backward(b.input, f, d, p.before_back, f, i);
+        pack_backward(b.feed_output, d, f, p.feed_output_back, 0, d);
+    }
+#pragma omp barrier
+}
+
+// The stream that a block reads: x, or a mixture of it and the embeddings.
+void mix_row(const Block& b, Size at, float* to) {
+    if (!b.mix) {
+        std::copy_n(b.x + at, b.width, to);
+        return;
+    }
+    for (Size i = 0; i < b.width; i += LANES) {
+        store(to + i, load(b.x + at + i) * b.mix[0] + load(b.embedded + at + i) * b.mix[1]);
+    }
+}
+
+// Queries (rows, D) and keys (rows, E) with their positions, from rows of `raw`.
+void mark_rows(const Block& b, const bf16* raw, Size t, Size rows, bf16* query, bf16* key) {
+    Size k = b.head_width(), d = b.width, e = b.kv_width();
+    for (Size r = 0; r < rows; ++r, raw += b.raw_width()) {
+        for (Size at = 0; at < d; at += k) {
+            mark(raw + at, b.query_gain, b.angles(t + r), k, b.qk_eps, query + r * d + at);
+        }
+        for (Size at = 0; at < e; at += k) {
+            mark(raw + d + at, b.key_gain, b.angles(t + r), k, b.qk_eps, key + r * e + at);
+        }
+    }
+}
+
+const ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// What one head reads for the 32 queries of block `i`, from keys and values up to their own.
+void attend(const Block& b, Left query, Size i, const bf16* keys, const bf16* values,
+            float* scores, bf16* weights, bf16* read, float* lse) {
+    Size time = b.time, k_tiles = b.head_width() / 32, columns = (i + 1) * SIDE;
+    alignas(64) float block[BLOCK], inverse[SIDE];
+    const float scale = b.scale();
+    const vec never = all(-std::numeric_limits<float>::infinity());
+    for (Size j = 0; j <= i; ++j) {
+        const bf16* first = keys + 2 * j * k_tiles * TILE;
+        multiply(query, first, first + k_tiles * TILE, k_tiles, block, false);
+        float* to = scores + j * SIDE;
+        each(block, [&](Size row, Size column, vec s) {
+            if (j == i) s = choose(LANE > int(row - column), never, s);
+            store(to + row * time + column, s);
+        });
+    }
+    for (Size r = 0; r < SIDE; ++r) {
+        const float* row = scores + r * time;
+        vec most = load(row);
+        for (Size c = LANES; c < columns; c += LANES) {
+            vec s = load(row + c);
+            most = choose(s > most, s, most);
+        }
+        float shift = largest(most) * scale;
+        vec sums = {};
+        for (Size c = 0; c < columns; c += LANES) {
+            vec p = exponential(load(row + c) * scale - shift);
+            sums += p;
+            store(weights + r * time + c, p);
+        }
+        float total = sum(sums);
+        inverse[r] = 1.0f / total;
+        if (lse) lse[r] = shift + std::log(total);
+    }
+    for (Size n = 0; n < b.head_width(); n += SIDE) {
+        const bf16* first = values + n / 16 * (time / 32) * TILE;
+        multiply(rows_of(weights, time), first, first + time / 32 * TILE, i + 1, block, false);
+        each(block, [&](Size row, Size column, vec value) {
+            store(read + row * b.width + n + column, value * inverse[row]);
+        });
+    }
+}
+
+// The working memory of a sequence's forward pass.
+struct ForwardMemory {
+    Size strip;
+    bf16 *query, *key, *keys, *values, *normed, *before, *hidden, *weights, *raw, *read;
+    float *scores, *middle;
+
+    ForwardMemory(const Block& b, Arena& from) {
+        Size t = b.time, d = b.width, e = b.kv_width();
+        bool keeps = b.raw != nullptr;
+        strip = b.strip();
+        from.take(query, t * d);
+        from.take(key, strip * e);
+        from.take(keys, t * e);
+        from.take(values, t * e);
+        from.take(normed, strip * d);
+        if (b.inputs() == 2) from.take(before, strip * b.before_width());
+        from.take(hidden, strip * b.hidden);
+        from.take(weights, SIDE * t);
+        from.take(scores, SIDE * t);
+        if (!keeps) {
+            from.take(raw, t * b.raw_width());
+            from.take(read, t * d);
+            from.take(middle, t * d);
+        }
+    }
+};
+
+void activate_rows(const Block& b, const bf16* before, Size rows, bf16* hidden) {
+    Size width = b.before_width(), f = b.hidden;
+    for (Size r = 0; r < rows; ++r, before += width, hidden += f) {
+        for (Size n = 0; n < f; n += LANES) {
+            store(hidden + n,
+                  activate(b.feedforward, load(before + n), load(before + width - f + n)));
+        }
+    }
+}
+
+void forward_sequence(const Block& b, const Packed& packed, Size s) {
+    Size time = b.time, d = b.width, e = b.kv_width(), k = b.head_width(), w = b.raw_width();
+    Size k_tiles = k / 32, t_tiles = time / 32, before_width = b.before_width();
+    ForwardMemory m = in_arena<ForwardMemory>(b);
+    bool keeps = b.raw != nullptr;
+    if (keeps) {
+        m.raw = b.raw + s * time * w;
+        m.read = b.read + s * time * d;
+        m.middle = b.middle + s * time * d;
+    }
+
+    for (Size t = 0; t < time; t += m.strip) {
+        Size rows = std::min(m.strip, time - t);
+        for (Size r = 0; r < rows; ++r) {
+            float* stream = m.middle + (t + r) * d;
+            mix_row(b, (s * time + t + r) * d, stream);
+            normalize(stream, b.gain1, d, b.eps, m.normed + r * d);
+        }
+        bf16* raw = m.raw + t * w;
+        product(rows_of(m.normed, d), rows, packed.raw, d / 32, w,
+                [&](Size r, Size n, const float* block) { put(block, raw + r * w + n, w); });
+        mark_rows(b, raw, t, rows, m.query + t * d, m.key);
+        for (Size g = 0; g < b.kv_heads; ++g) {
+            for (Size r = 0; r < rows; r += 16) {
+                pack_transposed(m.key + r * e + g * k, e, m.keys + (g * time + t + r) * k, k_tiles);
+            }
+            pack_pairs(raw + d + e + g * k, w, rows, k, m.values + g * time * k, t / 32, t_tiles);
+        }
+    }
+    for (Size h = 0; h < b.heads; ++h) {
+        Size g = h / (b.heads / b.kv_heads);
+        for (Size t = 0; t < time; t += SIDE) {
+            attend(b, rows_of(m.query + t * d + h * k, d), t / SIDE, m.keys + g * time * k,
+                   m.values + g * time * k, m.scores, m.weights, m.read + t * d + h * k,
+                   keeps ? b.lse + (s * b.heads + h) * time + t : nullptr);
+        }
+    }
+    for (Size t = 0; t < time; t += m.strip) {
+        Size rows = std::min(m.strip, time - t);
+        float* stream = m.middle + t * d;
+        product(rows_of(m.read + t * d, d), rows, packed.output, d / 32, d,
+                [&](Size r, Size n, const float* block) {
+                    put_sum(block, stream + r * d + n, d);
+                });
+        for (Size r = 0; r < rows; ++r) {
+            normalize(stream + r * d, b.gain2, d, b.eps, m.normed + r * d);
+        }
+        if (b.inputs() == 2) {
+            product(rows_of(m.normed, d), rows, packed.before, d / 32, before_width,
+                    [&](Size r, Size n, const float* block) {
+                        put(block, m.before + r * before_width + n, before_width);
+                    });
+            activate_rows(b, m.before, rows, m.hidden);
+        } else {
+            product(rows_of(m.normed, d), rows, packed.before, d / 32, b.hidden,
+                    [&](Size r, Size n, const float* block) {
+                        each(block, [&](Size row, Size column, vec value) {
+                            store(m.hidden + (r + row) * b.hidden + n + column,
+                                  activate(b.feedforward, value, value));
+                        });
+                    });
+        }
+        float* out = b.y + (s * time + t) * d;
+        product(rows_of(m.hidden, b.hidden), rows, packed.feed_output, b.hidden / 32, d,
+                [&](Size r, Size n, const float* block) {
+                    each(block, [&](Size row, Size column, vec value) {
+                        Size at = (r + row) * d + n + column;
+                        store(out + at, load(stream + at) + value);
+                    });
+                });
+    }
+}
+
+// The gradients that one thread adds up, in blocks as `add_product` leaves them.
+struct Sums {
+    float *raw, *output, *before, *feed_output;         // (D, W), (D, D), (D, I F), (D, F)
+    float *gain1, *gain2, *query_gain, *key_gain, *mix;  // D, D, K, K, 16
+
+    static Size size(const Block& b) {
+        return b.weights() + 2 * b.width + 2 * b.head_width() + LANES;
+    }
+    Sums(const Block& b, float* at) {
+        auto take = [&](Size count) { return std::exchange(at, at + count); };
+        raw = take(b.width * b.raw_width());
+        output = take(b.width * b.width);
+        before = take(b.width * b.before_width());
+        feed_output = take(b.width * b.hidden);
+        gain1 = take(b.width);
+        gain2 = take(b.width);
+        query_gain = take(b.head_width());
+        key_gain = take(b.head_width());
+        mix = take(LANES);
+    }
+};
+
+// The working memory of a sequence's backward pass. What ends in `columns` and `pairs` are the
+// operands of the weights' gradients, gathered over a group of sequences.
+struct BackwardMemory {
+    Size strip, k_tiles;  // of a group of sequences
+    bf16 *narrow, *normed, *before, *d_raw;
+    float *d_normed, *stream;
+    bf16 *d_y_columns, *d_middle_columns, *normed1_columns, *normed2_columns;
+    bf16 *hidden_pairs, *d_before_pairs, *read_pairs, *d_raw_pairs;
+    bf16 *d_read, *query, *key;
+    float *d_middle, *d_query, *d_key, *d_value, *delta;
+    // of one head
+    bf16 *query_transposed, *query_pairs, *d_read_transposed, *d_read_pairs, *key_pairs;
+    bf16 *weights, *d_scores, *d_scores_columns;
+
+    BackwardMemory(const Block& b, Arena& from) {
+        Size t = b.time, d = b.width, e = b.kv_width(), f = b.hidden, i = b.before_width();
+        Size w = b.raw_width(), k = b.head_width();
+        Size tokens = t * std::min(b.group(), b.batch);
+        strip = b.strip();
+        k_tiles = tokens / 32;
+        for (bf16** at : {&narrow, &normed}) from.take(*at, strip * d);
+        from.take(before, strip * i);
+        for (bf16** at : {&weights, &d_scores}) from.take(*at, SIDE * t);
+        from.take(d_raw, strip * w);
+        for (float** at : {&d_normed, &stream}) from.take(*at, strip * d);
+        for (bf16** at : {&d_y_columns, &d_middle_columns, &normed1_columns, &normed2_columns,
+                          &read_pairs}) {
+            from.take(*at, tokens * d);
+        }
+        from.take(hidden_pairs, tokens * f);
+        from.take(d_before_pairs, tokens * i);
+        from.take(d_raw_pairs, tokens * w);
+        for (bf16** at : {&d_read, &query}) from.take(*at, t * d);
+        from.take(key, t * e);
+        for (float** at : {&d_middle, &d_query}) from.take(*at, t * d);
+        for (float** at : {&d_key, &d_value}) from.take(*at, t * e);
+        from.take(delta, b.heads * t);
+        for (bf16** at : {&query_transposed, &query_pairs, &d_read_transposed, &d_read_pairs,
+                          &key_pairs}) {
+            from.take(*at, t * k);
+        }
+        from.take(d_scores_columns, t * t);
+    }
+};
+
+void narrow_rows(const float* from, Size count, bf16* to) {
+    for (Size i = 0; i < count; i += LANES) store(to + i, load(from + i));
+}
+
+// The activation of two rows of a strip, and in place of what went into it the gradient of that.
+// Token `t` of the group is the strip's first.
+void activate_two(const Block& b, const BackwardMemory& m, Size t, Size row, Size column,
+                  vec d_first, vec d_second) {
+    Size width = b.before_width(), t_tiles = m.k_tiles, second_matrix = width - b.hidden;
+    halves values[2], gates[2], inputs[2];
+    for (int which = 0; which < 2; ++which) {
+        Size at = (row + which) * width + column;
+        vec gate = load(m.before + at), input = load(m.before + at + second_matrix);
+        vec d_value = which ? d_second : d_first;
+        values[which] = narrow(activate_backward(b.feedforward, d_value, gate, input));
+        gates[which] = narrow(gate);
+        store_as(m.before + at, gates[which]);
+        if (second_matrix) {
+            inputs[which] = narrow(input);
+            store_as(m.before + at + second_matrix, inputs[which]);
+        }
+    }
+    store_as(m.hidden_pairs + pair_at(t + row, column, t_tiles), paired(values[0], values[1]));
+    store_as(m.d_before_pairs + pair_at(t + row, column, t_tiles), paired(gates[0], gates[1]));
+    if (second_matrix) {
+        store_as(m.d_before_pairs + pair_at(t + row, column + second_matrix, t_tiles),
+                 paired(inputs[0], inputs[1]));
+    }
+}
+
+// From the gradient of the block's output to that of the stream before the feed-forward, and on to
+// that of what the heads read.
+void feed_forward_backward(const Block& b, const Packed& packed, Size s, Size place,
+                           const BackwardMemory& m, Sums& sums) {
+    Size time = b.time, d = b.width, f = b.hidden, before_width = b.before_width();
+    Size k = b.head_width(), t_tiles = m.k_tiles;
+    for (Size t = 0; t < time; t += m.strip) {
+        Size rows = std::min(m.strip, time - t), tile = (place * time + t) / 32;
+        const float* middle = b.middle + (s * time + t) * d;
+        const float* d_y = b.d_y + (s * time + t) * d;
+        const bf16* read = b.read + (s * time + t) * d;
+        float* d_middle = m.d_middle + t * d;
+        bf16* d_read = m.d_read + t * d;
+
+        // What went into the activation is computed again: that is faster than to read it back.
+        for (Size r = 0; r < rows; ++r) {
+            normalize(middle + r * d, b.gain2, d, b.eps, m.normed + r * d);
+        }
+        pack_columns(m.normed, d, rows, d, m.normed2_columns, tile, t_tiles);
+        product(rows_of(m.normed, d), rows, packed.before, d / 32, before_width,
+                [&](Size r, Size n, const float* block) {
+                    put(block, m.before + r * before_width + n, before_width);
+                });
+
+        narrow_rows(d_y, rows * d, m.narrow);
+        pack_columns(m.narrow, d, rows, d, m.d_y_columns, tile, t_tiles);
+        product(rows_of(m.narrow, d), rows, packed.feed_output_back, d / 32, f,
+                [&](Size r, Size n, const float* block) {
+                    each_two(block, [&](Size row, Size column, vec first, vec second) {
+                        activate_two(b, m, place * time + t, r + row, n + column, first, second);
+                    });
+                });
+        product(rows_of(m.before, before_width), rows, packed.before_back, before_width / 32, d,
+                [&](Size r, Size n, const float* block) { put(block, m.d_normed + r * d + n, d); });
+        std::copy_n(d_y, rows * d, d_middle);
+        for (Size r = 0; r < rows; ++r) {
+            normalize_backward(m.d_normed + r * d, middle + r * d, b.gain2, d, b.eps,
+                               d_middle + r * d, sums.gain2);
+        }
+
+        narrow_rows(d_middle, rows * d, m.narrow);
+        pack_columns(m.narrow, d, rows, d, m.d_middle_columns, tile, t_tiles);
+        pack_pairs(read, d, rows, d, m.read_pairs, tile, t_tiles);
+        product(rows_of(m.narrow, d), rows, packed.output_back, d / 32, d,
+                [&](Size r, Size n, const float* block) { put(block, d_read + r * d + n, d); });
+        for (Size h = 0; h < b.heads; ++h) {
+            for (Size r = 0; r < rows; ++r) {
+                vec dots = {};
+                for (Size i = h * k; i < (h + 1) * k; i += LANES) {
+                    dots += load(d_read + r * d + i) * load(read + r * d + i);
+                }
+                m.delta[h * time + t + r] = sum(dots);
+            }
+        }
+    }
+}
+
+// One head's gradients (Dao et al. 2022, appendix B.2). The scores lie on their side: rows are
+// keys, columns queries.
+void attention_backward(const Block& b, Size s, Size h, const BackwardMemory& m) {
+    Size time = b.time, d = b.width, e = b.kv_width(), k = b.head_width(), w = b.raw_width();
+    Size g = h / (b.heads / b.kv_heads), k_tiles = k / 32, t_tiles = time / 32;
+    const bf16* value = b.raw + s * time * w + d + e + g * k;
+    const float *lse = b.lse + (s * b.heads + h) * time, *delta = m.delta + h * time;
+    const float scale = b.scale();
+    alignas(64) float block[BLOCK], d_block[BLOCK];
+    for (Size t = 0; t < time; t += SIDE) {
+        const bf16 *query = m.query + t * d + h * k, *d_read = m.d_read + t * d + h * k;
+        for (Size r = 0; r < SIDE; r += 16) {
+            pack_transposed(query + r * d, d, m.query_transposed + (t + r) * k, k_tiles);
+            pack_transposed(d_read + r * d, d, m.d_read_transposed + (t + r) * k, k_tiles);
+        }
+        pack_pairs(query, d, SIDE, k, m.query_pairs, t / 32, t_tiles);
+        pack_pairs(d_read, d, SIDE, k, m.d_read_pairs, t / 32, t_tiles);
+        pack_pairs(m.key + t * e + g * k, e, SIDE, k, m.key_pairs, t / 32, t_tiles);
+    }
+    for (Size j = 0; j < t_tiles; ++j) {
+        Size first = j * SIDE;
+        for (Size i = j; i < t_tiles; ++i) {
+            const bf16* q = m.query_transposed + i * SIDE * k;
+            const bf16* r = m.d_read_transposed + i * SIDE * k;
+            multiply(rows_of(m.key + first * e + g * k, e), q, q + k_tiles * TILE, k_tiles, block,
+                     false);
+            multiply(rows_of(value + first * w, w), r, r + k_tiles * TILE, k_tiles, d_block, false);
+            const float* d_weight = d_block;
+            each(block, [&](Size row, Size column, vec score) {
+                Size at = row * time + i * SIDE + column;
+                vec p = exponential(score * scale - load(lse + i * SIDE + column));
+                if (i == j) p = choose(LANE < int(row - column), vec{}, p);
+                vec dp = load(d_weight + (row / 16 * 2 + column / 16) * 256 + row % 16 * LANES);
+                store(m.weights + at, p);
+                store(m.d_scores + at, p * (dp - load(delta + i * SIDE + column)) * scale);
+            });
+            pack_columns(m.d_scores + i * SIDE, time, SIDE, SIDE,
+                         m.d_scores_columns + 2 * i * t_tiles * TILE, j, t_tiles);
+        }
+        for (Size n = 0; n < k; n += SIDE) {
+            Size from = (n / 16 * t_tiles + j) * TILE, next = t_tiles * TILE;
+            Size to = first * e + g * k + n;
+            multiply(rows_of(m.weights + first, time), m.d_read_pairs + from,
+                     m.d_read_pairs + from + next, t_tiles - j, block, false);
+            put_sum(block, m.d_value + to, e);
+            multiply(rows_of(m.d_scores + first, time), m.query_pairs + from,
+                     m.query_pairs + from + next, t_tiles - j, block, false);
+            put_sum(block, m.d_key + to, e);
+        }
+    }
+    for (Size i = 0; i < t_tiles; ++i) {
+        for (Size n = 0; n < k; n += SIDE) {
+            const bf16* from = m.key_pairs + n / 16 * t_tiles * TILE;
+            multiply(columns_of(m.d_scores_columns + 2 * i * t_tiles * TILE, t_tiles), from,
+                     from + t_tiles * TILE, i + 1, block, false);
+            put(block, m.d_query + i * SIDE * d + h * k + n, d);
+        }
+    }
+}
+
+// From the gradients of queries, keys and values to that of what the block was given.
+void projections_backward(const Block& b, const Packed& packed, Size s, Size place,
+                          const BackwardMemory& m, Sums& sums) {
+    Size time = b.time, d = b.width, e = b.kv_width(), k = b.head_width(), w = b.raw_width();
+    vec mixed[2] = {};
+    for (Size t = 0; t < time; t += m.strip) {
+        Size rows = std::min(m.strip, time - t), tile = (place * time + t) / 32;
+        for (Size r = 0; r < rows; ++r) {
+            const bf16* raw = b.raw + (s * time + t + r) * w;
+            bf16* to = m.d_raw + r * w;
+            for (Size at = 0; at < d; at += k) {
+                mark_backward(m.d_query + (t + r) * d + at, raw + at, b.query_gain,
+                              b.angles(t + r), k, b.qk_eps, to + at, sums.query_gain);
+            }
+            for (Size at = 0; at < e; at += k) {
+                mark_backward(m.d_key + (t + r) * e + at, raw + d + at, b.key_gain,
+                              b.angles(t + r), k, b.qk_eps, to + d + at, sums.key_gain);
+            }
+            narrow_rows(m.d_value + (t + r) * e, e, to + d + e);
+            mix_row(b, (s * time + t + r) * d, m.stream + r * d);
+            normalize(m.stream + r * d, b.gain1, d, b.eps, m.normed + r * d);
+        }
+        pack_pairs(m.d_raw, w, rows, w, m.d_raw_pairs, tile, m.k_tiles);
+        pack_columns(m.normed, d, rows, d, m.normed1_columns, tile, m.k_tiles);
+        product(rows_of(m.d_raw, w), rows, packed.raw_back, w / 32, d,
+                [&](Size r, Size n, const float* block) { put(block, m.d_normed + r * d + n, d); });
+        for (Size r = 0; r < rows; ++r) {
+            float* d_stream = m.d_middle + (t + r) * d;
+            normalize_backward(m.d_normed + r * d, m.stream + r * d, b.gain1, d, b.eps, d_stream,
+                               sums.gain1);
+            Size at = (s * time + t + r) * d;
+            if (!b.mix) {
+                std::copy_n(d_stream, d, b.d_x + at);
+                continue;
+            }
+            for (Size i = 0; i < d; i += LANES) {
+                vec gradient = load(d_stream + i);
+                mixed[0] += gradient * load(b.x + at + i);
+                mixed[1] += gradient * load(b.embedded + at + i);
+                store(b.d_x + at + i, gradient * b.mix[0]);
+                store(b.d_embedded + at + i, gradient * b.mix[1]);
+            }
+        }
+    }
+    sums.mix[0] += sum(mixed[0]);
+    sums.mix[1] += sum(mixed[1]);
+}
+
+// The gradients of `count` sequences from `first` on; `fresh`: the sums of weights begin here.
+void backward_group(const Block& b, const Packed& packed, Size first, Size count,
+                    const BackwardMemory& m, bool fresh, Sums& sums) {
+    for (Size place = 0; place < count; ++place) {
+        Size s = first + place;
+        feed_forward_backward(b, packed, s, place, m, sums);
+        mark_rows(b, b.raw + s * b.time * b.raw_width(), 0, b.time, m.query, m.key);
+        std::fill_n(m.d_key, b.time * b.kv_width(), 0.0f);
+        std::fill_n(m.d_value, b.time * b.kv_width(), 0.0f);
+        for (Size h = 0; h < b.heads; ++h) attention_backward(b, s, h, m);
+        projections_backward(b, packed, s, place, m, sums);
+    }
+    Size d = b.width, used = count * b.time / 32;
+    auto sum_up = [&](const bf16* columns, const bf16* pairs, Size width, float* to) {
+        add_product(columns, d, pairs, width, used, m.k_tiles, to, !fresh);
+    };
+    sum_up(m.d_y_columns, m.hidden_pairs, b.hidden, sums.feed_output);
+    sum_up(m.normed2_columns, m.d_before_pairs, b.before_width(), sums.before);
+    sum_up(m.d_middle_columns, m.read_pairs, d, sums.output);
+    sum_up(m.normed1_columns, m.d_raw_pairs, b.raw_width(), sums.raw);
+}
+
+// The sum over the threads of a gradient in blocks, (rows, columns), written row by row; or
+// mirrored, (columns, rows), for columns from `first` on.
+void gather(const float* const* parts, Size threads, Size stride, Size rows, Size first,
+            Size columns, float* to, bool mirrored) {
+#pragma omp for schedule(static) nowait
+    for (Size m = 0; m < rows; m += 16) {
+        for (Size n = 0; n < columns; n += 16) {
+            Size column = first + n;
+            Size tile = (m / 32 * (stride / 32) + column / 32) * BLOCK + m / 16 % 2 * 512 +
+                        column / 16 % 2 * 256;
+            words out[LANES];
+            for (int r = 0; r < LANES; ++r) {
+                vec total = load(parts[0] + tile + r * LANES);
+                for (Size thread = 1; thread < threads; ++thread) {
+                    total += load(parts[thread] + tile + r * LANES);
+                }
+                out[r] = (words)total;
+            }
+            if (mirrored) transpose(out);
+            for (int r = 0; r < LANES; ++r) {
+                store_as(mirrored ? to + (n + r) * rows + m : to + (m + r) * columns + n, out[r]);
+            }
+        }
+    }
+}
+
+void gather_row(const float* const* parts, Size threads, Size count, float* to) {
+    if (!to) return;
+#pragma omp single nowait
+    for (Size i = 0; i < count; ++i) {
+        to[i] = 0;
+        for (Size thread = 0; thread < threads; ++thread) to[i] += parts[thread][i];
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether this processor, and its system, run this code.
+int fundamentallm_available() { return TileRegisters::available(); }
+
+// Numbers of bfloat16 that `packed` must hold.
+Size fundamentallm_packed_size(const Block* b) { return 2 * b->weights(); }
+
+void fundamentallm_forward(const Block* b) {
+    Packed packed(*b);
+#pragma omp parallel num_threads(int(b->threads))
+    {
+        pack_weights(*b, b->raw != nullptr);
+        TileRegisters registers;
+#pragma omp for schedule(static)
+        for (Size s = 0; s < b->batch; ++s) forward_sequence(*b, packed, s);
+    }
+}
+
+void fundamentallm_backward(const Block* b) {
+    Packed packed(*b);
+    constexpr Size MOST = 1024;
+    Size threads = std::min({b->threads, b->batch, MOST}), size = Sums::size(*b);
+    static thread_local Arena kept;
+    kept.reserve(std::size_t(threads * size) * sizeof(float));
+    float* all_sums;
+    kept.take(all_sums, threads * size);
+    const float* parts[9][MOST];
+#pragma omp parallel num_threads(int(threads))
+    {
+        // A system may grant fewer threads: the parts that nobody fills are not looked at.
+        Size me = omp_get_thread_num(), granted = omp_get_num_threads();
+        Sums sums(*b, all_sums + me * size);
+        std::fill_n(sums.gain1, size - b->weights(), 0.0f);
+        const float* own[9] = {sums.raw,   sums.output,     sums.before,   sums.feed_output,
+                               sums.gain1, sums.gain2,      sums.query_gain, sums.key_gain,
+                               sums.mix};
+        for (int i = 0; i < 9; ++i) parts[i][me] = own[i];
+        {
+            TileRegisters registers;
+            BackwardMemory m = in_arena<BackwardMemory>(*b);
+            Size first = b->batch * me / granted, end = b->batch * (me + 1) / granted;
+            for (Size s = first; s < end; s += b->group()) {
+                Size count = std::min(b->group(), end - s);
+                backward_group(*b, packed, s, count, m, s == first, sums);
+            }
+        }
+#pragma omp barrier
+        Size d = b->width, e = b->kv_width(), f = b->hidden, w = b->raw_width();
+        Size i = b->before_width(), k = b->head_width();
+        gather(parts[0], granted, w, d, 0, d, b->d_query, true);
+        gather(parts[0], granted, w, d, d, e, b->d_key, true);
+        gather(parts[0], granted, w, d, d + e, e, b->d_value, true);
+        gather(parts[1], granted, d, d, 0, d, b->d_output, false);
+        gather(parts[2], granted, i, d, 0, f, b->d_gate, true);
+        if (b->inputs() == 2) gather(parts[2], granted, i, d, f, f, b->d_input, true);
+        gather(parts[3], granted, f, d, 0, f, b->d_feed_output, false);
+        gather_row(parts[4], granted, d, b->d_gain1);
+        gather_row(parts[5], granted, d, b->d_gain2);
+        gather_row(parts[6], granted, k, b->d_query_gain);
+        gather_row(parts[7], granted, k, b->d_key_gain);
+        gather_row(parts[8], granted, 2, b->d_mix);
+    }
+}
+}

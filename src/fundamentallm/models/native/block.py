@@ -1,0 +1,304 @@
+"""The model's block by our own compiled code, in one call forwards and one backwards.
+
+Products are of bfloat16 with float32 sums. All else is float32: the residual stream, which general
+code would keep in bfloat16 too, normalizations, softmax, and the sums of the weights' gradients.
+
+Shapes: B rows, T tokens, D model width, H heads of width K, G key and value heads, E = G K.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fundamentallm.config.model import TransformerConfig
+from fundamentallm.errors import ConfigError
+from fundamentallm.models.block import Block
+from fundamentallm.models.feedforward import (
+    GELUFeedForward,
+    SquaredReLUFeedForward,
+    SwiGLUFeedForward,
+)
+from fundamentallm.models.native.library import load_library
+from fundamentallm.models.normalization import RMSNorm
+from fundamentallm.models.positions import RotaryPositions
+
+SIDE = 32  # of a block of a product: widths and lengths are multiples of it
+LONGEST = 4096  # tokens: a thread holds the scores of one head, which grow with their square
+
+_FEEDFORWARDS = (SquaredReLUFeedForward, GELUFeedForward, SwiGLUFeedForward)
+_WEIGHTS = (
+    *("mix", "gain1", "query", "key", "value", "query_gain", "key_gain", "output"),
+    *("gain2", "gate", "input", "feed_output"),
+)
+_INPUTS = ("x", "embedded", "cosines", "sines", *_WEIGHTS)
+_KEPT = ("packed", "raw", "read", "lse", "middle")
+_GRADIENTS = ("d_x", "d_embedded", *(f"d_{name}" for name in _WEIGHTS))
+
+
+class _Sizes(NamedTuple):
+    batch: int
+    time: int
+    width: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    feedforward: int
+    threads: int
+    eps: float
+    qk_eps: float
+
+
+class _Arguments(ctypes.Structure):
+    """`Block` of `block.cpp`, field by field. Pointers do not keep their tensors alive."""
+
+    _fields_: ClassVar = [
+        *(
+            (name, ctypes.c_int64 if kind is int else ctypes.c_float)
+            for name, kind in get_type_hints(_Sizes).items()
+        ),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (*_WEIGHTS, "cosines", "sines", "packed", "x", "embedded", "y")
+        ),
+        *((name, ctypes.c_void_p) for name in (*_KEPT[1:], "d_y", *_GRADIENTS)),
+    ]
+
+    def point(self, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+        """Set pointers to tensors; a name without a tensor stays null."""
+        for name, tensor in zip(names, tensors, strict=False):
+            if tensor is not None:
+                setattr(self, name, tensor.data_ptr())
+
+
+def why_not(config: TransformerConfig, device: torch.device) -> str:
+    """Return why a model's blocks cannot be computed here; empty if they can."""
+    if device.type != "cpu":
+        return f"device {device}: it is for CPUs"
+    length = config.sequence_length
+    sizes = {
+        "d_model": config.d_model,
+        "d_model / num_heads": config.head_width,
+        **({} if length is None else {"sequence_length": length}),
+    }
+    if wrong := [f"{name} {size}" for name, size in sizes.items() if size % SIDE]:
+        return f"{', '.join(wrong)}: not a multiple of {SIDE}"
+    if length is not None and length > LONGEST:
+        return f"sequence_length {length}: above {LONGEST}"
+    if config.normalization.name != "rmsnorm":
+        return f"normalization {config.normalization.name}: not rmsnorm"
+    if config.positions.name not in ("rotary", "learned", "sinusoidal"):
+        return f"positions {config.positions.name}: not among those of the package"
+    if config.feedforward.name not in ("relu_squared", "gelu", "swiglu"):
+        return f"feedforward {config.feedforward.name}: not among those of the package"
+    if config.feedforward.options.get("approximate", "none") != "none":
+        return "feedforward gelu with approximate: tanh"
+    if config.bias:
+        return "bias: true"
+    if config.dropout:
+        return "dropout above 0"
+    return ""
+
+
+def require_native(config: TransformerConfig, device: torch.device) -> None:
+    """Check that a model's blocks can be computed here.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    reason = why_not(config, device)
+    if reason:
+        raise ConfigError(
+            "compile: native does not know this model's block",
+            got=reason,
+            fix="change that, or set training.compile to auto or true",
+        )
+
+
+class NativeBlocks:
+    """Calls blocks through the compiled code where it knows them, in place of `run_block`.
+
+    Which calls those are depends on shapes and types alone, so that a resumed run goes on with the
+    code that it began with.
+
+    Args:
+        plain: `plain(block, x, positions, embedded)`, for all other calls: lengths that are no
+            multiple of 32 tokens, as a growing sample has, and weights of another type.
+
+    Raises:
+        MachineError: as `load_library`.
+    """
+
+    def __init__(self, plain: Callable[..., Tensor]) -> None:
+        self.plain = plain
+        self.library = load_library()
+        self._sizes: _Sizes | None = None
+        self._free: list[tuple[Tensor, ...]] = []
+
+    def __call__(self, block: nn.Module, x: Tensor, positions: nn.Module, embedded: Tensor) -> Any:
+        """Return `plain(block, x, positions, embedded)` up to the rounding of bfloat16."""
+        weights = _weights_of(block) if isinstance(block, Block) else None
+        if not isinstance(block, Block) or weights is None or not _serves(x, weights):
+            return self.plain(block, x, positions, embedded)
+        angles: tuple[Tensor | None, Tensor | None] = (None, None)
+        if isinstance(positions, RotaryPositions):
+            angles = positions.cosines, positions.sines
+        inputs = (x.contiguous(), embedded.contiguous(), *angles, *weights)
+        sizes = _sizes_of(block, x)
+        if torch.is_grad_enabled():
+            return _NativeBlock.apply(self, sizes, *inputs)  # type: ignore[no-untyped-call]
+        y, kept = self.forward(sizes, inputs, trains=False)
+        self.give_back(sizes, kept)
+        return y
+
+    def forward(
+        self, sizes: _Sizes, inputs: Sequence[Tensor | None], trains: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the output and, where it `trains`, what the backward pass reads besides."""
+        x = inputs[0]
+        assert x is not None
+        y = torch.empty_like(x)
+        arguments = _Arguments(**sizes._asdict())
+        packed = self.library.fundamentallm_packed_size(ctypes.byref(arguments))
+        known = sizes == self._sizes and self._free
+        kept = self._free.pop() if known else _buffers(sizes, packed)
+        arguments.point(_INPUTS, inputs)
+        arguments.point(_KEPT if trains else _KEPT[:1], kept)
+        arguments.y = y.data_ptr()
+        self.library.fundamentallm_forward(ctypes.byref(arguments))
+        return y, kept
+
+    def backward(
+        self, sizes: _Sizes, inputs: Sequence[Tensor | None], kept: Sequence[Tensor], d_y: Tensor
+    ) -> list[Tensor | None]:
+        """Return the gradients of x, the embeddings and the weights, from that of the output."""
+        x, embedded, _, _, *weights = inputs
+        assert x is not None
+        mixes = weights[0] is not None
+        gradients = [
+            None if tensor is None else torch.empty_like(tensor)
+            for tensor in (x, embedded if mixes else None, *weights)
+        ]
+        arguments = _Arguments(**sizes._asdict())
+        arguments.point(_INPUTS, inputs)
+        arguments.point(_KEPT, kept)
+        arguments.point(_GRADIENTS, gradients)
+        d_y = d_y.contiguous()
+        arguments.d_y = d_y.data_ptr()
+        self.library.fundamentallm_backward(ctypes.byref(arguments))
+        return gradients
+
+    def give_back(self, sizes: _Sizes, kept: tuple[Tensor, ...]) -> None:
+        """Take buffers back that nobody reads any more, for the next call of the same shape."""
+        if sizes != self._sizes:
+            self._sizes, self._free = sizes, []
+        self._free.append(kept)
+
+
+def _sizes_of(block: Block, x: Tensor) -> _Sizes:
+    batch, time, width = x.shape
+    attention, feedforward = block.attention, block.feedforward
+    return _Sizes(
+        batch=batch,
+        time=time,
+        width=width,
+        heads=width // attention.head_width,
+        kv_heads=attention.key.weight.size(0) // attention.head_width,
+        hidden=-(-feedforward.output.weight.size(1) // SIDE) * SIDE,  # type: ignore[union-attr, operator]
+        feedforward=_FEEDFORWARDS.index(type(feedforward)),
+        threads=torch.get_num_threads(),
+        eps=block.attention_norm.eps,  # type: ignore[arg-type]
+        qk_eps=getattr(attention.query_norm, "eps", 0.0),
+    )
+
+
+def _buffers(sizes: _Sizes, packed: int) -> tuple[Tensor, ...]:
+    """Return new buffers in the order of `_KEPT`."""
+    batch, time, width, heads = sizes.batch, sizes.time, sizes.width, sizes.heads
+    raw_width = width + 2 * sizes.kv_heads * (width // heads)
+    return (
+        torch.empty(packed, dtype=torch.bfloat16),
+        torch.empty(batch, time, raw_width, dtype=torch.bfloat16),
+        torch.empty(batch, time, width, dtype=torch.bfloat16),
+        torch.empty(batch, heads, time),
+        torch.empty(batch, time, width),
+    )
+
+
+def _weights_of(block: Block) -> list[Tensor | None] | None:
+    """Return the weights in the order of `_WEIGHTS`; None where the code does not know the block.
+
+    Raises:
+        AttributeError: a part is of another make.
+    """
+    attention, feedforward = block.attention, block.feedforward
+    if not isinstance(feedforward, _FEEDFORWARDS):
+        return None
+    if not all(isinstance(n, RMSNorm) for n in (block.attention_norm, block.feedforward_norm)):
+        return None
+    gated = isinstance(feedforward, SwiGLUFeedForward)
+    normed = isinstance(attention.query_norm, RMSNorm)
+    first = feedforward.gate if isinstance(feedforward, SwiGLUFeedForward) else feedforward.input
+    return [
+        None if block.residual_mix is None else block.residual_mix.weights,
+        block.attention_norm.weight,  # type: ignore[list-item]
+        attention.query.weight,
+        attention.key.weight,
+        attention.value.weight,
+        attention.query_norm.weight if normed else None,  # type: ignore[list-item]
+        attention.key_norm.weight if normed else None,  # type: ignore[list-item]
+        attention.output.weight,
+        block.feedforward_norm.weight,  # type: ignore[list-item]
+        _filled(first.weight, 0),
+        _filled(feedforward.input.weight, 0) if gated else None,
+        _filled(feedforward.output.weight, 1),
+    ]
+
+
+def _filled(weight: Tensor, dimension: int) -> Tensor:
+    """Round a dimension, the hidden width, up to a multiple of `SIDE`.
+
+    The zeros stay zero through all feed-forwards, and their gradients are cut off again.
+    """
+    missing = -weight.size(dimension) % SIDE
+    if not missing:
+        return weight
+    return F.pad(weight, (0, 0, 0, missing) if dimension == 0 else (0, missing))
+
+
+def _serves(x: Tensor, weights: list[Tensor | None]) -> bool:
+    """Whether shapes and types are those of the code; a lent copy of a weight may be narrow."""
+    floats = [x, *(weight for weight in weights if weight is not None)]
+    if x.size(1) % SIDE or any(t.dtype != torch.float32 or t.device.type != "cpu" for t in floats):
+        return False
+    return all(tensor.is_contiguous() for tensor in floats[1:])
+
+
+class _NativeBlock(torch.autograd.Function):
+    """The compiled code as an operation with a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, runner: NativeBlocks, sizes: _Sizes, *inputs: Tensor | None) -> Tensor:
+        y, kept = runner.forward(sizes, inputs, trains=True)
+        # As saved tensors, so that checkpointed activations can let go of them.
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.runner, ctx.sizes, ctx.over = runner, sizes, False
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> Any:
+        if ctx.over:  # the buffers are another step's by now
+            raise RuntimeError("a native block's graph cannot be gone through twice")
+        saved = ctx.saved_tensors
+        inputs, kept = saved[: len(_INPUTS)], saved[len(_INPUTS) :]
+        d_x, d_embedded, *gradients = ctx.runner.backward(ctx.sizes, inputs, kept, d_y)
+        ctx.runner.give_back(ctx.sizes, kept)
+        ctx.over = True
+        return None, None, d_x, d_embedded, None, None, *gradients

@@ -1,0 +1,151 @@
+// What a block does to a row of activations by itself, forwards and backwards.
+
+#pragma once
+
+#include "numbers.h"
+
+// 1 / the root of the mean square (Zhang and Sennrich 2019, equation 4).
+template <class T>
+inline float inverse_rms(const T* row, std::ptrdiff_t width, float eps) {
+    vec squares = {};
+    for (std::ptrdiff_t i = 0; i < width; i += LANES) {
+        vec x = load(row + i);
+        squares += x * x;
+    }
+    return 1.0f / std::sqrt(sum(squares) / float(width) + eps);
+}
+
+inline void normalize(const float* row, const float* gain, std::ptrdiff_t width, float eps,
+                      bf16* to) {
+    vec scale = all(inverse_rms(row, width, eps));
+    for (std::ptrdiff_t i = 0; i < width; i += LANES) {
+        store(to + i, load(row + i) * scale * load(gain + i));
+    }
+}
+
+// Add to `to` the gradient of a normalized row, and to `d_gain` that of the gain.
+inline void normalize_backward(const float* d_out, const float* row, const float* gain,
+                               std::ptrdiff_t width, float eps, float* to, float* d_gain) {
+    float scale = inverse_rms(row, width, eps);
+    vec dots = {};
+    for (std::ptrdiff_t i = 0; i < width; i += LANES) {
+        vec d = load(d_out + i), unit = load(row + i) * scale;
+        store(d_gain + i, load(d_gain + i) + d * unit);
+        dots += d * load(gain + i) * unit;
+    }
+    vec mean = all(sum(dots) / float(width));
+    for (std::ptrdiff_t i = 0; i < width; i += LANES) {
+        vec unit = load(row + i) * scale;
+        vec d = (load(d_out + i) * load(gain + i) - unit * mean) * scale;
+        store(to + i, load(to + i) + d);
+    }
+}
+
+// The cosines and sines of one position; none where positions turn nothing.
+struct Angles {
+    const float *cosines = nullptr, *sines = nullptr;
+
+    void turn(std::ptrdiff_t i, vec& first, vec& second, float direction) const {
+        if (!cosines) return;
+        vec c = load(cosines + i), s = load(sines + i) * direction;
+        vec turned = first * c - second * s;
+        second = second * c + first * s;
+        first = turned;
+    }
+};
+
+// A head's query or key: to root mean square 1 times a gain, if there is one, then turned.
+inline void mark(const bf16* raw, const float* gain, Angles angles, std::ptrdiff_t width, float eps,
+                 bf16* to) {
+    std::ptrdiff_t half = width / 2;
+    vec scale = all(gain ? inverse_rms(raw, width, eps) : 1.0f);
+    for (std::ptrdiff_t i = 0; i < half; i += LANES) {
+        vec first = load(raw + i) * scale, second = load(raw + half + i) * scale;
+        if (gain) {
+            first *= load(gain + i);
+            second *= load(gain + half + i);
+        }
+        angles.turn(i, first, second, 1.0f);
+        store(to + i, first);
+        store(to + half + i, second);
+    }
+}
+
+// The way back. `d_out` is turned back in place; `d_gain` is added to.
+inline void mark_backward(float* d_out, const bf16* raw, const float* gain, Angles angles,
+                          std::ptrdiff_t width, float eps, bf16* to, float* d_gain) {
+    std::ptrdiff_t half = width / 2;
+    for (std::ptrdiff_t i = 0; i < half; i += LANES) {
+        vec first = load(d_out + i), second = load(d_out + half + i);
+        angles.turn(i, first, second, -1.0f);
+        store(d_out + i, first);
+        store(d_out + half + i, second);
+    }
+    if (!gain) {
+        for (std::ptrdiff_t i = 0; i < width; i += LANES) store(to + i, load(d_out + i));
+        return;
+    }
+    float scale = inverse_rms(raw, width, eps);
+    vec dots = {};
+    for (std::ptrdiff_t i = 0; i < width; i += LANES) {
+        vec d = load(d_out + i), unit = load(raw + i) * scale;
+        store(d_gain + i, load(d_gain + i) + d * unit);
+        dots += d * load(gain + i) * unit;
+    }
+    vec mean = all(sum(dots) / float(width));
+    for (std::ptrdiff_t i = 0; i < width; i += LANES) {
+        vec unit = load(raw + i) * scale;
+        store(to + i, (load(d_out + i) * load(gain + i) - unit * mean) * scale);
+    }
+}
+
+// The feed-forwards: what becomes of one or two products with the input matrices.
+enum class FeedForward : std::int64_t { relu_squared = 0, gelu = 1, swiglu = 2 };
+
+inline vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
+
+struct Gelu {
+    vec value, slope;
+
+    // x Phi(x), with Phi by Abramowitz and Stegun 7.1.26, to 1.5e-7.
+    explicit Gelu(vec x) {
+        vec z = choose(x < 0.0f, -x, x) * 0.70710678f;
+        vec bell = exponential(-z * z);
+        vec t = 1.0f / (1.0f + 0.3275911f * z);
+        vec p = all(1.061405429f);
+        p = p * t - 1.453152027f;
+        p = p * t + 1.421413741f;
+        p = p * t - 0.284496736f;
+        p = p * t + 0.254829592f;
+        vec tail = 0.5f * p * t * bell;  // Phi(-|x|)
+        vec phi = choose(x < 0.0f, tail, 1.0f - tail);
+        value = x * phi;
+        slope = phi + x * 0.39894228f * bell;
+    }
+};
+
+inline vec activate(FeedForward kind, vec gate, vec input) {
+    if (kind == FeedForward::swiglu) return gate * sigmoid(gate) * input;
+    if (kind == FeedForward::gelu) return Gelu(gate).value;
+    vec r = positive(gate);
+    return r * r;
+}
+
+// The value, and in place of `gate` and `input` their gradients from that of the value.
+inline vec activate_backward(FeedForward kind, vec d, vec& gate, vec& input) {
+    if (kind == FeedForward::swiglu) {
+        vec s = sigmoid(gate), silu = gate * s, value = silu * input;
+        vec slope = s + silu * (1.0f - s);
+        gate = d * input * slope;
+        input = d * silu;
+        return value;
+    }
+    if (kind == FeedForward::gelu) {
+        Gelu gelu(gate);
+        gate = d * gelu.slope;
+        return gelu.value;
+    }
+    vec r = positive(gate);
+    gate = d * 2.0f * r;
+    return r * r;
+}

@@ -1,0 +1,383 @@
+"""The block as native code, against the same block in torch."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fundamentallm.config import TransformerConfig
+from fundamentallm.errors import ConfigError, MachineError
+from fundamentallm.models.components import build_block, build_positions
+from fundamentallm.models.native import block as native
+from fundamentallm.models.native import library
+from fundamentallm.models.native.block import NativeBlocks, require_native, why_not
+from fundamentallm.models.native.library import build, find_compiler
+from fundamentallm.models.transformer import Transformer, run_block
+from fundamentallm.training.compilation import compiled, uncompiled
+from fundamentallm.training.precision import Precision
+
+CPU = torch.device("cpu")
+ROUNDING = 2.0**-7  # of bfloat16, which has 8 bits; a product adds up many of them at random
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
+pytestmark = needs_compiler
+
+PLAIN = {"d_model": 64, "num_heads": 2, "d_ff": 96, "feedforward": "relu_squared"}
+KINDS = {
+    "plain": PLAIN,
+    "gelu": {**PLAIN, "feedforward": "gelu"},
+    "swiglu": {**PLAIN, "feedforward": "swiglu"},
+    "grouped": {**PLAIN, "num_heads": 2, "num_kv_heads": 1},
+    "learned": {**PLAIN, "positions": "learned"},
+    "mixed": {**PLAIN, "residual_mix": True},
+    "normed": {**PLAIN, "qk_norm": True},
+    "all": {
+        **PLAIN,
+        "d_model": 128,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "d_ff": 160,
+        "feedforward": "swiglu",
+        "residual_mix": True,
+        "qk_norm": True,
+    },
+    "filled": {**PLAIN, "d_ff": 100},
+    "filled swiglu": {**PLAIN, "d_ff": 77, "feedforward": "swiglu"},
+    "wide heads": {**PLAIN, "d_model": 192, "num_heads": 2, "qk_norm": True},
+}
+
+
+class Case:
+    """A block with weights of a trained size, its inputs, and both ways to compute it."""
+
+    def __init__(self, kind: str, batch: int = 3, time: int = 96) -> None:
+        self.config = TransformerConfig(vocab_size=65, sequence_length=time, **KINDS[kind])
+        torch.manual_seed(0)
+        self.positions = build_positions(self.config)
+        self.block = build_block(self.config)
+        for parameter in self.block.parameters():
+            scale = 0.3 if parameter.ndim < 2 else 1.5 * parameter.size(-1) ** -0.5
+            parameter.data = scale * torch.randn_like(parameter) + (parameter.ndim < 2)
+        self.parameters = dict(self.block.named_parameters())  # also while copies are lent
+        shape = (batch, time, self.config.d_model)
+        self.x, self.embedded, self.d_y = (torch.randn(shape) for _ in range(3))
+        self.native = NativeBlocks(run_block)
+
+    def gradients(self, run) -> dict[str, torch.Tensor]:
+        """Return the output and all gradients, by name."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        x, embedded = (t.clone().requires_grad_() for t in (self.x, self.embedded))
+        y = run(self.block, x, self.positions, embedded)
+        y.backward(self.d_y.to(y.dtype))
+        found = {"y": y.detach(), "x": x.grad}
+        if self.config.residual_mix:
+            found["embedded"] = embedded.grad
+        found.update((name, p.grad) for name, p in self.parameters.items())
+        return found
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("time", [32, 96, 256])
+def test_output_and_every_gradient_are_those_of_the_plain_block(kind, time):
+    case = Case(kind, time=time)
+    found = case.gradients(case.native)
+    for tensor in (case.x, case.embedded, case.d_y):
+        tensor.data = tensor.double()
+    case.block.double()
+    case.positions.double()
+    expected = case.gradients(run_block)
+    assert found.keys() == expected.keys()
+    worst = {name: difference(found[name], expected[name]) for name in expected}
+    # A few sums of many terms of either sign lose more.
+    assert max(worst.values()) < 4 * ROUNDING, worst
+    assert worst["y"] < 2 * ROUNDING
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_rounds_no_more_than_torch_with_weights_in_bfloat16(kind):
+    case = Case(kind, time=256)
+    exact = case.gradients(run_block)
+    found = case.gradients(case.native)
+    with Precision("bf16", CPU, bf16_weights=True).weights(case.block):
+        narrow = case.gradients(
+            lambda block, x, positions, embedded: run_block(
+                block, x.bfloat16(), positions, embedded.bfloat16()
+            )
+        )
+    for name in (name for name in exact if exact[name].numel() > 2):  # of two numbers it is luck
+        allowed = 1.3 * difference(narrow[name], exact[name])
+        assert difference(found[name], exact[name]) < allowed, name
+
+
+def test_the_check_would_notice_a_wrong_scale():
+    case = Case("plain")
+    found = case.gradients(case.native)["y"]
+    with torch.no_grad():
+        case.block.attention.value.weight.mul_(1.05)
+    assert difference(found, case.gradients(run_block)["y"]) > ROUNDING
+
+
+@pytest.mark.parametrize("kind", ["plain", "all"])
+def test_no_position_reads_a_later_one(kind):
+    case = Case(kind, batch=1, time=128)
+    before = case.gradients(case.native)["y"]
+    case.x[:, 77:] += 1.0
+    after = case.gradients(case.native)["y"]
+    assert torch.equal(before[:, :77], after[:, :77])
+    assert (before[:, 77:] != after[:, 77:]).any(dim=-1).all()
+
+
+def test_a_sequence_is_what_it_is_alone():
+    case = Case("all", batch=5)
+    whole = case.gradients(case.native)
+    for row in range(5):
+        alone = Case("all", batch=5)
+        for name in ("x", "embedded", "d_y"):
+            setattr(alone, name, getattr(case, name)[row : row + 1])
+        found = alone.gradients(alone.native)
+        assert torch.equal(found["y"], whole["y"][row : row + 1])
+        assert torch.equal(found["x"], whole["x"][row : row + 1])
+
+
+def test_it_gives_the_same_bits_again_and_on_any_number_of_threads():
+    case = Case("all", batch=7)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first, second = case.gradients(case.native), case.gradients(case.native)
+        torch.set_num_threads(3)
+        third, fourth = case.gradients(case.native), case.gradients(case.native)
+    finally:
+        torch.set_num_threads(threads)
+    for name in first:
+        assert torch.equal(first[name], second[name])
+        assert torch.equal(third[name], fourth[name])
+    assert torch.equal(first["y"], third["y"])
+    assert torch.equal(first["x"], third["x"])
+
+
+def test_evaluation_gives_the_bits_of_training_and_keeps_nothing():
+    case = Case("all")
+    expected = case.gradients(case.native)["y"]
+    with torch.no_grad():
+        y = case.native(case.block, case.x, case.positions, case.embedded)
+    assert torch.equal(y, expected)
+    assert not y.requires_grad
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["x", "query", "value", "gate", "output"])
+def test_what_is_not_finite_is_not_hidden(place, value):
+    case = Case("plain")
+    where = {
+        "x": case.x,
+        "query": case.block.attention.query.weight,
+        "value": case.block.attention.value.weight,
+        "gate": case.block.feedforward.input.weight,
+        "output": case.block.feedforward.output.weight,
+    }[place]
+    where.data.view(-1)[5] = value
+    found = case.gradients(case.native)
+    assert not found["y"].isfinite().all()
+    assert not all(found[name].isfinite().all() for name in found if name != "y")
+
+
+def test_a_gradient_that_is_not_finite_is_not_hidden():
+    case = Case("plain")
+    case.d_y[0, 3, 2] = float("nan")
+    found = case.gradients(case.native)
+    assert found["y"].isfinite().all()
+    assert not found["attention.query.weight"].isfinite().all()
+
+
+def test_a_graph_is_gone_through_once():
+    case = Case("plain")
+    y = case.native(case.block, case.x.requires_grad_(), case.positions, case.embedded)
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        y.sum().backward()
+
+
+def test_two_graphs_at_a_time_do_not_share_buffers():
+    case = Case("all")
+    expected = case.gradients(case.native)
+    case.block.zero_grad()
+    x = case.x.clone().requires_grad_()
+    first = case.native(case.block, x, case.positions, case.embedded)
+    second = case.native(case.block, 2 * x.detach(), case.positions, case.embedded)
+    first.backward(case.d_y)
+    assert torch.equal(x.grad, expected["x"])
+    second.backward(case.d_y)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_trains_with_it(checkpointing):
+    config = TransformerConfig(vocab_size=65, sequence_length=64, num_layers=3, **KINDS["all"])
+    torch.manual_seed(0)
+    model = Transformer(config)
+    model.gradient_checkpointing = checkpointing
+    ids = torch.randint(65, (4, 64))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    expected = gradients()
+    compiled(model, native=True)
+    found = gradients()
+    for name in expected:
+        assert difference(found[name], expected[name]) < 8 * ROUNDING, name
+
+
+def test_calls_that_it_does_not_know_go_through_the_plain_block():
+    case = Case("plain")
+    asked = []
+
+    def plain(block, x, positions, embedded):
+        asked.append(x.shape)
+        return run_block(block, x, positions, embedded)
+
+    runner = NativeBlocks(plain)
+    runner(case.block, case.x[:, :33], case.positions, case.embedded[:, :33])
+    assert len(asked) == 1
+    runner(case.block, case.x[:, :64], case.positions, case.embedded[:, :64])
+    assert len(asked) == 1
+    case.block.bfloat16()
+    runner(case.block, case.x.bfloat16(), case.positions, case.embedded.bfloat16())
+    assert len(asked) == 2
+
+
+def test_modules_are_watched_through_the_plain_block():
+    model = Transformer(TransformerConfig(vocab_size=65, sequence_length=32, **PLAIN))
+    compiled(model, native=True)
+    with uncompiled(model):
+        assert model.run_block is run_block
+    assert isinstance(model.run_block, NativeBlocks)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"d_model": 80, "d_ff": 96}, "d_model 80"),
+        ({"num_heads": 4}, "d_model / num_heads 16"),
+        ({"d_ff": 100}, ""),
+        ({"sequence_length": 40}, "sequence_length 40"),
+        ({"sequence_length": 8192}, "8192"),
+        ({"normalization": "layernorm"}, "layernorm"),
+        ({"bias": True}, "bias"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"feedforward": {"name": "gelu", "approximate": "tanh"}}, "approximate"),
+    ],
+)
+def test_it_says_which_models_it_does_not_know(change, reason):
+    config = TransformerConfig(**{"vocab_size": 65, "sequence_length": 64, **PLAIN, **change})
+    said = why_not(config, CPU)
+    assert reason in said
+    assert bool(said) == bool(reason)
+    assert "for CPUs" in why_not(config, torch.device("cuda", 0))
+    if reason:
+        with pytest.raises(ConfigError, match="native") as caught:
+            require_native(config, CPU)
+        assert caught.value.got == said
+
+
+# Of the compiler's names for processors, which have other kernels: plain vectors, AVX-512 with
+# bfloat16, tiles.
+@pytest.mark.parametrize(
+    ("processor", "needs"),
+    [("x86-64-v3", "avx2"), ("cooperlake", "avx512_bf16"), ("sapphirerapids", "amx_bf16")],
+)
+def test_the_kernels_of_all_processors_agree(processor, needs, tmp_path):
+    cpu = Path("/proc/cpuinfo")
+    if not cpu.exists() or needs not in cpu.read_text():
+        pytest.skip(f"this processor has no {needs}")
+    case = Case("all", time=64)
+    expected = case.gradients(case.native)
+    case.native.library = build(find_compiler(), tmp_path, f"-march={processor}")
+    found = case.gradients(case.native)
+    for name in expected:
+        assert difference(found[name], expected[name]) < 4 * ROUNDING, name
+
+
+def test_the_structure_is_that_of_the_source():
+    source = (Path(library.__file__).parent / "block.cpp").read_text()
+    body = source[source.index("struct Block {") : source.index("Size head_width() const")]
+    statements = [line.split("//")[0] for line in body.splitlines()[1:]]
+    names = []
+    for statement in " ".join(statements).split(";"):
+        words = statement.replace("*", " ").replace(",", " ").split()
+        names += [word for word in words if word not in _TYPES]
+    assert names == [name for name, _ in native._Arguments._fields_]
+
+
+_TYPES = {"Size", "FeedForward", "float", "const", "bf16"}
+
+
+class TestLibrary:
+    @pytest.fixture(autouse=True)
+    def _forgetful(self):
+        library.load_library.cache_clear()
+        yield
+        library.load_library.cache_clear()
+
+    def test_it_is_compiled_once(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        library.load_library()
+        (path,) = (tmp_path / "fundamentallm" / "native").iterdir()
+        written = path.stat().st_mtime_ns
+        library.load_library.cache_clear()
+        library.load_library()
+        assert [path] == list((tmp_path / "fundamentallm" / "native").iterdir())
+        assert path.stat().st_mtime_ns == written
+
+    def test_without_a_place_of_its_own_it_is_compiled_for_the_process(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        (tmp_path / "file").write_text("no directory")
+        assert library.load_library().fundamentallm_available()
+
+    def test_a_directory_that_others_write_to_is_not_trusted(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        directory = tmp_path / "fundamentallm" / "native"
+        directory.mkdir(parents=True)
+        directory.chmod(0o777)
+        assert library.load_library().fundamentallm_available()
+        assert not list(directory.iterdir())
+
+    def test_no_compiler_is_said(self, monkeypatch):
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        with pytest.raises(MachineError, match="no C"):
+            library.load_library()
+
+    def test_a_compiler_that_refuses_is_said(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        refuses = tmp_path / "refuses"
+        refuses.write_text("#!/bin/sh\necho 'block.cpp: error: too old' >&2\nexit 1\n")
+        refuses.chmod(0o755)
+        monkeypatch.setenv("CXX", str(refuses))
+        with pytest.raises(MachineError, match="refuses") as caught:
+            library.load_library()
+        assert "too old" in caught.value.got
+        assert not list((tmp_path / "fundamentallm" / "native").iterdir())
+
+    def test_a_system_that_refuses_tiles_is_said(self, tmp_path, monkeypatch):
+        refusing = SimpleNamespace(
+            fundamentallm_available=lambda: 0,
+            fundamentallm_packed_size=SimpleNamespace(),
+            fundamentallm_forward=SimpleNamespace(),
+            fundamentallm_backward=SimpleNamespace(),
+        )
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: refusing)
+        with pytest.raises(MachineError, match="AMX"):
+            build(find_compiler(), tmp_path)
