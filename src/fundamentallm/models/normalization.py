@@ -13,6 +13,8 @@ class ScaleNorm(nn.Module):
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,6 +51,9 @@ class RMSNorm(nn.Module):
         width: D; the mean square is taken over this last dimension.
         eps: added to the mean square, > 0.
 
+    Attributes:
+        kernel: how it is computed; set another function of the form of `rms_norm` at any time.
+
     Raises:
         ConfigError: eps is not above 0.
     """
@@ -58,12 +63,18 @@ class RMSNorm(nn.Module):
         _check_eps(eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
+        self.kernel: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., D) from (..., D), in the type of the gain."""
         # Under autocast a linear layer hands over bfloat16, and the gain is float32.
         x = x.to(self.weight.dtype)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.kernel(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x (..., D) to root mean square 1 along D, times the gain (D,)."""
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def _check_eps(eps: float) -> None:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from fundamentallm.errors import MachineError
 from fundamentallm.models.native.block import NativeBlocks
 from fundamentallm.models.native.library import find_compiler
+from fundamentallm.models.native.normalization import native_rms_norm
+from fundamentallm.models.normalization import RMSNorm
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +169,9 @@ def compiled(
     if native:
         assert plain is not None, "the configuration's model has blocks"
         model.run_block = NativeBlocks(plain)  # type: ignore[assignment]
+        for module in model.modules():
+            if isinstance(module, RMSNorm):
+                module.kernel = native_rms_norm
         return model
     if plain is None:
         return torch.compile(model)  # type: ignore[return-value]

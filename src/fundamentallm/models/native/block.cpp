@@ -69,18 +69,20 @@ struct Block {
     Size raw_width() const { return width + 2 * kv_width(); }
     Size inputs() const { return feedforward == FeedForward::swiglu ? 2 : 1; }
     Size before_width() const { return inputs() * hidden; }
-    // Rows that go through the matrices together: the more, the less often these are read again;
-    // but what they leave behind on the way must stay in the core's cache.
+    // Whether the sums of the weights' gradients stay in a core's cache.
+    bool narrow() const { return weights() * Size(sizeof(float)) <= 2 * cache_share(); }
+    // Rows that go through the matrices together. The fewer, the closer is what they leave behind
+    // on the way; but matrices that do not stay in the cache must not be read too often.
     Size strip() const {
-        Size parts = (2 * time * (2 * width + before_width()) + cache_share() - 1) / cache_share();
-        return std::min<Size>(64, time + 0 * parts);
+        Size most = narrow() ? 64 : cache_share() / (2 * (2 * width + before_width()));
+        Size parts = std::max<Size>(1, (time + most - 1) / std::max(most, SIDE));
+        return (time / SIDE + parts - 1) / parts * SIDE;
     }
     // Sequences of a thread whose share in the weights' gradients is summed at once. The sums of a
     // narrow block stay in the cache, and so do the operands of 256 tokens. A wide one's do not:
     // they are visited seldom, as long as one operand of each product stays.
     Size group() const {
-        bool narrow = weights() * Size(sizeof(float)) <= 2 * cache_share();
-        Size tokens = narrow ? 256 : cache_share() / (2 * width);
+        Size tokens = narrow() ? 256 : cache_share() / (2 * width);
         return std::max<Size>(1, tokens / time);
     }
     float scale() const { return 1.0f / std::sqrt(float(head_width())); }
@@ -747,6 +749,34 @@ void fundamentallm_backward(const Block* b) {
         gather_row(parts[6], granted, k, b->d_query_gain);
         gather_row(parts[7], granted, k, b->d_key_gain);
         gather_row(parts[8], granted, 2, b->d_mix);
+    }
+}
+// RMSNorm of rows, float32 in and out.
+void fundamentallm_normalize(Size rows, Size width, Size threads, float eps, const float* x,
+                             const float* gain, float* y) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+    for (Size r = 0; r < rows; ++r) {
+        const float* from = x + r * width;
+        vec scale = all(inverse_rms(from, width, eps));
+        for (Size i = 0; i < width; i += LANES) {
+            store(y + r * width + i, load(from + i) * scale * load(gain + i));
+        }
+    }
+}
+
+// Its gradients from that of `y`. `d_gain`: a row for each thread, to be added up.
+void fundamentallm_normalize_backward(Size rows, Size width, Size threads, float eps,
+                                      const float* x, const float* gain, const float* d_y,
+                                      float* d_x, float* d_gain) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+    for (Size part = 0; part < threads; ++part) {
+        float* sums = d_gain + part * width;
+        std::fill_n(sums, width, 0.0f);
+        for (Size r = rows * part / threads; r < rows * (part + 1) / threads; ++r) {
+            std::fill_n(d_x + r * width, width, 0.0f);
+            normalize_backward(d_y + r * width, x + r * width, gain, width, eps, d_x + r * width,
+                               sums);
+        }
     }
 }
 }

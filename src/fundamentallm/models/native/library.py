@@ -89,7 +89,8 @@ def build(compiler: str, directory: Path, processor: str = OWN_PROCESSOR) -> cty
     except OSError as error:
         raise MachineError(f"compiled code cannot be loaded: {error}", where=str(path)) from error
     library.fundamentallm_packed_size.restype = ctypes.c_int64
-    library.fundamentallm_forward.restype = library.fundamentallm_backward.restype = None
+    for name in ("forward", "backward", "normalize", "normalize_backward"):
+        getattr(library, f"fundamentallm_{name}").restype = None
     if not library.fundamentallm_available():
         raise MachineError("the system refuses the processor's tile registers (AMX)")
     return library
