@@ -17,6 +17,8 @@ from fundamentallm.models.native import block as native
 from fundamentallm.models.native import library
 from fundamentallm.models.native.block import NativeBlocks, require_native, why_not
 from fundamentallm.models.native.library import build, find_compiler
+from fundamentallm.models.native.normalization import native_rms_norm
+from fundamentallm.models.normalization import RMSNorm, rms_norm
 from fundamentallm.models.transformer import Transformer, run_block
 from fundamentallm.training.compilation import compiled, uncompiled
 from fundamentallm.training.precision import Precision
@@ -240,6 +242,36 @@ def test_a_model_trains_with_it(checkpointing):
         assert difference(found[name], expected[name]) < 8 * ROUNDING, name
 
 
+class TestNormalization:
+    @pytest.mark.parametrize("shape", [(3, 5, 64), (1, 16), (4, 96)])
+    def test_it_is_the_plain_one(self, shape):
+        torch.manual_seed(0)
+        x = torch.randn(shape, requires_grad=True)
+        weight = torch.randn(shape[-1], requires_grad=True)
+        d_y = torch.randn(shape)
+        found = torch.autograd.grad(native_rms_norm(x, weight, 1e-5), (x, weight), d_y)
+        wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+        expected = torch.autograd.grad(rms_norm(*wide, 1e-5), wide, d_y.double())
+        for ours, exact in zip(found, expected, strict=True):
+            assert difference(ours, exact) < 1e-6
+
+    def test_rows_that_do_not_lie_in_one_piece(self):
+        torch.manual_seed(0)
+        x, weight = torch.randn(64, 7), torch.randn(64)
+        found = native_rms_norm(x.t(), weight, 1e-5)
+        torch.testing.assert_close(found, rms_norm(x.t(), weight, 1e-5))
+
+    @pytest.mark.parametrize(("width", "dtype"), [(24, torch.float32), (64, torch.bfloat16)])
+    def test_what_it_does_not_know_goes_to_the_plain_one(self, width, dtype):
+        x, weight = torch.randn(3, width, dtype=dtype), torch.randn(width, dtype=dtype)
+        assert torch.equal(native_rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5))
+
+    def test_a_model_with_native_blocks_has_it_everywhere(self):
+        model = Transformer(TransformerConfig(vocab_size=65, sequence_length=32, **PLAIN))
+        compiled(model, native=True)
+        assert {m.kernel for m in model.modules() if isinstance(m, RMSNorm)} == {native_rms_norm}
+
+
 def test_calls_that_it_does_not_know_go_through_the_plain_block():
     case = Case("plain")
     asked = []
@@ -372,12 +404,9 @@ class TestLibrary:
         assert not list((tmp_path / "fundamentallm" / "native").iterdir())
 
     def test_a_system_that_refuses_tiles_is_said(self, tmp_path, monkeypatch):
-        refusing = SimpleNamespace(
-            fundamentallm_available=lambda: 0,
-            fundamentallm_packed_size=SimpleNamespace(),
-            fundamentallm_forward=SimpleNamespace(),
-            fundamentallm_backward=SimpleNamespace(),
-        )
+        names = ("packed_size", "forward", "backward", "normalize", "normalize_backward")
+        functions = {f"fundamentallm_{name}": SimpleNamespace() for name in names}
+        refusing = SimpleNamespace(fundamentallm_available=lambda: 0, **functions)
         monkeypatch.setattr(ctypes, "CDLL", lambda path: refusing)
         with pytest.raises(MachineError, match="AMX"):
             build(find_compiler(), tmp_path)

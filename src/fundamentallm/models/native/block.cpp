@@ -53,8 +53,8 @@ struct Block {
     float* y;                   // (B, T, D)
 
     // What the backward pass reads. Null: there will be none.
-    bf16* raw;      // (B, T, W) queries, keys and values as they leave their matrices
-    bf16* read;     // (B, T, D) what the heads read
+    bf16* raw;      // (B, W / 32, T, 32) queries, keys and values as they leave their matrices
+    bf16* read;     // (B, D / 32, T, 32) what the heads read
     float* lse;     // (B, H, T) logarithms of the softmax's sums
     float* middle;  // (B, T, D) the stream between attention and feed-forward
 
@@ -154,7 +154,7 @@ Memory in_arena(const Block& b) {
 // Pack a weight (out, in) for x W^T, whose k are the columns of W.
 void pack_forward(const float* weight, Size out, Size in, bf16* to) {
 #pragma omp for schedule(static) nowait
-    for (Size n = 0; n < out; n += 16) pack_transposed(weight + n * in, in, to + n * in, in / 32);
+    for (Size n = 0; n < out; n += 16) pack_transposed(weight + n * in, in, 32, to + n * in, in / 32);
 }
 
 // Pack it for d W, whose k are its rows, which begin at `first` of `rows` of all that are stacked.
@@ -198,15 +198,18 @@ void mix_row(const Block& b, Size at, float* to) {
     }
 }
 
-// Queries (rows, D) and keys (rows, E) with their positions, from rows of `raw`.
+// Queries (D columns) and keys (E) with their positions, `rows` of them from token `t` on. All are
+// in panels of a whole sequence, `raw` too.
 void mark_rows(const Block& b, const bf16* raw, Size t, Size rows, bf16* query, bf16* key) {
-    Size k = b.head_width(), d = b.width, e = b.kv_width();
-    for (Size r = 0; r < rows; ++r, raw += b.raw_width()) {
+    Size k = b.head_width(), d = b.width, e = b.kv_width(), time = b.time;
+    for (Size r = t; r < t + rows; ++r) {
         for (Size at = 0; at < d; at += k) {
-            mark(raw + at, b.query_gain, b.angles(t + r), k, b.qk_eps, query + r * d + at);
+            mark(row_in(raw + at * time, time, r), b.query_gain, b.angles(r), k, b.qk_eps,
+                 row_in(query + at * time, time, r));
         }
         for (Size at = 0; at < e; at += k) {
-            mark(raw + d + at, b.key_gain, b.angles(t + r), k, b.qk_eps, key + r * e + at);
+            mark(row_in(raw + (d + at) * time, time, r), b.key_gain, b.angles(r), k, b.qk_eps,
+                 row_in(key + at * time, time, r));
         }
     }
 }
@@ -223,15 +226,15 @@ void attend(const Block& b, Left query, Size i, const bf16* keys, const bf16* va
     for (Size j = 0; j <= i; ++j) {
         const bf16* first = keys + 2 * j * k_tiles * TILE;
         multiply(query, first, first + k_tiles * TILE, k_tiles, block, false);
-        float* to = scores + j * SIDE;
         each(block, [&](Size row, Size column, vec s) {
             if (j == i) s = choose(LANE > int(row - column), never, s);
-            store(to + row * time + column, s);
+            store(row_in(scores, SIDE, row) + (j * SIDE + column), s);
         });
     }
     for (Size r = 0; r < SIDE; ++r) {
-        const float* row = scores + r * time;
-        vec most = load(row);
+        auto row = row_in(scores, SIDE, r);
+        auto to = row_in(weights, SIDE, r);
+        vec most = load(row + 0);
         for (Size c = LANES; c < columns; c += LANES) {
             vec s = load(row + c);
             most = choose(s > most, s, most);
@@ -241,7 +244,7 @@ void attend(const Block& b, Left query, Size i, const bf16* keys, const bf16* va
         for (Size c = 0; c < columns; c += LANES) {
             vec p = exponential(load(row + c) * scale - shift);
             sums += p;
-            store(weights + r * time + c, p);
+            store(to + c, p);
         }
         float total = sum(sums);
         inverse[r] = 1.0f / total;
@@ -249,9 +252,9 @@ void attend(const Block& b, Left query, Size i, const bf16* keys, const bf16* va
     }
     for (Size n = 0; n < b.head_width(); n += SIDE) {
         const bf16* first = values + n / 16 * (time / 32) * TILE;
-        multiply(rows_of(weights, time), first, first + time / 32 * TILE, i + 1, block, false);
+        multiply(panels_of(weights, SIDE), first, first + time / 32 * TILE, i + 1, block, false);
         each(block, [&](Size row, Size column, vec value) {
-            store(read + row * b.width + n + column, value * inverse[row]);
+            store(read + n * time + row * 32 + column, value * inverse[row]);
         });
     }
 }
@@ -267,7 +270,7 @@ struct ForwardMemory {
         bool keeps = b.raw != nullptr;
         strip = b.strip();
         from.take(query, t * d);
-        from.take(key, strip * e);
+        from.take(key, t * e);
         from.take(keys, t * e);
         from.take(values, t * e);
         from.take(normed, strip * d);
@@ -283,13 +286,11 @@ struct ForwardMemory {
     }
 };
 
+// From both products of a gated feed-forward to its hidden rows, all in panels of a strip.
 void activate_rows(const Block& b, const bf16* before, Size rows, bf16* hidden) {
-    Size width = b.before_width(), f = b.hidden;
-    for (Size r = 0; r < rows; ++r, before += width, hidden += f) {
-        for (Size n = 0; n < f; n += LANES) {
-            store(hidden + n,
-                  activate(b.feedforward, load(before + n), load(before + width - f + n)));
-        }
+    Size count = rows * b.hidden;
+    for (Size i = 0; i < count; i += LANES) {
+        store(hidden + i, activate(b.feedforward, load(before + i), load(before + count + i)));
     }
 }
 
@@ -309,54 +310,58 @@ void forward_sequence(const Block& b, const Packed& packed, Size s) {
         for (Size r = 0; r < rows; ++r) {
             float* stream = m.middle + (t + r) * d;
             mix_row(b, (s * time + t + r) * d, stream);
-            normalize(stream, b.gain1, d, b.eps, m.normed + r * d);
+            normalize(stream, b.gain1, d, b.eps, row_in(m.normed, rows, r));
         }
-        bf16* raw = m.raw + t * w;
-        product(rows_of(m.normed, d), rows, packed.raw, d / 32, w,
-                [&](Size r, Size n, const float* block) { put(block, raw + r * w + n, w); });
-        mark_rows(b, raw, t, rows, m.query + t * d, m.key);
+        product(panels_of(m.normed, rows), rows, packed.raw, d / 32, w,
+                [&](Size r, Size n, const float* block) {
+                    put(block, m.raw + n * time + (t + r) * 32, 32);
+                });
+        mark_rows(b, m.raw, t, rows, m.query, m.key);
         for (Size g = 0; g < b.kv_heads; ++g) {
-            for (Size r = 0; r < rows; r += 16) {
-                pack_transposed(m.key + r * e + g * k, e, m.keys + (g * time + t + r) * k, k_tiles);
+            for (Size r = t; r < t + rows; r += 16) {
+                pack_transposed(m.key + g * k * time + r * 32, 32, 32 * time,
+                                m.keys + (g * time + r) * k, k_tiles);
             }
-            pack_pairs(raw + d + e + g * k, w, rows, k, m.values + g * time * k, t / 32, t_tiles);
+            pack_panels(m.raw + (d + e + g * k) * time + t * 32, time, rows, k,
+                        m.values + g * time * k, t / 32, t_tiles);
         }
     }
     for (Size h = 0; h < b.heads; ++h) {
         Size g = h / (b.heads / b.kv_heads);
         for (Size t = 0; t < time; t += SIDE) {
-            attend(b, rows_of(m.query + t * d + h * k, d), t / SIDE, m.keys + g * time * k,
-                   m.values + g * time * k, m.scores, m.weights, m.read + t * d + h * k,
+            Size at = h * k * time + t * 32;
+            attend(b, panels_of(m.query + at, time), t / SIDE, m.keys + g * time * k,
+                   m.values + g * time * k, m.scores, m.weights, m.read + at,
                    keeps ? b.lse + (s * b.heads + h) * time + t : nullptr);
         }
     }
     for (Size t = 0; t < time; t += m.strip) {
         Size rows = std::min(m.strip, time - t);
         float* stream = m.middle + t * d;
-        product(rows_of(m.read + t * d, d), rows, packed.output, d / 32, d,
+        product(panels_of(m.read + t * 32, time), rows, packed.output, d / 32, d,
                 [&](Size r, Size n, const float* block) {
                     put_sum(block, stream + r * d + n, d);
                 });
         for (Size r = 0; r < rows; ++r) {
-            normalize(stream + r * d, b.gain2, d, b.eps, m.normed + r * d);
+            normalize(stream + r * d, b.gain2, d, b.eps, row_in(m.normed, rows, r));
         }
         if (b.inputs() == 2) {
-            product(rows_of(m.normed, d), rows, packed.before, d / 32, before_width,
+            product(panels_of(m.normed, rows), rows, packed.before, d / 32, before_width,
                     [&](Size r, Size n, const float* block) {
-                        put(block, m.before + r * before_width + n, before_width);
+                        put(block, m.before + n * rows + r * 32, 32);
                     });
             activate_rows(b, m.before, rows, m.hidden);
         } else {
-            product(rows_of(m.normed, d), rows, packed.before, d / 32, b.hidden,
+            product(panels_of(m.normed, rows), rows, packed.before, d / 32, b.hidden,
                     [&](Size r, Size n, const float* block) {
+                        bf16* to = m.hidden + n * rows + r * 32;
                         each(block, [&](Size row, Size column, vec value) {
-                            store(m.hidden + (r + row) * b.hidden + n + column,
-                                  activate(b.feedforward, value, value));
+                            store(to + row * 32 + column, activate(b.feedforward, value, value));
                         });
                     });
         }
         float* out = b.y + (s * time + t) * d;
-        product(rows_of(m.hidden, b.hidden), rows, packed.feed_output, b.hidden / 32, d,
+        product(panels_of(m.hidden, rows), rows, packed.feed_output, b.hidden / 32, d,
                 [&](Size r, Size n, const float* block) {
                     each(block, [&](Size row, Size column, vec value) {
                         Size at = (r + row) * d + n + column;
@@ -433,26 +438,29 @@ struct BackwardMemory {
     }
 };
 
-void narrow_rows(const float* from, Size count, bf16* to) {
-    for (Size i = 0; i < count; i += LANES) store(to + i, load(from + i));
+// Rows of float32, `d` wide, to panels of bfloat16.
+void narrow_rows(const float* from, Size rows, Size d, bf16* to) {
+    for (Size r = 0; r < rows; ++r, from += d) {
+        for (Size i = 0; i < d; i += LANES) store(row_in(to, rows, r) + i, load(from + i));
+    }
 }
 
-// The activation of two rows of a strip, and in place of what went into it the gradient of that.
-// Token `t` of the group is the strip's first.
-void activate_two(const Block& b, const BackwardMemory& m, Size t, Size row, Size column,
+// The activation of two rows of a strip of `rows`, and in place of what went into it the gradient
+// of that. Token `t` of the group is the strip's first.
+void activate_two(const Block& b, const BackwardMemory& m, Size t, Size rows, Size row, Size column,
                   vec d_first, vec d_second) {
-    Size width = b.before_width(), t_tiles = m.k_tiles, second_matrix = width - b.hidden;
+    Size t_tiles = m.k_tiles, second_matrix = b.before_width() - b.hidden;
     halves values[2], gates[2], inputs[2];
     for (int which = 0; which < 2; ++which) {
-        Size at = (row + which) * width + column;
-        vec gate = load(m.before + at), input = load(m.before + at + second_matrix);
+        auto at = row_in(m.before, rows, row + which);
+        vec gate = load(at + column), input = load(at + (column + second_matrix));
         vec d_value = which ? d_second : d_first;
         values[which] = narrow(activate_backward(b.feedforward, d_value, gate, input));
         gates[which] = narrow(gate);
-        store_as(m.before + at, gates[which]);
+        store_as(at + column, gates[which]);
         if (second_matrix) {
             inputs[which] = narrow(input);
-            store_as(m.before + at + second_matrix, inputs[which]);
+            store_as(at + (column + second_matrix), inputs[which]);
         }
     }
     store_as(m.hidden_pairs + pair_at(t + row, column, t_tiles), paired(values[0], values[1]));
@@ -469,52 +477,58 @@ void feed_forward_backward(const Block& b, const Packed& packed, Size s, Size pl
                            const BackwardMemory& m, Sums& sums) {
     Size time = b.time, d = b.width, f = b.hidden, before_width = b.before_width();
     Size k = b.head_width(), t_tiles = m.k_tiles;
+    const bf16* read = b.read + s * time * d;
     for (Size t = 0; t < time; t += m.strip) {
         Size rows = std::min(m.strip, time - t), tile = (place * time + t) / 32;
         const float* middle = b.middle + (s * time + t) * d;
         const float* d_y = b.d_y + (s * time + t) * d;
-        const bf16* read = b.read + (s * time + t) * d;
         float* d_middle = m.d_middle + t * d;
-        bf16* d_read = m.d_read + t * d;
 
         // What went into the activation is computed again: that is faster than to read it back.
         for (Size r = 0; r < rows; ++r) {
-            normalize(middle + r * d, b.gain2, d, b.eps, m.normed + r * d);
+            normalize(middle + r * d, b.gain2, d, b.eps, row_in(m.normed, rows, r));
         }
-        pack_columns(m.normed, d, rows, d, m.normed2_columns, tile, t_tiles);
-        product(rows_of(m.normed, d), rows, packed.before, d / 32, before_width,
+        pack_panel_columns(m.normed, rows, rows, d, m.normed2_columns, tile, t_tiles);
+        product(panels_of(m.normed, rows), rows, packed.before, d / 32, before_width,
                 [&](Size r, Size n, const float* block) {
-                    put(block, m.before + r * before_width + n, before_width);
+                    put(block, m.before + n * rows + r * 32, 32);
                 });
 
-        narrow_rows(d_y, rows * d, m.narrow);
-        pack_columns(m.narrow, d, rows, d, m.d_y_columns, tile, t_tiles);
-        product(rows_of(m.narrow, d), rows, packed.feed_output_back, d / 32, f,
+        narrow_rows(d_y, rows, d, m.narrow);
+        pack_panel_columns(m.narrow, rows, rows, d, m.d_y_columns, tile, t_tiles);
+        product(panels_of(m.narrow, rows), rows, packed.feed_output_back, d / 32, f,
                 [&](Size r, Size n, const float* block) {
                     each_two(block, [&](Size row, Size column, vec first, vec second) {
-                        activate_two(b, m, place * time + t, r + row, n + column, first, second);
+                        activate_two(b, m, place * time + t, rows, r + row, n + column, first,
+                                     second);
                     });
                 });
-        product(rows_of(m.before, before_width), rows, packed.before_back, before_width / 32, d,
-                [&](Size r, Size n, const float* block) { put(block, m.d_normed + r * d + n, d); });
+        product(panels_of(m.before, rows), rows, packed.before_back, before_width / 32, d,
+                [&](Size r, Size n, const float* block) {
+                    put(block, m.d_normed + n * rows + r * 32, 32);
+                });
         std::copy_n(d_y, rows * d, d_middle);
         for (Size r = 0; r < rows; ++r) {
-            normalize_backward(m.d_normed + r * d, middle + r * d, b.gain2, d, b.eps,
+            normalize_backward(row_in(m.d_normed, rows, r), middle + r * d, b.gain2, d, b.eps,
                                d_middle + r * d, sums.gain2);
         }
 
-        narrow_rows(d_middle, rows * d, m.narrow);
-        pack_columns(m.narrow, d, rows, d, m.d_middle_columns, tile, t_tiles);
-        pack_pairs(read, d, rows, d, m.read_pairs, tile, t_tiles);
-        product(rows_of(m.narrow, d), rows, packed.output_back, d / 32, d,
-                [&](Size r, Size n, const float* block) { put(block, d_read + r * d + n, d); });
+        narrow_rows(d_middle, rows, d, m.narrow);
+        pack_panel_columns(m.narrow, rows, rows, d, m.d_middle_columns, tile, t_tiles);
+        pack_panels(read + t * 32, time, rows, d, m.read_pairs, tile, t_tiles);
+        product(panels_of(m.narrow, rows), rows, packed.output_back, d / 32, d,
+                [&](Size r, Size n, const float* block) {
+                    put(block, m.d_read + n * time + (t + r) * 32, 32);
+                });
         for (Size h = 0; h < b.heads; ++h) {
-            for (Size r = 0; r < rows; ++r) {
+            for (Size r = t; r < t + rows; ++r) {
+                auto given = row_in(m.d_read, time, r);
+                auto was_read = row_in(read, time, r);
                 vec dots = {};
                 for (Size i = h * k; i < (h + 1) * k; i += LANES) {
-                    dots += load(d_read + r * d + i) * load(read + r * d + i);
+                    dots += load(given + i) * load(was_read + i);
                 }
-                m.delta[h * time + t + r] = sum(dots);
+                m.delta[h * time + r] = sum(dots);
             }
         }
     }
@@ -523,51 +537,53 @@ void feed_forward_backward(const Block& b, const Packed& packed, Size s, Size pl
 // One head's gradients (Dao et al. 2022, appendix B.2). The scores lie on their side: rows are
 // keys, columns queries.
 void attention_backward(const Block& b, Size s, Size h, const BackwardMemory& m) {
-    Size time = b.time, d = b.width, e = b.kv_width(), k = b.head_width(), w = b.raw_width();
+    Size time = b.time, d = b.width, e = b.kv_width(), k = b.head_width();
     Size g = h / (b.heads / b.kv_heads), k_tiles = k / 32, t_tiles = time / 32;
-    const bf16* value = b.raw + s * time * w + d + e + g * k;
+    const bf16 *query = m.query + h * k * time, *key = m.key + g * k * time;
+    const bf16* value = b.raw + (s * b.raw_width() + d + e + g * k) * time;
+    const bf16* d_read = m.d_read + h * k * time;
+    float *d_query = m.d_query + h * k * time, *d_key = m.d_key + g * k * time;
+    float* d_value = m.d_value + g * k * time;
     const float *lse = b.lse + (s * b.heads + h) * time, *delta = m.delta + h * time;
     const float scale = b.scale();
     alignas(64) float block[BLOCK], d_block[BLOCK];
-    for (Size t = 0; t < time; t += SIDE) {
-        const bf16 *query = m.query + t * d + h * k, *d_read = m.d_read + t * d + h * k;
-        for (Size r = 0; r < SIDE; r += 16) {
-            pack_transposed(query + r * d, d, m.query_transposed + (t + r) * k, k_tiles);
-            pack_transposed(d_read + r * d, d, m.d_read_transposed + (t + r) * k, k_tiles);
-        }
-        pack_pairs(query, d, SIDE, k, m.query_pairs, t / 32, t_tiles);
-        pack_pairs(d_read, d, SIDE, k, m.d_read_pairs, t / 32, t_tiles);
-        pack_pairs(m.key + t * e + g * k, e, SIDE, k, m.key_pairs, t / 32, t_tiles);
+    for (Size t = 0; t < time; t += 16) {
+        pack_transposed(query + t * 32, 32, 32 * time, m.query_transposed + t * k, k_tiles);
+        pack_transposed(d_read + t * 32, 32, 32 * time, m.d_read_transposed + t * k, k_tiles);
     }
+    pack_panels(query, time, time, k, m.query_pairs, 0, t_tiles);
+    pack_panels(d_read, time, time, k, m.d_read_pairs, 0, t_tiles);
+    pack_panels(key, time, time, k, m.key_pairs, 0, t_tiles);
     for (Size j = 0; j < t_tiles; ++j) {
         Size first = j * SIDE;
         for (Size i = j; i < t_tiles; ++i) {
             const bf16* q = m.query_transposed + i * SIDE * k;
             const bf16* r = m.d_read_transposed + i * SIDE * k;
-            multiply(rows_of(m.key + first * e + g * k, e), q, q + k_tiles * TILE, k_tiles, block,
+            multiply(panels_of(key + first * 32, time), q, q + k_tiles * TILE, k_tiles, block,
                      false);
-            multiply(rows_of(value + first * w, w), r, r + k_tiles * TILE, k_tiles, d_block, false);
-            const float* d_weight = d_block;
+            multiply(panels_of(value + first * 32, time), r, r + k_tiles * TILE, k_tiles, d_block,
+                     false);
+            bf16 *weights = m.weights + i * BLOCK, *d_scores = m.d_scores + i * BLOCK;
             each(block, [&](Size row, Size column, vec score) {
-                Size at = row * time + i * SIDE + column;
                 vec p = exponential(score * scale - load(lse + i * SIDE + column));
                 if (i == j) p = choose(LANE < int(row - column), vec{}, p);
-                vec dp = load(d_weight + (row / 16 * 2 + column / 16) * 256 + row % 16 * LANES);
-                store(m.weights + at, p);
-                store(m.d_scores + at, p * (dp - load(delta + i * SIDE + column)) * scale);
+                vec dp = load(d_block + (row / 16 * 2 + column / 16) * 256 + row % 16 * LANES);
+                store(weights + row * 32 + column, p);
+                store(d_scores + row * 32 + column,
+                      p * (dp - load(delta + i * SIDE + column)) * scale);
             });
-            pack_columns(m.d_scores + i * SIDE, time, SIDE, SIDE,
-                         m.d_scores_columns + 2 * i * t_tiles * TILE, j, t_tiles);
+            pack_columns(d_scores, 32, SIDE, SIDE, m.d_scores_columns + 2 * i * t_tiles * TILE, j,
+                         t_tiles);
         }
         for (Size n = 0; n < k; n += SIDE) {
             Size from = (n / 16 * t_tiles + j) * TILE, next = t_tiles * TILE;
-            Size to = first * e + g * k + n;
-            multiply(rows_of(m.weights + first, time), m.d_read_pairs + from,
+            Size to = n * time + first * 32;
+            multiply(panels_of(m.weights + j * BLOCK, SIDE), m.d_read_pairs + from,
                      m.d_read_pairs + from + next, t_tiles - j, block, false);
-            put_sum(block, m.d_value + to, e);
-            multiply(rows_of(m.d_scores + first, time), m.query_pairs + from,
+            put_sum(block, d_value + to, 32);
+            multiply(panels_of(m.d_scores + j * BLOCK, SIDE), m.query_pairs + from,
                      m.query_pairs + from + next, t_tiles - j, block, false);
-            put_sum(block, m.d_key + to, e);
+            put_sum(block, d_key + to, 32);
         }
     }
     for (Size i = 0; i < t_tiles; ++i) {
@@ -575,7 +591,7 @@ void attention_backward(const Block& b, Size s, Size h, const BackwardMemory& m)
             const bf16* from = m.key_pairs + n / 16 * t_tiles * TILE;
             multiply(columns_of(m.d_scores_columns + 2 * i * t_tiles * TILE, t_tiles), from,
                      from + t_tiles * TILE, i + 1, block, false);
-            put(block, m.d_query + i * SIDE * d + h * k + n, d);
+            put(block, d_query + n * time + i * SIDE * 32, 32);
         }
     }
 }
@@ -584,32 +600,38 @@ void attention_backward(const Block& b, Size s, Size h, const BackwardMemory& m)
 void projections_backward(const Block& b, const Packed& packed, Size s, Size place,
                           const BackwardMemory& m, Sums& sums) {
     Size time = b.time, d = b.width, e = b.kv_width(), k = b.head_width(), w = b.raw_width();
+    const bf16* raw = b.raw + s * time * w;
     vec mixed[2] = {};
     for (Size t = 0; t < time; t += m.strip) {
         Size rows = std::min(m.strip, time - t), tile = (place * time + t) / 32;
         for (Size r = 0; r < rows; ++r) {
-            const bf16* raw = b.raw + (s * time + t + r) * w;
-            bf16* to = m.d_raw + r * w;
+            Angles angles = b.angles(t + r);
             for (Size at = 0; at < d; at += k) {
-                mark_backward(m.d_query + (t + r) * d + at, raw + at, b.query_gain,
-                              b.angles(t + r), k, b.qk_eps, to + at, sums.query_gain);
+                mark_backward(row_in(m.d_query + at * time, time, t + r),
+                              row_in(raw + at * time, time, t + r), b.query_gain, angles, k,
+                              b.qk_eps, row_in(m.d_raw + at * rows, rows, r), sums.query_gain);
             }
             for (Size at = 0; at < e; at += k) {
-                mark_backward(m.d_key + (t + r) * e + at, raw + d + at, b.key_gain,
-                              b.angles(t + r), k, b.qk_eps, to + d + at, sums.key_gain);
+                mark_backward(row_in(m.d_key + at * time, time, t + r),
+                              row_in(raw + (d + at) * time, time, t + r), b.key_gain, angles, k,
+                              b.qk_eps, row_in(m.d_raw + (d + at) * rows, rows, r), sums.key_gain);
             }
-            narrow_rows(m.d_value + (t + r) * e, e, to + d + e);
+            auto d_value = row_in(m.d_value, time, t + r);
+            auto to = row_in(m.d_raw + (d + e) * rows, rows, r);
+            for (Size i = 0; i < e; i += LANES) store(to + i, load(d_value + i));
             mix_row(b, (s * time + t + r) * d, m.stream + r * d);
-            normalize(m.stream + r * d, b.gain1, d, b.eps, m.normed + r * d);
+            normalize(m.stream + r * d, b.gain1, d, b.eps, row_in(m.normed, rows, r));
         }
-        pack_pairs(m.d_raw, w, rows, w, m.d_raw_pairs, tile, m.k_tiles);
-        pack_columns(m.normed, d, rows, d, m.normed1_columns, tile, m.k_tiles);
-        product(rows_of(m.d_raw, w), rows, packed.raw_back, w / 32, d,
-                [&](Size r, Size n, const float* block) { put(block, m.d_normed + r * d + n, d); });
+        pack_panels(m.d_raw, rows, rows, w, m.d_raw_pairs, tile, m.k_tiles);
+        pack_panel_columns(m.normed, rows, rows, d, m.normed1_columns, tile, m.k_tiles);
+        product(panels_of(m.d_raw, rows), rows, packed.raw_back, w / 32, d,
+                [&](Size r, Size n, const float* block) {
+                    put(block, m.d_normed + n * rows + r * 32, 32);
+                });
         for (Size r = 0; r < rows; ++r) {
             float* d_stream = m.d_middle + (t + r) * d;
-            normalize_backward(m.d_normed + r * d, m.stream + r * d, b.gain1, d, b.eps, d_stream,
-                               sums.gain1);
+            normalize_backward(row_in(m.d_normed, rows, r), m.stream + r * d, b.gain1, d, b.eps,
+                               d_stream, sums.gain1);
             Size at = (s * time + t + r) * d;
             if (!b.mix) {
                 std::copy_n(d_stream, d, b.d_x + at);

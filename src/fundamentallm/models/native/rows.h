@@ -1,12 +1,14 @@
 // What a block does to a row of activations by itself, forwards and backwards.
+//
+// A row is a pointer, or anything to which adding a multiple of 16 gives one, such as a PanelRow.
 
 #pragma once
 
 #include "numbers.h"
 
 // 1 / the root of the mean square (Zhang and Sennrich 2019, equation 4).
-template <class T>
-inline float inverse_rms(const T* row, std::ptrdiff_t width, float eps) {
+template <class Row>
+inline float inverse_rms(Row row, std::ptrdiff_t width, float eps) {
     vec squares = {};
     for (std::ptrdiff_t i = 0; i < width; i += LANES) {
         vec x = load(row + i);
@@ -15,8 +17,9 @@ inline float inverse_rms(const T* row, std::ptrdiff_t width, float eps) {
     return 1.0f / std::sqrt(sum(squares) / float(width) + eps);
 }
 
+template <class Out>
 inline void normalize(const float* row, const float* gain, std::ptrdiff_t width, float eps,
-                      bf16* to) {
+                      Out to) {
     vec scale = all(inverse_rms(row, width, eps));
     for (std::ptrdiff_t i = 0; i < width; i += LANES) {
         store(to + i, load(row + i) * scale * load(gain + i));
@@ -24,7 +27,8 @@ inline void normalize(const float* row, const float* gain, std::ptrdiff_t width,
 }
 
 // Add to `to` the gradient of a normalized row, and to `d_gain` that of the gain.
-inline void normalize_backward(const float* d_out, const float* row, const float* gain,
+template <class In>
+inline void normalize_backward(In d_out, const float* row, const float* gain,
                                std::ptrdiff_t width, float eps, float* to, float* d_gain) {
     float scale = inverse_rms(row, width, eps);
     vec dots = {};
@@ -55,31 +59,33 @@ struct Angles {
 };
 
 // A head's query or key: to root mean square 1 times a gain, if there is one, then turned.
-inline void mark(const bf16* raw, const float* gain, Angles angles, std::ptrdiff_t width, float eps,
-                 bf16* to) {
+template <class In, class Out>
+inline void mark(In raw, const float* gain, Angles angles, std::ptrdiff_t width, float eps,
+                 Out to) {
     std::ptrdiff_t half = width / 2;
     vec scale = all(gain ? inverse_rms(raw, width, eps) : 1.0f);
     for (std::ptrdiff_t i = 0; i < half; i += LANES) {
-        vec first = load(raw + i) * scale, second = load(raw + half + i) * scale;
+        vec first = load(raw + i) * scale, second = load(raw + (half + i)) * scale;
         if (gain) {
             first *= load(gain + i);
             second *= load(gain + half + i);
         }
         angles.turn(i, first, second, 1.0f);
         store(to + i, first);
-        store(to + half + i, second);
+        store(to + (half + i), second);
     }
 }
 
 // The way back. `d_out` is turned back in place; `d_gain` is added to.
-inline void mark_backward(float* d_out, const bf16* raw, const float* gain, Angles angles,
-                          std::ptrdiff_t width, float eps, bf16* to, float* d_gain) {
+template <class Gradient, class In, class Out>
+inline void mark_backward(Gradient d_out, In raw, const float* gain, Angles angles,
+                          std::ptrdiff_t width, float eps, Out to, float* d_gain) {
     std::ptrdiff_t half = width / 2;
     for (std::ptrdiff_t i = 0; i < half; i += LANES) {
-        vec first = load(d_out + i), second = load(d_out + half + i);
+        vec first = load(d_out + i), second = load(d_out + (half + i));
         angles.turn(i, first, second, -1.0f);
         store(d_out + i, first);
-        store(d_out + half + i, second);
+        store(d_out + (half + i), second);
     }
     if (!gain) {
         for (std::ptrdiff_t i = 0; i < width; i += LANES) store(to + i, load(d_out + i));

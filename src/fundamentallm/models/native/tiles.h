@@ -4,7 +4,8 @@
 // 16 columns: word (p, n) of a tile holds (B[2p][n], B[2p + 1][n]), which is what AMX, and AVX-512
 // with bfloat16, multiply. Three layouts follow:
 //
-//   rows      A as it lies in memory, a row after the other
+//   panels    A in panels of 32 columns, each of which lies row after row: what a product writes
+//             and the next one reads are blocks of 2 KB in one piece
 //   pairs     B: tiles of 512 numbers by (columns / 16, k / 32), the k of one column one after the
 //             other
 //   columns   A taken from a matrix whose rows are k, such as the activations of 32 tokens where
@@ -33,8 +34,23 @@ struct Left {
     std::ptrdiff_t row, step, half;
 };
 
-inline Left rows_of(const bf16* at, std::ptrdiff_t width) {
-    return {at, width, 32, 16 * width};
+// A in panels of `rows` rows.
+inline Left panels_of(const bf16* at, std::ptrdiff_t rows) { return {at, 32, 32 * rows, 16 * 32}; }
+
+// A row of a matrix in panels of `rows` rows; adding a multiple of 16 leads to that column.
+template <class T>
+struct PanelRow {
+    T* at;
+    std::ptrdiff_t rows;
+
+    T* operator+(std::ptrdiff_t column) const {
+        return at + column / 32 * 32 * rows + column % 32;
+    }
+};
+
+template <class T>
+inline PanelRow<T> row_in(T* panels, std::ptrdiff_t rows, std::ptrdiff_t row) {
+    return {panels + 32 * row, rows};
 }
 
 inline Left columns_of(const bf16* at, std::ptrdiff_t k_tiles) {
@@ -202,7 +218,7 @@ inline void product(Left a, std::ptrdiff_t rows, const bf16* b, std::ptrdiff_t k
     for (std::ptrdiff_t n = 0; n < columns; n += SIDE) {
         const bf16* first = b + n / 16 * k_tiles * TILE;
         for (std::ptrdiff_t m = 0; m < rows; m += SIDE) {
-            multiply({a.at + m * a.row, a.row, a.step, a.half}, first, first + k_tiles * TILE,
+            multiply({a.at + m / 16 * a.half, a.row, a.step, a.half}, first, first + k_tiles * TILE,
                      k_tiles, blocks[turn % 2], false);
             if (turn++) take(row, column, blocks[turn % 2]);
             row = m;
@@ -270,6 +286,24 @@ inline void pack_columns(const bf16* from, std::ptrdiff_t width, std::ptrdiff_t 
     }
 }
 
+// The same for columns of a matrix in panels of `panel_rows` rows; `from` is in its first panel.
+inline void pack_panels(const bf16* from, std::ptrdiff_t panel_rows, std::ptrdiff_t rows,
+                        std::ptrdiff_t columns, bf16* to, std::ptrdiff_t k,
+                        std::ptrdiff_t k_tiles) {
+    for (std::ptrdiff_t n = 0; n < columns; n += 32) {
+        pack_pairs(from + n * panel_rows, 32, rows, 32, to + n / 16 * k_tiles * TILE, k, k_tiles);
+    }
+}
+
+inline void pack_panel_columns(const bf16* from, std::ptrdiff_t panel_rows, std::ptrdiff_t rows,
+                               std::ptrdiff_t columns, bf16* to, std::ptrdiff_t k,
+                               std::ptrdiff_t k_tiles) {
+    for (std::ptrdiff_t m = 0; m < columns; m += 32) {
+        pack_columns(from + m * panel_rows, 32, rows, 32, to + m / 16 * k_tiles * TILE, k,
+                     k_tiles);
+    }
+}
+
 inline words two_halves(const bf16* at) { return load_as<words>(at); }
 inline words two_halves(const float* at) {
     struct {
@@ -278,13 +312,14 @@ inline words two_halves(const float* at) {
     return load_as<words>(&both);
 }
 
-// Rows are the columns of B: 16 of them, `k_tiles` * 32 wide, into 16 columns of the pairs layout.
+// Rows are the columns of B: 16 of them into 16 columns of the pairs layout. `row` numbers lie from
+// one to the next, `step` from 32 k to the next 32.
 template <class T>
-inline void pack_transposed(const T* from, std::ptrdiff_t width, bf16* to,
+inline void pack_transposed(const T* from, std::ptrdiff_t row, std::ptrdiff_t step, bf16* to,
                             std::ptrdiff_t k_tiles) {
     for (std::ptrdiff_t k = 0; k < k_tiles; ++k) {
         words tile[LANES];
-        for (int n = 0; n < 16; ++n) tile[n] = two_halves(from + n * width + 32 * k);
+        for (int n = 0; n < 16; ++n) tile[n] = two_halves(from + n * row + k * step);
         transpose(tile);
         std::memcpy(to + k * TILE, tile, sizeof tile);
     }
