@@ -7,10 +7,11 @@
     configs/shakespeare_small.yaml                         2,000 steps of 768 tokens
     configs/shakespeare_small.yaml training.total_steps=250 --against-hand
 
-Each seed is a process of its own, timed from its start to its end, with an empty compile cache. The
-seconds of the steps are those that training itself took: no start, no compilation, no evaluation.
-With `--against-hand` the eager float32 loop of nanoGPT's CPU recipe (`speed.py`'s `hand`) is timed
-as well, and the seconds are given as a share of its 2,000 steps, which nanoGPT reports 1.88 after.
+Each seed is a process of its own, timed from its start to its end, with nothing compiled before.
+The seconds of the steps are those that training itself took: no start, no compilation, no
+evaluation. With `--against-hand` the eager float32 loop of nanoGPT's CPU recipe (`speed.py`'s
+`hand`) is timed as well, and the seconds are given as a share of its 2,000 steps, which nanoGPT
+reports 1.88 after.
 Prints one JSON object.
 """
 
@@ -44,7 +45,11 @@ def train(config: Path, data: str, seed: int, overrides: list[str]) -> dict[str,
             command,
             capture_output=True,
             text=True,
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "inductor")},
+            env={
+                **os.environ,
+                "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "inductor"),
+                "XDG_CACHE_HOME": str(Path(scratch) / "cache"),
+            },
         )
         seconds = time.perf_counter() - started
         if done.returncode:

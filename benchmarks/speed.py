@@ -6,8 +6,8 @@
 - ignite, lightning, hf: the same model and the same step in plain Ignite, Lightning and the Hugging
   Face Trainer (`pip install -e '.[peers]'`); what they add to `hand` is what they cost.
 - engine: the same model and step in this package's trainer, with its default handlers.
-- ours: this package's model of the same shape and size, trained as it is meant to be: bfloat16,
-  compiled, with the faster attention, by `run`'s own assembly.
+- ours: this package's model of the same shape and size, trained as it is meant to be on a CPU:
+  bfloat16, native code, by `run`'s own assembly.
 
 Each contestant is a process of its own, a round has all of them in turn, and a ratio is one of a
 round. A step is timed when the first ten are over, so compilation counts for nothing here. Prints

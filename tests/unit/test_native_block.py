@@ -242,6 +242,133 @@ def test_a_model_trains_with_it(checkpointing):
         assert difference(found[name], expected[name]) < 8 * ROUNDING, name
 
 
+class TestDropout:
+    """Its masks are its own, so they are read off the results."""
+
+    P = 0.25
+
+    def case(self, **changes) -> Case:
+        KINDS["dropped"] = {**PLAIN, "d_model": 128, "dropout": self.P, **changes}
+        try:
+            return Case("dropped", batch=4, time=64)
+        finally:
+            del KINDS["dropped"]
+
+    def run(self, case: Case, seed: int = 0) -> torch.Tensor:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return case.native(case.block, case.x, case.positions, case.embedded)
+
+    def test_a_branch_loses_its_share_and_the_rest_grows(self):
+        case = self.case()
+        # With one value in every channel, the first branch adds the same number everywhere.
+        case.block.attention.dropout = 0.0
+        case.block.dropout.p = 0.0
+        case.x[:] = 1.0
+        case.block.feedforward.output.weight.data.zero_()
+        whole = self.run(case) - case.x
+        case.block.attention.dropout = case.block.dropout.p = self.P
+        added = self.run(case) - case.x
+        dropped = added.abs() < 1e-6
+        assert abs(dropped.float().mean() - self.P) < 0.01
+        # What the heads read lost some of its weights too: a factor for each row and head.
+        assert abs((added * whole).sum() / whole.square().sum() - 1) < 0.03
+
+    def test_weights_and_branches_are_dropped_apart(self):
+        case = self.case()
+        case.x[:] = 1.0
+        case.block.feedforward.output.weight.data.zero_()
+        case.block.attention.output.weight.data.copy_(torch.eye(128))
+        read = (self.run(case) - case.x) * (1 - self.P)
+        # The first row of each sequence reads itself alone: with what its one weight became.
+        first = read[:, 0].view(4, 2, 64)
+        whole = (first.abs() < 1e-6).all(-1)
+        others = (first.abs() < 1e-6).float().mean(-1)[~whole]
+        assert whole.any()
+        assert not whole.all()
+        assert abs(others.mean() - self.P) < 0.1
+
+    def test_the_same_seed_draws_the_same_and_another_does_not(self):
+        case = self.case()
+        first, again, other = self.run(case), self.run(case), self.run(case, seed=1)
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        masks = [(y - case.x).abs() < 1e-6 for y in (first, other)]
+        both = (masks[0] & masks[1]).float().mean()
+        assert both < 1.5 * self.P**2
+
+    def test_evaluation_drops_nothing(self):
+        case = self.case()
+        case.block.eval()
+        found = self.run(case)
+        torch.manual_seed(0)
+        state = torch.get_rng_state()
+        self.run(case)
+        assert torch.equal(state, torch.get_rng_state())
+        expected = run_block(case.block, case.x, case.positions, case.embedded).detach()
+        assert difference(found, expected) < 2 * ROUNDING
+
+    def test_on_average_it_is_the_plain_block(self):
+        case = self.case()
+        case.block.feedforward.output.weight.data.zero_()  # behind a square no average holds
+        whole = run_block(case.block.eval(), case.x, case.positions, case.embedded)
+        case.block.train()
+        mean = sum(self.run(case, seed) for seed in range(200)) / 200
+        assert difference(mean - case.x, whole.detach() - case.x) < 0.08
+
+    @pytest.mark.parametrize("name", ["x", "query", "value", "output", "input", "feed"])
+    def test_gradients_are_those_of_what_was_kept(self, name):
+        """Along a direction the function changes as its gradient says, with the masks held."""
+        case = self.case()
+        attention, feedforward = case.block.attention, case.block.feedforward
+        tensor = {
+            "x": case.x,
+            "query": attention.query.weight,
+            "value": attention.value.weight,
+            "output": attention.output.weight,
+            "input": feedforward.input.weight,
+            "feed": feedforward.output.weight,
+        }[name]
+        tensor.requires_grad_()
+        torch.manual_seed(0)
+        y = case.native(case.block, case.x, case.positions, case.embedded)
+        (gradient,) = torch.autograd.grad(y, tensor, case.d_y)
+        direction = gradient / gradient.norm()  # where the slope is far above the rounding
+        step = 0.003 * float(tensor.detach().norm())
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                tensor.add_(sign * step * direction)
+                ends.append((self.run(case) * case.d_y).double().sum())
+                tensor.sub_(sign * step * direction)
+        slope = float(ends[0] - ends[1]) / (2 * step)
+        assert slope == pytest.approx(float((gradient * direction).sum()), rel=0.02)
+
+    def test_checkpointed_activations_are_computed_again_with_the_same_masks(self):
+        config = TransformerConfig(
+            vocab_size=65, sequence_length=64, num_layers=2, **{**PLAIN, "dropout": self.P}
+        )
+        torch.manual_seed(0)
+        model = compiled(Transformer(config), native=True)
+        ids = torch.randint(65, (4, 64))
+
+        def gradients(checkpointing: bool) -> list[torch.Tensor]:
+            model.gradient_checkpointing = checkpointing
+            model.zero_grad()
+            torch.manual_seed(1)
+            nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+            return [p.grad for p in model.parameters()]
+
+        for plain, again in zip(gradients(False), gradients(True), strict=True):
+            assert torch.equal(plain, again)
+
+    def test_shares_that_differ_go_through_the_plain_block(self):
+        case = self.case()
+        case.block.attention.dropout = 0.5
+        case.native.plain = lambda *arguments: "plain"
+        assert case.native(case.block, case.x, case.positions, case.embedded) == "plain"
+
+
 class TestNormalization:
     @pytest.mark.parametrize("shape", [(3, 5, 64), (1, 16), (4, 96)])
     def test_it_is_the_plain_one(self, shape):
@@ -309,7 +436,7 @@ def test_modules_are_watched_through_the_plain_block():
         ({"sequence_length": 8192}, "8192"),
         ({"normalization": "layernorm"}, "layernorm"),
         ({"bias": True}, "bias"),
-        ({"dropout": 0.1}, "dropout"),
+        ({"dropout": 0.1}, ""),
         ({"feedforward": {"name": "gelu", "approximate": "tanh"}}, "approximate"),
     ],
 )

@@ -41,7 +41,8 @@ struct Block {
     Size batch, time, width, heads, kv_heads, hidden;
     FeedForward feedforward;
     Size threads;
-    float eps, qk_eps;
+    float eps, qk_eps, keep;  // keep: the share that dropout leaves, 1 for none
+    Size seed;                // of dropout
 
     // Weights, float32. Gains of queries and keys, angles and the mixture may be null.
     const float *mix, *gain1, *query, *key, *value, *query_gain, *key_gain, *output;
@@ -85,6 +86,9 @@ struct Block {
         Size tokens = narrow() ? 256 : cache_share() / (2 * width);
         return std::max<Size>(1, tokens / time);
     }
+    Dropout dropout() const { return {seed, keep}; }
+    // Matrices with dropout have numbers: what both branches add, and each head's weights.
+    Size weights_of(Size sequence, Size head) const { return 2 + sequence * heads + head; }
     float scale() const { return 1.0f / std::sqrt(float(head_width())); }
     Size weights() const {
         return width * (raw_width() + width + before_width() + hidden);
@@ -217,8 +221,9 @@ void mark_rows(const Block& b, const bf16* raw, Size t, Size rows, bf16* query, 
 const ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // What one head reads for the 32 queries of block `i`, from keys and values up to their own.
-void attend(const Block& b, Left query, Size i, const bf16* keys, const bf16* values,
+void attend(const Block& b, Left query, Size i, Size matrix, const bf16* keys, const bf16* values,
             float* scores, bf16* weights, bf16* read, float* lse) {
+    const Dropout dropout = b.dropout();
     Size time = b.time, k_tiles = b.head_width() / 32, columns = (i + 1) * SIDE;
     alignas(64) float block[BLOCK], inverse[SIDE];
     const float scale = b.scale();
@@ -240,11 +245,12 @@ void attend(const Block& b, Left query, Size i, const bf16* keys, const bf16* va
             most = choose(s > most, s, most);
         }
         float shift = largest(most) * scale;
+        const std::uint32_t kept = dropout.key(matrix, i * SIDE + r);
         vec sums = {};
         for (Size c = 0; c < columns; c += LANES) {
             vec p = exponential(load(row + c) * scale - shift);
             sums += p;
-            store(to + c, p);
+            store(to + c, dropout ? p * dropout.along_row(kept, c) : p);
         }
         float total = sum(sums);
         inverse[r] = 1.0f / total;
@@ -294,6 +300,13 @@ void activate_rows(const Block& b, const bf16* before, Size rows, bf16* hidden) 
     }
 }
 
+// What dropout leaves of sixteen elements that a branch adds to the stream, in row `t`.
+vec kept_of(const Block& b, int branch, Size s, Size t, Size column, vec value) {
+    const Dropout dropout = b.dropout();
+    if (!dropout) return value;
+    return value * dropout.along_row(dropout.key(branch, s * b.time + t), column);
+}
+
 void forward_sequence(const Block& b, const Packed& packed, Size s) {
     Size time = b.time, d = b.width, e = b.kv_width(), k = b.head_width(), w = b.raw_width();
     Size k_tiles = k / 32, t_tiles = time / 32, before_width = b.before_width();
@@ -330,8 +343,8 @@ void forward_sequence(const Block& b, const Packed& packed, Size s) {
         Size g = h / (b.heads / b.kv_heads);
         for (Size t = 0; t < time; t += SIDE) {
             Size at = h * k * time + t * 32;
-            attend(b, panels_of(m.query + at, time), t / SIDE, m.keys + g * time * k,
-                   m.values + g * time * k, m.scores, m.weights, m.read + at,
+            attend(b, panels_of(m.query + at, time), t / SIDE, b.weights_of(s, h),
+                   m.keys + g * time * k, m.values + g * time * k, m.scores, m.weights, m.read + at,
                    keeps ? b.lse + (s * b.heads + h) * time + t : nullptr);
         }
     }
@@ -340,7 +353,10 @@ void forward_sequence(const Block& b, const Packed& packed, Size s) {
         float* stream = m.middle + t * d;
         product(panels_of(m.read + t * 32, time), rows, packed.output, d / 32, d,
                 [&](Size r, Size n, const float* block) {
-                    put_sum(block, stream + r * d + n, d);
+                    each(block, [&](Size row, Size column, vec value) {
+                        float* at = stream + (r + row) * d + n + column;
+                        store(at, load(at) + kept_of(b, 0, s, t + r + row, n + column, value));
+                    });
                 });
         for (Size r = 0; r < rows; ++r) {
             normalize(stream + r * d, b.gain2, d, b.eps, row_in(m.normed, rows, r));
@@ -365,7 +381,8 @@ void forward_sequence(const Block& b, const Packed& packed, Size s) {
                 [&](Size r, Size n, const float* block) {
                     each(block, [&](Size row, Size column, vec value) {
                         Size at = (r + row) * d + n + column;
-                        store(out + at, load(stream + at) + value);
+                        store(out + at, load(stream + at) +
+                                            kept_of(b, 1, s, t + r + row, n + column, value));
                     });
                 });
     }
@@ -406,6 +423,7 @@ struct BackwardMemory {
     // of one head
     bf16 *query_transposed, *query_pairs, *d_read_transposed, *d_read_pairs, *key_pairs;
     bf16 *weights, *d_scores, *d_scores_columns;
+    std::uint32_t* kept;
 
     BackwardMemory(const Block& b, Arena& from) {
         Size t = b.time, d = b.width, e = b.kv_width(), f = b.hidden, i = b.before_width();
@@ -435,13 +453,17 @@ struct BackwardMemory {
             from.take(*at, t * k);
         }
         from.take(d_scores_columns, t * t);
+        from.take(kept, t);
     }
 };
 
-// Rows of float32, `d` wide, to panels of bfloat16.
-void narrow_rows(const float* from, Size rows, Size d, bf16* to) {
-    for (Size r = 0; r < rows; ++r, from += d) {
-        for (Size i = 0; i < d; i += LANES) store(row_in(to, rows, r) + i, load(from + i));
+// The gradient of the stream, rows from token `t` on, to that of what a branch adds, in panels.
+void narrow_rows(const Block& b, int branch, Size s, Size t, const float* from, Size rows,
+                 bf16* to) {
+    for (Size r = 0; r < rows; ++r, from += b.width) {
+        for (Size i = 0; i < b.width; i += LANES) {
+            store(row_in(to, rows, r) + i, kept_of(b, branch, s, t + r, i, load(from + i)));
+        }
     }
 }
 
@@ -494,7 +516,7 @@ void feed_forward_backward(const Block& b, const Packed& packed, Size s, Size pl
                     put(block, m.before + n * rows + r * 32, 32);
                 });
 
-        narrow_rows(d_y, rows, d, m.narrow);
+        narrow_rows(b, 1, s, t, d_y, rows, m.narrow);
         pack_panel_columns(m.narrow, rows, rows, d, m.d_y_columns, tile, t_tiles);
         product(panels_of(m.narrow, rows), rows, packed.feed_output_back, d / 32, f,
                 [&](Size r, Size n, const float* block) {
@@ -513,7 +535,7 @@ void feed_forward_backward(const Block& b, const Packed& packed, Size s, Size pl
                                d_middle + r * d, sums.gain2);
         }
 
-        narrow_rows(d_middle, rows, d, m.narrow);
+        narrow_rows(b, 0, s, t, d_middle, rows, m.narrow);
         pack_panel_columns(m.narrow, rows, rows, d, m.d_middle_columns, tile, t_tiles);
         pack_panels(read + t * 32, time, rows, d, m.read_pairs, tile, t_tiles);
         product(panels_of(m.narrow, rows), rows, packed.output_back, d / 32, d,
@@ -546,7 +568,9 @@ void attention_backward(const Block& b, Size s, Size h, const BackwardMemory& m)
     float* d_value = m.d_value + g * k * time;
     const float *lse = b.lse + (s * b.heads + h) * time, *delta = m.delta + h * time;
     const float scale = b.scale();
+    const Dropout dropout = b.dropout();
     alignas(64) float block[BLOCK], d_block[BLOCK];
+    for (Size t = 0; t < time && dropout; ++t) m.kept[t] = dropout.key(b.weights_of(s, h), t);
     for (Size t = 0; t < time; t += 16) {
         pack_transposed(query + t * 32, 32, 32 * time, m.query_transposed + t * k, k_tiles);
         pack_transposed(d_read + t * 32, 32, 32 * time, m.d_read_transposed + t * k, k_tiles);
@@ -568,7 +592,14 @@ void attention_backward(const Block& b, Size s, Size h, const BackwardMemory& m)
                 vec p = exponential(score * scale - load(lse + i * SIDE + column));
                 if (i == j) p = choose(LANE < int(row - column), vec{}, p);
                 vec dp = load(d_block + (row / 16 * 2 + column / 16) * 256 + row % 16 * LANES);
-                store(weights + row * 32 + column, p);
+                vec weight = p;
+                if (dropout) {
+                    words keys = load_as<words>(m.kept + i * SIDE + column);
+                    vec factors = dropout.along_column(keys, first + row);
+                    weight *= factors;
+                    dp *= factors;
+                }
+                store(weights + row * 32 + column, weight);
                 store(d_scores + row * 32 + column,
                       p * (dp - load(delta + i * SIDE + column)) * scale);
             });

@@ -53,6 +53,7 @@ class _Sizes(NamedTuple):
     threads: int
     eps: float
     qk_eps: float
+    keep: float
 
 
 class _Arguments(ctypes.Structure):
@@ -63,6 +64,7 @@ class _Arguments(ctypes.Structure):
             (name, ctypes.c_int64 if kind is int else ctypes.c_float)
             for name, kind in get_type_hints(_Sizes).items()
         ),
+        ("seed", ctypes.c_int64),
         *(
             (name, ctypes.c_void_p)
             for name in (*_WEIGHTS, "cosines", "sines", "packed", "x", "embedded", "y")
@@ -101,8 +103,6 @@ def why_not(config: TransformerConfig, device: torch.device) -> str:
         return "feedforward gelu with approximate: tanh"
     if config.bias:
         return "bias: true"
-    if config.dropout:
-        return "dropout above 0"
     return ""
 
 
@@ -151,20 +151,21 @@ class NativeBlocks:
             angles = positions.cosines, positions.sines
         inputs = (x.contiguous(), embedded.contiguous(), *angles, *weights)
         sizes = _sizes_of(block, x)
+        seed = int(torch.randint(2**62, ())) if sizes.keep < 1 else 0
         if torch.is_grad_enabled():
-            return _NativeBlock.apply(self, sizes, *inputs)  # type: ignore[no-untyped-call]
-        y, kept = self.forward(sizes, inputs, trains=False)
+            return _NativeBlock.apply(self, sizes, seed, *inputs)  # type: ignore[no-untyped-call]
+        y, kept = self.forward(sizes, seed, inputs, trains=False)
         self.give_back(sizes, kept)
         return y
 
     def forward(
-        self, sizes: _Sizes, inputs: Sequence[Tensor | None], trains: bool
+        self, sizes: _Sizes, seed: int, inputs: Sequence[Tensor | None], trains: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the output and, where it `trains`, what the backward pass reads besides."""
         x = inputs[0]
         assert x is not None
         y = torch.empty_like(x)
-        arguments = _Arguments(**sizes._asdict())
+        arguments = _Arguments(**sizes._asdict(), seed=seed)
         packed = self.library.fundamentallm_packed_size(ctypes.byref(arguments))
         known = sizes == self._sizes and self._free
         kept = self._free.pop() if known else _buffers(sizes, packed)
@@ -175,7 +176,12 @@ class NativeBlocks:
         return y, kept
 
     def backward(
-        self, sizes: _Sizes, inputs: Sequence[Tensor | None], kept: Sequence[Tensor], d_y: Tensor
+        self,
+        sizes: _Sizes,
+        seed: int,
+        inputs: Sequence[Tensor | None],
+        kept: Sequence[Tensor],
+        d_y: Tensor,
     ) -> list[Tensor | None]:
         """Return the gradients of x, the embeddings and the weights, from that of the output."""
         x, embedded, _, _, *weights = inputs
@@ -185,7 +191,7 @@ class NativeBlocks:
             None if tensor is None else torch.empty_like(tensor)
             for tensor in (x, embedded if mixes else None, *weights)
         ]
-        arguments = _Arguments(**sizes._asdict())
+        arguments = _Arguments(**sizes._asdict(), seed=seed)
         arguments.point(_INPUTS, inputs)
         arguments.point(_KEPT, kept)
         arguments.point(_GRADIENTS, gradients)
@@ -215,6 +221,7 @@ def _sizes_of(block: Block, x: Tensor) -> _Sizes:
         threads=torch.get_num_threads(),
         eps=block.attention_norm.eps,  # type: ignore[arg-type]
         qk_eps=getattr(attention.query_norm, "eps", 0.0),
+        keep=1 - attention.dropout if block.training else 1.0,
     )
 
 
@@ -241,6 +248,8 @@ def _weights_of(block: Block) -> list[Tensor | None] | None:
     if not isinstance(feedforward, _FEEDFORWARDS):
         return None
     if not all(isinstance(n, RMSNorm) for n in (block.attention_norm, block.feedforward_norm)):
+        return None
+    if getattr(block.dropout, "p", 0.0) != attention.dropout:
         return None
     gated = isinstance(feedforward, SwiGLUFeedForward)
     normed = isinstance(attention.query_norm, RMSNorm)
@@ -284,11 +293,13 @@ class _NativeBlock(torch.autograd.Function):
     """The compiled code as an operation with a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, runner: NativeBlocks, sizes: _Sizes, *inputs: Tensor | None) -> Tensor:
-        y, kept = runner.forward(sizes, inputs, trains=True)
+    def forward(
+        ctx: Any, runner: NativeBlocks, sizes: _Sizes, seed: int, *inputs: Tensor | None
+    ) -> Tensor:
+        y, kept = runner.forward(sizes, seed, inputs, trains=True)
         # As saved tensors, so that checkpointed activations can let go of them.
         ctx.save_for_backward(*inputs, *kept)
-        ctx.runner, ctx.sizes, ctx.over = runner, sizes, False
+        ctx.runner, ctx.sizes, ctx.seed, ctx.over = runner, sizes, seed, False
         return y
 
     @staticmethod
@@ -298,7 +309,7 @@ class _NativeBlock(torch.autograd.Function):
             raise RuntimeError("a native block's graph cannot be gone through twice")
         saved = ctx.saved_tensors
         inputs, kept = saved[: len(_INPUTS)], saved[len(_INPUTS) :]
-        d_x, d_embedded, *gradients = ctx.runner.backward(ctx.sizes, inputs, kept, d_y)
+        d_x, d_embedded, *gradients = ctx.runner.backward(ctx.sizes, ctx.seed, inputs, kept, d_y)
         ctx.runner.give_back(ctx.sizes, kept)
         ctx.over = True
-        return None, None, d_x, d_embedded, None, None, *gradients
+        return None, None, None, d_x, d_embedded, None, None, *gradients

@@ -155,3 +155,46 @@ inline vec activate_backward(FeedForward kind, vec d, vec& gate, vec& input) {
     gate = d * 2.0f * r;
     return r * r;
 }
+
+// Dropout without a mask in memory: whether an element is kept follows from a hash of its row's key
+// and its column, so the backward pass finds the same ones again.
+struct Dropout {
+    std::uint32_t seed = 0, threshold = 0;
+    float factor = 1.0f;
+
+    Dropout(std::int64_t chosen, float keep)
+        : seed(mixed(std::uint32_t(chosen) ^ mixed(std::uint32_t(chosen >> 32)))),
+          threshold(std::uint32_t((1.0 - double(keep)) * 4294967295.0)),
+          factor(1.0f / keep) {}
+
+    explicit operator bool() const { return threshold != 0; }
+
+    // By two rounds of shift and multiply, C. Wellons' "lowbias32".
+    template <class T>
+    static T mixed(T x) {
+        x ^= x >> 16;
+        x *= 0x7feb352dU;
+        x ^= x >> 15;
+        x *= 0x846ca68bU;
+        return x ^ (x >> 16);
+    }
+
+    // The key of row `row` of matrix `matrix`, of those that one call makes.
+    std::uint32_t key(std::uint32_t matrix, std::uint32_t row) const {
+        return mixed(mixed(seed + matrix * 0x9e3779b9U) + row);
+    }
+
+    // What the elements of `keys`, each of its own row and column, are multiplied by: 0 or 1 / keep.
+    vec factors(words keys) const {
+        return choose((ints)(mixed(keys) >= threshold), all(factor), vec{});
+    }
+    // ... of columns `column` to `column` + 15 of a row.
+    vec along_row(std::uint32_t key, std::uint32_t column) const {
+        const words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        return factors(key + (lane + column) * 0x9e3779b9U);
+    }
+    // ... of one column of sixteen rows.
+    vec along_column(words keys, std::uint32_t column) const {
+        return factors(keys + column * 0x9e3779b9U);
+    }
+};
