@@ -19,6 +19,6 @@ def default_cache_dir() -> Path:
         return (Path(base) if base else Path.home() / ".cache") / "fundamentallm"
     except RuntimeError as error:
         raise DataError(
-            f"there is no place for downloads: {error}",
+            f"there is no cache directory: {error}",
             fix="set XDG_CACHE_HOME to a writable place",
         ) from error

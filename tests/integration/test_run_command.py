@@ -26,6 +26,7 @@ from fundamentallm.engine import auto
 from fundamentallm.engine import run as run_module
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.measuring import Measurement
+from fundamentallm.errors import MachineError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training import compilation, train
 from fundamentallm.training.manifest import parse_manifest, render_manifest
@@ -675,6 +676,43 @@ def test_a_native_run_goes_on_where_no_compiler_is(at_step, monkeypatch, capsys)
     assert "no C++ compiler here" in " ".join("".join(capsys.readouterr()).split())
     assert main(["run", *NATIVE, "--run-dir", "other"]) == 5
     assert "compile: native needs a C++ compiler" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(compilation.find_compiler() is None, reason="needs a C++ compiler")
+def test_a_native_run_goes_on_where_the_code_is_refused(at_step, monkeypatch, capsys):
+    at_step(6, press_ctrl_c)
+    assert main(["run", *NATIVE]) == 130
+    at_step(10**6, press_ctrl_c)
+
+    def refuses() -> None:
+        raise MachineError("the system refuses the processor's tile registers (AMX)")
+
+    monkeypatch.setattr(assembly, "load_library", refuses)
+    assert main(["run", *NATIVE]) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "here it cannot be (the system refuses the processor's tile registers (AMX))" in said
+    stored = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["training"]
+    assert (stored["compile"], stored["precision"]) == (False, "bf16")
+
+
+def test_documents_apart_are_not_computed_by_native_code(capsys):
+    assert main(["prepare", "text.txt", "--tokenizer", "character", "--out", "prepared"]) == 0
+    words = ["data.source=prepared", "data.packing=document", "training.total_steps=1"]
+    assert main(["run", *NATIVE, *words]) == 0
+    assert "training.compile has no effect" in "".join(capsys.readouterr())
+    stored = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["training"]
+    assert stored["compile"] is False
+
+
+@pytest.mark.skipif(compilation.find_compiler() is None, reason="needs a C++ compiler")
+def test_every_command_takes_a_native_run(capsys):
+    assert main(["check", *NATIVE]) == 0
+    assert main(["run", *NATIVE]) == 0
+    trained = [line["val/loss"] for line in lines("runs/tiny") if "val/loss" in line][-1]
+    capsys.readouterr()
+    assert main(["evaluate", "runs/tiny/checkpoints/step-00000012", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(trained, rel=1e-3)
+    assert main(["generate", "runs/tiny", "--prompt", "a", "--max-tokens", "8"]) == 0
 
 
 def test_a_model_that_native_code_does_not_know_is_refused_with_the_reason(capsys):

@@ -106,6 +106,22 @@ def test_native_code_is_a_candidate_where_the_block_is_known(machine, capsys):
     assert "native" not in {c.training.compile for c in machine.configs}
 
 
+@pytest.mark.parametrize("kept", ["precision", "compile"])
+def test_what_is_kept_rules_native_code_out(machine, kept):
+    words = ["model.d_model=64", "data.sequence_length=32", "model.d_ff=96"]
+    words += ["training.precision=bf16", "training.bf16_weights=true"]
+    assert main(["tune", "tiny.yaml", *words, "--keep", kept]) == 0
+    assert "native" not in {c.training.compile for c in machine.configs}
+
+
+def test_native_code_that_is_kept_is_the_only_kind(machine):
+    words = ["model.d_model=64", "data.sequence_length=32", "model.d_ff=96"]
+    words += ["training.precision=bf16", "training.compile=native"]
+    assert main(["tune", "tiny.yaml", *words, "--keep", "compile"]) == 0
+    found = {(c.training.compile, c.training.precision) for c in machine.configs}
+    assert found == {("native", "bf16")}
+
+
 def test_native_code_that_wins_is_written(machine, monkeypatch):
     monkeypatch.setattr(
         machine,

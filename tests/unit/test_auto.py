@@ -16,6 +16,7 @@ from fundamentallm.engine.auto import Length, choose, choose_auto, name_of
 from fundamentallm.engine.measuring import Measurement, failed
 from fundamentallm.engine.search import Setting
 from fundamentallm.engine.speed_cache import SpeedCache
+from fundamentallm.errors import MachineError
 from fundamentallm.training.distributed import Ranks
 
 PLAIN = Setting("fp32", False, False, "flash", 8, None)
@@ -224,6 +225,25 @@ def test_native_code_is_chosen_for_a_block_that_it_knows(times):
     times.asked.clear()
     unknown = model.model_copy(update={"bias": True})
     choose_auto(written, resolved().model_copy(update={"model": unknown}), loader(), CPU, Ranks())
+    assert "bf16 native" not in times.asked
+
+
+def test_native_code_that_cannot_be_built_leaves_the_others(times, monkeypatch):
+    measure = auto.measure
+
+    def refuses(config, *others, **more):
+        if config.training.compile == "native":
+            raise MachineError("the C++ compiler refuses the block's code")
+        return measure(config, *others, **more)
+
+    monkeypatch.setattr(auto, "measure", refuses)
+    chosen, _ = choose_auto(config(**AUTO), resolved(), loader(), CPU, Ranks())
+    assert (chosen.training.precision, chosen.training.compile) == ("bf16", True)
+
+
+def test_copies_of_the_weights_that_were_asked_for_rule_native_code_out(times):
+    written = config(**{**AUTO, "bf16_weights": True})
+    choose_auto(written, resolved(), loader(), CPU, Ranks())
     assert "bf16 native" not in times.asked
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from fundamentallm.config import TransformerConfig
+from fundamentallm.config import TrainingConfig, TransformerConfig
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.models.components import build_block, build_positions
 from fundamentallm.models.native import block as native
@@ -20,7 +24,8 @@ from fundamentallm.models.native.library import build, find_compiler
 from fundamentallm.models.native.normalization import native_rms_norm
 from fundamentallm.models.normalization import RMSNorm, rms_norm
 from fundamentallm.models.transformer import Transformer, run_block
-from fundamentallm.training.compilation import compiled, uncompiled
+from fundamentallm.training.build_step import build_precision
+from fundamentallm.training.compilation import compiled, uncompile, uncompiled
 from fundamentallm.training.precision import Precision
 
 CPU = torch.device("cpu")
@@ -68,7 +73,12 @@ class Case:
         self.parameters = dict(self.block.named_parameters())  # also while copies are lent
         shape = (batch, time, self.config.d_model)
         self.x, self.embedded, self.d_y = (torch.randn(shape) for _ in range(3))
-        self.native = NativeBlocks(run_block)
+        self.runner = NativeBlocks(run_block)
+
+    def native(self, *arguments):
+        """Call the runner as training in bf16 does."""
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.runner(*arguments)
 
     def gradients(self, run) -> dict[str, torch.Tensor]:
         """Return the output and all gradients, by name."""
@@ -237,7 +247,9 @@ def test_a_model_trains_with_it(checkpointing):
 
     expected = gradients()
     compiled(model, native=True)
-    found = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients()
+    assert any(not torch.equal(found[name], expected[name]) for name in expected)
     for name in expected:
         assert difference(found[name], expected[name]) < 8 * ROUNDING, name
 
@@ -356,7 +368,8 @@ class TestDropout:
             model.gradient_checkpointing = checkpointing
             model.zero_grad()
             torch.manual_seed(1)
-            nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+            with torch.autocast("cpu", torch.bfloat16):
+                nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
             return [p.grad for p in model.parameters()]
 
         for plain, again in zip(gradients(False), gradients(True), strict=True):
@@ -365,7 +378,7 @@ class TestDropout:
     def test_shares_that_differ_go_through_the_plain_block(self):
         case = self.case()
         case.block.attention.dropout = 0.5
-        case.native.plain = lambda *arguments: "plain"
+        case.runner.plain = lambda *arguments: "plain"
         assert case.native(case.block, case.x, case.positions, case.embedded) == "plain"
 
 
@@ -407,14 +420,96 @@ def test_calls_that_it_does_not_know_go_through_the_plain_block():
         asked.append(x.shape)
         return run_block(block, x, positions, embedded)
 
-    runner = NativeBlocks(plain)
-    runner(case.block, case.x[:, :33], case.positions, case.embedded[:, :33])
+    case.runner = NativeBlocks(plain)
+    case.native(case.block, case.x[:, :33], case.positions, case.embedded[:, :33])
     assert len(asked) == 1
-    runner(case.block, case.x[:, :64], case.positions, case.embedded[:, :64])
+    case.native(case.block, case.x[:, :64], case.positions, case.embedded[:, :64])
     assert len(asked) == 1
-    case.block.bfloat16()
-    runner(case.block, case.x.bfloat16(), case.positions, case.embedded.bfloat16())
+    case.runner(case.block, case.x, case.positions, case.embedded)  # in float32
     assert len(asked) == 2
+    case.block.bfloat16()
+    case.native(case.block, case.x.bfloat16(), case.positions, case.embedded.bfloat16())
+    assert len(asked) == 3
+
+
+def test_a_model_can_be_copied():
+    model = compiled(
+        Transformer(TransformerConfig(vocab_size=65, sequence_length=32, **PLAIN)), native=True
+    )
+    ids = torch.randint(65, (2, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids).sum().backward()  # with buffers in use
+    again = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(again(ids), model(ids))
+    assert again.run_block is not model.run_block
+
+
+def test_an_empty_batch_is_none_of_its_business():
+    case = Case("plain")
+    case.runner.plain = lambda *arguments: "plain"
+    for empty in (case.x[:0], case.x[:, :0]):
+        assert case.native(case.block, empty, case.positions, empty) == "plain"
+
+
+def test_what_was_compiled_is_plain_again_for_the_next_step():
+    model = Transformer(TransformerConfig(vocab_size=65, sequence_length=32, **PLAIN))
+    compiled(compiled(model, 4, 32), native=True)
+    uncompile(model)
+    assert model.run_block is run_block
+    assert {m.kernel for m in model.modules() if isinstance(m, RMSNorm)} == {rms_norm}
+
+
+@pytest.mark.parametrize(
+    "change", [{"bias": True}, {"num_heads": 4}, {"normalization": "layernorm"}]
+)
+def test_a_model_that_it_does_not_know_is_refused_by_a_script_too(change):
+    config = TransformerConfig(vocab_size=65, sequence_length=32, **{**PLAIN, **change})
+    with pytest.raises(ConfigError, match="does not know"):
+        compiled(Transformer(config), native=True)
+    with pytest.raises(ConfigError, match="Transformer"):
+        compiled(nn.Linear(2, 2), native=True)
+
+
+def test_in_a_script_it_is_bf16_whatever_auto_would_be():
+    model = Transformer(TransformerConfig(vocab_size=65, sequence_length=32, **PLAIN))
+    config = TrainingConfig(compile="native", precision="auto")
+    precision = build_precision(config, model, CPU)
+    assert (precision.name, precision.bf16_weights) == ("bf16", False)
+
+
+def test_buffers_of_inference_are_not_kept_for_training():
+    case = Case("plain")
+    with torch.inference_mode():
+        case.native(case.block, case.x, case.positions, case.embedded)
+    case.gradients(case.native)
+
+
+def test_a_block_whose_sums_leave_the_cache():
+    wide = {"d_model": 512, "num_heads": 8, "d_ff": 1024, "feedforward": "swiglu", "qk_norm": True}
+    KINDS["wide"] = wide
+    try:
+        case = Case("wide", batch=5, time=96)
+    finally:
+        del KINDS["wide"]
+    found, exact = case.gradients(case.native), case.gradients(run_block)
+    for name in exact:
+        assert difference(found[name], exact[name]) < 4 * ROUNDING, name
+
+
+def test_a_system_that_grants_fewer_threads_gives_the_same():
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import torch; import test_native_block as t;"
+        "case = t.Case('all', batch=5); torch.set_num_threads(3); "
+        "found = case.gradients(case.native); torch.set_num_threads(1);"
+        "alone = case.gradients(case.native);"
+        "assert all(torch.equal(found[name], alone[name]) for name in found)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, str(Path(__file__).parent)],
+        check=True,
+        env={**os.environ, "OMP_THREAD_LIMIT": "1"},
+    )
 
 
 def test_modules_are_watched_through_the_plain_block():
@@ -464,10 +559,30 @@ def test_the_kernels_of_all_processors_agree(processor, needs, tmp_path):
         pytest.skip(f"this processor has no {needs}")
     case = Case("all", time=64)
     expected = case.gradients(case.native)
-    case.native.library = build(find_compiler(), tmp_path, f"-march={processor}")
+    case.runner.library = build(find_compiler(), tmp_path, f"-march={processor}")
     found = case.gradients(case.native)
     for name in expected:
         assert difference(found[name], expected[name]) < 4 * ROUNDING, name
+
+
+@pytest.mark.parametrize("processor", ["x86-64-v3", "native"])
+@pytest.mark.parametrize("feedforward", ["swiglu", "gelu"])
+def test_activations_far_from_zero(feedforward, processor, tmp_path):
+    cpu = Path("/proc/cpuinfo")
+    if processor != "native" and (not cpu.exists() or "avx2" not in cpu.read_text()):
+        pytest.skip("this processor has no avx2")
+    KINDS["far"] = {**PLAIN, "feedforward": feedforward}
+    try:
+        case = Case("far", batch=1, time=32)
+    finally:
+        del KINDS["far"]
+    case.runner.library = build(find_compiler(), tmp_path, f"-march={processor}")
+    first = getattr(case.block.feedforward, "gate", case.block.feedforward.input)
+    first.weight.data *= 200
+    found, exact = case.gradients(case.native), case.gradients(run_block)
+    assert difference(found["y"], exact["y"]) < 4 * ROUNDING
+    for name in exact:  # near 0 a steep slope makes much of a rounding
+        assert difference(found[name], exact[name]) < 16 * ROUNDING, name
 
 
 def test_the_structure_is_that_of_the_source():
@@ -513,6 +628,30 @@ class TestLibrary:
         directory.chmod(0o777)
         assert library.load_library().fundamentallm_available()
         assert not list(directory.iterdir())
+
+    def test_a_directory_below_one_that_others_write_to_is_not_trusted(self, tmp_path, monkeypatch):
+        shared = tmp_path / "shared"
+        shared.mkdir()
+        shared.chmod(0o777)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(shared))
+        assert library.load_library().fundamentallm_available()
+        assert not list((shared / "fundamentallm" / "native").iterdir())
+
+    def test_a_full_disk_costs_the_cache_alone(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        build_there = library.build
+
+        def full(compiler, directory, *others):
+            if directory.is_relative_to(tmp_path):
+                raise OSError(28, "No space left on device")
+            return build_there(compiler, directory, *others)
+
+        monkeypatch.setattr(library, "build", full)
+        assert library.load_library().fundamentallm_available()
+        monkeypatch.setattr(library, "build", lambda *others: full(None, tmp_path))
+        library.load_library.cache_clear()
+        with pytest.raises(MachineError, match="No space left"):
+            library.load_library()
 
     def test_no_compiler_is_said(self, monkeypatch):
         monkeypatch.setenv("CXX", "no-such-compiler")

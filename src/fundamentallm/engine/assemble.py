@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fundamentallm.config import DataConfig, RunConfig
+from fundamentallm.config.model import TransformerConfig
 from fundamentallm.config.training import resolve_warmup
 from fundamentallm.data.corpus import Corpus, kept_copy, read_source, split_tokens
 from fundamentallm.data.examples import ExampleLoader, ExampleValidationLoader, encode_examples
@@ -34,11 +35,11 @@ from fundamentallm.engine.exactness import circumstances, versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
 from fundamentallm.engine.starting_point import starting_point
-from fundamentallm.errors import CheckpointError, ConfigError, DataError
+from fundamentallm.errors import CheckpointError, ConfigError, DataError, MachineError
 from fundamentallm.models.attention import choose_kernel
 from fundamentallm.models.components import check_components, follows_weight_type
-from fundamentallm.models.native.block import require_native
-from fundamentallm.models.native.library import find_compiler
+from fundamentallm.models.native.block import require_native, why_not
+from fundamentallm.models.native.library import find_compiler, load_library
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.clock import seconds_since_start
 from fundamentallm.training.compilation import resolve_compile
@@ -334,6 +335,8 @@ def without_effect(config: RunConfig, corpus: Corpus) -> list[str]:
             notes.append("training.compile has no effect: data.packing: document is not compiled")
         if training.attention == "explicit":
             notes.append("training.attention has no effect: data.packing: document has its own")
+    if training.compile == "native" and "attention" in training.model_fields_set:
+        notes.append("training.attention has no effect: compile: native has its own")
     if training.bf16_weights is True and (training.precision or "fp32") == "fp32":
         notes.append("training.bf16_weights has no effect in fp32")
     if corpus.tokenizer is not None and "tokenizer" in data.model_fields_set:
@@ -468,6 +471,16 @@ def resolve(
                 if model.init_from
                 else "remove model.vocab_size",
             )
+    if chosen.compile == "native" and config.data.packing == "document":
+        chosen = chosen.model_copy(update={"compile": False})  # to no effect, as the user is told
+    if chosen.compile == "native" and directory.checkpoint is not None:
+        reason = _no_native_here(model, device)
+        if reason:
+            notes.append(
+                f"the run was computed by native code so far, and here it cannot be ({reason}): it "
+                "goes on without, and its numbers differ in their last bits"
+            )
+            chosen = chosen.model_copy(update={"compile": False})
     native = chosen.compile == "native"
     if native:
         with config.blame("training.compile"):
@@ -490,6 +503,17 @@ def resolve(
         }
     )
     return config.model_copy(update={"model": model, "training": resolved}), notes
+
+
+def _no_native_here(model: TransformerConfig, device: torch.device) -> str:
+    """Return why a run of native code cannot go on with it on this machine; empty if it can."""
+    if reason := why_not(model, device):
+        return reason
+    try:
+        load_library()
+    except MachineError as error:
+        return error.what
+    return ""
 
 
 def keep_corpus(run: Run) -> None:

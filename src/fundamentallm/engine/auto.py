@@ -20,9 +20,10 @@ import torch
 
 from fundamentallm.config import RunConfig
 from fundamentallm.data.loader import EpochLoader, Window, count_valid
-from fundamentallm.engine.measuring import Measurement, measure
+from fundamentallm.engine.measuring import Measurement, failed, measure
 from fundamentallm.engine.search import LEAST_GAIN, Setting
 from fundamentallm.engine.speed_cache import SpeedCache, circumstances_of
+from fundamentallm.errors import FundamentaLLMError
 from fundamentallm.models.attention import choose_kernel
 from fundamentallm.models.components import follows_weight_type
 from fundamentallm.models.native.block import why_not
@@ -173,7 +174,9 @@ def choose_auto(
     if ranks.is_writer:
         try:
             other = _in_bf16(start, written, resolved, device) if opens_type else None
-            native = _native(start, other, resolved, device) if may_compile else None
+            native = None
+            if may_compile and written.training.bf16_weights is not True:
+                native = _native(start, other, resolved, device)
             chosen, note = _choose(
                 start, other, may_compile, native, resolved, loader, device, ranks
             )
@@ -249,7 +252,10 @@ def _choose(
             batch = loader.window_at(0, 0).micro_batches[0]
             window = Window([batch], count_valid(batch["target_ids"]))
             config = setting.applied_to(resolved)
-            found = measure(config, [window], device, SECONDS, slowest, brief=True)
+            try:
+                found = measure(config, [window], device, SECONDS, slowest, brief=True)
+            except FundamentaLLMError as error:  # a compiler that refuses native code, say
+                found = failed(error.what)
             if found.fault:
                 return found
             known[name], new = found, True

@@ -164,7 +164,7 @@ def _space(config: RunConfig, device: torch.device, keep: Sequence[str]) -> Spac
             types.append({"precision": "bf16", "bf16_weights": True})
         if device.type == "cuda" and not torch.cuda.is_bf16_supported():
             types[1:] = [{"precision": "fp16", "bf16_weights": False}]
-    compiling = [start.compile]
+    compiling = [start.compile] if start.compile != "native" else []
     # Documents apart have a kernel of their own, which is not compiled.
     apart = config.data.packing == "document"
     if "compile" not in keep and not apart and find_compiler() is not None:
@@ -177,8 +177,10 @@ def _space(config: RunConfig, device: torch.device, keep: Sequence[str]) -> Spac
         for narrow, kernel in itertools.product(types[:: -1 if compiled else 1], kernels)
     ]
     native = {"precision": "bf16", "bf16_weights": False, "compile": "native"}
-    kept = {name for name in ("precision", "compile") if name in keep}
-    may_be = all(native[name] == getattr(start, name) for name in kept)
+    fixed = (["precision", "bf16_weights"] if "precision" in keep else []) + (
+        ["compile"] if "compile" in keep else []
+    )
+    may_be = all(native[name] == getattr(start, name) for name in fixed)
     if may_be and not apart and find_compiler() is not None and not why_not(config.model, device):
         kinds.insert(0, {**native, "attention": start.attention})
     rows = config.data.batch_size * training.accumulation_steps

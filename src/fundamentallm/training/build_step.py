@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.events import TrainingEvents
 from fundamentallm.models.attention import choose_kernel, use_kernel
-from fundamentallm.training.compilation import compiled, resolve_compile
+from fundamentallm.training.compilation import compiled, resolve_compile, uncompile
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.precision import Precision, resolve_bf16_weights, resolve_precision
 from fundamentallm.training.step import TrainStep
@@ -25,6 +25,8 @@ def build_precision(config: TrainingConfig, model: nn.Module, device: torch.devi
     Raises:
         ConfigError: as `resolve_precision`.
     """
+    if config.compile == "native":  # also where the precision is auto
+        return Precision("bf16", device)
     name = resolve_precision(config.precision, config.mixed_precision, device)
     follows = getattr(model, "follows_weight_type", None)
     return Precision(name, device, resolve_bf16_weights(config.bf16_weights, name, device, follows))
@@ -49,13 +51,14 @@ def build_step(
             compiled is compiled for it.
 
     Raises:
-        MachineError: as `resolve_compile`.
+        ConfigError, MachineError: as `resolve_compile` and `compiled`.
     """
     if config.gradient_checkpointing:
         model.gradient_checkpointing = True  # type: ignore[assignment]
     context = getattr(model, "sequence_length", 0)
     device = precision.device
     use_kernel(model, choose_kernel(config.attention, device, precision.bf16_weights, context))
+    uncompile(model)  # of a former step, which may have had another precision
     forward = model
     if choice := resolve_compile(config.compile):
         forward = compiled(forward, *batch_shape, native=choice == "native")

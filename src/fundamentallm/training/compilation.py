@@ -18,11 +18,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fundamentallm.errors import MachineError
-from fundamentallm.models.native.block import NativeBlocks
+from fundamentallm.config.model import TransformerConfig
+from fundamentallm.errors import ConfigError, MachineError
+from fundamentallm.models.native.block import NativeBlocks, require_native
 from fundamentallm.models.native.library import find_compiler
 from fundamentallm.models.native.normalization import native_rms_norm
-from fundamentallm.models.normalization import RMSNorm
+from fundamentallm.models.normalization import RMSNorm, rms_norm
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,16 @@ def _one_of_its_shape(plain: BlockRunner, rows: int, time: int) -> BlockRunner:
     return call
 
 
+def uncompile(model: nn.Module) -> None:
+    """Have a model computed as it was before `compiled`, whatever that did; nothing else."""
+    runner = getattr(model, "run_block", None)
+    while isinstance(runner, CompiledBlocks | NativeBlocks):
+        runner = model.run_block = runner.plain  # type: ignore[assignment]
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.kernel = rms_norm
+
+
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Have a model's blocks called as they are: hooks inside compiled code are not called."""
@@ -163,11 +174,17 @@ def compiled(
         native: by the code of this package, in place of torch's compiler.
 
     Raises:
+        ConfigError: native code does not know the model.
         MachineError: native code cannot be had.
     """
     plain = getattr(model, "run_block", None)
     if native:
-        assert plain is not None, "the configuration's model has blocks"
+        config = getattr(model, "config", None)
+        if plain is None or not isinstance(config, TransformerConfig):
+            raise ConfigError(
+                "compile: native is for this package's Transformer", got=type(model).__name__
+            )
+        require_native(config, next(model.parameters()).device)
         model.run_block = NativeBlocks(plain)  # type: ignore[assignment]
         for module in model.modules():
             if isinstance(module, RMSNorm):

@@ -10,7 +10,6 @@
 // T are multiples of 32. A linear weight is (out, in), as in torch.
 
 #include <omp.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -36,7 +35,7 @@ Size cache_share() {
 #endif
 }
 
-// The arguments of both calls; fused_block.py has the same fields in the same order.
+// The arguments of both calls; block.py has the same fields in the same order.
 struct Block {
     Size batch, time, width, heads, kv_heads, hidden;
     FeedForward feedforward;
@@ -133,14 +132,10 @@ public:
     void reserve(std::size_t bytes) {
         used = 0;
         if (bytes <= capacity) return;
-        constexpr std::size_t page = 2 << 20;
-        capacity = (bytes + page - 1) / page * page;
+        capacity = (bytes + 4095) / 4096 * 4096;
         memory.reset();
-        memory.reset(static_cast<char*>(std::aligned_alloc(page, capacity)));
+        memory.reset(static_cast<char*>(std::aligned_alloc(4096, capacity)));
         if (!memory) std::abort();  // there is no memory left, and nobody to tell
-#if defined(MADV_HUGEPAGE)
-        madvise(memory.get(), capacity, MADV_HUGEPAGE);  // megabytes are gone through in no order
-#endif
     }
 };
 
@@ -762,23 +757,25 @@ void fundamentallm_forward(const Block* b) {
 void fundamentallm_backward(const Block* b) {
     Packed packed(*b);
     constexpr Size MOST = 1024;
-    Size threads = std::min({b->threads, b->batch, MOST}), size = Sums::size(*b);
+    Size workers = std::min({b->threads, b->batch, MOST}), size = Sums::size(*b);
     static thread_local Arena kept;
-    kept.reserve(std::size_t(threads * size) * sizeof(float));
+    kept.reserve(std::size_t(workers * size) * sizeof(float));
     float* all_sums;
-    kept.take(all_sums, threads * size);
+    kept.take(all_sums, workers * size);
     const float* parts[9][MOST];
-#pragma omp parallel num_threads(int(threads))
+    // As many threads as forwards, though some may have no sequence: a team that shrinks ends them.
+#pragma omp parallel num_threads(int(b->threads))
     {
-        // A system may grant fewer threads: the parts that nobody fills are not looked at.
-        Size me = omp_get_thread_num(), granted = omp_get_num_threads();
-        Sums sums(*b, all_sums + me * size);
-        std::fill_n(sums.gain1, size - b->weights(), 0.0f);
-        const float* own[9] = {sums.raw,   sums.output,     sums.before,   sums.feed_output,
-                               sums.gain1, sums.gain2,      sums.query_gain, sums.key_gain,
-                               sums.mix};
-        for (int i = 0; i < 9; ++i) parts[i][me] = own[i];
-        {
+        // A system may grant fewer.
+        Size me = omp_get_thread_num();
+        Size granted = std::min<Size>(omp_get_num_threads(), workers);
+        if (me < granted) {
+            Sums sums(*b, all_sums + me * size);
+            std::fill_n(sums.gain1, size - b->weights(), 0.0f);
+            const float* own[9] = {sums.raw,       sums.output, sums.before,
+                                   sums.feed_output, sums.gain1,  sums.gain2,
+                                   sums.query_gain,  sums.key_gain, sums.mix};
+            for (int i = 0; i < 9; ++i) parts[i][me] = own[i];
             TileRegisters registers;
             BackwardMemory m = in_arena<BackwardMemory>(*b);
             Size first = b->batch * me / granted, end = b->batch * (me + 1) / granted;

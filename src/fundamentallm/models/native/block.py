@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, D model width, H heads of width K, G key and value hea
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, get_type_hints
 
@@ -31,6 +32,7 @@ from fundamentallm.models.positions import RotaryPositions
 
 SIDE = 32  # of a block of a product: widths and lengths are multiples of it
 LONGEST = 4096  # tokens: a thread holds the scores of one head, which grow with their square
+LARGEST = 16 << 20  # weights of a block: each thread sums up all of their gradients
 
 _FEEDFORWARDS = (SquaredReLUFeedForward, GELUFeedForward, SwiGLUFeedForward)
 _WEIGHTS = (
@@ -93,6 +95,11 @@ def why_not(config: TransformerConfig, device: torch.device) -> str:
         return f"{', '.join(wrong)}: not a multiple of {SIDE}"
     if length is not None and length > LONGEST:
         return f"sequence_length {length}: above {LONGEST}"
+    width, kv_width = config.d_model, config.kv_heads * config.head_width
+    inputs = 2 if config.feedforward.name == "swiglu" else 1
+    weights = width * (2 * width + 2 * kv_width + (inputs + 1) * config.hidden_width)
+    if weights > LARGEST:
+        return f"{weights:,} weights a block: above {LARGEST:,}"
     if config.normalization.name != "rmsnorm":
         return f"normalization {config.normalization.name}: not rmsnorm"
     if config.positions.name not in ("rotary", "learned", "sinusoidal"):
@@ -125,11 +132,12 @@ class NativeBlocks:
     """Calls blocks through the compiled code where it knows them, in place of `run_block`.
 
     Which calls those are depends on shapes and types alone, so that a resumed run goes on with the
-    code that it began with.
+    code that it began with. The model must be one of which `why_not` knows no reason.
 
     Args:
-        plain: `plain(block, x, positions, embedded)`, for all other calls: lengths that are no
-            multiple of 32 tokens, as a growing sample has, and weights of another type.
+        plain: `plain(block, x, positions, embedded)`, for all other calls: without autocast to
+            bfloat16, lengths that are no multiple of 32 tokens, as a growing sample has, weights of
+            another type.
 
     Raises:
         MachineError: as `load_library`.
@@ -140,6 +148,10 @@ class NativeBlocks:
         self.library = load_library()
         self._sizes: _Sizes | None = None
         self._free: list[tuple[Tensor, ...]] = []
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NativeBlocks:
+        return NativeBlocks(self.plain)  # a library has no copies
 
     def __call__(self, block: nn.Module, x: Tensor, positions: nn.Module, embedded: Tensor) -> Any:
         """Return `plain(block, x, positions, embedded)` up to the rounding of bfloat16."""
@@ -167,8 +179,10 @@ class NativeBlocks:
         y = torch.empty_like(x)
         arguments = _Arguments(**sizes._asdict(), seed=seed)
         packed = self.library.fundamentallm_packed_size(ctypes.byref(arguments))
-        known = sizes == self._sizes and self._free
-        kept = self._free.pop() if known else _buffers(sizes, packed)
+        with self._lock:
+            known = sizes == self._sizes and self._free
+            kept = self._free.pop() if known else None
+        kept = kept or _buffers(sizes, packed)
         arguments.point(_INPUTS, inputs)
         arguments.point(_KEPT if trains else _KEPT[:1], kept)
         arguments.y = y.data_ptr()
@@ -202,9 +216,12 @@ class NativeBlocks:
 
     def give_back(self, sizes: _Sizes, kept: tuple[Tensor, ...]) -> None:
         """Take buffers back that nobody reads any more, for the next call of the same shape."""
-        if sizes != self._sizes:
-            self._sizes, self._free = sizes, []
-        self._free.append(kept)
+        if any(tensor.is_inference() for tensor in kept):
+            return  # no training step could save them
+        with self._lock:
+            if sizes != self._sizes:
+                self._sizes, self._free = sizes, []
+            self._free.append(kept)
 
 
 def _sizes_of(block: Block, x: Tensor) -> _Sizes:
@@ -282,11 +299,15 @@ def _filled(weight: Tensor, dimension: int) -> Tensor:
 
 
 def _serves(x: Tensor, weights: list[Tensor | None]) -> bool:
-    """Whether shapes and types are those of the code; a lent copy of a weight may be narrow."""
-    floats = [x, *(weight for weight in weights if weight is not None)]
-    if x.size(1) % SIDE or any(t.dtype != torch.float32 or t.device.type != "cpu" for t in floats):
+    """Whether bfloat16 is asked for, and shapes and types are those of the code."""
+    if not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16):
         return False
-    return all(tensor.is_contiguous() for tensor in floats[1:])
+    if not x.numel() or x.size(1) % SIDE or x.size(1) > LONGEST:
+        return False
+    floats = [x, *(weight for weight in weights if weight is not None)]
+    return all(
+        tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in floats
+    ) and all(tensor.is_contiguous() for tensor in floats[1:])
 
 
 class _NativeBlock(torch.autograd.Function):

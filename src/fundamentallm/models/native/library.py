@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -55,21 +56,29 @@ def load_library() -> ctypes.CDLL:
     try:
         directory = default_cache_dir() / "native"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        writable = os.access(directory, os.W_OK)
+        if _is_ours(directory):
+            return build(compiler, directory)
     except (DataError, OSError):
-        writable = False
-    if writable and _is_ours(directory):
-        return build(compiler, directory)
-    with tempfile.TemporaryDirectory(prefix="fundamentallm-") as name:
-        return build(compiler, Path(name))  # a library in use needs no name
+        pass  # no home, a full disk, or one from which nothing may be executed
+    try:
+        with tempfile.TemporaryDirectory(prefix="fundamentallm-") as name:
+            return build(compiler, Path(name))  # a library in use needs no name
+    except OSError as error:
+        raise MachineError(
+            f"compiled code can neither be kept nor loaded: {error}",
+            fix="set TMPDIR to a directory with space, from which programs may be executed",
+        ) from error
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether nobody else can put a library there."""
-    status = directory.stat()
-    return not hasattr(os, "getuid") or (
-        status.st_uid == os.getuid() and not status.st_mode & 0o022
-    )
+    """Whether nobody else can put a library there, or another directory in its place."""
+    if not hasattr(os, "getuid"):
+        return True
+    place = directory.resolve()
+    if place.stat().st_uid != os.getuid() or place.stat().st_mode & 0o022:
+        return False
+    above = [parent.stat() for parent in place.parents]
+    return not any(status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX for status in above)
 
 
 def build(compiler: str, directory: Path, processor: str = OWN_PROCESSOR) -> ctypes.CDLL:
@@ -82,12 +91,9 @@ def build(compiler: str, directory: Path, processor: str = OWN_PROCESSOR) -> cty
 
     Raises:
         MachineError: as `load_library`.
+        OSError: it cannot be written, or not loaded from there.
     """
-    path = _compiled(compiler, directory, processor)
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise MachineError(f"compiled code cannot be loaded: {error}", where=str(path)) from error
+    library = ctypes.CDLL(str(_compiled(compiler, directory, processor)))
     library.fundamentallm_packed_size.restype = ctypes.c_int64
     for name in ("forward", "backward", "normalize", "normalize_backward"):
         getattr(library, f"fundamentallm_{name}").restype = None
@@ -112,7 +118,7 @@ def _compiled(compiler: str, directory: Path, processor: str) -> Path:
             done = subprocess.run(  # noqa: S603 - the compiler that the user has, on our own file
                 command, capture_output=True, text=True, timeout=SECONDS
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except (OSError, subprocess.TimeoutExpired) as error:  # it does not start, or does not end
             raise MachineError(f"the C++ compiler failed: {error}", where=compiler) from error
         if done.returncode:
             reason = next((line for line in done.stderr.splitlines() if "error" in line), "")

@@ -1,7 +1,7 @@
 // Sixteen numbers at a time: float32 in a vector, bfloat16 in memory.
 //
 // The vectors are the compiler's own, so that the same lines run on any processor; where it has an
-// instruction for a conversion, that is used. NaN stays NaN in all of them.
+// instruction for a conversion, that is used. NaN stays NaN in all but `largest`.
 
 #pragma once
 
@@ -96,14 +96,15 @@ inline float largest(vec value) {
 #endif
 }
 
-// exp(x) for x <= 88, to 1e-6 of it, and 0 below -87: 2^n times a polynomial in what is left,
-// |r| <= log(2) / 2.
+// exp(x), to 1e-6 of it, 0 below -87 and no less than exp(88) above: 2^n times a polynomial in what
+// is left, |r| <= log(2) / 2.
 inline vec exponential(vec x) {
     const ints tiny = x < -87.0f;
     x = choose(tiny, all(-87.0f), x);
 #if defined(__AVX512F__)
     vec n = (vec)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
 #else
+    x = choose(x > 88.0f, all(88.0f), x);
     // Beyond 2^23 a float32 has no fraction left, so adding and taking away rounds.
     vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
 #endif
