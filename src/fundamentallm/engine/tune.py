@@ -283,7 +283,7 @@ class Table:
 
     def _row(self, setting: Setting, measurement: Measurement) -> str:
         precision = setting.precision
-        if precision == "bf16" and not setting.bf16_weights:
+        if precision == "bf16" and not setting.bf16_weights and setting.compile != "native":
             precision = "bf16 autocast"
         start = COLUMNS.format(
             precision,
