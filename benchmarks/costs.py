@@ -3,10 +3,10 @@
     python benchmarks/costs.py [--layers 4 6] [--widths 128 256 384] [--contexts 64 256]
 
 Trains each shape for some seconds as `run` would, in a process of its own: bfloat16, native code,
-4,096 tokens a step. Prints one JSON object, a row for each shape: parameters,
-the median step, tokens a second, MFU against the best matrix product seen, peak memory, the hours
-of so many steps, compilation left out, and what a token costs in validation over what it costs in
-the training's forward pass.
+4,096 tokens a step. Prints one JSON object, a row for each shape: parameters, the median step,
+tokens a second, MFU against the best matrix product seen, peak memory, the hours of so many steps,
+compilation left out, and what a token costs in validation over what it costs in the training's
+forward pass.
 """
 
 from __future__ import annotations

@@ -641,7 +641,9 @@ def test_a_compiled_run_goes_on_where_no_compiler_is(at_step, monkeypatch, capsy
     monkeypatch.setenv("CXX", "no-such-compiler")
     capsys.readouterr()
     assert main(["run", *words]) == 0
-    assert "no C++ compiler here" in " ".join("".join(capsys.readouterr()).split())
+    assert "cannot be done here (there is no C++ compiler)" in " ".join(
+        "".join(capsys.readouterr()).split()
+    )
     stored = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["training"]
     assert stored["compile"] is False
     assert main(["run", "tiny.yaml", "training.compile=true", "--run-dir", "other"]) != 0
@@ -673,7 +675,9 @@ def test_a_native_run_goes_on_where_no_compiler_is(at_step, monkeypatch, capsys)
     at_step(10**6, press_ctrl_c)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert main(["run", *NATIVE]) == 0
-    assert "no C++ compiler here" in " ".join("".join(capsys.readouterr()).split())
+    assert "cannot be done here (there is no C++ compiler)" in " ".join(
+        "".join(capsys.readouterr()).split()
+    )
     assert main(["run", *NATIVE, "--run-dir", "other"]) == 5
     assert "compile: native needs a C++ compiler" in capsys.readouterr().err
 
@@ -690,7 +694,7 @@ def test_a_native_run_goes_on_where_the_code_is_refused(at_step, monkeypatch, ca
     monkeypatch.setattr(assembly, "load_library", refuses)
     assert main(["run", *NATIVE]) == 0
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "here it cannot be (the system refuses the processor's tile registers (AMX))" in said
+    assert "cannot be done here (the system refuses the processor's tile registers (AMX))" in said
     stored = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["training"]
     assert (stored["compile"], stored["precision"]) == (False, "bf16")
 

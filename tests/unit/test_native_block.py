@@ -460,6 +460,13 @@ def test_what_was_compiled_is_plain_again_for_the_next_step():
     assert {m.kernel for m in model.modules() if isinstance(m, RMSNorm)} == {rms_norm}
 
 
+def test_a_kernel_of_the_user_stays():
+    model = Transformer(TransformerConfig(vocab_size=65, sequence_length=32, **PLAIN))
+    model.norm.kernel = own = lambda x, weight, eps: x
+    uncompile(model)
+    assert model.norm.kernel is own
+
+
 @pytest.mark.parametrize(
     "change", [{"bias": True}, {"num_heads": 4}, {"normalization": "layernorm"}]
 )

@@ -446,12 +446,6 @@ def resolve(
         fields = ("precision", "mixed_precision", "bf16_weights", "attention", "compile")
         known = {**BEFORE_THERE_WAS_A_CHOICE, **began_with}
         chosen = training.model_copy(update={name: known[name] for name in fields})
-        if chosen.compile and find_compiler() is None:
-            notes.append(
-                "the run was compiled so far, and there is no C++ compiler here: it goes on without"
-                " one, and its numbers differ in their last bits"
-            )
-            chosen = chosen.model_copy(update={"compile": False})
     with config.blame("training.precision"):
         precision = resolve_precision(chosen.precision, chosen.mixed_precision, device)
     model = config.model.model_copy(
@@ -473,12 +467,12 @@ def resolve(
             )
     if chosen.compile == "native" and config.data.packing == "document":
         chosen = chosen.model_copy(update={"compile": False})  # to no effect, as the user is told
-    if chosen.compile == "native" and directory.checkpoint is not None:
-        reason = _no_native_here(model, device)
+    if chosen.compile and directory.checkpoint is not None:
+        reason = _why_not_compiled(chosen.compile == "native", model, device)
         if reason:
             notes.append(
-                f"the run was computed by native code so far, and here it cannot be ({reason}): it "
-                "goes on without, and its numbers differ in their last bits"
+                f"the run was compiled so far, which cannot be done here ({reason}): it goes on "
+                "without, and its numbers differ in their last bits"
             )
             chosen = chosen.model_copy(update={"compile": False})
     native = chosen.compile == "native"
@@ -505,8 +499,12 @@ def resolve(
     return config.model_copy(update={"model": model, "training": resolved}), notes
 
 
-def _no_native_here(model: TransformerConfig, device: torch.device) -> str:
-    """Return why a run of native code cannot go on with it on this machine; empty if it can."""
+def _why_not_compiled(native: bool, model: TransformerConfig, device: torch.device) -> str:
+    """Return why a run of compiled code cannot go on with it on this machine; empty if it can."""
+    if find_compiler() is None:
+        return "there is no C++ compiler"
+    if not native:
+        return ""
     if reason := why_not(model, device):
         return reason
     try:

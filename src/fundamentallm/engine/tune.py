@@ -177,9 +177,8 @@ def _space(config: RunConfig, device: torch.device, keep: Sequence[str]) -> Spac
         for narrow, kernel in itertools.product(types[:: -1 if compiled else 1], kernels)
     ]
     native = {"precision": "bf16", "bf16_weights": False, "compile": "native"}
-    fixed = (["precision", "bf16_weights"] if "precision" in keep else []) + (
-        ["compile"] if "compile" in keep else []
-    )
+    axis_of = {"precision": "precision", "bf16_weights": "precision", "compile": "compile"}
+    fixed = [name for name, axis in axis_of.items() if axis in keep]
     may_be = all(native[name] == getattr(start, name) for name in fixed)
     if may_be and not apart and find_compiler() is not None and not why_not(config.model, device):
         kinds.insert(0, {**native, "attention": start.attention})

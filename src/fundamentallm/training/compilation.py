@@ -121,7 +121,7 @@ def uncompile(model: nn.Module) -> None:
     while isinstance(runner, CompiledBlocks | NativeBlocks):
         runner = model.run_block = runner.plain  # type: ignore[assignment]
     for module in model.modules():
-        if isinstance(module, RMSNorm):
+        if isinstance(module, RMSNorm) and module.kernel is native_rms_norm:
             module.kernel = rms_norm
 
 

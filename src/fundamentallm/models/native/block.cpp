@@ -213,8 +213,6 @@ void mark_rows(const Block& b, const bf16* raw, Size t, Size rows, bf16* query, 
     }
 }
 
-const ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
 // What one head reads for the 32 queries of block `i`, from keys and values up to their own.
 void attend(const Block& b, Left query, Size i, Size matrix, const bf16* keys, const bf16* values,
             float* scores, bf16* weights, bf16* read, float* lse) {
@@ -526,7 +524,7 @@ void feed_forward_backward(const Block& b, const Packed& packed, Size s, Size pl
                 });
         std::copy_n(d_y, rows * d, d_middle);
         for (Size r = 0; r < rows; ++r) {
-            normalize_backward(row_in(m.d_normed, rows, r), middle + r * d, b.gain2, d, b.eps,
+            add_normalize_backward(row_in(m.d_normed, rows, r), middle + r * d, b.gain2, d, b.eps,
                                d_middle + r * d, sums.gain2);
         }
 
@@ -656,7 +654,7 @@ void projections_backward(const Block& b, const Packed& packed, Size s, Size pla
                 });
         for (Size r = 0; r < rows; ++r) {
             float* d_stream = m.d_middle + (t + r) * d;
-            normalize_backward(row_in(m.d_normed, rows, r), m.stream + r * d, b.gain1, d, b.eps,
+            add_normalize_backward(row_in(m.d_normed, rows, r), m.stream + r * d, b.gain1, d, b.eps,
                                d_stream, sums.gain1);
             Size at = (s * time + t + r) * d;
             if (!b.mix) {
@@ -823,9 +821,9 @@ void fundamentallm_normalize_backward(Size rows, Size width, Size threads, float
         float* sums = d_gain + part * width;
         std::fill_n(sums, width, 0.0f);
         for (Size r = rows * part / threads; r < rows * (part + 1) / threads; ++r) {
-            std::fill_n(d_x + r * width, width, 0.0f);
-            normalize_backward(d_y + r * width, x + r * width, gain, width, eps, d_x + r * width,
-                               sums);
+            float* to = d_x + r * width;
+            normalize_backward(d_y + r * width, x + r * width, gain, width, eps, sums,
+                               [&](Size i, vec d) { store(to + i, d); });
         }
     }
 }

@@ -156,8 +156,9 @@ class NativeBlocks:
     def __call__(self, block: nn.Module, x: Tensor, positions: nn.Module, embedded: Tensor) -> Any:
         """Return `plain(block, x, positions, embedded)` up to the rounding of bfloat16."""
         weights = _weights_of(block) if isinstance(block, Block) else None
-        if not isinstance(block, Block) or weights is None or not _serves(x, weights):
+        if weights is None or not _serves(x, weights):
             return self.plain(block, x, positions, embedded)
+        assert isinstance(block, Block)
         angles: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(positions, RotaryPositions):
             angles = positions.cosines, positions.sines
@@ -178,11 +179,12 @@ class NativeBlocks:
         assert x is not None
         y = torch.empty_like(x)
         arguments = _Arguments(**sizes._asdict(), seed=seed)
-        packed = self.library.fundamentallm_packed_size(ctypes.byref(arguments))
         with self._lock:
             known = sizes == self._sizes and self._free
             kept = self._free.pop() if known else None
-        kept = kept or _buffers(sizes, packed)
+        if kept is None:
+            packed = self.library.fundamentallm_packed_size(ctypes.byref(arguments))
+            kept = _buffers(sizes, packed)
         arguments.point(_INPUTS, inputs)
         arguments.point(_KEPT if trains else _KEPT[:1], kept)
         arguments.y = y.data_ptr()
@@ -256,11 +258,7 @@ def _buffers(sizes: _Sizes, packed: int) -> tuple[Tensor, ...]:
 
 
 def _weights_of(block: Block) -> list[Tensor | None] | None:
-    """Return the weights in the order of `_WEIGHTS`; None where the code does not know the block.
-
-    Raises:
-        AttributeError: a part is of another make.
-    """
+    """Return the weights in the order of `_WEIGHTS`; None for an unknown kind of block."""
     attention, feedforward = block.attention, block.feedforward
     if not isinstance(feedforward, _FEEDFORWARDS):
         return None

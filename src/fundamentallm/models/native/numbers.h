@@ -23,6 +23,9 @@ typedef std::int32_t ints __attribute__((vector_size(64)));
 typedef std::uint32_t words __attribute__((vector_size(64)));
 typedef std::uint16_t halves __attribute__((vector_size(32)));
 
+// The number of each lane.
+const ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 template <class V, class T>
 inline V load_as(const T* at) {
     V value;
@@ -127,12 +130,11 @@ inline vec exponential(vec x) {
 
 // Sixteen rows of sixteen words, mirrored at the diagonal.
 inline void transpose(words rows[LANES]) {
-    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #pragma GCC unroll 4
     for (int distance = 8; distance > 0; distance /= 2) {
-        const ints upper = (lane & distance) != 0;
-        const ints low = (lane & ~upper) | ((lane - distance + 16) & upper);
-        const ints high = ((lane + distance) & ~upper) | ((lane + 16) & upper);
+        const ints upper = (LANE & distance) != 0;
+        const ints low = (LANE & ~upper) | ((LANE - distance + 16) & upper);
+        const ints high = ((LANE + distance) & ~upper) | ((LANE + 16) & upper);
 #pragma GCC unroll 16
         for (int row = 0; row < LANES; ++row) {
             if (row & distance) continue;

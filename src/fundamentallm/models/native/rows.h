@@ -26,10 +26,11 @@ inline void normalize(const float* row, const float* gain, std::ptrdiff_t width,
     }
 }
 
-// Add to `to` the gradient of a normalized row, and to `d_gain` that of the gain.
-template <class In>
-inline void normalize_backward(In d_out, const float* row, const float* gain,
-                               std::ptrdiff_t width, float eps, float* to, float* d_gain) {
+// The gradient of a row that was normalized, sixteen elements at a time to `take(i, values)`; that
+// of the gain is added to `d_gain`.
+template <class Gradient, class Row, class Take>
+inline void normalize_backward(Gradient d_out, Row row, const float* gain, std::ptrdiff_t width,
+                               float eps, float* d_gain, Take take) {
     float scale = inverse_rms(row, width, eps);
     vec dots = {};
     for (std::ptrdiff_t i = 0; i < width; i += LANES) {
@@ -40,9 +41,17 @@ inline void normalize_backward(In d_out, const float* row, const float* gain,
     vec mean = all(sum(dots) / float(width));
     for (std::ptrdiff_t i = 0; i < width; i += LANES) {
         vec unit = load(row + i) * scale;
-        vec d = (load(d_out + i) * load(gain + i) - unit * mean) * scale;
-        store(to + i, load(to + i) + d);
+        take(i, (load(d_out + i) * load(gain + i) - unit * mean) * scale);
     }
+}
+
+// The same, added to `to`.
+template <class Gradient>
+inline void add_normalize_backward(Gradient d_out, const float* row, const float* gain,
+                                   std::ptrdiff_t width, float eps, float* to, float* d_gain) {
+    normalize_backward(d_out, row, gain, width, eps, d_gain, [&](std::ptrdiff_t i, vec d) {
+        store(to + i, load(to + i) + d);
+    });
 }
 
 // The cosines and sines of one position; none where positions turn nothing.
@@ -91,18 +100,8 @@ inline void mark_backward(Gradient d_out, In raw, const float* gain, Angles angl
         for (std::ptrdiff_t i = 0; i < width; i += LANES) store(to + i, load(d_out + i));
         return;
     }
-    float scale = inverse_rms(raw, width, eps);
-    vec dots = {};
-    for (std::ptrdiff_t i = 0; i < width; i += LANES) {
-        vec d = load(d_out + i), unit = load(raw + i) * scale;
-        store(d_gain + i, load(d_gain + i) + d * unit);
-        dots += d * load(gain + i) * unit;
-    }
-    vec mean = all(sum(dots) / float(width));
-    for (std::ptrdiff_t i = 0; i < width; i += LANES) {
-        vec unit = load(raw + i) * scale;
-        store(to + i, (load(d_out + i) * load(gain + i) - unit * mean) * scale);
-    }
+    normalize_backward(d_out, raw, gain, width, eps, d_gain,
+                       [&](std::ptrdiff_t i, vec d) { store(to + i, d); });
 }
 
 // The feed-forwards: what becomes of one or two products with the input matrices.
@@ -190,8 +189,7 @@ struct Dropout {
     }
     // ... of columns `column` to `column` + 15 of a row.
     vec along_row(std::uint32_t key, std::uint32_t column) const {
-        const words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        return factors(key + (lane + column) * 0x9e3779b9U);
+        return factors(key + ((words)LANE + column) * 0x9e3779b9U);
     }
     // ... of one column of sixteen rows.
     vec along_column(words keys, std::uint32_t column) const {
