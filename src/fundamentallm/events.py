@@ -1,10 +1,11 @@
-"""The training loop, drawn once, and the events that have a name of ours.
+"""The training loop, drawn once, and the events of this package.
 
 ```
 FLLM_RUN_STARTED                once, before anything else; resume has put the state in place
 STARTED
   EPOCH_STARTED
-    GET_BATCH_*                 the loader yields a window: the micro-batches of ONE optimizer step
+    GET_BATCH_STARTED           the loader yields a window: the micro-batches of ONE optimizer step
+    GET_BATCH_COMPLETED
     ITERATION_STARTED           controllers: the learning rate for this step is set
       the window's valid tokens, counted on the host, are summed over the ranks (N)
       per micro-batch: forward, summed loss x world / N, backward
@@ -17,6 +18,7 @@ STARTED
                                 may ask for the step once more, or for a rollback
           FLLM_INCIDENT_DETECTED  its verdict, in state.incident
     ITERATION_COMPLETED         producers write state.metrics: loss EMA, perplexity, throughput
+    FLLM_METRICS_MEASURED       whoever derives a metric from other metrics writes it: MFU
     FLLM_METRICS_READY          consumers read: logs, progress
     FLLM_EVALUATION_DUE         every eval_steps, at each epoch's end and at the last step
       FLLM_EVALUATION_STARTED
@@ -25,6 +27,7 @@ STARTED
       FLLM_CHECKPOINT_SAVED     its report
       FLLM_STATE_DAMAGED        it holds NaN or infinity, so that it is not saved
   EPOCH_COMPLETED
+TERMINATE                       Ignite's sign that an inner run ended early
 FLLM_ROLLED_BACK                from Trainer.run, between two inner runs; STARTED fires again
 COMPLETED
 FLLM_RUN_ENDED                  once, however the run ended: an exception passes through here too
@@ -40,45 +43,77 @@ STARTED would fire together with `Events.STARTED`.
 
 from __future__ import annotations
 
-from ignite.engine import EventEnum
+from typing import Any
+
+from ignite.engine import EventEnum, Events
+
+IN_STEP, AFTER_STEP = Events.ITERATION_STARTED, Events.ITERATION_COMPLETED
 
 
 class TrainingEvents(EventEnum):
-    """Events of a `Trainer` besides Ignite's own, each named for a fact."""
+    """Events of a `Trainer` besides Ignite's own, each named for a fact.
 
-    FLLM_RUN_STARTED = "fllm_run_started"
-    FLLM_MICRO_BATCH_COMPLETED = "fllm_micro_batch_completed"
-    FLLM_GRADIENTS_READY = "fllm_gradients_ready"
-    FLLM_OPTIMIZER_STEPPED = "fllm_optimizer_stepped"
-    FLLM_STEP_REJECTED = "fllm_step_rejected"
-    FLLM_METRICS_READY = "fllm_metrics_ready"
-    FLLM_EVALUATION_DUE = "fllm_evaluation_due"
-    FLLM_EVALUATION_STARTED = "fllm_evaluation_started"
-    FLLM_EVALUATION_COMPLETED = "fllm_evaluation_completed"
-    FLLM_CHECKPOINT_DUE = "fllm_checkpoint_due"
-    FLLM_CHECKPOINT_SAVED = "fllm_checkpoint_saved"
-    FLLM_STATE_DAMAGED = "fllm_state_damaged"
-    FLLM_INCIDENT_DETECTED = "fllm_incident_detected"
-    FLLM_ROLLED_BACK = "fllm_rolled_back"
-    FLLM_RUN_ENDED = "fllm_run_ended"
+    An event is its line here and its place in the drawing: `LOOP`, the filters and the counting
+    follow from the line. Events behind the same one of Ignite's stand in the order of the loop.
+
+    Attributes:
+        follows: the event of Ignite's that it stands behind; None: it is before all of them.
+        counter: the attribute of the state that its filters (`every=`, `once=`) count by.
+        counts: whether firing it adds one to the counter. Where it does not, the counter is
+            another's: Ignite's `iteration`, or that of an event that came before.
+    """
+
+    follows: Events | None
+    counter: str
+    counts: bool
+
+    def __new__(cls, value: str, *_: Any) -> TrainingEvents:
+        """Make the member of a value, as Ignite's events are made."""
+        member = object.__new__(cls)
+        member._value_ = value
+        return member
+
+    def __init__(
+        self, value: str, follows: Events | None, counter: str, counts: bool = False
+    ) -> None:
+        super().__init__(value)
+        self.follows = follows
+        self.counter = counter
+        self.counts = counts
+
+    FLLM_RUN_STARTED = "fllm_run_started", None, "iteration"
+    FLLM_MICRO_BATCH_COMPLETED = "fllm_micro_batch_completed", IN_STEP, "micro_batches", True
+    FLLM_GRADIENTS_READY = "fllm_gradients_ready", IN_STEP, "iteration"
+    FLLM_OPTIMIZER_STEPPED = "fllm_optimizer_stepped", IN_STEP, "optimizer_steps", True
+    FLLM_STEP_REJECTED = "fllm_step_rejected", IN_STEP, "skipped_steps", True
+    FLLM_INCIDENT_DETECTED = "fllm_incident_detected", IN_STEP, "incidents", True
+    FLLM_METRICS_MEASURED = "fllm_metrics_measured", AFTER_STEP, "iteration"
+    FLLM_METRICS_READY = "fllm_metrics_ready", AFTER_STEP, "iteration"
+    FLLM_EVALUATION_DUE = "fllm_evaluation_due", AFTER_STEP, "iteration"
+    FLLM_EVALUATION_STARTED = "fllm_evaluation_started", AFTER_STEP, "evaluations", True
+    FLLM_EVALUATION_COMPLETED = "fllm_evaluation_completed", AFTER_STEP, "evaluations"
+    FLLM_CHECKPOINT_DUE = "fllm_checkpoint_due", AFTER_STEP, "iteration"
+    FLLM_CHECKPOINT_SAVED = "fllm_checkpoint_saved", AFTER_STEP, "checkpoints", True
+    FLLM_STATE_DAMAGED = "fllm_state_damaged", AFTER_STEP, "iteration"
+    FLLM_ROLLED_BACK = "fllm_rolled_back", Events.TERMINATE, "rollbacks", True
+    FLLM_RUN_ENDED = "fllm_run_ended", Events.COMPLETED, "iteration"
 
 
-# The state attribute that an event's filters (every=, once=) count by. Whoever fires the event
-# advances the attribute: Ignite does so for its own events alone.
-EVENT_TO_ATTRIBUTE: dict[TrainingEvents, str] = {
-    TrainingEvents.FLLM_RUN_STARTED: "iteration",
-    TrainingEvents.FLLM_MICRO_BATCH_COMPLETED: "micro_batches",
-    TrainingEvents.FLLM_GRADIENTS_READY: "iteration",
-    TrainingEvents.FLLM_OPTIMIZER_STEPPED: "optimizer_steps",
-    TrainingEvents.FLLM_STEP_REJECTED: "skipped_steps",
-    TrainingEvents.FLLM_METRICS_READY: "iteration",
-    TrainingEvents.FLLM_EVALUATION_DUE: "iteration",
-    TrainingEvents.FLLM_EVALUATION_STARTED: "evaluations",
-    TrainingEvents.FLLM_EVALUATION_COMPLETED: "evaluations",
-    TrainingEvents.FLLM_CHECKPOINT_DUE: "iteration",
-    TrainingEvents.FLLM_CHECKPOINT_SAVED: "checkpoints",
-    TrainingEvents.FLLM_STATE_DAMAGED: "iteration",
-    TrainingEvents.FLLM_INCIDENT_DETECTED: "incidents",
-    TrainingEvents.FLLM_ROLLED_BACK: "rollbacks",
-    TrainingEvents.FLLM_RUN_ENDED: "iteration",
-}
+# Every event of a run that takes handlers, in the order of the drawing.
+LOOP: tuple[Events | TrainingEvents, ...] = tuple(
+    event
+    for anchor in (
+        None,
+        Events.STARTED,
+        Events.EPOCH_STARTED,
+        Events.GET_BATCH_STARTED,
+        Events.GET_BATCH_COMPLETED,
+        Events.ITERATION_STARTED,
+        Events.ITERATION_COMPLETED,
+        Events.EPOCH_COMPLETED,
+        Events.TERMINATE,
+        Events.COMPLETED,
+    )
+    for event in (anchor, *(ours for ours in TrainingEvents if ours.follows is anchor))
+    if event is not None
+)

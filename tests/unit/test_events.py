@@ -10,22 +10,34 @@ from ignite.engine import Events
 
 from fundamentallm import events
 from fundamentallm.config.training import TrainingConfig
-from fundamentallm.events import EVENT_TO_ATTRIBUTE, TrainingEvents
+from fundamentallm.events import LOOP, TrainingEvents
 from fundamentallm.testing import RecordingHandler, SpoiltGradient, tiny_loaders, tiny_model
 from fundamentallm.training.handlers import Checkpointing, Evaluation, NaNRollback
 from fundamentallm.training.losses import compute_loss
-from fundamentallm.training.trainer import LOOP_ORDER, SELF_COUNTING, Trainer
+from fundamentallm.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("event", TrainingEvents)
-def test_is_prefixed_mapped_and_drawn(event):
+def test_is_prefixed_and_stands_once_in_the_loop(event):
     assert event.name.startswith("FLLM_")
     assert event.value == event.name.lower()
-    assert event in EVENT_TO_ATTRIBUTE
-    assert event in LOOP_ORDER
+    assert isinstance(event, TrainingEvents)
+    assert TrainingEvents(event.value) is event
+    assert LOOP.count(event) == 1
+
+
+def test_the_drawing_has_every_event_in_the_order_of_the_loop():
     assert events.__doc__ is not None
     drawing = events.__doc__.split("```")[1]
-    assert re.search(rf"^ *{event.name}\b", drawing, re.MULTILINE)
+    drawn = re.findall(r"^ *([A-Z][A-Z_]+[A-Z])\b", drawing, re.MULTILINE)
+    assert drawn == [event.name for event in LOOP]
+
+
+def test_the_engine_filters_by_the_counters_of_the_events():
+    trainer = Trainer(tiny_model(), tiny_loaders()[0], device="cpu")
+    for number, event in enumerate(TrainingEvents, 5):
+        setattr(trainer.state, event.counter, number)
+        assert trainer.state.get_event_attrib_value(event) == number
 
 
 def test_no_name_is_one_of_ignites():
@@ -97,7 +109,7 @@ def heard(tmp_path_factory):
     result = {event: ([], [], []) for event in TrainingEvents}
 
     def note(engine: Trainer, event: TrainingEvents, index: int) -> None:
-        result[event][index].append(getattr(engine.state, EVENT_TO_ATTRIBUTE[event]))
+        result[event][index].append(getattr(engine.state, event.counter))
 
     def attach(trainer: Trainer) -> None:
         for event in TrainingEvents:
@@ -130,11 +142,11 @@ def test_self_counting_events_are_numbered_one_by_one():
         handlers=[Evaluation()],
     )
     numbers: dict[str, list[int]] = {}
-    for event in SELF_COUNTING:
+    for event in (event for event in TrainingEvents if event.counts):
         trainer.add_event_handler(
             event,
             lambda engine, e: numbers.setdefault(e.name, []).append(
-                getattr(engine.state, EVENT_TO_ATTRIBUTE[e])
+                getattr(engine.state, e.counter)
             ),
             event,
         )

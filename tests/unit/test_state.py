@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_type_hints
 
 from fundamentallm.config.training import TrainingConfig
-from fundamentallm.events import EVENT_TO_ATTRIBUTE
+from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training.state import COUNTERS, IRREVERSIBLE, TrainingState
 from fundamentallm.training.trainer import Trainer
@@ -42,7 +42,7 @@ def test_two_states_share_nothing():
 
 def test_events_count_by_fields_of_the_state():
     state = TrainingState()
-    assert all(hasattr(state, attribute) for attribute in EVENT_TO_ATTRIBUTE.values())
+    assert all(hasattr(state, event.counter) for event in TrainingEvents)
 
 
 def test_what_no_rollback_takes_back_is_a_counter():

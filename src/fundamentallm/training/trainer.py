@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.loader import Window, as_window, as_window_loader, batch_shape_of
 from fundamentallm.errors import CheckpointError, DataError
-from fundamentallm.events import EVENT_TO_ATTRIBUTE, TrainingEvents
+from fundamentallm.events import LOOP, TrainingEvents
 from fundamentallm.training.buffers import StateBuffers
 from fundamentallm.training.build_step import build_precision, build_step
 from fundamentallm.training.data_faults import DataFaults
@@ -52,49 +52,6 @@ from fundamentallm.training.threads import use_threads
 logger = logging.getLogger(__name__)
 # Ignite logs each error that it passes on; whoever catches the error reports it.
 logging.getLogger("ignite").addHandler(logging.NullHandler())
-
-# Events that count themselves; the others filter by a number that somebody else advances.
-SELF_COUNTING = {
-    event: EVENT_TO_ATTRIBUTE[event]
-    for event in (
-        TrainingEvents.FLLM_MICRO_BATCH_COMPLETED,
-        TrainingEvents.FLLM_OPTIMIZER_STEPPED,
-        TrainingEvents.FLLM_STEP_REJECTED,
-        TrainingEvents.FLLM_EVALUATION_STARTED,
-        TrainingEvents.FLLM_CHECKPOINT_SAVED,
-        TrainingEvents.FLLM_INCIDENT_DETECTED,
-        TrainingEvents.FLLM_ROLLED_BACK,
-    )
-}
-
-
-# The order of events.py's drawing.
-LOOP_ORDER: tuple[Any, ...] = (
-    TrainingEvents.FLLM_RUN_STARTED,
-    Events.STARTED,
-    Events.EPOCH_STARTED,
-    Events.GET_BATCH_STARTED,
-    Events.GET_BATCH_COMPLETED,
-    Events.ITERATION_STARTED,
-    TrainingEvents.FLLM_MICRO_BATCH_COMPLETED,
-    TrainingEvents.FLLM_GRADIENTS_READY,
-    TrainingEvents.FLLM_OPTIMIZER_STEPPED,
-    TrainingEvents.FLLM_STEP_REJECTED,
-    TrainingEvents.FLLM_INCIDENT_DETECTED,
-    Events.ITERATION_COMPLETED,
-    TrainingEvents.FLLM_METRICS_READY,
-    TrainingEvents.FLLM_EVALUATION_DUE,
-    TrainingEvents.FLLM_EVALUATION_STARTED,
-    TrainingEvents.FLLM_EVALUATION_COMPLETED,
-    TrainingEvents.FLLM_CHECKPOINT_DUE,
-    TrainingEvents.FLLM_CHECKPOINT_SAVED,
-    TrainingEvents.FLLM_STATE_DAMAGED,
-    Events.EPOCH_COMPLETED,
-    TrainingEvents.FLLM_ROLLED_BACK,
-    Events.TERMINATE,
-    Events.COMPLETED,
-    TrainingEvents.FLLM_RUN_ENDED,
-)
 
 
 class RestorePoint(Protocol):
@@ -167,7 +124,9 @@ class Trainer(Engine):
         super().__init__(lambda engine, window: self._train_step(window))
         self.state = TrainingState()
         self.state_dict_user_keys.extend(COUNTERS)
-        self.register_events(*TrainingEvents, event_to_attr=EVENT_TO_ATTRIBUTE)
+        self.register_events(
+            *TrainingEvents, event_to_attr={event: event.counter for event in TrainingEvents}
+        )
         self.config = config if config is not None else TrainingConfig()
         use_threads(self.config.threads)
         self.ranks = Ranks.current()
@@ -525,6 +484,7 @@ class Trainer(Engine):
             exhausted, leaving = self._out_of_budget(), self._wants_to_leave()
         if exhausted or self.state.iteration == self.limits.total_steps:
             self.finish("the budget is used up" if exhausted else "the last step is done")
+        self.notify(TrainingEvents.FLLM_METRICS_MEASURED)
         self.history.record_step(self.state.iteration, self.state.metrics)
         self.notify(TrainingEvents.FLLM_METRICS_READY)
 
@@ -568,9 +528,8 @@ class Trainer(Engine):
 
     def notify(self, event: TrainingEvents) -> None:
         """Count the event and fire it if anyone listens."""
-        attribute = SELF_COUNTING.get(event)
-        if attribute is not None:
-            setattr(self.state, attribute, getattr(self.state, attribute) + 1)
+        if event.counts:
+            setattr(self.state, event.counter, getattr(self.state, event.counter) + 1)
         if self._event_handlers[event]:
             self._fire_event(event)
 
@@ -616,7 +575,7 @@ class Trainer(Engine):
     def timeline(self) -> list[tuple[str, list[str]]]:
         """Return the events that have handlers, in the order of the loop, and who hears them."""
         entries = []
-        for event in LOOP_ORDER:
+        for event in LOOP:
             names = [
                 _handler_name(handler)
                 for handler, _, _ in self._event_handlers[event]

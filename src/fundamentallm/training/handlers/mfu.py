@@ -6,8 +6,6 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-from ignite.engine import Events
-
 from fundamentallm.config.model import TransformerConfig
 from fundamentallm.events import TrainingEvents
 from fundamentallm.models.estimate import estimate
@@ -42,16 +40,14 @@ class ModelFlopsUtilization:
         self.peak = math.nan
 
     def attach(self, trainer: Trainer) -> None:
-        """Count at FLLM_RUN_STARTED; write at ITERATION_COMPLETED, behind `throughput`."""
+        """Count at FLLM_RUN_STARTED; write at FLLM_METRICS_MEASURED."""
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.prepare)
+        trainer.add_event_handler(TrainingEvents.FLLM_METRICS_MEASURED, self.update)
 
     def prepare(self, trainer: Trainer) -> None:
         """Count a token's FLOPs and find the devices' peak in FLOP/s."""
         if not trainer.listens(Throughput):
             logger.warning("mfu is NaN: the handler throughput, whose figure it is of, is off")
-        # Only now, when all are attached: that figure has to be there before it is read.
-        if not trainer.has_event_handler(self.update, Events.ITERATION_COMPLETED):
-            trainer.add_event_handler(Events.ITERATION_COMPLETED, self.update)
         config = getattr(trainer.model, "config", None)
         if isinstance(config, TransformerConfig):
             self.flops_per_token = estimate(config).flops_per_token
