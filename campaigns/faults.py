@@ -12,7 +12,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.training.filesystem import Filesystem
+from fundamentallm.files.filesystem import Filesystem
 
 CHANGES = (
     "make_directory",

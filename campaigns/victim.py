@@ -39,10 +39,10 @@ from fundamentallm.config import TrainingConfig
 from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader, Window
 from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.events import TrainingEvents
+from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_model, tiny_tokens
 from fundamentallm.training import snapshot, state_tree
 from fundamentallm.training import store as store_module
-from fundamentallm.training.filesystem import Filesystem
 from fundamentallm.training.handlers import (
     Checkpointing,
     LossEMA,

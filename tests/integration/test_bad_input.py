@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fundamentallm.engine.cli import main
-from fundamentallm.training.filesystem import Filesystem
+from fundamentallm.files.filesystem import Filesystem
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
 CONFIG = """\

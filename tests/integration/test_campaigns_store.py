@@ -14,8 +14,8 @@ from campaigns import corruption, power_loss, retention
 from campaigns.faults import scratch_directory
 
 from fundamentallm.errors import CheckpointError
+from fundamentallm.files.filesystem import read_chunks
 from fundamentallm.training import checkpoint_directory, manifest
-from fundamentallm.training.filesystem import read_chunks
 from fundamentallm.training.handlers import checkpointing
 from fundamentallm.training.store import CheckpointStore
 

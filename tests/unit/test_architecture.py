@@ -16,6 +16,7 @@ PACKAGE = ROOT / "src" / "fundamentallm"
 # win, so that a file can stand elsewhere than its package.
 LAYERS = [
     ["errors", "registry", "events", "cache_directory"],
+    ["files"],
     ["config"],
     ["data", "models"],
     ["training"],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.filesystem import (
+from fundamentallm.files.filesystem import (
     Filesystem,
     make_directories,
     random_suffix,

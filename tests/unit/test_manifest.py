@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.filesystem import FileRecord
+from fundamentallm.files.filesystem import FileRecord
 from fundamentallm.training.manifest import Manifest, parse_json, parse_manifest, render_manifest
 
 FILES = {"model.safetensors": FileRecord(10, "ab" * 32), "state.json": FileRecord(2, "cd" * 32)}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.filesystem import Filesystem
+from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.training.portable import load_portable, save_portable
 
 

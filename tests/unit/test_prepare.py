@@ -23,7 +23,7 @@ from fundamentallm.data.tokenizer import TOKENIZERS, ByteTokenizer, base, load_t
 from fundamentallm.engine import prepare as module
 from fundamentallm.engine.prepare import Options, tokenizer_choice, write_prepared
 from fundamentallm.errors import ConfigError, DataError
-from fundamentallm.training.filesystem import Filesystem
+from fundamentallm.files.filesystem import Filesystem
 
 EXCERPT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
 BYTE = Options(Component(name="byte"))

@@ -54,10 +54,10 @@ from fundamentallm.data.tokenizer import (
 )
 from fundamentallm.engine.console import say, speaking
 from fundamentallm.engine.plugins import load_plugins
-from fundamentallm.engine.run_lock import LOCK_FILE, owning, refuse_if_owned
 from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.errors import ConfigError, DataError, MachineError
-from fundamentallm.training.filesystem import Filesystem, make_directories, random_suffix
+from fundamentallm.files.filesystem import Filesystem, make_directories, random_suffix
+from fundamentallm.files.lock import LOCK_FILE, owning, refuse_if_owned
 
 logger = logging.getLogger(__name__)
 

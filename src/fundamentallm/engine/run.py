@@ -19,8 +19,8 @@ from fundamentallm.engine.console import logging_to, printable, say, speaking
 from fundamentallm.engine.exactness import refuse_other_versions, tell_other_circumstances
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.run_directory import RunDirectory
-from fundamentallm.engine.run_lock import owning, refuse_if_owned
 from fundamentallm.errors import DataError, InterruptedRunError, MachineError
+from fundamentallm.files.lock import owning, refuse_if_owned
 from fundamentallm.training.distributed import Ranks, join_ranks, leave_ranks
 from fundamentallm.training.precision import resolve_device
 from fundamentallm.training.store import CheckpointStore

@@ -16,6 +16,7 @@ from typing import Any
 from fundamentallm.config import RunConfig
 from fundamentallm.config.difference import RESUME_MAY_DIFFER, config_differences, with_defaults
 from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.files.names import numbered
 from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.snapshot import check_usable
 from fundamentallm.training.store import CheckpointStore
@@ -59,11 +60,10 @@ def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory
     if run_dir is not None:
         return _at(run_dir, config, resume)
     base = Path("runs") / config.name
-    number = 1
     differing = ""
+    candidates = numbered(base)
     while True:
-        candidate = base if number == 1 else base.with_name(f"{base.name}-{number}")
-        number += 1
+        candidate = next(candidates)
         if _is_free(candidate, config):
             note = f"the run is a new one, in {candidate}"
             if differing:

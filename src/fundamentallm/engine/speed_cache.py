@@ -24,7 +24,7 @@ from fundamentallm.cache_directory import default_cache_dir
 from fundamentallm.config import RunConfig
 from fundamentallm.engine.measuring import Measurement
 from fundamentallm.errors import DataError
-from fundamentallm.training.filesystem import Filesystem, make_directories, replace_file
+from fundamentallm.files.filesystem import Filesystem, make_directories, replace_file
 
 logger = logging.getLogger(__name__)
 

@@ -38,6 +38,7 @@ from fundamentallm.engine.search import Setting, Space, batch_sizes, search, thr
 from fundamentallm.engine.starting_point import starting_point
 from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.errors import ConfigError, MachineError
+from fundamentallm.files.names import numbered
 from fundamentallm.models.attention import KERNELS
 from fundamentallm.models.components import follows_weight_type
 from fundamentallm.models.native.block import why_not
@@ -125,10 +126,8 @@ def _free_path(config_path: Path, out: Path | None) -> Path:
         if not out.absolute().parent.is_dir():
             raise MachineError("there is no such directory", where=f"--out {out}")
         return out
-    stem = config_path.stem
-    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    names = (f"{stem}.tuned{number}{config_path.suffix}" for number in numbers)
-    return next(path for name in names if not (path := config_path.with_name(name)).exists())
+    names = numbered(config_path.with_suffix(".tuned"), config_path.suffix)
+    return next(path for path in names if not path.exists())
 
 
 def _prepared(written: RunConfig) -> tuple[RunConfig, Batch, torch.device]:

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from fundamentallm.data.tokenizer_json import token_name, tokenizer_json
 from fundamentallm.errors import CheckpointError
-from fundamentallm.inference.load import Trained
-from fundamentallm.models.layouts import layout_for
-from fundamentallm.registry import Registry
-from fundamentallm.training.checkpoint import save_weights
-from fundamentallm.training.filesystem import (
+from fundamentallm.files.filesystem import (
     Filesystem,
     make_directories,
     random_suffix,
     write_file,
 )
+from fundamentallm.inference.load import Trained
+from fundamentallm.models.layouts import layout_for
+from fundamentallm.registry import Registry
+from fundamentallm.training.checkpoint import save_weights
 from fundamentallm.training.tensor_file import tensor_file_chunks
 
 EXPORTS: Registry[Callable[[Trained, Path], None]] = Registry("export format")

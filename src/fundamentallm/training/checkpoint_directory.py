@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.filesystem import (
+from fundamentallm.files.filesystem import (
     FileRecord,
     Filesystem,
     read_chunks,

@@ -25,6 +25,7 @@ import torch
 
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import CheckpointError
+from fundamentallm.files.names import numbered
 from fundamentallm.training.diagnosis import SPIKE, TRANSIENT, Diagnosis, Reading
 from fundamentallm.training.store import CheckpointStore, step_name
 
@@ -83,7 +84,8 @@ def write_incident(
     Raises:
         OSError, CheckpointError: the disk refuses.
     """
-    directory = _free(run_dir / "incidents" / f"{incident.step:08d}-{incident.verdict}")
+    named = run_dir / "incidents" / f"{incident.step:08d}-{incident.verdict}"
+    directory = next(path for path in numbered(named) if not path.exists())
     directory.mkdir(parents=True)
     # Those without weights may come often. What a machine did once no evidence can show again, and
     # a finite step has no bad module.
@@ -222,11 +224,3 @@ def _checkpoint_before(trainer: Trainer) -> dict[str, Any] | None:
         return {"name": path.name, "error": str(error)}
     files = {name: record.sha256 for name, record in manifest.files.items()}
     return {"name": manifest.name, "manifest": manifest.hash, "files": files}
-
-
-def _free(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free

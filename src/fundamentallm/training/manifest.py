@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.filesystem import FileRecord
+from fundamentallm.files.filesystem import FileRecord
 
 SCHEMA = 1
 FIELDS = {"schema", "step", "files", "metadata", "hash"}

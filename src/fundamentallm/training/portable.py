@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.filesystem import (
+from fundamentallm.files.filesystem import (
     Filesystem,
     make_directories,
     replace_file,

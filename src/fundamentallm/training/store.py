@@ -24,6 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.errors import CheckpointError
+from fundamentallm.files.filesystem import (
+    Filesystem,
+    make_directories,
+    random_suffix,
+    read_chunks,
+    reading_from,
+    replace_file,
+    saving_to,
+)
+from fundamentallm.files.names import numbered
 from fundamentallm.training.checkpoint_directory import (
     ALL_FILES,
     MANIFEST,
@@ -32,15 +42,6 @@ from fundamentallm.training.checkpoint_directory import (
     read_checkpoint,
     read_manifest,
     write_checkpoint,
-)
-from fundamentallm.training.filesystem import (
-    Filesystem,
-    make_directories,
-    random_suffix,
-    read_chunks,
-    reading_from,
-    replace_file,
-    saving_to,
 )
 from fundamentallm.training.manifest import Manifest
 
@@ -425,11 +426,7 @@ class CheckpointStore:
             self.filesystem.sync_directory(self.directory)
 
     def _free_name(self, path: Path) -> Path:
-        number, free = 1, path
-        while self.filesystem.status(free) is not None:
-            number += 1
-            free = path.with_name(f"{path.name}-{number}")
-        return free
+        return next(free for free in numbered(path) if self.filesystem.status(free) is None)
 
     def prune(
         self, keep_last: int, keep: Collection[str] = (), passing: Collection[str] = ()

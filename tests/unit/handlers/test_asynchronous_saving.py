@@ -16,9 +16,9 @@ from ignite.engine import Events
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
+from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training import snapshot
-from fundamentallm.training.filesystem import Filesystem
 from fundamentallm.training.handlers import Checkpointing, Evaluation, LossEMA, WeightEMA
 from fundamentallm.training.state_tree import flatten
 from fundamentallm.training.store import CheckpointStore

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from fundamentallm.engine.run_lock import LOCK_FILE, owning, refuse_if_owned
 from fundamentallm.errors import MachineError
+from fundamentallm.files.lock import LOCK_FILE, owning, refuse_if_owned
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from fundamentallm.engine.run_lock import owning
+from fundamentallm.files.lock import owning
 with owning(Path(sys.argv[1])):
     print("ready", flush=True)
     time.sleep(60)

@@ -1,0 +1,1 @@
+"""Bytes on a disk: system calls, locks, names. Knows nothing of training."""
