@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ TINY = EXAMPLES / "data" / "tiny.txt"
 # Each plugin with what selects its part in a run.
 PLUGINS = {
     "own_handler": ["handlers.gradient_noise.every=5"],
+    "own_logger": ["handlers.sqlite=true"],
     "own_optimizer": ["training.optimizer=adabelief", "training.learning_rate=2e-3"],
     "own_schedule": ["training.scheduler={name: restarts, depth: 0.2}"],
     "own_block": ["model.feedforward=geglu"],
@@ -84,6 +87,10 @@ def test_a_plugin_takes_part_in_a_run(name, tmp_path):
     assert lines[-1]["step"] == 12
     if name == "own_handler":
         assert "train/gradient_noise" in lines[-2]
+    if name == "own_logger":
+        with closing(sqlite3.connect(run / "metrics.sqlite")) as database:
+            rows = database.execute("SELECT step, value FROM metrics WHERE name = 'val/loss'")
+            assert rows.fetchall() == [(x["step"], x["val/loss"]) for x in lines if "val/loss" in x]
     generated = python(
         "-m",
         "fundamentallm.engine",

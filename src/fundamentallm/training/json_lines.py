@@ -38,7 +38,9 @@ class JsonLines:
             # a file that was moved or a disk that was full for a while is no lasting harm. Without
             # a buffer a line is written in half the time.
             with self.path.open("ab", buffering=0) as file:
+                end = file.tell()
                 if file.write(line) != len(line):
+                    file.truncate(end)  # or the next line would be joined to the torn one
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._give_up(error)

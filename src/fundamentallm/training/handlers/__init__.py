@@ -11,6 +11,7 @@ from fundamentallm.training.handlers.evaluation import Evaluation
 from fundamentallm.training.handlers.hooks import Hooks
 from fundamentallm.training.handlers.logs import MetricsLog
 from fundamentallm.training.handlers.loss_ema import LossEMA
+from fundamentallm.training.handlers.metrics_writer import MetricsWriter, Record
 from fundamentallm.training.handlers.mfu import ModelFlopsUtilization
 from fundamentallm.training.handlers.nan_rollback import NaNRollback
 from fundamentallm.training.handlers.perplexity import Perplexity
@@ -34,10 +35,12 @@ __all__ = [
     "Hooks",
     "LossEMA",
     "MetricsLog",
+    "MetricsWriter",
     "ModelFlopsUtilization",
     "NaNRollback",
     "Perplexity",
     "Progress",
+    "Record",
     "Samples",
     "Schedule",
     "Signals",

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.handlers.metrics_writer import MetricsWriter, Record
 from fundamentallm.training.json_lines import JsonLines
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
 
 
 @HANDLERS.register("logs")
-class MetricsLog:
+class MetricsLog(MetricsWriter):
     """Observes: writes `metrics.jsonl`, one JSON object a line.
 
     Every line has `step`, `epoch`, `tokens` and `elapsed_seconds`, and the `train/` or the `val/`
@@ -27,44 +23,27 @@ class MetricsLog:
         run_dir: the directory of the file.
     """
 
+    target = "metrics.jsonl"
+
     def __init__(self, run_dir: Path) -> None:
-        self.file = JsonLines(run_dir / "metrics.jsonl", lambda record: "val/loss" in record)
+        self.file = JsonLines(run_dir / self.target, lambda record: "val/loss" in record)
 
-    def attach(self, trainer: Trainer) -> None:
-        """Write at FLLM_METRICS_READY and FLLM_EVALUATION_COMPLETED, on the rank that writes."""
-        if not trainer.ranks.is_writer:
-            return
-        trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.cut_back)
-        trainer.add_event_handler(TrainingEvents.FLLM_ROLLED_BACK, self.cut_back)
-        trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, self.log_training)
-        trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_COMPLETED, self.log_validation)
-
-    def cut_back(self, trainer: Trainer) -> None:
+    def cut_back(self, step: int, evaluation_pending: bool) -> None:
         """Drop lines of steps that the restored state has not taken."""
-        self.file.cut_back(trainer.state.iteration, trainer.evaluation_pending())
+        self.file.cut_back(step, evaluation_pending)
 
-    def log_training(self, trainer: Trainer) -> None:
-        """Write the step's training metrics if it is a logging step."""
-        if trainer.is_log_step():
-            self._write(trainer, "train/")
-
-    def log_validation(self, trainer: Trainer) -> None:
-        """Write the validation metrics."""
-        self._write(trainer, "val/")
-
-    def _write(self, trainer: Trainer, prefix: str) -> None:
-        state = trainer.state
-        record: dict[str, Any] = {
-            "step": state.iteration,
-            "epoch": trainer.epoch,
-            "tokens": state.tokens_seen,
-            "elapsed_seconds": round(trainer.elapsed_seconds(), 3),
-        }
-        # In an order of names: that of the dict depends on where the process began.
-        for key, value in sorted(state.metrics.items()):
-            if key.startswith(prefix):
-                record[key] = json_number(value)
-        self.file.append(record)
+    def write(self, record: Record) -> None:
+        """Add a line."""
+        if record.kind in ("train", "val"):
+            self.file.append(
+                {
+                    "step": record.step,
+                    "epoch": record.epoch,
+                    "tokens": record.tokens,
+                    "elapsed_seconds": round(record.elapsed_seconds, 3),
+                    **{name: json_number(value) for name, value in record.metrics.items()},
+                }
+            )
 
 
 def json_number(value: float) -> float | str:
