@@ -33,8 +33,10 @@ import numpy as np
 import tokenizers
 
 from fundamentallm.config.component import Component
+from fundamentallm.data.preparing.folder import write_prepared
+from fundamentallm.data.preparing.options import Options
+from fundamentallm.data.preparing.pieces import BATCH
 from fundamentallm.data.tokenizer import BpeTokenizer, CharacterTokenizer
-from fundamentallm.engine.prepare import BATCH, Options, write_prepared
 
 
 def seconds(act: Callable[[], object]) -> float:

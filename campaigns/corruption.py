@@ -37,9 +37,10 @@ from torch import Tensor
 from campaigns.faults import Crash, FaultyFilesystem, scratch_directory
 from fundamentallm.config import TrainingConfig
 from fundamentallm.errors import CheckpointError
+from fundamentallm.files.run_layout import MANIFEST
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training import snapshot
-from fundamentallm.training.checkpoint_directory import ALL_FILES, MANIFEST
+from fundamentallm.training.checkpoint_directory import ALL_FILES
 from fundamentallm.training.finite import LEARNED
 from fundamentallm.training.handlers import Checkpointing, WeightEMA
 from fundamentallm.training.state_tree import copied, flatten

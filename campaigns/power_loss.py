@@ -44,7 +44,8 @@ from campaigns.faults import (
     scratch_directory,
 )
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.store import HIDDEN_NAME, SUPERSEDED, CheckpointStore, step_name
+from fundamentallm.files.run_layout import SUPERSEDED
+from fundamentallm.training.store import HIDDEN_NAME, CheckpointStore, step_name
 
 PAGE = 4096
 MODELS = ("ordered", "reordered")

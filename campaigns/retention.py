@@ -41,10 +41,10 @@ from campaigns.faults import Crash, FaultyFilesystem, scratch_directory
 from fundamentallm.config import TrainingConfig
 from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
 from fundamentallm.errors import CheckpointError
+from fundamentallm.files.run_layout import CORRUPT, MANIFEST, MODEL, SUPERSEDED
 from fundamentallm.testing import UniformModel, tiny_loaders
-from fundamentallm.training.checkpoint_directory import MANIFEST, MODEL
 from fundamentallm.training.handlers import Checkpointing
-from fundamentallm.training.store import CORRUPT, SUPERSEDED, CheckpointStore, step_name
+from fundamentallm.training.store import CheckpointStore, step_name
 from fundamentallm.training.trainer import Trainer
 
 STEPS_A_COURSE = 50

@@ -173,7 +173,7 @@ def test_nothing_unpickles_or_evaluates(path: Path) -> None:
 def test_no_command_reaches_the_module_that_reads_pt_files() -> None:
     importers = {module_name(p) for p in SOURCES if "training.portable" in imports_of(p)}
     assert importers == {"training.checkpoint"}
-    for path in (PACKAGE / "engine").glob("*.py"):
+    for path in (PACKAGE / "engine").rglob("*.py"):
         assert "CheckpointManager" not in path.read_text(encoding="utf-8").replace(
             "CheckpointManager.load in Python", ""
         )

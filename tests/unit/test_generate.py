@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fundamentallm.config import TransformerConfig
 from fundamentallm.data.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
-from fundamentallm.engine.generate import history_path, in_order
+from fundamentallm.engine.commands.generate import history_path
 from fundamentallm.errors import ConfigError, DataError
-from fundamentallm.inference.generate import Piece, TextStream, stream_text, stream_texts
+from fundamentallm.inference.generate import Piece, TextStream, in_order, stream_text, stream_texts
 from fundamentallm.models.transformer import Transformer
 
 BYTES = ByteTokenizer()

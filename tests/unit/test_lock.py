@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from fundamentallm.errors import MachineError
-from fundamentallm.files.lock import LOCK_FILE, owning, refuse_if_owned
+from fundamentallm.files.lock import owning, refuse_if_owned
+from fundamentallm.files.run_layout import LOCK
 
 OWNER = """
 import sys, time
@@ -57,7 +58,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(
     owner.wait()
     refuse_if_owned(tmp_path)
     with owning(tmp_path):
-        said = json.loads((tmp_path / LOCK_FILE).read_text())
+        said = json.loads((tmp_path / LOCK).read_text())
     assert said == {"pid": os.getpid(), "host": socket.gethostname()}
 
 
@@ -70,6 +71,6 @@ def test_looking_writes_nothing(tmp_path: Path) -> None:
 def test_an_owner_that_said_nothing_is_refused_all_the_same(
     tmp_path: Path, owner: subprocess.Popen[str]
 ) -> None:
-    (tmp_path / LOCK_FILE).write_text("\x1b[31m")
+    (tmp_path / LOCK).write_text("\x1b[31m")
     with pytest.raises(MachineError, match="did not say"):
         refuse_if_owned(tmp_path)

@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 
 from fundamentallm.config.component import Component
 from fundamentallm.data.corpus import read_source
+from fundamentallm.data.documents import Document
 from fundamentallm.data.prepared import read_prepared
+from fundamentallm.data.preparing import pieces as pieces_module
+from fundamentallm.data.preparing import tokenizer as tokenizer_module
+from fundamentallm.data.preparing.folder import write_prepared
+from fundamentallm.data.preparing.options import Options, check_options, tokenizer_choice
 from fundamentallm.data.tokenizer import TOKENIZERS, ByteTokenizer, base, load_tokenizer
-from fundamentallm.engine import prepare as module
-from fundamentallm.engine.prepare import Options, tokenizer_choice, write_prepared
 from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.files.filesystem import Filesystem
 
@@ -60,7 +63,7 @@ def test_documents_are_encoded_one_behind_the_other(
     batch: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", batch)
+    monkeypatch.setattr(pieces_module, "BATCH", batch)
     assert write_prepared(inputs, tmp_path / "out", options(tokenizer))
     prepared = read_prepared(tmp_path / "out")
     made = prepared.tokenizer
@@ -98,7 +101,7 @@ def test_whatever_the_documents_and_however_they_are_cut(
     path = place / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BATCH", batch)
+        patch.setattr(pieces_module, "BATCH", batch)
         patch.setattr(base, "PIECE", piece)
         write_prepared([str(path)], place / "out", options(tokenizer))
     prepared = read_prepared(place / "out")
@@ -246,7 +249,7 @@ def is_whole_or_absent(out: Path, expected: str) -> bool:
 def test_a_crash_at_any_operation_leaves_all_or_nothing(
     inputs: list[str], tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH", 100)  # several writes
+    monkeypatch.setattr(pieces_module, "BATCH", 100)  # several writes
     # A machine that stops removes nothing: what the program would tidy up stays.
     monkeypatch.setattr(shutil, "rmtree", lambda path, **_: None)
     asked = options(tokenizer, split="document", fractions=(0.5, 0.3, 0.2))
@@ -272,7 +275,7 @@ def test_a_crash_at_any_operation_leaves_all_or_nothing(
             patch.undo()
             assert write_prepared(inputs, place / "out", asked) is not appeared[-1]
         assert is_whole_or_absent(place / "out", expected)
-        monkeypatch.setattr(module, "BATCH", 100)
+        monkeypatch.setattr(pieces_module, "BATCH", 100)
         monkeypatch.setattr(shutil, "rmtree", lambda path, **_: None)
     # The rename alone makes the difference; the sync behind it is the last operation.
     assert appeared == [False] * (len(appeared) - 1) + [True]
@@ -395,13 +398,13 @@ def test_a_character_outside_a_given_vocabulary_is_found(tmp_path: Path) -> None
 )
 def test_what_is_no_tokenizer_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
-        module.check_options(options(text))
+        check_options(options(text))
 
 
 def test_fractions_are_of_a_whole() -> None:
     for fractions in ((0.5, 0.4, 0.0), (0.0, 1.0, 0.0), (1.5, -0.5, 0.0), (float("nan"), 0, 0)):
         with pytest.raises(ConfigError, match="fractions"):
-            module.check_options(options("byte", fractions=fractions))
+            check_options(options("byte", fractions=fractions))
 
 
 def test_a_tokenizer_that_cannot_be_cut_reads_documents_whole(
@@ -438,7 +441,7 @@ def test_a_tokenizer_that_cannot_be_cut_reads_documents_whole(
     assert read_prepared(tmp_path / "out").tokens["all"].tolist()[:-1] == (
         Pairs().encode(path.read_text()).tolist()
     )
-    monkeypatch.setattr(module, "LONGEST_WHOLE", 50)
+    monkeypatch.setattr(pieces_module, "LONGEST_WHOLE", 50)
     with pytest.raises(DataError, match="too long for a tokenizer") as caught:
         write_prepared([str(path)], tmp_path / "out2", options("pairs"))
     assert str(path) in caught.value.where
@@ -469,13 +472,13 @@ def test_standard_input_is_read_once_or_twice(
 
 
 def test_a_sample_is_drawn_from_all_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SAMPLE_BLOCK", 10)
-    monkeypatch.setattr(module, "SAMPLE_BLOCKS", 50)
-    documents = [module.Document("", [f"{number:010d}"]) for number in range(5000)]
-    drawn = [int(text) for text in module.sample(documents)]
+    monkeypatch.setattr(tokenizer_module, "SAMPLE_BLOCK", 10)
+    monkeypatch.setattr(tokenizer_module, "SAMPLE_BLOCKS", 50)
+    documents = [Document("", [f"{number:010d}"]) for number in range(5000)]
+    drawn = [int(text) for text in tokenizer_module.sample(documents)]
     assert len(set(drawn)) == 50
     assert 1800 < np.mean(drawn) < 3200
-    assert drawn == [int(text) for text in module.sample(documents)]
+    assert drawn == [int(text) for text in tokenizer_module.sample(documents)]
 
 
 def test_the_tokenizer_beside_the_ids_is_the_one(inputs: list[str], tmp_path: Path) -> None:

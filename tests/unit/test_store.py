@@ -16,7 +16,8 @@ from campaigns.faults import CHANGES, Crash, FaultyFilesystem
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import FileRecord, Filesystem
-from fundamentallm.training.checkpoint_directory import ALL_FILES, MANIFEST
+from fundamentallm.files.run_layout import MANIFEST
+from fundamentallm.training.checkpoint_directory import ALL_FILES
 from fundamentallm.training.manifest import render_manifest
 from fundamentallm.training.store import CheckpointStore, checked_name, step_name
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fundamentallm.config.key_path import printable
 from fundamentallm.errors import ConfigError, did_you_mean
+from fundamentallm.files.run_layout import CONFIG
 
 LARGEST_FILE = 1_000_000  # bytes
 _SUFFIXES = (".yaml", ".yml")
@@ -30,7 +31,7 @@ def _read_bytes(path: Path) -> bytes:
                 "this is a directory",
                 where=where,
                 expected="a YAML file",
-                fix=f"name the file in it, as {path / 'config.yaml'}",
+                fix=f"name the file in it, as {path / CONFIG}",
             )
         if not stat.S_ISREG(mode):  # reading a pipe or a device may never end
             raise ConfigError("this is not a regular file", where=where, expected="a YAML file")

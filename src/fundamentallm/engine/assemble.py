@@ -36,6 +36,7 @@ from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
 from fundamentallm.engine.starting_point import starting_point
 from fundamentallm.errors import CheckpointError, ConfigError, DataError, MachineError
+from fundamentallm.files.run_layout import CORPUS
 from fundamentallm.models.attention import choose_kernel
 from fundamentallm.models.components import check_components, follows_weight_type
 from fundamentallm.models.native.block import require_native, why_not
@@ -286,7 +287,7 @@ def read_run_source(data: DataConfig, run: Path) -> Corpus:
     Raises:
         DataError: as `read_source`.
     """
-    copy = run / "corpus.txt"
+    copy = run / CORPUS
     return read_source(
         str(copy) if copy.exists() else data.chosen_sources,
         kept=run,
@@ -516,7 +517,7 @@ def _why_not_compiled(native: bool, model: TransformerConfig, device: torch.devi
 
 def keep_corpus(run: Run) -> None:
     """Store the text of a built-in source beside the run."""
-    copies = {run.directory.path / "corpus.txt": run.corpus}
+    copies = {run.directory.path / CORPUS: run.corpus}
     if run.corpus.mixture:
         copies = {kept_copy(run.directory.path, part.name): part for part in run.corpus.members}
     for path, corpus in copies.items():

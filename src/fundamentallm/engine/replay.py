@@ -16,6 +16,7 @@ from fundamentallm.data.loader import Window, count_valid
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import CheckpointError, ConfigError, NumericalError
+from fundamentallm.files.run_layout import EVIDENCE, REPORT
 from fundamentallm.models.attention import choose_kernel, use_kernel
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.checkpoint import check_model_state
@@ -28,7 +29,7 @@ from fundamentallm.training.diagnosis import (
     Replay,
 )
 from fundamentallm.training.distributed import Ranks
-from fundamentallm.training.incident import EVIDENCE, REPORT, first_bad
+from fundamentallm.training.incident import first_bad
 from fundamentallm.training.losses import LOSSES
 from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
 from fundamentallm.training.store import CheckpointStore

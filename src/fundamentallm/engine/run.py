@@ -21,6 +21,7 @@ from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.run_directory import RunDirectory
 from fundamentallm.errors import DataError, InterruptedRunError, MachineError
 from fundamentallm.files.lock import owning, refuse_if_owned
+from fundamentallm.files.run_layout import BEST, CONFIG, LOG, SAMPLES, TENSORBOARD
 from fundamentallm.training.distributed import Ranks, join_ranks, leave_ranks
 from fundamentallm.training.precision import resolve_device
 from fundamentallm.training.store import CheckpointStore
@@ -122,9 +123,9 @@ def _train(config: RunConfig, directory: RunDirectory, ranks: Ranks, again: str)
         if ranks.is_writer:
             directory.path.mkdir(parents=True, exist_ok=True)
             held.enter_context(owning(directory.path))
-            run.config.to_yaml(directory.path / "config.yaml")
+            run.config.to_yaml(directory.path / CONFIG)
             keep_corpus(run)
-            held.enter_context(logging_to(directory.path / "log.txt"))
+            held.enter_context(logging_to(directory.path / LOG))
         ranks.barrier()
         if ranks.is_writer:
             _announce(run)
@@ -195,7 +196,7 @@ def _conclude(run: Run, again: str) -> None:
             f"Validation loss {state.metrics['val/loss']:.4f}"
             + (f" (best {best:.4f})." if best is not None else ".")
         )
-    samples = run.directory.path / "samples.jsonl"
+    samples = run.directory.path / SAMPLES
     if samples.exists():
         lines = samples.read_text(encoding="utf-8").splitlines()
         if lines:
@@ -206,7 +207,7 @@ def _conclude(run: Run, again: str) -> None:
     say("Next:")
     say(f"  {_command('generate', path)}{_option('--prompt', _prompt_for(run))}")
     say(f"  {_command('evaluate', path)}")
-    say(f"  tensorboard{_option('--logdir', path / 'tensorboard')}    # pip install tensorboard")
+    say(f"  tensorboard{_option('--logdir', path / TENSORBOARD)}    # pip install tensorboard")
 
 
 def _prompt_for(run: Run) -> str:
@@ -225,7 +226,7 @@ def _prompt_for(run: Run) -> str:
 def _best_val_loss(directory: RunDirectory) -> float | None:
     """Return the validation loss of the best checkpoint, of whichever process of the run."""
     store = CheckpointStore(directory.checkpoints)
-    best = store.resolve("best")
+    best = store.resolve(BEST)
     return store.manifest(best).metadata.get("val_loss") if best is not None else None
 
 

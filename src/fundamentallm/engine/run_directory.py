@@ -17,6 +17,8 @@ from fundamentallm.config import RunConfig
 from fundamentallm.config.difference import RESUME_MAY_DIFFER, config_differences, with_defaults
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.names import numbered
+from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint
+from fundamentallm.inference.load import named_checkpoint
 from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.snapshot import check_usable
 from fundamentallm.training.store import CheckpointStore
@@ -143,17 +145,15 @@ def _at(path: Path, config: RunConfig, resume: str) -> RunDirectory:
 
 
 def _continue_at(path: Path, config: RunConfig, run_dir: Path | None) -> RunDirectory:
-    if path.is_file() and path.name in ("best", "last"):
-        path = CheckpointStore(path.parent).resolve(path.name) or path
-    if (path / "MANIFEST.json").exists():
-        checkpoints = path.parent
-        manifest: Manifest | None = CheckpointStore(checkpoints).verify(path)
-        run = config.run_of(checkpoints)
-    else:
-        if not path.is_dir():
-            raise CheckpointError("there is no run or checkpoint here", where=str(path))
-        checkpoints, run = config.checkpoints_in(path), path
-        manifest = newest_checkpoint(checkpoints)
+    named = RunOrCheckpoint.parse(path, config.checkpoints_in)
+    checkpoints = named.checkpoints
+    run = path if named.is_run else config.run_of(checkpoints)
+    chosen = named_checkpoint(named)
+    manifest = (
+        newest_checkpoint(checkpoints)
+        if chosen is None
+        else CheckpointStore(checkpoints).verify(chosen)
+    )
     if manifest is None:
         raise CheckpointError("there is no checkpoint in this run", where=str(path))
     if run_dir is not None and run_dir.resolve() != run.resolve():
@@ -206,7 +206,7 @@ def _is_free(path: Path, config: RunConfig) -> bool:
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
         return False
     # What a run leaves that ended before its first checkpoint.
-    left = {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", ".lock", checkpoints.name}
+    left = {*BEFORE_A_CHECKPOINT, checkpoints.name}
     return all(
         entry.name in left or (entry.name.startswith("corpus") and entry.suffix == ".txt")
         for entry in path.iterdir()

@@ -1,4 +1,4 @@
-"""Signals that end a command as Ctrl-C does."""
+"""Signals that end a command: SIGTERM as Ctrl-C does, and Ctrl-C while libraries are loaded."""
 
 from __future__ import annotations
 
@@ -35,3 +35,21 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """While large libraries are imported, let Ctrl-C end the process at once and without a word.
+
+    A KeyboardInterrupt inside the import of an extension module comes out as an ImportError, or
+    ends in an abort.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -105,6 +105,15 @@ class FileRecord:
     sha256: str
 
 
+def write_all(filesystem: Filesystem, file: FileIO, data: memoryview) -> None:
+    """Write all of `data`, however little the system takes at a time."""
+    while data.nbytes:
+        written = filesystem.write(file, data)
+        if written == 0:  # a loop here would never end
+            raise OSError(errno.EIO, "the system wrote nothing", str(file.name))
+        data = data[written:]
+
+
 def write_file(
     filesystem: Filesystem, path: Path, chunks: Iterable[bytes | memoryview]
 ) -> FileRecord:
@@ -115,11 +124,7 @@ def write_file(
             rest = memoryview(chunk)
             digest.update(rest)
             size += rest.nbytes
-            while rest.nbytes:
-                written = filesystem.write(file, rest)
-                if written == 0:  # a loop here would never end
-                    raise OSError(errno.EIO, "the system wrote nothing", str(path))
-                rest = rest[written:]
+            write_all(filesystem, file, rest)
         filesystem.sync(file)
     return FileRecord(size, digest.hexdigest())
 

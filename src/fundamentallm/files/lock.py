@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import IO
 
 from fundamentallm.errors import MachineError
+from fundamentallm.files.run_layout import LOCK
 
 logger = logging.getLogger(__name__)
-
-LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
@@ -34,7 +33,7 @@ def owning(run: Path) -> Iterator[None]:
     Raises:
         MachineError: another process holds it; the message has its pid and host.
     """
-    with (run / LOCK_FILE).open("a+", encoding="utf-8") as file:
+    with (run / LOCK).open("a+", encoding="utf-8") as file:
         _take(file, run)
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
@@ -48,7 +47,7 @@ def refuse_if_owned(run: Path) -> None:
     Raises:
         MachineError: one does.
     """
-    with contextlib.suppress(OSError), (run / LOCK_FILE).open("r+", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), (run / LOCK).open("r+", encoding="utf-8") as file:
         _take(file, run)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -253,3 +253,20 @@ def check_options(
     ):
         if not fine:
             raise ConfigError(f"{key} is out of range", key=key, got=str(value), expected=expected)
+
+
+def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Yield the pieces row by row: those of row 0 as they come, others when their turn is."""
+    row = 0
+    later: dict[int, Piece] = {}
+    for piece in pieces:
+        if piece.row > row:
+            before = later[piece.row].text if piece.row in later else ""
+            later[piece.row] = piece._replace(text=before + piece.text)
+            continue
+        yield piece
+        row += piece.last
+        while row in later:
+            waited = later.pop(row)
+            yield waited
+            row += waited.last

@@ -12,6 +12,7 @@ from torch import nn
 from fundamentallm.config import RunConfig
 from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fundamentallm.errors import CheckpointError
+from fundamentallm.files.run_layout import BEST, CONFIG, RunOrCheckpoint
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.checkpoint import check_model_state
 from fundamentallm.training.manifest import Manifest
@@ -57,20 +58,15 @@ class Trained:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that a run or checkpoint directory stands for.
+    """Return the checkpoint that RUN_OR_CHECKPOINT stands for.
 
     A run stands for its best checkpoint, else for its newest whole one.
 
     Raises:
         CheckpointError: there is none, or none that is whole.
     """
-    refuse_foreign_files(path)
-    if path.is_file() and path.name in ("best", "last"):
-        found = CheckpointStore(path.parent).resolve(path.name)
-    elif (path / "MANIFEST.json").exists():
-        found = path
-    else:
-        found = CheckpointStore(checkpoints_in(path)).resolve("best")
+    named = RunOrCheckpoint.parse(path, checkpoints_in)
+    found = named_checkpoint(named) or CheckpointStore(named.checkpoints).resolve(BEST)
     if found is None:
         raise CheckpointError(
             "there is no checkpoint here",
@@ -80,31 +76,23 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def refuse_foreign_files(path: Path) -> None:
-    """Refuse a path that is nothing of ours before anything is opened.
+def named_checkpoint(named: RunOrCheckpoint) -> Path | None:
+    """Return the checkpoint that was named itself or by a pointer; None for a run.
+
+    A pointer to a damaged checkpoint stands for the newest whole one.
 
     Raises:
-        CheckpointError: there is nothing, or a file that torch.save wrote.
+        CheckpointError: there are checkpoints and none of them is whole.
     """
-    if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
-        raise CheckpointError(
-            "files that torch.save wrote are not opened here, for they can run code",
-            where=str(path),
-            fix="name the run or its checkpoint directory; CheckpointManager.load in Python reads"
-            " a .pt of this package",
-        )
-    if not path.exists():
-        raise CheckpointError(
-            "there is no run or checkpoint here",
-            where=str(path),
-            fix="name a directory like runs/quickstart or runs/quickstart/checkpoints/best",
-        )
+    if named.pointer:
+        return CheckpointStore(named.checkpoints).resolve(named.pointer)
+    return named.checkpoints / named.checkpoint if named.checkpoint else None
 
 
 def checkpoints_in(run: Path) -> Path:
     """Return where a run keeps its checkpoints; the directory itself if it is no run."""
-    if (run / "config.yaml").is_file():
-        return RunConfig.from_yaml(run / "config.yaml").checkpoints_in(run)
+    if (run / CONFIG).is_file():
+        return RunConfig.from_yaml(run / CONFIG).checkpoints_in(run)
     return run
 
 

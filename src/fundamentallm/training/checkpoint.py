@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fundamentallm.errors import CheckpointError
+from fundamentallm.files.run_layout import LAST
 from fundamentallm.training.store import CheckpointStore, step_name, step_of
 
 MAX_NAMED_DIFFERENCES = 6
@@ -218,7 +219,7 @@ class CheckpointManager:
         saved = CheckpointManager.save(
             path / step_name(step), model, optimizer, scheduler, metrics, epoch=epoch, step=step
         )
-        store.point("last", saved.name)
+        store.point(LAST, saved.name)
         store.prune(keep_last)
         return saved
 

@@ -26,14 +26,13 @@ import torch
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.names import numbered
+from fundamentallm.files.run_layout import EVIDENCE, INCIDENTS, REPORT
 from fundamentallm.training.diagnosis import SPIKE, TRANSIENT, Diagnosis, Reading
 from fundamentallm.training.store import CheckpointStore, step_name
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
 
-REPORT = "report.json"
-EVIDENCE = "evidence"
 MAX_TOKENS_SHOWN = 1 << 18
 # Named, not filtered: whatever else the environment holds may be a secret.
 ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED", "RANK", "WORLD_SIZE")
@@ -84,7 +83,7 @@ def write_incident(
     Raises:
         OSError, CheckpointError: the disk refuses.
     """
-    named = run_dir / "incidents" / f"{incident.step:08d}-{incident.verdict}"
+    named = run_dir / INCIDENTS / f"{incident.step:08d}-{incident.verdict}"
     directory = next(path for path in numbered(named) if not path.exists())
     directory.mkdir(parents=True)
     # Those without weights may come often. What a machine did once no evidence can show again, and

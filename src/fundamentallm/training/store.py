@@ -34,9 +34,9 @@ from fundamentallm.files.filesystem import (
     saving_to,
 )
 from fundamentallm.files.names import numbered
+from fundamentallm.files.run_layout import CORRUPT, MANIFEST, SUPERSEDED
 from fundamentallm.training.checkpoint_directory import (
     ALL_FILES,
-    MANIFEST,
     check_hashes,
     pack,
     read_checkpoint,
@@ -45,8 +45,6 @@ from fundamentallm.training.checkpoint_directory import (
 )
 from fundamentallm.training.manifest import Manifest
 
-SUPERSEDED = "superseded"
-CORRUPT = "corrupt"
 FREE_SPACE_FACTOR = 1.2
 MAX_POINTER_BYTES = 256
 MAX_NAME_BYTES = 200  # a file name has 255 at most, and the hidden names are longer

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
+from fundamentallm.files.run_layout import BEST, CORRUPT, LAST, SUPERSEDED
 from fundamentallm.training import snapshot
 from fundamentallm.training.finite import DamagedStateError, bit_sum
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.state_tree import copied
-from fundamentallm.training.store import CORRUPT, SUPERSEDED, CheckpointStore, step_name
+from fundamentallm.training.store import CheckpointStore, step_name
 
 if TYPE_CHECKING:
     from fundamentallm.training.trainer import Trainer
@@ -273,11 +274,11 @@ class Checkpointing(Checkpoint):
 
     def _point_at(self, step: int) -> None:
         """Let the pointers say what this object knows, whatever a crash has left them saying."""
-        self.store.point("last", step_name(step))
+        self.store.point(LAST, step_name(step))
         if self.best_step is None:
-            self.store.forget("best")
-        elif self.store.pointed("best") != step_name(self.best_step):
-            self.store.point("best", step_name(self.best_step))
+            self.store.forget(BEST)
+        elif self.store.pointed(BEST) != step_name(self.best_step):
+            self.store.point(BEST, step_name(self.best_step))
 
     # ------------------------------------------------------------------ in the background
 

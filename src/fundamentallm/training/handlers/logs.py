@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from fundamentallm.files.run_layout import METRICS
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.handlers.metrics_writer import MetricsWriter, Record
 from fundamentallm.training.json_lines import JsonLines
@@ -23,7 +24,7 @@ class MetricsLog(MetricsWriter):
         run_dir: the directory of the file.
     """
 
-    target = "metrics.jsonl"
+    target = METRICS
 
     def __init__(self, run_dir: Path) -> None:
         self.file = JsonLines(run_dir / self.target, lambda record: "val/loss" in record)

@@ -15,6 +15,7 @@ from fundamentallm.data.loader import Window
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import CheckpointError, NumericalError
 from fundamentallm.events import TrainingEvents
+from fundamentallm.files.run_layout import INCIDENTS
 from fundamentallm.training.diagnosis import (
     DATA_WITH_WEIGHTS,
     DIVERGENCE,
@@ -318,7 +319,7 @@ class NaNRollback:
         self._report(trainer, fault, verdict, "giving up", diagnosis)
         raise NumericalError(
             f"training cannot go on at step {trainer.state.iteration}: {fault}",
-            where=str(self.run_dir / "incidents") if self.run_dir is not None else "",
+            where=str(self.run_dir / INCIDENTS) if self.run_dir is not None else "",
             fix="lower training.learning_rate, lengthen training.warmup_steps, or inspect the data"
             " of these steps; the last good checkpoint is kept",
         )

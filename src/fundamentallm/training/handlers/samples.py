@@ -10,6 +10,7 @@ from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
+from fundamentallm.files.run_layout import SAMPLES
 from fundamentallm.models.generation import generate_tokens
 from fundamentallm.models.sampling import SamplingRules
 from fundamentallm.training.handlers.base import HANDLERS
@@ -50,7 +51,7 @@ class Samples:
         every: int = 1,
     ) -> None:
         self.tokenizer = tokenizer
-        self.file = JsonLines(run_dir / "samples.jsonl", lambda record: True)
+        self.file = JsonLines(run_dir / SAMPLES, lambda record: True)
         self.seed = seed
         self.prompt = prompt
         self.num_tokens = num_tokens

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fundamentallm.events import TrainingEvents
+from fundamentallm.files.run_layout import STOP
 from fundamentallm.training.handlers.base import HANDLERS
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class StopFile:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "STOP"
+        self.path = run_dir / STOP
         self._name = str(self.path)
 
     def attach(self, trainer: Trainer) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fundamentallm.files.run_layout import TENSORBOARD
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.handlers.metrics_writer import MetricsWriter, Record
 
@@ -26,7 +27,7 @@ class TensorBoard(MetricsWriter):
     target = "TensorBoard files"
 
     def __init__(self, run_dir: Path) -> None:
-        self.directory = run_dir / "tensorboard"
+        self.directory = run_dir / TENSORBOARD
         self._writer: Any = None
         self._flushed_at = 0.0
 

@@ -1,8 +1,7 @@
-"""The `verify` command: proof that checkpoints are whole, in one table."""
+"""Proof that checkpoints are whole."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,9 @@ from typing import Any
 import torch
 
 from fundamentallm.config import RunConfig
-from fundamentallm.engine.console import printable, say
-from fundamentallm.engine.fit import gib
-from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import CheckpointError, ConfigError
-from fundamentallm.inference.load import checkpoints_in, refuse_foreign_files
+from fundamentallm.files.run_layout import RunOrCheckpoint
+from fundamentallm.inference.load import checkpoints_in, named_checkpoint
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.checkpoint import check_model_state
 from fundamentallm.training.snapshot import check_usable
@@ -44,39 +41,21 @@ class Verdict:
     val_loss: float | None = None
 
 
-def verify(options: argparse.Namespace) -> int:
-    """Check every byte, shape and number of a run's checkpoints, or of one.
+def checkpoints_of(path: Path) -> tuple[CheckpointStore, Sequence[str]]:
+    """Return the store and the names of the checkpoints that RUN_OR_CHECKPOINT stands for here.
+
+    A run stands for all of them, newest first.
 
     Raises:
-        CheckpointError: one is not whole, or there is none.
+        CheckpointError: there is none.
     """
-    load_plugins(options.plugins, "--plugins")
-    path: Path = options.model
-    refuse_foreign_files(path)
-    if path.is_file() and path.name in ("best", "last"):
-        path = CheckpointStore(path.parent).resolve(path.name) or path
-    if (path / "MANIFEST.json").exists():
-        store, names = CheckpointStore(path.parent), [path.name]
-    else:
-        store = CheckpointStore(checkpoints_in(path))
-        names = list(store.step_names())
+    named = RunOrCheckpoint.parse(path, checkpoints_in)
+    store = CheckpointStore(named.checkpoints)
+    chosen = named_checkpoint(named)
+    names = store.step_names() if chosen is None else [chosen.name]
     if not names:
         raise CheckpointError("there is no checkpoint here", where=str(path))
-    verdicts = [examine(store, name) for name in names]
-    _print_table(store, verdicts)
-    faults = [verdict for verdict in verdicts if verdict.fault is not None]
-    if not faults:
-        return 0
-    say()
-    whole = len(verdicts) - len(faults)
-    raise CheckpointError(
-        f"{len(faults)} of {len(verdicts)} checkpoints failed",
-        where=str(path),
-        got="\n            ".join(_first_line(verdict) for verdict in faults),
-        fix="`run` passes over them and goes on from the newest whole one"
-        if whole
-        else "restore a copy, or start a fresh run with --resume never",
-    )
+    return store, names
 
 
 def examine(store: CheckpointStore, name: str) -> Verdict:
@@ -117,22 +96,3 @@ def _check_shapes(state: dict[str, Any], metadata: Any, where: str) -> None:
             fix="name the module that registers its parts with --plugins",
         ) from error
     check_model_state(model, state["model"], where)
-
-
-def _print_table(store: CheckpointStore, verdicts: Sequence[Verdict]) -> None:
-    marks: dict[str, list[str]] = {}
-    for pointer in ("best", "last"):
-        name = store.pointed(pointer)
-        if name is not None:
-            marks.setdefault(name, []).append(pointer)
-    say(f"{'checkpoint':<16}{'size':>10}{'tensors':>9}{'val loss':>10}  {'state':<9}")
-    for verdict in verdicts:
-        loss = f"{verdict.val_loss:.4f}" if verdict.val_loss is not None else "-"
-        tensors = str(verdict.num_tensors) if verdict.fault is None else "-"
-        state = "whole" if verdict.fault is None else "FAILED"
-        row = f"{verdict.name:<16}{gib(verdict.num_bytes):>10}{tensors:>9}{loss:>10}  {state:<9}"
-        say(printable(f"{row}{', '.join(marks.get(verdict.name, []))}".rstrip()))
-
-
-def _first_line(verdict: Verdict) -> str:
-    return str(verdict.fault).splitlines()[0]

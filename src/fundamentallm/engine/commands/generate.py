@@ -6,22 +6,86 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fundamentallm.engine.arguments import add_model
 from fundamentallm.engine.console import printable, say, speaking
-from fundamentallm.engine.plugins import load_plugins
+from fundamentallm.engine.stopping import loading
 from fundamentallm.errors import ConfigError, FundamentaLLMError
-from fundamentallm.inference.generate import Piece, stream_texts
-from fundamentallm.inference.load import Trained, load_trained
-from fundamentallm.training.precision import resolve_device
 
+if TYPE_CHECKING:
+    from fundamentallm.inference.load import Trained
+
+SUMMARY = "let a trained model write"
 HISTORY_LENGTH = 1000  # prompts
 SAMPLES_AT_ONCE = 16
 
 
-def generate(options: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_model(parser)
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="the text to continue; without it, on a terminal, prompts are read one by one",
+    )
+    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="default 200")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="0 takes the likeliest token; default 0.8",
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample among the likeliest that hold probability P",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="sample among the tokens at least P times as likely as the likeliest",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1, tokens that the text holds already become less likely; default 1",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text is written; may be given several times; default: the end of a"
+        " response, where the model learnt one",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the first sample; default 0"
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="texts for a prompt, written as one batch; default 1",
+    )
+
+
+def execute(options: argparse.Namespace) -> int:
     """Stream text to the terminal, for one prompt or for each that is typed."""
+    with loading():
+        from fundamentallm.engine.plugins import load_plugins
+        from fundamentallm.inference.load import load_trained
+        from fundamentallm.training.precision import resolve_device
+
     with speaking():
         load_plugins(options.plugins, "--plugins")
         trained = load_trained(options.model, resolve_device(options.device))
@@ -87,6 +151,8 @@ def history_path() -> Path:
 
 def _write(trained: Trained, options: argparse.Namespace, prompt: str, seed: int) -> None:
     """Write the samples of a prompt one below the other, each as soon as it is known."""
+    from fundamentallm.inference.generate import in_order, stream_texts
+
     for first in range(0, options.num_samples, SAMPLES_AT_ONCE):
         numbers = range(first, min(first + SAMPLES_AT_ONCE, options.num_samples))
         pieces = stream_texts(
@@ -111,20 +177,3 @@ def _write(trained: Trained, options: argparse.Namespace, prompt: str, seed: int
                     say(f"--- sample {numbers[shown] + 1} ---")
                 say(printable(prompt), end="")
             say(printable(piece.text), end="\n" if piece.last else "")
-
-
-def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yield the pieces row by row: those of row 0 as they come, others when their turn is."""
-    row = 0
-    later: dict[int, Piece] = {}
-    for piece in pieces:
-        if piece.row > row:
-            before = later[piece.row].text if piece.row in later else ""
-            later[piece.row] = piece._replace(text=before + piece.text)
-            continue
-        yield piece
-        row += piece.last
-        while row in later:
-            waited = later.pop(row)
-            yield waited
-            row += waited.last

@@ -1,0 +1,1 @@
+"""Text of any size to token files, streamed, once: what the `prepare` command does."""

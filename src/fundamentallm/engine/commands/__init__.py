@@ -1,0 +1,50 @@
+"""The commands, one file each: its summary, its arguments, and what it does.
+
+A command's module imports the standard library and the light parts of this package alone; what it
+needs besides is imported when it is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Protocol
+
+from fundamentallm.engine.commands import (
+    check,
+    evaluate,
+    export,
+    generate,
+    prepare,
+    replay,
+    run,
+    tune,
+    verify,
+)
+
+
+class Command(Protocol):
+    """What the module of a command has."""
+
+    SUMMARY: str
+    """One line for the list of commands."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+
+    def execute(self, options: argparse.Namespace) -> int:
+        """Run the command; return the exit code."""
+
+
+COMMANDS: Mapping[str, Command] = {
+    "run": run,
+    "check": check,
+    "tune": tune,
+    "evaluate": evaluate,
+    "prepare": prepare,
+    "verify": verify,
+    "export": export,
+    "replay": replay,
+    "generate": generate,
+}
+"""By name, in the order of the help."""

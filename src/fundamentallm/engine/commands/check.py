@@ -1,0 +1,23 @@
+"""The `check` command."""
+
+from __future__ import annotations
+
+import argparse
+
+from fundamentallm.engine.arguments import add_config
+from fundamentallm.engine.stopping import loading
+
+SUMMARY = "validate a YAML file and show what it would do"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_config(parser)
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
+    with loading():
+        from fundamentallm.engine.check import check
+
+    return check(options.config, options.overrides, options.plugins)

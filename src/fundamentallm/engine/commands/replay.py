@@ -1,0 +1,26 @@
+"""The `replay` command."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fundamentallm.engine.arguments import add_plugins
+from fundamentallm.engine.stopping import loading
+
+SUMMARY = "reproduce a recorded numerical incident"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("incident", type=Path, metavar="INCIDENT_DIR")
+    parser.add_argument("--device", default="cpu", help="cpu (default), auto, cuda, cuda:0, mps")
+    add_plugins(parser)
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
+    with loading():
+        from fundamentallm.engine.replay import replay
+
+    return replay(options)

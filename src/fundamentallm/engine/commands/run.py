@@ -1,0 +1,44 @@
+"""The `run` command."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fundamentallm.engine.arguments import add_config
+from fundamentallm.engine.stopping import loading
+
+SUMMARY = "train a model from a YAML file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_config(parser)
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto (default): continue the unfinished run of the same config; never: start afresh;"
+        " PATH: continue that run or checkpoint",
+    )
+    parser.add_argument(
+        "--allow-inexact",
+        action="store_true",
+        help="go on although other versions of the libraries make the course another one",
+    )
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="instead of runs/<name>")
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
+    with loading():
+        from fundamentallm.engine.run import run
+
+    return run(
+        options.config,
+        options.overrides,
+        options.resume,
+        options.run_dir,
+        options.plugins,
+        options.allow_inexact,
+    )
