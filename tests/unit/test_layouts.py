@@ -240,6 +240,7 @@ def test_no_random_number_is_drawn() -> None:
         ({"feedforward": "gelu"}, "feedforward"),
         ({**GPT2, "qk_norm": True}, "qk_norm"),
         ({**GPT2, "logit_softcap": 1.0}, "logit_softcap"),
+        ({**GPT2, "adapter": "low_rank"}, "adapter"),
         ({**GPT2, "num_kv_heads": 2}, "num_kv_heads"),
         ({**GPT2, "positions": "rotary"}, "positions"),
         ({**GPT2, "positions": "sinusoidal"}, "positions"),
@@ -261,6 +262,7 @@ def test_no_option_of_the_model_was_forgotten() -> None:
     expressed |= {"sequence_length", "normalization", "positions", "feedforward", "bias"}
     expressed |= {"tie_embeddings", "dropout"}
     refused = {"qk_norm", "logit_softcap", "embedding_norm", "token_shift", "residual_mix"}
+    refused |= {"family", "adapter"}
     of_the_beginning_alone = {"init_from", "zero_init"}
     known = expressed | refused | of_the_beginning_alone
     assert set(TransformerConfig.model_fields) == known

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fundamentallm.config.base import BaseConfig
+from fundamentallm.config.model import ModelConfig, TransformerConfig, model_class
 
 ABSENT = "(absent)"
 """Stands for the value of a key that one side lacks."""
@@ -73,6 +74,8 @@ def with_defaults(stored: Mapping[str, Any], kind: type[BaseConfig]) -> dict[str
     completed = {**kind().model_dump(mode="json"), **stored}
     for name, field in kind.model_fields.items():
         section: Any = field.annotation
+        if section == ModelConfig and model_class(completed[name]) is TransformerConfig:
+            section = TransformerConfig  # another family has no defaults here
         is_section = isinstance(section, type) and issubclass(section, BaseConfig)
         if is_section and isinstance(completed[name], Mapping):
             completed[name] = with_defaults(completed[name], section)

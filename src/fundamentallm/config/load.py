@@ -97,7 +97,8 @@ def _descend(parent: dict[str, Any], path: KeyPath, origin: str) -> dict[str, An
     name = str(path[-1])
     child = parent.get(name)
     if class_at(path, RunConfig) is Component and (child is None or isinstance(child, str)):
-        child = {"name": child or _default_name(path)}
+        chosen = child or _default_name(path)
+        child = {"name": chosen} if chosen else {}
     elif child is None or (isinstance(child, bool) and path[:-1] == ("handlers",)):
         child = {}
     elif not isinstance(child, dict):
@@ -106,12 +107,11 @@ def _descend(parent: dict[str, Any], path: KeyPath, origin: str) -> dict[str, An
     return child
 
 
-def _default_name(path: KeyPath) -> str:
+def _default_name(path: KeyPath) -> str | None:
     value: Any = RunConfig()
     for part in path:
         value = getattr(value, str(part))
-    name: str = value.name
-    return name
+    return None if value is None else str(value.name)
 
 
 def _with_plugins(document: YamlDocument, plugins: Sequence[str]) -> YamlDocument:

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from fundamentallm.config.base import BaseConfig, Count, Positive, Text
-from fundamentallm.config.component import Component
+from fundamentallm.config.component import Component, plain_options
 from fundamentallm.config.problems import problem
+
+TRANSFORMER = "transformer"
+"""The family of a model that names none."""
+
+_NOT_IN_A_FOLDER = frozenset({"family", "dropout", "adapter"})
 
 
 class TransformerConfig(BaseConfig):
-    """A decoder-only transformer. Widths are in features, lengths in tokens."""
+    """A decoder-only transformer. Widths are in features, lengths in tokens.
+
+    `family` and an unset `adapter` are never written: a stored configuration without them is a
+    transformer as it was built.
+    """
+
+    family: Text = TRANSFORMER
+    """The kind of model. Any other name is a `FamilyConfig`, with options of its own."""
 
     init_from: Text | None = None
     """A folder in the form of the transformers library, of the Llama or GPT-2 family, whose weights
@@ -80,6 +99,12 @@ class TransformerConfig(BaseConfig):
     """Whether the linear layers that write into the residual stream start at 0, and the head too
     where it is not tied: each block begins as the identity."""
 
+    adapter: Component | None = None
+    """A registered change to the built model; None: no change."""
+
+    options: ClassVar[dict[str, Any]] = {}
+    """Nothing beside the fields goes to the model."""
+
     @property
     def head_width(self) -> int:
         """Width of one head."""
@@ -104,11 +129,29 @@ class TransformerConfig(BaseConfig):
         """The fields that the folder of `init_from` still has to decide; without one, none."""
         if self.init_from is None:
             return frozenset()
-        return frozenset(type(self).model_fields) - self.model_fields_set - {"dropout"}
+        return frozenset(type(self).model_fields) - self.model_fields_set - _NOT_IN_A_FOLDER
 
     def _unwritten(self) -> Collection[str]:
         # Written as their defaults, they would contradict the folder.
-        return self.open_fields
+        return self.open_fields | self._unsaid()
+
+    def _unsaid(self) -> frozenset[str]:
+        return frozenset({"family"} if self.adapter is not None else {"family", "adapter"})
+
+    @model_serializer(mode="wrap")
+    def _without_the_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: item for key, item in serialize(self).items() if key not in self._unsaid()}
+
+    def with_random_weights(self) -> TransformerConfig:
+        """Return the same model, started from no folder."""
+        return self.model_copy(update={"init_from": None})
+
+    @field_validator("family")
+    @classmethod
+    def _this_family(cls, family: str) -> str:
+        if family != TRANSFORMER:
+            raise problem("", "these are the fields of the transformer", got=family)
+        return family
 
     @model_validator(mode="after")
     def _heads_fit(self) -> TransformerConfig:
@@ -147,6 +190,63 @@ class TransformerConfig(BaseConfig):
                 fix=f"set d_model to {width + heads}, or positions to learned",
             )
         return self
+
+
+class FamilyConfig(BaseConfig):
+    """A model of another family, registered in `fundamentallm.models.families.MODELS`.
+
+    The options of its factory stand beside the name, as `model: {family: gru, hidden_size: 256}`.
+    Which names and options exist is the registry's matter; here they are plain values.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    family: Text
+    """The registered name."""
+
+    vocab_size: Count | None = None
+    """Number of different tokens; None: the tokenizer's."""
+
+    sequence_length: Count | None = None
+    """Context length in tokens; None: the data's."""
+
+    adapter: Component | None = None
+    """A registered change to the built model; None: no change."""
+
+    init_from: ClassVar[None] = None
+    """A folder to start from is the transformer's."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the family's factory as written."""
+        return dict(self.model_extra or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and then the options as plain values."""
+        return {**super().to_dict(), **self.options}
+
+    def with_random_weights(self) -> FamilyConfig:
+        """Return the same model."""
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: item if key in cls.model_fields else plain_options(item, str(key))
+            for key, item in value.items()
+        }
+
+
+ModelConfig = TransformerConfig | FamilyConfig
+
+
+def model_class(plain: Any) -> type[TransformerConfig] | type[FamilyConfig]:
+    """Return the class that a model's plain values are described by."""
+    other = isinstance(plain, dict) and plain.get("family", TRANSFORMER) != TRANSFORMER
+    return FamilyConfig if other else TransformerConfig
 
 
 def _nearest_divisor(number: int, near: int) -> int:

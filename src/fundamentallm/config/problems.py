@@ -186,13 +186,21 @@ def class_at(path: KeyPath, root: type[BaseModel]) -> type[BaseModel] | None:
             annotation = _item_of(annotation)
         else:
             field = found.model_fields.get(str(part))
-            annotation = field.annotation if field else None
+            annotation = _section_of(field.annotation) if field else None
         if path[-1] != part and _item_of(annotation) is not None:
             continue  # a list: the next part is a number in it
         if not (inspect.isclass(annotation) and issubclass(annotation, BaseModel)):
             return None
         found = annotation
     return found
+
+
+def _section_of(annotation: Any) -> Any:
+    """Return the first section or component of a union of such, else the annotation."""
+    if typing.get_origin(annotation) not in (Union, UnionType):
+        return annotation
+    kinds = (kind for kind in typing.get_args(annotation) if typing.get_origin(kind) is None)
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), annotation)
 
 
 def _item_of(annotation: Any) -> Any:
@@ -219,6 +227,7 @@ def _schema_at(path: KeyPath, root: type[BaseModel]) -> dict[str, Any]:
         else:
             properties = schema.get("properties", {})
             schema = properties.get(part) or schema.get("additionalProperties") or {}
+        schema = next((kind for kind in schema.get("anyOf", ()) if "$ref" in kind), schema)
     return schema
 
 

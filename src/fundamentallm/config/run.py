@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from fundamentallm.config.base import BaseConfig, Seed
 from fundamentallm.config.component import plain_options
 from fundamentallm.config.data import DataConfig
-from fundamentallm.config.model import TransformerConfig
+from fundamentallm.config.model import ModelConfig, TransformerConfig, model_class
 from fundamentallm.config.problems import problem
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.config.yaml_source import YamlDocument
@@ -42,8 +42,8 @@ class RunConfig(BaseConfig):
     data: DataConfig = DataConfig()
     """The text, its tokens and its batches."""
 
-    model: TransformerConfig = TransformerConfig()
-    """The shape of the model."""
+    model: ModelConfig = TransformerConfig()
+    """The shape of the model: a transformer, or what its `family` names."""
 
     training: TrainingConfig = TrainingConfig()
     """How the model is trained."""
@@ -137,6 +137,11 @@ class RunConfig(BaseConfig):
                 fix="choose a name like 'my-run'; to choose a place, use --run-dir",
             )
         return name
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _of_its_family(cls, value: Any) -> Any:
+        return value if isinstance(value, BaseConfig) else model_class(value).model_validate(value)
 
     @field_validator("handlers")
     @classmethod

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fundamentallm.config import DataConfig, RunConfig
-from fundamentallm.config.model import TransformerConfig
+from fundamentallm.config.model import ModelConfig
 from fundamentallm.config.training import resolve_warmup
 from fundamentallm.data.corpus import Corpus, kept_copy, read_source, split_tokens
 from fundamentallm.data.examples import ExampleLoader, ExampleValidationLoader, encode_examples
@@ -30,6 +30,7 @@ from fundamentallm.data.tokenizer import (
     tokenizer_from_dict,
 )
 from fundamentallm.data.tokenizer_json import tokenizer_json
+from fundamentallm.engine.abilities import check_abilities
 from fundamentallm.engine.auto import choose_auto
 from fundamentallm.engine.exactness import circumstances, versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
@@ -38,10 +39,9 @@ from fundamentallm.engine.starting_point import starting_point
 from fundamentallm.errors import CheckpointError, ConfigError, DataError, MachineError
 from fundamentallm.files.run_layout import CORPUS
 from fundamentallm.models.attention import choose_kernel
-from fundamentallm.models.components import check_components, follows_weight_type
+from fundamentallm.models.build import build_model, check_model, follows_weight_type
 from fundamentallm.models.native.block import require_native, why_not
 from fundamentallm.models.native.library import find_compiler, load_library
-from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.clock import seconds_since_start
 from fundamentallm.training.compilation import resolve_compile
 from fundamentallm.training.distributed import Ranks
@@ -150,8 +150,7 @@ def assemble(
     # models compute; the ranks share the weights, and then each draws its own dropout
     torch.manual_seed(config.seed)
     with config.blame("model"):
-        model = Transformer(resolved.model)
-        start.load_into(model)
+        model = build_model(resolved.model, start.load_into)
     model.to(device)
     if not ranks.alone:
         torch.manual_seed(derive_key(config.seed, ranks.rank) % 2**63)
@@ -173,6 +172,7 @@ def assemble(
         )
     with config.blame("training.loss"):
         loss_fn = LOSSES.build(training.loss.name, training.loss.options)
+    check_abilities(config, model, loss_fn)
     trainer = Trainer(
         model, train_loader, val_loader, optimizer, scheduler, loss_fn, device, training
     )
@@ -229,7 +229,7 @@ def check_names(config: RunConfig) -> None:
     """
     training = config.training
     with config.blame("model"):
-        check_components(config.model)
+        check_model(config.model)
     for key, registry, component in (
         ("data.tokenizer", TOKENIZERS, config.data.tokenizer),
         ("training.optimizer", OPTIMIZERS, training.optimizer),
@@ -500,7 +500,7 @@ def resolve(
     return config.model_copy(update={"model": model, "training": resolved}), notes
 
 
-def _why_not_compiled(native: bool, model: TransformerConfig, device: torch.device) -> str:
+def _why_not_compiled(native: bool, model: ModelConfig, device: torch.device) -> str:
     """Return why a run of compiled code cannot go on with it on this machine; empty if it can."""
     if find_compiler() is None:
         return "there is no C++ compiler"

@@ -25,7 +25,7 @@ from fundamentallm.engine.search import LEAST_GAIN, Setting
 from fundamentallm.engine.speed_cache import SpeedCache, circumstances_of
 from fundamentallm.errors import FundamentaLLMError
 from fundamentallm.models.attention import choose_kernel
-from fundamentallm.models.components import follows_weight_type
+from fundamentallm.models.build import follows_weight_type
 from fundamentallm.models.native.block import why_not
 from fundamentallm.training.clock import seconds_since_start
 from fundamentallm.training.distributed import Ranks

@@ -8,7 +8,8 @@ import torch
 
 from fundamentallm.config import RunConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.estimate import Estimate, estimate
+from fundamentallm.models.build import estimate_model
+from fundamentallm.models.estimate import Estimate
 
 # Float32 numbers a parameter; Adam's two otherwise.
 OPTIMIZER_STATES = {"sgd": 1, "rmsprop": 1, "lion": 1, "muon": 1}
@@ -17,7 +18,7 @@ OPTIMIZER_STATES = {"sgd": 1, "rmsprop": 1, "lion": 1, "muon": 1}
 def estimate_run(config: RunConfig) -> Estimate:
     """Estimate parameters, FLOPs and memory of a run whose sizes are resolved."""
     narrow = config.training.precision in ("bf16", "fp16")
-    return estimate(
+    return estimate_model(
         config.model,
         batch_size=config.data.batch_size,
         gradient_checkpointing=config.training.gradient_checkpointing,

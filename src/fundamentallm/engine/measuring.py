@@ -31,10 +31,11 @@ from torch import Tensor
 
 from fundamentallm.config import RunConfig
 from fundamentallm.data.loader import Batch, Window, count_valid
+from fundamentallm.engine.abilities import check_abilities
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import ConfigError, FundamentaLLMError
-from fundamentallm.models.transformer import Transformer
+from fundamentallm.models.build import build_model
 from fundamentallm.training.build_step import build_precision, build_step
 from fundamentallm.training.compilation import CompiledBlocks
 from fundamentallm.training.distributed import Ranks
@@ -116,11 +117,12 @@ def _measure(
     brief: bool,
 ) -> Measurement:
     training = config.training
-    model = Transformer(config.model).to(device).train()
+    model = build_model(config.model).to(device).train()
     optimizer = OptimizerBuilder.from_config(training, model)
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros_like(lr) if isinstance(lr := group["lr"], Tensor) else 0.0
     loss_fn = LOSSES.build(training.loss.name, training.loss.options)
+    check_abilities(config, model, loss_fn)
     precision = build_precision(training, model, device)
     started = time.perf_counter()
     step = build_step(training, model, optimizer, loss_fn, precision, Ranks())

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from fundamentallm.config import RunConfig
 from fundamentallm.data.loader import Window, count_valid
@@ -18,7 +19,7 @@ from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import CheckpointError, ConfigError, NumericalError
 from fundamentallm.files.run_layout import EVIDENCE, REPORT
 from fundamentallm.models.attention import choose_kernel, use_kernel
-from fundamentallm.models.transformer import Transformer
+from fundamentallm.models.build import build_model
 from fundamentallm.training.checkpoint import check_model_state
 from fundamentallm.training.diagnosis import (
     SPIKE,
@@ -150,7 +151,8 @@ def replay_incident(incident: Path, report: dict[str, Any], device: torch.device
     if precision == "fp16" and device.type != "cuda":
         precision = "bf16"
     use_kernel(
-        model, choose_kernel(training.attention, device, bf16_weights, model.sequence_length)
+        model,
+        choose_kernel(training.attention, device, bf16_weights, config.model.sequence_length or 0),
     )
     laboratory = Laboratory(
         model.to(device),
@@ -175,7 +177,7 @@ def replay_incident(incident: Path, report: dict[str, Any], device: torch.device
     return laboratory.replay(window, generators, watch=True)
 
 
-def _build(values: Any, state: Mapping[str, Any], where: str) -> tuple[RunConfig, Transformer]:
+def _build(values: Any, state: Mapping[str, Any], where: str) -> tuple[RunConfig, nn.Module]:
     """Build the model that an incident's configuration describes, with the weights of its evidence.
 
     Raises:
@@ -185,8 +187,8 @@ def _build(values: Any, state: Mapping[str, Any], where: str) -> tuple[RunConfig
     try:
         config = RunConfig.model_validate(values)
         with torch.device("meta"):  # shapes alone: a damaged one may be of any size
-            check_model_state(Transformer(config.model), state["model"], where)
-        model = Transformer(config.model)
+            check_model_state(build_model(config.model), state["model"], where)
+        model = build_model(config.model)
     except (ConfigError, CheckpointError):
         raise
     except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:

@@ -129,7 +129,7 @@ def circumstances_of(
     training = config.training
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     shape = {
-        "model": config.model.model_copy(update={"init_from": None}).model_dump(mode="json"),
+        "model": config.model.with_random_weights().model_dump(mode="json"),
         "optimizer": training.optimizer.to_plain(),
         "loss": training.loss.to_plain(),
         "gradient_checkpointing": training.gradient_checkpointing,

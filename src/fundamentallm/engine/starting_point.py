@@ -10,14 +10,15 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fundamentallm.config import RunConfig
+from torch import nn
+
+from fundamentallm.config import RunConfig, TransformerConfig
 from fundamentallm.data.text_file import read_text
 from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fundamentallm.data.tokenizer_json import read_tokenizer_json
 from fundamentallm.engine.run_directory import RunDirectory
 from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.models.pretrained import Pretrained
-from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.manifest import Manifest
 
 TOKENIZER = "tokenizer.json"
@@ -65,15 +66,16 @@ class StartingPoint:
                 fix="set data.tokenizer to the one that the model was trained with",
             )
 
-    def load_into(self, model: Transformer) -> None:
-        """Put the folder's weights into a new model; without a folder, leave it as it is.
+    def load_into(self, model: nn.Module) -> None:
+        """Put the folder's weights into a new transformer; without a folder, leave it as it is.
 
         Raises:
             CheckpointError: the weights are not those that the folder describes.
             ConfigError: as `Pretrained.state`.
         """
         if self.pretrained is not None:
-            model.load_state_dict(self.pretrained.state(model.config))
+            assert isinstance(self.config.model, TransformerConfig)
+            model.load_state_dict(self.pretrained.state(self.config.model))
 
 
 def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
@@ -83,9 +85,10 @@ def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
         CheckpointError: the folder cannot be read.
         ConfigError: it is of another family, or the configuration says otherwise than it.
     """
-    folder = config.model.init_from
-    if folder is None:
+    model = config.model
+    if not isinstance(model, TransformerConfig) or model.init_from is None:
         return StartingPoint(config, config)
+    folder = model.init_from
     if directory.checkpoint is not None:
         began_with = RunConfig.model_validate(directory.checkpoint.metadata["config"])
         data = {"sequence_length": began_with.data.sequence_length}
@@ -95,7 +98,7 @@ def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
         return StartingPoint(completed, config, checkpoint=directory.checkpoint)
     with config.blame("model"):
         pretrained = Pretrained.open(folder)
-        model = pretrained.adopt(config.model)
+        model = pretrained.adopt(model)
     notes = [f"the weights start from {folder}"]
     assert model.sequence_length is not None
     length = model.sequence_length

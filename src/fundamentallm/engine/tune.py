@@ -40,7 +40,7 @@ from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.files.names import numbered
 from fundamentallm.models.attention import KERNELS
-from fundamentallm.models.components import follows_weight_type
+from fundamentallm.models.build import follows_weight_type
 from fundamentallm.models.native.block import why_not
 from fundamentallm.models.native.library import find_compiler
 from fundamentallm.training.distributed import Ranks
@@ -145,7 +145,7 @@ def _prepared(written: RunConfig) -> tuple[RunConfig, Batch, torch.device]:
     loader, _, _ = build_loaders(config, corpus, tokenizer, ranks)
     resolved, _ = resolve(config, directory, tokenizer, len(loader), loader.tokens_per_step, device)
     # Random weights are as fast as trained ones, and the processes that measure need no folder.
-    model = resolved.model.model_copy(update={"init_from": None})
+    model = resolved.model.with_random_weights()
     return resolved.model_copy(update={"model": model}), rows_of(loader.window_at(0, 0)), device
 
 

@@ -25,7 +25,7 @@ from fundamentallm.files.filesystem import (
     write_file,
 )
 from fundamentallm.inference.load import Trained
-from fundamentallm.models.layouts import layout_for
+from fundamentallm.models.layouts import layout_for, require_transformer
 from fundamentallm.registry import Registry
 from fundamentallm.training.checkpoint import save_weights
 from fundamentallm.training.tensor_file import tensor_file_chunks
@@ -64,7 +64,7 @@ def export_hf(trained: Trained, path: Path) -> None:
     end of a document is the end of a text there, where the tokenizer has one. Where a model learnt
     to end its responses with one token, `generate` there stops at it too.
     """
-    config = trained.config.model
+    config = require_transformer(trained.config.model)
     layout = layout_for(config)
     weights = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
     length = config.sequence_length

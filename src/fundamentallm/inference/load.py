@@ -13,7 +13,7 @@ from fundamentallm.config import RunConfig
 from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.run_layout import BEST, CONFIG, RunOrCheckpoint
-from fundamentallm.models.transformer import Transformer
+from fundamentallm.models.build import build_model
 from fundamentallm.training.checkpoint import check_model_state
 from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.store import CheckpointStore
@@ -119,7 +119,7 @@ def load_trained(path: Path, device: torch.device) -> Trained:
             got=f"no {error.args[0]} in its manifest",
             fix="name a checkpoint that `run` wrote",
         ) from error
-    model = Transformer(config.model)
+    model = build_model(config.model)
     weights, averaged = weights_of(state)
     check_model_state(model, weights, str(checkpoint))
     model.load_state_dict(weights)

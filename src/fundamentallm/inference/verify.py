@@ -13,7 +13,7 @@ from fundamentallm.config import RunConfig
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.run_layout import RunOrCheckpoint
 from fundamentallm.inference.load import checkpoints_in, named_checkpoint
-from fundamentallm.models.transformer import Transformer
+from fundamentallm.models.build import build_model
 from fundamentallm.training.checkpoint import check_model_state
 from fundamentallm.training.snapshot import check_usable
 from fundamentallm.training.state_tree import flatten
@@ -87,7 +87,7 @@ def _check_shapes(state: dict[str, Any], metadata: Any, where: str) -> None:
     try:
         config = RunConfig.model_validate(metadata["config"])
         with torch.device("meta"):  # shapes alone
-            model = Transformer(config.model)
+            model = build_model(config.model)
     except (ConfigError, ValueError) as error:
         raise CheckpointError(
             "the checkpoint's configuration cannot be built",

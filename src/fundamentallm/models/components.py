@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from fundamentallm.config.model import TransformerConfig
+from fundamentallm.config.model import ModelConfig, TransformerConfig
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.attention import Attention
 from fundamentallm.models.block import Block
@@ -109,7 +109,7 @@ def check_components(config: TransformerConfig) -> None:
         # The sizes stand in the folder to start from, which is opened later, or never on resume.
         for registry, field in _CHOICES:
             component = getattr(config, field)
-            with _inside(field):
+            with inside(field):
                 registry.check(component.name, component.options)
         return
     if config.sequence_length is None:
@@ -157,7 +157,7 @@ def addressable(config: TransformerConfig) -> Iterator[None]:
         ) from error
 
 
-def required(config: TransformerConfig, field: Literal["vocab_size", "sequence_length"]) -> int:
+def required(config: ModelConfig, field: Literal["vocab_size", "sequence_length"]) -> int:
     """Return a size that a run takes from its tokenizer or data, and a script must set.
 
     Raises:
@@ -177,12 +177,12 @@ def required(config: TransformerConfig, field: Literal["vocab_size", "sequence_l
 
 def _build(registry: Registry[T], config: TransformerConfig, field: str, **supplied: Any) -> T:
     component = getattr(config, field)
-    with _inside(field):
+    with inside(field):
         return registry.build(component.name, component.options, **supplied)
 
 
 @contextmanager
-def _inside(field: str) -> Iterator[None]:
+def inside(field: str) -> Iterator[None]:
     """Let a ConfigError of the block name its key below a field."""
     try:
         yield

@@ -26,7 +26,7 @@ from fundamentallm.models.components import (
     required,
 )
 
-_FLOAT32_BYTES = 4
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def estimate(
     batch_size: int = 1,
     sequence_length: int | None = None,
     gradient_checkpointing: bool = False,
-    bytes_per_activation: int = _FLOAT32_BYTES,
+    bytes_per_activation: int = FLOAT32_BYTES,
     optimizer_states: int = 2,
 ) -> Estimate:
     """Estimate the cost of training a model; build none, draw no random number.
@@ -120,12 +120,12 @@ def estimate(
         non_embedding_parameters=parameters - table - position_parameters,
         # The head multiplies, tied or not; looking up a token or a position does not.
         flops_per_token=6 * (body + table) + 12 * config.num_layers * config.d_model * time,
-        weight_bytes=parameters * _FLOAT32_BYTES,
-        gradient_bytes=parameters * _FLOAT32_BYTES,
-        optimizer_bytes=parameters * _FLOAT32_BYTES * optimizer_states,
+        weight_bytes=parameters * FLOAT32_BYTES,
+        gradient_bytes=parameters * FLOAT32_BYTES,
+        optimizer_bytes=parameters * FLOAT32_BYTES * optimizer_states,
         activation_bytes=(
-            float32_bytes * bytes_per_activation // _FLOAT32_BYTES
-            + 3 * batch_size * time * vocab_size * _FLOAT32_BYTES
+            float32_bytes * bytes_per_activation // FLOAT32_BYTES
+            + 3 * batch_size * time * vocab_size * FLOAT32_BYTES
         ),
     )
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fundamentallm.config.model import TransformerConfig
+from fundamentallm.config.model import TRANSFORMER, TransformerConfig
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.attention import (
     Attend,
@@ -33,9 +33,12 @@ from fundamentallm.models.components import (
     build_block,
     build_normalization,
     build_positions,
+    check_components,
     follows_weight_type,
     required,
 )
+from fundamentallm.models.estimate import estimate
+from fundamentallm.models.families import MODELS
 from fundamentallm.models.initialization import initialize
 from fundamentallm.models.positions import Marks
 from fundamentallm.models.token_shift import TokenShift, one_before
@@ -49,6 +52,7 @@ def run_block(
     return out
 
 
+@MODELS.register(TRANSFORMER)
 class Transformer(nn.Module):
     """A language model: token ids to the logits of each next token.
 
@@ -71,6 +75,10 @@ class Transformer(nn.Module):
     Raises:
         ConfigError: a size is missing, or a component's name or option is wrong.
     """
+
+    check = staticmethod(check_components)
+    estimate = staticmethod(estimate)
+    can_follow_weight_type = staticmethod(follows_weight_type)
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -179,6 +187,11 @@ class Transformer(nn.Module):
     def follows_weight_type(self) -> bool:
         """Whether the model can compute with bfloat16 weights, without autocast."""
         return follows_weight_type(self.config)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of one forward and backward pass; see `Estimate`."""
+        return estimate(self.config).flops_per_token
 
     def new_cache(self, batch: int, capacity: int) -> KVCache | None:
         """Return an empty cache for `forward`; None if the positions cannot do with one.

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from fundamentallm.config.component import Component
-from fundamentallm.config.model import TransformerConfig
+from fundamentallm.config.model import TRANSFORMER, ModelConfig, TransformerConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.transformer import Transformer
+from fundamentallm.models.build import build_base
 from fundamentallm.registry import Registry
 
 LAYOUTS: Registry[Layout] = Registry("layout")
@@ -89,6 +89,8 @@ class Layout(ABC):
         ]
         if config.logit_softcap is not None:
             found.append(Obstacle("logit_softcap", f"{config.logit_softcap:g}", "null"))
+        if config.adapter is not None:
+            found.append(Obstacle("adapter", config.adapter.name, "null"))
         return found
 
     @abstractmethod
@@ -166,7 +168,7 @@ class Layout(ABC):
         if self.always_has_biases:
             config = config.model_copy(update={"bias": True})
         with torch.device("meta"):
-            state = Transformer(config).state_dict()
+            state = build_base(config).state_dict()
         return {name: tensor.shape for name, tensor in state.items()}
 
 
@@ -260,6 +262,23 @@ class Described:
             expected=expected,
             fix="start from a model of the plain Llama or GPT-2 family",
         )
+
+
+def require_transformer(config: ModelConfig) -> TransformerConfig:
+    """Return the configuration of a model if it is of the one family that has layouts.
+
+    Raises:
+        ConfigError: it is of another.
+    """
+    if isinstance(config, TransformerConfig):
+        return config
+    raise ConfigError(
+        "no layout of other tools can express a model of this family",
+        key="model.family",
+        got=config.family,
+        expected=TRANSFORMER,
+        fix="use --format torch",
+    )
 
 
 def layout_for(config: TransformerConfig) -> Layout:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fundamentallm.config.model import TransformerConfig
+from fundamentallm.config.model import ModelConfig, TransformerConfig
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.block import Block
 from fundamentallm.models.feedforward import (
@@ -81,10 +81,14 @@ class _Arguments(ctypes.Structure):
                 setattr(self, name, tensor.data_ptr())
 
 
-def why_not(config: TransformerConfig, device: torch.device) -> str:
+def why_not(config: ModelConfig, device: torch.device) -> str:
     """Return why a model's blocks cannot be computed here; empty if they can."""
     if device.type != "cpu":
         return f"device {device}: it is for CPUs"
+    if not isinstance(config, TransformerConfig):
+        return f"family {config.family}: not a transformer"
+    if config.adapter is not None:
+        return f"adapter {config.adapter.name}: it changes the block"
     length = config.sequence_length
     sizes = {
         "d_model": config.d_model,
@@ -113,7 +117,7 @@ def why_not(config: TransformerConfig, device: torch.device) -> str:
     return ""
 
 
-def require_native(config: TransformerConfig, device: torch.device) -> None:
+def require_native(config: ModelConfig, device: torch.device) -> None:
     """Check that a model's blocks can be computed here.
 
     Raises:

@@ -6,9 +6,7 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-from fundamentallm.config.model import TransformerConfig
 from fundamentallm.events import TrainingEvents
-from fundamentallm.models.estimate import estimate
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.handlers.throughput import Throughput
 from fundamentallm.training.peak import device_peak
@@ -48,11 +46,10 @@ class ModelFlopsUtilization:
         """Count a token's FLOPs and find the devices' peak in FLOP/s."""
         if not trainer.listens(Throughput):
             logger.warning("mfu is NaN: the handler throughput, whose figure it is of, is off")
-        config = getattr(trainer.model, "config", None)
-        if isinstance(config, TransformerConfig):
-            self.flops_per_token = estimate(config).flops_per_token
-        else:  # a model of a script's own: its attention is unknown
-            self.flops_per_token = 6.0 * sum(p.numel() for p in trainer.model.parameters())
+        # Of a model that does not say, the attention is unknown.
+        known = getattr(trainer.model, "flops_per_token", None)
+        num_parameters = sum(p.numel() for p in trainer.model.parameters())
+        self.flops_per_token = float(6 * num_parameters if known is None else known)
         if self.peak_tflops is not None:
             peak = self.peak_tflops * 1e12
         else:
