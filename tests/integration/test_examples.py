@@ -25,6 +25,7 @@ PLUGINS = {
     "own_optimizer": ["training.optimizer=adabelief", "training.learning_rate=2e-3"],
     "own_schedule": ["training.scheduler={name: restarts, depth: 0.2}"],
     "own_block": ["model.feedforward=geglu"],
+    "own_model": ["model={family: gru, hidden_size: 48}"],
     "own_tokenizer": ["data.tokenizer={name: words, max_words: 100}"],
 }
 

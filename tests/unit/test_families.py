@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +265,14 @@ class TestWhatAFamilyMayLack:
         with pytest.raises(ConfigError) as caught:
             require_transformer(FamilyConfig(family="test_bigram"))
         assert (caught.value.key, caught.value.got) == ("model.family", "test_bigram")
+
+
+def test_the_default_family_is_known_wherever_models_are_built():
+    code = "from fundamentallm.models.build import MODELS; print(MODELS.names())"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "['transformer']"
 
 
 def names_the_class(path: Path) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fundamentallm.config import RunConfig
 from fundamentallm.errors import ConfigError
+from fundamentallm.training.losses import takes_hidden_states
 
 
 def check_abilities(config: RunConfig, model: nn.Module, loss_fn: Callable[..., Tensor]) -> None:
@@ -18,7 +19,6 @@ def check_abilities(config: RunConfig, model: nn.Module, loss_fn: Callable[..., 
         ConfigError: it does not; the error names the setting that asks for it.
     """
     accepted = inspect.signature(model.forward).parameters
-    needs_head = getattr(loss_fn, "takes_hidden_states", False)
     has_head = "return_hidden" in accepted and hasattr(model, "logits_from_hidden")
     missing = {
         "data.packing": (
@@ -27,7 +27,7 @@ def check_abilities(config: RunConfig, model: nn.Module, loss_fn: Callable[..., 
             "set data.packing to continuous",
         ),
         "training.loss": (
-            needs_head and not has_head,
+            takes_hidden_states(loss_fn) and not has_head,
             "this loss needs the head on its own: `forward(return_hidden=)`, `logits_from_hidden`",
             "set training.loss to cross_entropy",
         ),

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+# Registers the default family.
+import fundamentallm.models.transformer  # noqa: F401
 from fundamentallm.config.model import ModelConfig
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.components import inside, required

@@ -21,7 +21,7 @@ from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.precision import Precision
 from fundamentallm.training.rng import capture_generators, restore_generators
-from fundamentallm.training.step import documents_of, to_device
+from fundamentallm.training.step import documents_of, states_for, summed_objective, to_device
 
 Batch = dict[str, Tensor]
 
@@ -255,12 +255,8 @@ class Laboratory:
         return total
 
     def _objective(self, model: nn.Module, batch: Batch) -> Tensor:
-        targets = batch["target_ids"]
-        if getattr(self.loss_fn, "takes_hidden_states", False):
-            states = model(batch["input_ids"], return_hidden=True, **documents_of(batch))
-            return self.loss_fn(states, model, targets, reduction="sum")
-        logits = model(batch["input_ids"], **documents_of(batch))
-        return self.loss_fn(logits, targets, reduction="sum")
+        states = states_for(self.loss_fn, model, batch)
+        return summed_objective(states, model, batch["target_ids"], self.loss_fn)
 
     def bad_rows(self, window: Window, rng: Mapping[str, Any]) -> list[BadRow]:
         """Bisect a window to the sequences of this rank that are not finite on their own."""

@@ -37,6 +37,11 @@ class Head(Protocol):
         ...
 
 
+def takes_hidden_states(loss_fn: Callable[..., Tensor] | None) -> bool:
+    """Whether a loss is called with hidden states and the model in place of logits."""
+    return bool(getattr(loss_fn, "takes_hidden_states", False))
+
+
 def compute_loss(
     logits: Tensor,
     targets: Tensor,

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fundamentallm.data.loader import Window
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.distributed import Ranks
-from fundamentallm.training.losses import compute_loss
+from fundamentallm.training.losses import compute_loss, takes_hidden_states
 from fundamentallm.training.precision import Precision
 from fundamentallm.training.rng import capture_rng, restore_rng
 
@@ -182,14 +182,9 @@ class TrainStep:
     def _objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the summed objective, with its graph, and the summed NLL, without."""
         targets = batch["target_ids"]
-        context = documents_of(batch)
         with self.precision.autocast():
-            if getattr(self.loss_fn, "takes_hidden_states", False):
-                states = self.forward(batch["input_ids"], return_hidden=True, **context)
-                objective = self.loss_fn(states, self.model, targets, reduction="sum")
-            else:
-                states = self.forward(batch["input_ids"], **context)
-                objective = self.loss_fn(states, targets, reduction="sum")
+            states = states_for(self.loss_fn, self.forward, batch)
+            objective = summed_objective(states, self.model, targets, self.loss_fn)
         if getattr(self.loss_fn, "is_nll", False):
             return objective, objective.detach()
         with torch.no_grad(), self.precision.autocast():
@@ -262,6 +257,22 @@ class EvaluationOutput:
         return perplexity_of(self.loss)
 
 
+def states_for(
+    loss_fn: Callable[..., Tensor] | None, forward: Callable[..., Tensor], batch: Batch
+) -> Tensor:
+    """Compute what a loss takes: hidden states (B, T, D), or logits (B, T, V)."""
+    options = {"return_hidden": True} if takes_hidden_states(loss_fn) else {}
+    return forward(batch["input_ids"], **options, **documents_of(batch))
+
+
+def summed_objective(
+    states: Tensor, model: nn.Module, targets: Tensor, loss_fn: Callable[..., Tensor]
+) -> Tensor:
+    """Return the objective summed over the valid targets; arguments as for `summed_nll`."""
+    head = (model,) if takes_hidden_states(loss_fn) else ()
+    return loss_fn(states, *head, targets, reduction="sum")
+
+
 def summed_nll(
     states: Tensor, model: nn.Module, targets: Tensor, loss_fn: Callable[..., Tensor] | None
 ) -> Tensor:
@@ -273,7 +284,7 @@ def summed_nll(
         targets: (B, T) int64; negative ones are left out.
         loss_fn: the objective; one that takes hidden states has `nll(hidden, model, targets)`.
     """
-    if getattr(loss_fn, "takes_hidden_states", False):
+    if takes_hidden_states(loss_fn):
         return loss_fn.nll(states, model, targets)  # type: ignore[union-attr, no-any-return]
     return compute_loss(states, targets, reduction="sum")
 
@@ -290,11 +301,8 @@ def evaluate_batch(
     """
     num_tokens = int((batch["target_ids"] >= 0).sum())
     batch = to_device(batch, precision.device)
-    options: dict[str, Any] = (
-        {"return_hidden": True} if getattr(loss_fn, "takes_hidden_states", False) else {}
-    )
     with torch.no_grad(), precision.weights(model), precision.autocast():
-        states = model(batch["input_ids"], **options, **documents_of(batch))
+        states = states_for(loss_fn, model, batch)
         return summed_nll(states, model, batch["target_ids"], loss_fn), num_tokens
 
 
