@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from fundamentallm.config import RunConfig
-from fundamentallm.data.loader import Window
+from fundamentallm.data.batch import Window
 from fundamentallm.engine.assemble import assemble
 from fundamentallm.engine.console import logging_to
 from fundamentallm.engine.run_directory import RunDirectory

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.data.corpus import read_source
+from fundamentallm.data.sources import read_source
 from fundamentallm.engine.run import run
 
 CONFIG = Path(__file__).parents[1] / "configs" / "healing.yaml"

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from fundamentallm.data.dataset import LanguageModelDataset
-from fundamentallm.data.loader import TokenWindowLoader
+from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.data.token_file import FileTokens
 
 TOKENS = 10_000_000
@@ -63,9 +63,9 @@ def contestants(path: Path, length: int, batch: int) -> dict[str, Callable[[], I
         "dataloader": lambda: endlessly(
             torch.utils.data.DataLoader(dataset, batch_size=batch, shuffle=True)
         ),
-        "array": lambda: endlessly(TokenWindowLoader(ids, length, batch)),
-        "file": lambda: endlessly(TokenWindowLoader(on_disk, length, batch)),
-        "documents": lambda: endlessly(TokenWindowLoader(ids, length, batch, end_id=0)),
+        "array": lambda: endlessly(TokenWindowLoader(ids, Batching(length, batch))),
+        "file": lambda: endlessly(TokenWindowLoader(on_disk, Batching(length, batch))),
+        "documents": lambda: endlessly(TokenWindowLoader(ids, Batching(length, batch), end_id=0)),
     }
 
 

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from fundamentallm.config import load_config
-from fundamentallm.data.corpus import read_source
+from fundamentallm.data.sources import read_source
 from fundamentallm.models.estimate import estimate
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -22,8 +22,8 @@ import torch
 
 from campaigns.faults import silent
 from fundamentallm.config import TrainingConfig, TransformerConfig
-from fundamentallm.data.corpus import read_source, split_tokens
-from fundamentallm.data.loader import TokenWindowLoader
+from fundamentallm.data.loaders import Batching, TokenWindowLoader
+from fundamentallm.data.sources import read_source, split_tokens
 from fundamentallm.data.tokenizer import build_tokenizer
 from fundamentallm.events import TrainingEvents
 from fundamentallm.models.transformer import Transformer
@@ -64,7 +64,7 @@ def train(tokens: Any, vocab_size: int, seed: int, steps: int, spikes: Spikes) -
     scheduler = CosineAnnealingScheduler(optimizer, steps, warmup_steps=steps // 10)
     trainer = Trainer(
         model,
-        TokenWindowLoader(tokens, CONTEXT, BATCH_SIZE, seed=seed),
+        TokenWindowLoader(tokens, Batching(CONTEXT, BATCH_SIZE, seed=seed)),
         optimizer=optimizer,
         scheduler=scheduler,
         device="cpu",

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from campaigns.faults import scratch_directory, silent
 from fundamentallm.config import TrainingConfig
-from fundamentallm.data.loader import TokenWindowLoader
+from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.errors import NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_model
@@ -134,9 +134,10 @@ def carry_out(
     torch.manual_seed(0)
     # One epoch of all steps: no sequence comes twice.
     tokens = torch.randint(VOCABULARY, (8 * STEPS * LENGTH + 1,))
+    batching = Batching(LENGTH, 2, 2, rank=ranks.rank, world_size=ranks.world_size)
     trainer = Trainer(
         tiny_model(VOCABULARY, LENGTH, dropout=0.1),
-        TokenWindowLoader(tokens, LENGTH, 2, 2, rank=ranks.rank, world_size=ranks.world_size),
+        TokenWindowLoader(tokens, batching),
         device="cpu",
         config=TrainingConfig(total_steps=STEPS, checkpoint_steps=4, warmup_steps=0),
         handlers=[WeightEMA(0.9), Checkpointing(directory), NaNRollback(run_dir=directory)],

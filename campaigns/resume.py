@@ -33,7 +33,7 @@ from torch import Tensor
 
 from campaigns.faults import Crash, FaultyFilesystem, silent
 from fundamentallm.config import TrainingConfig
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
 from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.errors import FundamentaLLMError
 from fundamentallm.events import TrainingEvents
@@ -196,8 +196,8 @@ def build(directory: Path, precision: str, seed: int, stop: Stop | None = None) 
     trainer = Trainer(
         model,
         # The last window of an epoch has one micro-batch, the others three.
-        TokenWindowLoader(tokens[:1870], 8, batch_size=4, accumulation_steps=3, seed=5),
-        ValidationLoader(tokens[1870:], 8, batch_size=4),
+        TokenWindowLoader(tokens[:1870], Batching(8, batch_size=4, accumulation_steps=3, seed=5)),
+        ValidationLoader(tokens[1870:], Batching(8, batch_size=4)),
         optimizer=optimizer,
         scheduler=CosineAnnealingScheduler(optimizer, STEPS, warmup_steps=5, min_lr=1e-3),
         loss_fn=loss_fn,

@@ -39,7 +39,7 @@ from hypothesis.stateful import (
 
 from campaigns.faults import Crash, FaultyFilesystem, scratch_directory
 from fundamentallm.config import TrainingConfig
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.loaders import TokenWindowLoader, ValidationLoader
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.run_layout import CORRUPT, MANIFEST, MODEL, SUPERSEDED
 from fundamentallm.testing import UniformModel, tiny_loaders

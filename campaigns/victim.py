@@ -36,7 +36,8 @@ from ignite.engine import Events
 
 from campaigns.faults import Crash, FaultyFilesystem
 from fundamentallm.config import TrainingConfig
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader, Window
+from fundamentallm.data.batch import Window
+from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
 from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem
@@ -223,7 +224,7 @@ def build(run_dir: Path, watch: Watch) -> Trainer:
     trainer = Trainer(
         model,
         train,
-        ValidationLoader(tokens[800:], 8, 4),
+        ValidationLoader(tokens[800:], Batching(8, 4)),
         optimizer,
         CosineAnnealingScheduler(optimizer, STEPS, warmup_steps=4, min_lr=1e-4),
         device="cpu",

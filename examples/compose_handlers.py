@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from fundamentallm.config import TrainingConfig, TransformerConfig
-from fundamentallm.data.corpus import read_source, split_tokens
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
+from fundamentallm.data.sources import read_source, split_tokens
 from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.inference.generate import stream_text
 from fundamentallm.models.transformer import Transformer
@@ -51,8 +51,9 @@ def main() -> float:
     text = read_source(options.text).text
     tokenizer = CharacterTokenizer.from_text(text)
     splits = split_tokens(tokenizer.encode(text), (0.9, 0.1, 0.0))
-    train_loader = TokenWindowLoader(splits["train"], sequence_length=64, batch_size=8, seed=SEED)
-    val_loader = ValidationLoader(splits["val"], sequence_length=64, batch_size=8)
+    batching = Batching(sequence_length=64, batch_size=8, seed=SEED)
+    train_loader = TokenWindowLoader(splits["train"], batching)
+    val_loader = ValidationLoader(splits["val"], batching)
 
     # models compute
     torch.manual_seed(SEED)

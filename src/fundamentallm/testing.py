@@ -11,7 +11,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
 from fundamentallm.config import TransformerConfig
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
 from fundamentallm.events import TrainingEvents
 from fundamentallm.models.transformer import Transformer
 
@@ -115,6 +115,8 @@ def tiny_loaders(
     """Return a training and a validation loader over `tiny_tokens`."""
     tokens = tiny_tokens()
     return (
-        TokenWindowLoader(tokens[:320], sequence_length, batch_size, accumulation_steps, seed=seed),
-        ValidationLoader(tokens[320:], sequence_length, batch_size),
+        TokenWindowLoader(
+            tokens[:320], Batching(sequence_length, batch_size, accumulation_steps, seed=seed)
+        ),
+        ValidationLoader(tokens[320:], Batching(sequence_length, batch_size)),
     )

@@ -601,7 +601,7 @@ def test_evaluating_with_a_changed_text(done, place, refused):
     Path("text.txt").write_text(TEXT.read_text() + ".")
 
     says = ("text.txt", "SHA-256", "--data")
-    refused("evaluate", "runs/tiny", code=3, says=says)
+    refused("evaluate", "runs/tiny", code=4, says=says)
 
 
 @error_cases(

@@ -13,9 +13,9 @@ from ignite.engine import Events
 from torch.utils.data import DataLoader
 
 from fundamentallm.config import TrainingConfig, TransformerConfig
-from fundamentallm.data.corpus import read_source, split_tokens
 from fundamentallm.data.dataset import LanguageModelDataset
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
+from fundamentallm.data.sources import read_source, split_tokens
 from fundamentallm.data.tokenizer import CharacterTokenizer, load_tokenizer
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.models.transformer import Transformer
@@ -59,8 +59,8 @@ def loaders(
 ) -> tuple[TokenWindowLoader, ValidationLoader]:
     parts = split_tokens(tokenizer.encode(EXCERPT.read_text()), (0.9, 0.1, 0.0))
     return (
-        TokenWindowLoader(parts["train"], LENGTH, batch_size, accumulation_steps, seed=1),
-        ValidationLoader(parts["val"], LENGTH, batch_size),
+        TokenWindowLoader(parts["train"], Batching(LENGTH, batch_size, accumulation_steps, seed=1)),
+        ValidationLoader(parts["val"], Batching(LENGTH, batch_size)),
     )
 
 
@@ -232,7 +232,7 @@ def test_a_text_that_is_too_short_is_refused_with_both_counts(
     tokenizer: CharacterTokenizer,
 ) -> None:
     with pytest.raises(DataError, match=r"(?s)20 tokens.*33"):
-        TokenWindowLoader(tokenizer.encode(EXCERPT.read_text()[:20]), LENGTH, 4)
+        TokenWindowLoader(tokenizer.encode(EXCERPT.read_text()[:20]), Batching(LENGTH, 4))
 
 
 def test_a_damaged_checkpoint_is_named_and_changes_nothing(

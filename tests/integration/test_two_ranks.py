@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fundamentallm.config import TrainingConfig
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader, Window, count_valid
+from fundamentallm.data.batch import Window, count_valid
+from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
 from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_model, tiny_tokens
@@ -115,7 +116,8 @@ def make_trainer(
     tokens = tiny_tokens(42 * LENGTH + 3, VOCABULARY)
     model = make_model(dtype)
     loader = TokenWindowLoader(
-        tokens, LENGTH, 3, accumulation, seed=1, rank=ranks.rank, world_size=ranks.world_size
+        tokens,
+        Batching(LENGTH, 3, accumulation, seed=1, rank=ranks.rank, world_size=ranks.world_size),
     )
     config = TrainingConfig(
         total_steps=steps,
@@ -302,7 +304,7 @@ class Unreadable:
     def __init__(self, ranks: Ranks, faulty: int) -> None:
         tokens = tiny_tokens(70, VOCABULARY)
         self.loader = ValidationLoader(
-            tokens, LENGTH, 2, rank=ranks.rank, world_size=ranks.world_size
+            tokens, Batching(LENGTH, 2, rank=ranks.rank, world_size=ranks.world_size)
         )
         self.passes = 0 if ranks.rank == faulty else -99
 
@@ -368,7 +370,8 @@ def out_of_time(ranks: Ranks) -> dict[str, Any]:
 def evaluation(ranks: Ranks) -> dict[str, Any]:
     # Five batches: three for the first rank, two for the second.
     loader = ValidationLoader(
-        tiny_tokens(70, VOCABULARY), LENGTH, 2, rank=ranks.rank, world_size=ranks.world_size
+        tiny_tokens(70, VOCABULARY),
+        Batching(LENGTH, 2, rank=ranks.rank, world_size=ranks.world_size),
     )
     model = make_model()
     trainer = make_trainer(ranks)

@@ -20,7 +20,8 @@ from ignite.engine import Events
 from torch import Tensor, nn
 
 from fundamentallm.config import TrainingConfig
-from fundamentallm.data.loader import TokenWindowLoader, Window
+from fundamentallm.data.batch import Window
+from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.testing import tiny_tokens
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss
@@ -458,7 +459,7 @@ def train(
     # An epoch has 41 sequences: a step of 24 and a tail of 17, which no batch size here divides.
     tokens = tiny_tokens(41 * LENGTH + LENGTH + 2, VOCABULARY)
     loader = SparseTargets(
-        TokenWindowLoader(tokens, LENGTH, SEQUENCES // accumulation, accumulation, seed=3)
+        TokenWindowLoader(tokens, Batching(LENGTH, SEQUENCES // accumulation, accumulation, seed=3))
     )
     config = TrainingConfig(
         total_steps=100,

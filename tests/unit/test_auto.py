@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fundamentallm.config import RunConfig
-from fundamentallm.data.loader import TokenWindowLoader
+from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.engine import auto
 from fundamentallm.engine.auto import Length, choose, choose_auto, name_of
 from fundamentallm.engine.measuring import Measurement, failed
@@ -154,7 +154,7 @@ def resolved(compile: bool = True, **training: object) -> RunConfig:
 
 
 def loader() -> TokenWindowLoader:
-    return TokenWindowLoader(list(range(5)) * 300, 16, 8)
+    return TokenWindowLoader(list(range(5)) * 300, Batching(16, 8))
 
 
 class Group(Ranks):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from fundamentallm.data.loader import Window
+from fundamentallm.data.batch import Window
 from fundamentallm.errors import MachineError
 from fundamentallm.models.attention import use_kernel
 from fundamentallm.models.transformer import Transformer, run_block

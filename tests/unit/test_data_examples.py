@@ -10,18 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fundamentallm.data.corpus import read_source
+from fundamentallm.data.batch import IGNORED
 from fundamentallm.data.examples import (
     EncodedExamples,
     Example,
-    ExampleLoader,
-    ExampleValidationLoader,
     _ended,
     digest,
     encode_examples,
     read_examples,
 )
-from fundamentallm.data.loader import IGNORED
+from fundamentallm.data.loaders import Batching, ExampleLoader, ExampleValidationLoader
+from fundamentallm.data.sources import ExampleSource, read_source
 from fundamentallm.data.tokenizer import ByteTokenizer, CharacterTokenizer
 from fundamentallm.errors import DataError
 from fundamentallm.inference.evaluate import evaluate_documents, example_documents
@@ -92,7 +91,7 @@ def test_a_step_s_gradient_is_that_of_the_naive_loss(batch_size: int, accumulati
             found.update({n: p.grad.clone() for n, p in model.named_parameters()})  # type: ignore[union-attr]
 
     optimizer = Recording(model.parameters(), lr=0.1)
-    loader = ExampleLoader(encoded(PROMPTED, 20), 20, batch_size, accumulation, seed=1)
+    loader = ExampleLoader(encoded(PROMPTED, 20), Batching(20, batch_size, accumulation, seed=1))
     assert len(loader) == 1
     window = loader.window_at(0, 0)
     assert window.num_tokens == 3 + 1 + 1 + 15 + 2
@@ -128,7 +127,7 @@ def test_an_epoch_visits_each_example_once_on_any_ranks(
 ) -> None:
     examples = encoded(pairs)
     loaders = [
-        ExampleLoader(examples, 30, batch_size, accumulation, 7, rank, ranks)
+        ExampleLoader(examples, Batching(30, batch_size, accumulation, 7, rank, ranks))
         for rank in range(ranks)
     ]
     rows: list[tuple[int, ...]] = []
@@ -149,22 +148,25 @@ def test_an_epoch_visits_each_example_once_on_any_ranks(
 
 def test_the_order_is_a_pure_function_of_seed_epoch_and_position() -> None:
     examples = encoded([("p", f"response {n}") for n in range(23)])
-    loader = ExampleLoader(examples, 30, 4, seed=3)
+    loader = ExampleLoader(examples, Batching(30, 4, seed=3))
     straight = [w.micro_batches[0]["input_ids"] for _ in range(2) for w in loader]
-    other = ExampleLoader(examples, 30, 4, seed=3)
+    other = ExampleLoader(examples, Batching(30, 4, seed=3))
     other.set_position(1, 2)
     jumped = [window.micro_batches[0]["input_ids"] for window in other]
     assert all(map(torch.equal, jumped, straight[len(loader) + 2 :]))
     assert len(jumped) == len(loader) - 2
     assert not torch.equal(straight[0], straight[len(loader)])  # another epoch, another order
-    third = ExampleLoader(examples, 30, 4, seed=4)
+    third = ExampleLoader(examples, Batching(30, 4, seed=4))
     assert not torch.equal(third.window_at(0, 0).micro_batches[0]["input_ids"], straight[0])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_visits_each_example_once_in_order(world_size: int) -> None:
     examples = encoded([("p", f"response {n}") for n in range(10)])
-    loaders = [ExampleValidationLoader(examples, 30, 3, r, world_size) for r in range(world_size)]
+    loaders = [
+        ExampleValidationLoader(examples, Batching(30, 3, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
     batches: dict[int, torch.Tensor] = {}
     for rank, loader in enumerate(loaders):
         assert len(loader) == 4
@@ -197,21 +199,21 @@ def test_a_part_holds_its_own_examples() -> None:
     assert part.num_targets.tolist() == examples.num_targets[3:7].tolist()
     nothing = examples.part(np.arange(0))
     assert (len(nothing), nothing.num_targets.tolist()) == (0, [])
-    assert len(ExampleValidationLoader(nothing, 30, 2)) == 0
+    assert len(ExampleValidationLoader(nothing, Batching(30, 2))) == 0
 
 
 def test_tokens_of_a_step_are_the_average_that_counts() -> None:
-    loader = ExampleLoader(encoded([("pp", "rr")] * 10), 30, 2, 2)
+    loader = ExampleLoader(encoded([("pp", "rr")] * 10), Batching(30, 2, 2))
     assert len(loader) == 3
     assert loader.tokens_per_step == round(20 / 3)
 
 
 def test_training_needs_an_example() -> None:
     with pytest.raises(DataError, match="no example to train on"):
-        ExampleLoader(encoded([("a", "b")]).part(np.arange(0)), 30, 2)
+        ExampleLoader(encoded([("a", "b")]).part(np.arange(0)), Batching(30, 2))
     for sizes in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="at least 1"):
-            ExampleLoader(encoded([("a", "b")]), *sizes)
+            ExampleLoader(encoded([("a", "b")]), Batching(*sizes))
 
 
 # -------------------------------------------------------------------------------- files
@@ -297,9 +299,10 @@ def test_a_response_ends_once(
     path = write(tmp_path / "a.jsonl", {"prompt": "a\nb\n", "response": response})
     example = Example("a\nb\n", expected, f"{path}:1")
     assert read_examples(path, end) == [example]
-    corpus = read_source(str(path), response_end=end)
-    assert corpus.examples == [example]
-    assert corpus.text == "a\nb\n" + expected
+    source = read_source(str(path), response_end=end)
+    assert isinstance(source, ExampleSource)
+    assert source.examples == [example]
+    assert source.text == "a\nb\n" + expected
 
 
 @pytest.mark.parametrize(
@@ -341,15 +344,15 @@ def test_what_is_accepted_stops_exactly_at_its_end(response: str, end: str) -> N
 def test_a_source_of_examples(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", {"prompt": "one", "response": "two"})
     second = write(tmp_path / "b.jsonl", {"prompt": "", "response": "three"})
-    corpus = read_source([str(first), str(second)])
-    assert corpus.examples is not None
-    assert [example.response for example in corpus.examples] == ["two", "three"]
-    assert corpus.text == "onetwothree"
-    assert corpus.pieces == [(str(first), 0, 6), (str(second), 6, 5)]
+    source = read_source([str(first), str(second)])
+    assert isinstance(source, ExampleSource)
+    assert [example.response for example in source.examples] == ["two", "three"]
+    assert source.text == "onetwothree"
+    assert source.name == f"{first}, {second}"
     # The same text cut elsewhere is other data.
     moved = write(tmp_path / "c.jsonl", {"prompt": "onet", "response": "wo"})
-    assert read_source([str(moved), str(second)]).sha256 != corpus.sha256
-    assert digest(corpus.examples) == corpus.sha256
+    assert read_source([str(moved), str(second)]).sha256 != source.sha256
+    assert digest(source.examples) == source.sha256
 
 
 def test_examples_are_not_mixed_with_text(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from fundamentallm.config.data import SourceConfig
-from fundamentallm.data import corpus as corpus_module
 from fundamentallm.data import download as download_module
-from fundamentallm.data.corpus import read_source
 from fundamentallm.data.download import download
+from fundamentallm.data.sources import TextSource, built_in, read_source
 from fundamentallm.errors import DataError
 
 TEXT = "To be, or not to be.\nThat is the question: \N{GREEK SMALL LETTER ALPHA}\n"
@@ -59,7 +58,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server = Server()
     monkeypatch.setenv("FUNDAMENTALLM_TINYSHAKESPEARE_URL", server.url)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(corpus_module, "TINYSHAKESPEARE_SHA256", sha256(TEXT.encode()))
+    monkeypatch.setattr(built_in, "TINYSHAKESPEARE_SHA256", sha256(TEXT.encode()))
     yield server
     server.close()
 
@@ -67,9 +66,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def test_a_download_happens_once_and_is_kept(server: Server, tmp_path: Path) -> None:
     cache = tmp_path / "deep" / "cache"
     for _ in range(2):
-        corpus = read_source("tinyshakespeare", cache_dir=cache)
-        assert corpus.text == TEXT
-        assert corpus.built_in
+        source = read_source("tinyshakespeare", cache_dir=cache)
+        assert isinstance(source, TextSource)
+        assert source.text == TEXT
+        assert source.built_in
     assert server.requests == 1
     assert [file.read_bytes() for file in cache.iterdir()] == [TEXT.encode()]
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fundamentallm.data.examples import Example, encode_examples
-from fundamentallm.data.loader import ValidationLoader
+from fundamentallm.data.loaders import Batching, ValidationLoader
 from fundamentallm.data.tokenizer import (
     BpeTokenizer,
     ByteTokenizer,
@@ -100,7 +100,7 @@ def test_each_token_is_predicted_once_from_its_context(
 
 def test_without_a_stride_it_is_the_loss_of_training(model: Transformer) -> None:
     tokens = TOKENIZER.encode("abcddcbé" * 20)
-    output = evaluate(model, ValidationLoader(tokens, CONTEXT, 4), CPU)
+    output = evaluate(model, ValidationLoader(tokens, Batching(CONTEXT, 4)), CPU)
     assert output is not None
     total, _ = evaluate_documents(model, TOKENIZER, [Document("", tokens)], CONTEXT, 4, CPU)
     assert total.num_tokens == output.num_tokens
@@ -113,7 +113,7 @@ def test_documents_packed_apart_weigh_what_they_do_in_training(
 ) -> None:
     tokens = TOKENIZER.encode("abcdédcbédéacbbacdéaabé" * 7)
     end_id = int(TOKENIZER.encode("é")[0])
-    loader = ValidationLoader(tokens, CONTEXT, 4, end_id=end_id)
+    loader = ValidationLoader(tokens, Batching(CONTEXT, 4), end_id=end_id)
     output = evaluate(model, loader, CPU)
     assert output is not None
     documents = [Document("", tokens)]

@@ -22,16 +22,14 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from fundamentallm.data.batch import Window, as_batch, as_window, count_valid
 from fundamentallm.data.dataset import LanguageModelDataset
-from fundamentallm.data.loader import (
+from fundamentallm.data.loaders import (
+    Batching,
     TokenWindowLoader,
     ValidationLoader,
-    Window,
     WindowLoader,
-    as_batch,
-    as_window,
     as_window_loader,
-    count_valid,
 )
 from fundamentallm.data.permutation import Permutation, derive_key
 from fundamentallm.errors import DataError
@@ -55,9 +53,9 @@ def global_rows(
     """The rows of a step over all ranks, put together from micro-batch m of each rank in turn."""
     batch, accumulation, ranks = sizes
     windows = [
-        TokenWindowLoader(tokens, length, batch, accumulation, seed, rank, ranks).window_at(
-            epoch, step
-        )
+        TokenWindowLoader(
+            tokens, Batching(length, batch, accumulation, seed, rank, ranks)
+        ).window_at(epoch, step)
         for rank in range(ranks)
     ]
     rows = []
@@ -84,7 +82,7 @@ def test_an_epoch_visits_sequences_that_do_not_overlap_each_once(
 ) -> None:
     if num_tokens <= length:
         return
-    loader = TokenWindowLoader(np.arange(num_tokens), length, batch, accumulation, seed)
+    loader = TokenWindowLoader(np.arange(num_tokens), Batching(length, batch, accumulation, seed))
     num_sequences = max(1, (num_tokens - length) // length)
     assert len(loader) == -(-num_sequences // (batch * accumulation))
     loader.set_position(epoch, 0)
@@ -134,9 +132,9 @@ def test_the_rows_of_an_epoch_are_the_same_for_any_sizes(
 ) -> None:
     tokens = np.arange(num_tokens)
     batch, accumulation, ranks = sizes
-    steps = len(TokenWindowLoader(tokens, 4, batch, accumulation, seed, 0, ranks))
+    steps = len(TokenWindowLoader(tokens, Batching(4, batch, accumulation, seed, 0, ranks)))
     rows = [row for step in range(steps) for row in global_rows(tokens, 4, sizes, seed, 2, step)]
-    alone = TokenWindowLoader(tokens, 4, 1, seed=seed)
+    alone = TokenWindowLoader(tokens, Batching(4, 1, seed=seed))
     # In order, which is stronger than as a multiset: sizes only say where a step ends.
     assert rows == [rows_of(alone.window_at(2, step))[0] for step in range(len(alone))]
 
@@ -151,7 +149,7 @@ def test_the_starts_are_phase_and_permutation_of_seed_and_epoch(
     phases = min(length - 1, num_tokens - 1 - num_sequences * length) + 1
     phase = derive_key(seed, epoch, 2) % phases
     order = Permutation(num_sequences, derive_key(seed, epoch, 1))
-    loader = TokenWindowLoader(np.arange(num_tokens), length, 2, 2, seed=seed)
+    loader = TokenWindowLoader(np.arange(num_tokens), Batching(length, 2, 2, seed=seed))
     found = [int(row) for step in range(len(loader)) for row in loader.rows_at(epoch, step)]
     expected = [int(order(np.array([place]))[0]) for place in range(num_sequences)]
     assert found == [phase + place * length for place in expected]
@@ -165,7 +163,8 @@ def test_in_a_short_last_step_every_rank_joins_every_micro_batch(
     ranks = 3
     tokens = np.arange((num_sequences + 1) * 2)
     loaders = [
-        TokenWindowLoader(tokens, 2, batch, accumulation, 0, rank, ranks) for rank in range(ranks)
+        TokenWindowLoader(tokens, Batching(2, batch, accumulation, 0, rank, ranks))
+        for rank in range(ranks)
     ]
     step = len(loaders[0]) - 1
     left = loaders[0].num_sequences - step * batch * accumulation * ranks
@@ -191,17 +190,17 @@ def test_any_position_is_reached_at_once(seed: int, data: st.DataObject) -> None
         return found[:windows]
 
     tokens = np.arange(101)
-    whole = stream(TokenWindowLoader(tokens, 5, 2, 2, seed), 15)
-    per_epoch = len(TokenWindowLoader(tokens, 5, 2, 2, seed))
+    whole = stream(TokenWindowLoader(tokens, Batching(5, 2, 2, seed)), 15)
+    per_epoch = len(TokenWindowLoader(tokens, Batching(5, 2, 2, seed)))
     place = data.draw(st.integers(min_value=0, max_value=14))
-    loader = TokenWindowLoader(tokens, 5, 2, 2, seed)
+    loader = TokenWindowLoader(tokens, Batching(5, 2, 2, seed))
     loader.set_position(*divmod(place, per_epoch))
     assert stream(loader, 15 - place) == whole[place:]
 
 
 def test_reaching_far_into_an_epoch_draws_nothing_before_it() -> None:
     tokens = np.broadcast_to(np.uint8(1), (10**12,))  # no memory behind it
-    loader = TokenWindowLoader(tokens, 1000, 4, 2)
+    loader = TokenWindowLoader(tokens, Batching(1000, 4, 2))
     loader.set_position(3, len(loader) - 2)
     assert [window.num_tokens for window in loader] == [
         8000,
@@ -210,7 +209,7 @@ def test_reaching_far_into_an_epoch_draws_nothing_before_it() -> None:
 
 
 def test_leaving_an_epoch_early_goes_on_after_the_last_window() -> None:
-    loader = TokenWindowLoader(np.arange(61), 5, 2)
+    loader = TokenWindowLoader(np.arange(61), Batching(5, 2))
     iterator = iter(loader)
     seen = [rows_of(next(iterator)) for _ in range(2)]
     seen += [rows_of(window) for window in loader]
@@ -223,7 +222,7 @@ def test_epochs_and_seeds_have_their_own_order_and_phase() -> None:
     phases = set()
     for seed in range(4):
         for epoch in range(10):
-            loader = TokenWindowLoader(tokens, 10, 16, seed=seed)
+            loader = TokenWindowLoader(tokens, Batching(10, 16, seed=seed))
             starts = np.concatenate([loader.rows_at(epoch, step) for step in range(len(loader))])
             orders.add(tuple((starts // 10).tolist()))
             phases.add(int(starts.min()))
@@ -233,14 +232,14 @@ def test_epochs_and_seeds_have_their_own_order_and_phase() -> None:
 
 def test_the_starts_of_a_step_are_those_of_its_rows() -> None:
     tokens = np.arange(203)
-    loader = TokenWindowLoader(tokens, 4, 3, 2, seed=5)
+    loader = TokenWindowLoader(tokens, Batching(4, 3, 2, seed=5))
     for step in range(len(loader)):
         rows = rows_of(loader.window_at(2, step))
         assert loader.rows_at(2, step).tolist() == [row[0] for row in rows]
 
 
 def test_asking_for_a_window_moves_nothing() -> None:
-    loader = TokenWindowLoader(np.arange(101), 5, 2)
+    loader = TokenWindowLoader(np.arange(101), Batching(5, 2))
     first = rows_of(loader.window_at(0, 0))
     loader.window_at(4, 1)
     assert rows_of(next(iter(loader))) == first
@@ -248,7 +247,7 @@ def test_asking_for_a_window_moves_nothing() -> None:
 
 def test_no_random_state_is_used() -> None:
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    list(TokenWindowLoader(np.arange(101), 5, 2))
+    list(TokenWindowLoader(np.arange(101), Batching(5, 2)))
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert (np.random.get_state()[1] == numpy_state).all()
 
@@ -256,22 +255,22 @@ def test_no_random_state_is_used() -> None:
 def test_batches_come_straight_from_a_memory_map(tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.arange(100, dtype=np.uint16))
     tokens = np.load(tmp_path / "ids.npy", mmap_mode="r")
-    mapped = TokenWindowLoader(tokens, 7, 3, seed=1)
+    mapped = TokenWindowLoader(tokens, Batching(7, 3, seed=1))
     assert np.shares_memory(mapped._windows, tokens)
-    in_memory = TokenWindowLoader(np.arange(100), 7, 3, seed=1)
+    in_memory = TokenWindowLoader(np.arange(100), Batching(7, 3, seed=1))
     assert [rows_of(w) for w in mapped] == [rows_of(w) for w in in_memory]
 
 
 @pytest.mark.parametrize(("num_tokens", "length"), [(0, 1), (8, 8)])
 def test_too_short_a_text_says_how_much_is_needed(num_tokens: int, length: int) -> None:
     with pytest.raises(DataError) as caught:
-        TokenWindowLoader(np.zeros(num_tokens, dtype=np.uint8), length, 1)
+        TokenWindowLoader(np.zeros(num_tokens, dtype=np.uint8), Batching(length, 1))
     assert f"{num_tokens} tokens" in caught.value.got
     assert str(length + 1) in caught.value.expected
 
 
 def test_one_sequence_is_enough() -> None:
-    loader = TokenWindowLoader(np.arange(9), 8, 4, 4)
+    loader = TokenWindowLoader(np.arange(9), Batching(8, 4, 4))
     (window,) = loader
     assert rows_of(window) == [list(range(9))]
 
@@ -292,7 +291,7 @@ def test_validation_sees_every_target_once_over_the_ranks(
     tokens = np.arange(1, num_tokens + 1)
     pairs = []
     for rank in range(ranks):
-        loader = ValidationLoader(tokens, length, batch, rank, ranks)
+        loader = ValidationLoader(tokens, Batching(length, batch, rank=rank, world_size=ranks))
         assert loader.num_tokens == max(0, num_tokens - 1)
         for micro in loader:
             inputs, targets = micro["input_ids"], micro["target_ids"]
@@ -309,13 +308,13 @@ def test_validation_sees_every_target_once_over_the_ranks(
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_an_empty_split_is_an_empty_loader(num_tokens: int) -> None:
-    loader = ValidationLoader(np.zeros(num_tokens, dtype=np.uint8), 8, 2)
+    loader = ValidationLoader(np.zeros(num_tokens, dtype=np.uint8), Batching(8, 2))
     assert len(loader) == 0
     assert list(loader) == []
 
 
 def test_validation_repeats_itself() -> None:
-    loader = ValidationLoader(np.arange(50), 8, 2)
+    loader = ValidationLoader(np.arange(50), Batching(8, 2))
     first = [micro["input_ids"].tolist() for micro in loader]
     assert len(first) == len(loader) == 4
     assert [micro["input_ids"].tolist() for micro in loader] == first
@@ -488,7 +487,7 @@ class OwnLoader:
 def test_a_loader_of_windows_is_used_as_it_is() -> None:
     own = OwnLoader()
     assert as_window_loader(own, 4, 0) is own
-    ours = TokenWindowLoader(np.arange(9), 8, 1)
+    ours = TokenWindowLoader(np.arange(9), Batching(8, 1))
     assert as_window_loader(ours, 4, 0) is ours
     wrapped = as_window_loader(plain_loader(10, batch_size=2), 4, 9)
     assert isinstance(wrapped, WindowLoader)
@@ -511,22 +510,19 @@ def test_a_loader_of_windows_is_used_as_it_is() -> None:
 def test_sizes_and_ranks_that_cannot_be_are_misuse(options: dict[str, int]) -> None:
     arguments = {"sequence_length": 4, "batch_size": 2, **options}
     with pytest.raises(ValueError, match="must"):
-        TokenWindowLoader(np.arange(100), **arguments)
-    if "accumulation_steps" not in options:
-        with pytest.raises(ValueError, match="must"):
-            ValidationLoader(np.arange(100), **arguments)
+        Batching(**arguments)
 
 
 @pytest.mark.parametrize("step", [-1, 12])
 def test_a_step_that_an_epoch_lacks_is_misuse(step: int) -> None:
-    loader = TokenWindowLoader(np.arange(100), 4, 2)
+    loader = TokenWindowLoader(np.arange(100), Batching(4, 2))
     assert len(loader) == 12
     with pytest.raises(ValueError, match="12 steps"):
         loader.window_at(0, step)
 
 
 def test_inputs_and_targets_do_not_share_memory() -> None:
-    (micro,) = TokenWindowLoader(np.arange(100), 4, 2).window_at(0, 0).micro_batches
+    (micro,) = TokenWindowLoader(np.arange(100), Batching(4, 2)).window_at(0, 0).micro_batches
     targets = micro["target_ids"].clone()
     micro["input_ids"].fill_(-1)
     assert torch.equal(micro["target_ids"], targets)
@@ -537,13 +533,15 @@ def test_inputs_and_targets_do_not_share_memory() -> None:
 def test_tokens_that_are_no_row_of_integers_are_misuse(tokens: Any) -> None:
     for loader in (TokenWindowLoader, ValidationLoader):
         with pytest.raises(ValueError, match="one row of integers"):
-            loader(tokens, 4, 2)
+            loader(tokens, Batching(4, 2))
 
 
 @pytest.mark.parametrize("kind", [list, torch.tensor])
 def test_tokens_of_other_kinds_give_the_same_batches(kind: Any) -> None:
     ids = np.arange(60)
-    expected = [rows_of(window) for window in TokenWindowLoader(ids, 4, 2)]
-    assert [rows_of(window) for window in TokenWindowLoader(kind(ids), 4, 2)] == expected
-    validated = [micro["target_ids"].tolist() for micro in ValidationLoader(ids, 4, 2)]
-    assert [m["target_ids"].tolist() for m in ValidationLoader(kind(ids), 4, 2)] == validated
+    expected = [rows_of(window) for window in TokenWindowLoader(ids, Batching(4, 2))]
+    assert [rows_of(window) for window in TokenWindowLoader(kind(ids), Batching(4, 2))] == expected
+    validated = [micro["target_ids"].tolist() for micro in ValidationLoader(ids, Batching(4, 2))]
+    assert [
+        m["target_ids"].tolist() for m in ValidationLoader(kind(ids), Batching(4, 2))
+    ] == validated

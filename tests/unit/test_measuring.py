@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fundamentallm.config import RunConfig
-from fundamentallm.data.loader import TokenWindowLoader
+from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.engine import measuring
 from fundamentallm.engine.measuring import Measurement, measure, measure_apart, rows_of, windows_of
 from fundamentallm.models.transformer import Transformer
@@ -26,7 +26,7 @@ model: {vocab_size: 11, d_model: 16, num_layers: 2, num_heads: 2, dropout: 0.1}
 training: {accumulation_steps: 3, total_steps: 100, attention: flash, bf16_weights: false}
 """
 )
-LOADER = TokenWindowLoader(list(range(11)) * 50, 8, 2, 3)
+LOADER = TokenWindowLoader(list(range(11)) * 50, Batching(8, 2, 3))
 
 
 def training(**values: object) -> RunConfig:
@@ -106,7 +106,9 @@ def test_a_step_of_other_micro_batches_has_the_same_rows():
     """The loader's own window of a split is the split of the loader's window."""
     rows = rows_of(LOADER.window_at(0, 1))
     for size, accumulation in ((6, 1), (3, 2), (1, 6)):
-        of_loader = TokenWindowLoader(list(range(11)) * 50, 8, size, accumulation).window_at(0, 1)
+        of_loader = TokenWindowLoader(
+            list(range(11)) * 50, Batching(8, size, accumulation)
+        ).window_at(0, 1)
         (window,) = windows_of(rows, size, accumulation)
         assert window.num_tokens == of_loader.num_tokens
         for ours, its in zip(window.micro_batches, of_loader.micro_batches, strict=True):

@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
-from fundamentallm.data.mixture import MixtureLoader, MixtureValidationLoader, split_evenly
+from fundamentallm.data.loaders import (
+    Batching,
+    MixtureLoader,
+    MixtureValidationLoader,
+    TokenWindowLoader,
+    ValidationLoader,
+    split_evenly,
+)
 from fundamentallm.errors import DataError
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.incident import corpus_place
@@ -20,7 +26,7 @@ WEIGHTS = [1.0, 2.0, 1.0]
 
 
 def mixture(**options: object) -> MixtureLoader:
-    return MixtureLoader(SOURCES, WEIGHTS, ["a", "b", "c"], 8, 4, **options)  # type: ignore[arg-type]
+    return MixtureLoader(SOURCES, WEIGHTS, ["a", "b", "c"], Batching(8, 4, **options))  # type: ignore[arg-type]
 
 
 def sequences(loader: MixtureLoader, epochs: int) -> list[list[list[int]]]:
@@ -118,18 +124,18 @@ def test_seeds_give_other_orders() -> None:
 
 def test_a_short_source_is_named() -> None:
     with pytest.raises(DataError, match="tiny"):
-        MixtureLoader([SOURCES[0], np.arange(5)], [1, 1], ["big", "tiny"], 8, 4)
+        MixtureLoader([SOURCES[0], np.arange(5)], [1, 1], ["big", "tiny"], Batching(8, 4))
 
 
 def test_one_source_has_the_windows_of_its_own_loader() -> None:
-    loader = MixtureLoader([SOURCES[0]], [1.0], ["a"], 8, 4, seed=7)
-    plain = TokenWindowLoader(SOURCES[0], 8, 4, seed=7)
+    loader = MixtureLoader([SOURCES[0]], [1.0], ["a"], Batching(8, 4, seed=7))
+    plain = TokenWindowLoader(SOURCES[0], Batching(8, 4, seed=7))
     assert len(loader) == len(plain)
     assert loader.tokens_per_step == plain.tokens_per_step
 
 
 def test_validation_reads_every_target_of_every_source() -> None:
-    members = [ValidationLoader(tokens, 8, 3) for tokens in SOURCES]
+    members = [ValidationLoader(tokens, Batching(8, 3)) for tokens in SOURCES]
     loader = MixtureValidationLoader(members)
     targets = [int(i) for batch in loader for i in batch["target_ids"].flatten() if i >= 0]
     assert targets == [int(i) for tokens in SOURCES for i in tokens[1:]]

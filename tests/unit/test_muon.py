@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fundamentallm.data.loader import Window
+from fundamentallm.data.batch import Window
 from fundamentallm.errors import ConfigError
 from fundamentallm.testing import tiny_model
 from fundamentallm.training.distributed import Ranks

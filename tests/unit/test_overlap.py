@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fundamentallm.config.data import SourceConfig
-from fundamentallm.data import overlap as module
-from fundamentallm.data.corpus import Corpus, read_source, split_tokens
-from fundamentallm.data.overlap import SHORTEST, overlap
+from fundamentallm.data.overlap import overlap
+from fundamentallm.data.sources import TextSource, TokenSource, read_source, split_tokens, tokens
+from fundamentallm.data.sources.text import SHORTEST_PASSAGE as SHORTEST
 from fundamentallm.data.tokenizer import ByteTokenizer
 from fundamentallm.engine.cli import main
 
@@ -24,15 +24,12 @@ def long(word: str, length: int = SHORTEST) -> str:
     return (word * length)[:length]
 
 
-def of_text(*files: str) -> Corpus:
-    text = "".join(files)
-    starts = np.cumsum([0, *map(len, files)]).tolist()
-    pieces = [(f"{n}.txt", start, len(file)) for n, (start, file) in enumerate(zip(starts, files))]  # noqa: B905 (one start more)
-    return Corpus(text, pieces, "")
+def of_text(*files: str) -> TextSource:
+    return TextSource.of([(f"{n}.txt", file) for n, file in enumerate(files)])
 
 
-def of_tokens(ids: Sequence[int]) -> Corpus:
-    return Corpus("", [("ids", 0, len(ids))], "", tokens=np.array(ids, np.uint8), end_id=0)
+def of_tokens(ids: Sequence[int], end_id: int | None = 0) -> TokenSource:
+    return TokenSource("ids", "", np.array(ids, np.uint8), end_id=end_id)
 
 
 def test_a_file_that_stands_in_both_parts() -> None:
@@ -70,7 +67,7 @@ def test_documents_between_ends(ids: list[int], chunk: int) -> None:
     train, val = naive(parts["train"]), naive(parts["val"])
     size = sum(map(len, val))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK", chunk)
+        patch.setattr(tokens, "CHUNK", chunk)
         found = overlap(of_tokens(ids), TOKENIZER, HALVES)
     if size:
         assert found == sum(len(one) for one in val if one in train) / size
@@ -79,8 +76,7 @@ def test_documents_between_ends(ids: list[int], chunk: int) -> None:
 
 
 def test_nothing_to_compare() -> None:
-    no_end = Corpus("", [("ids", 0, 4)], "", tokens=np.array([1, 0, 1, 0], np.uint8))
-    assert np.isnan(overlap(no_end, TOKENIZER, HALVES))
+    assert np.isnan(overlap(of_tokens([1, 0, 1, 0], end_id=None), TOKENIZER, HALVES))
     assert np.isnan(overlap(of_text("one", "one"), TOKENIZER, (1.0, 0.0, 0.0)))
 
 

@@ -9,14 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fundamentallm.config import TransformerConfig
-from fundamentallm.data.loader import (
-    Batch,
-    TokenWindowLoader,
-    ValidationLoader,
-    Window,
-    add_documents,
-    as_batch,
-)
+from fundamentallm.data.batch import Batch, Window, add_documents, as_batch
+from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.attention import own_document, places_in_documents
 from fundamentallm.models.positions import POSITIONS, Positions
@@ -121,14 +115,17 @@ def test_positions_that_cannot_begin_anew_are_refused(monkeypatch: pytest.Monkey
 
 def test_loaders_number_the_documents_and_count_every_target() -> None:
     tokens = np.array([1, 2, END, 3, 4, 5, END, 6, END, 1, 2, 3, 4])
-    (batch,) = ValidationLoader(tokens, 6, 2, end_id=END)
+    (batch,) = ValidationLoader(tokens, Batching(6, 2), end_id=END)
     assert batch["document_ids"].tolist() == [[0, 0, 1, 1, 1, 1], [1, 1, 2, 2, 2, 2]]
     assert (batch["target_ids"] >= 0).all()
-    window = TokenWindowLoader(tokens, 6, 2, end_id=END).window_at(0, 0)
+    window = TokenWindowLoader(tokens, Batching(6, 2), end_id=END).window_at(0, 0)
     for micro in window.micro_batches:
         assert torch.equal(micro["document_ids"], (micro["input_ids"] == END).cumsum(dim=1))
     assert window.num_tokens == window.micro_batches[0]["target_ids"].numel()
-    assert "document_ids" not in TokenWindowLoader(tokens, 6, 2).window_at(0, 0).micro_batches[0]
+    assert (
+        "document_ids"
+        not in TokenWindowLoader(tokens, Batching(6, 2)).window_at(0, 0).micro_batches[0]
+    )
     assert as_batch(batch)["document_ids"] is batch["document_ids"]
 
 
@@ -147,7 +144,7 @@ def test_a_step_tells_the_model_of_the_documents() -> None:
 def test_a_replay_keeps_documents_apart_as_the_step_does(loss_fn: LanguageModelingLoss) -> None:
     transformer = model("rotary", dropout=0.0)
     generator = np.random.default_rng(1)
-    loader = TokenWindowLoader(generator.integers(0, 7, 200), 16, 4, end_id=END)
+    loader = TokenWindowLoader(generator.integers(0, 7, 200), Batching(16, 4), end_id=END)
     window = loader.window_at(0, 0)
     precision = Precision("fp32", torch.device("cpu"))
     laboratory = Laboratory(transformer, loss_fn, precision, Ranks())

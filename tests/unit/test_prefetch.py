@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fundamentallm.data.loader import Batch, TokenWindowLoader, Window
+from fundamentallm.data.batch import Batch, Window
+from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.errors import DataError
 from fundamentallm.training.prefetch import Prefetch, ahead
 
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def make_loader() -> TokenWindowLoader:
-    return TokenWindowLoader(list(range(200)), sequence_length=8, batch_size=2, seed=3)
+    return TokenWindowLoader(list(range(200)), Batching(sequence_length=8, batch_size=2, seed=3))
 
 
 def equal(one: Window, other: Window) -> bool:

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fundamentallm.config.component import Component
-from fundamentallm.data.corpus import read_source
 from fundamentallm.data.documents import Document
 from fundamentallm.data.prepared import read_prepared
 from fundamentallm.data.preparing import pieces as pieces_module
 from fundamentallm.data.preparing import tokenizer as tokenizer_module
 from fundamentallm.data.preparing.folder import write_prepared
 from fundamentallm.data.preparing.options import Options, check_options, tokenizer_choice
+from fundamentallm.data.sources import SplitTokenSource, TokenSource, read_source
 from fundamentallm.data.tokenizer import TOKENIZERS, ByteTokenizer, base, load_tokenizer
 from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.files.filesystem import Filesystem
@@ -75,9 +75,9 @@ def test_documents_are_encoded_one_behind_the_other(
     manifest = json.loads((tmp_path / "out/prepare.json").read_text())
     assert (manifest["documents"], manifest["empty"], manifest["duplicates"]) == (12, 1, 3)
     assert manifest["tokens"] == len(expected)
-    corpus = read_source(str(tmp_path / "out"))
-    assert corpus.tokens is not None
-    assert corpus.sha256 == prepared.sha256
+    source = read_source(str(tmp_path / "out"))
+    assert isinstance(source, TokenSource)
+    assert source.sha256 == prepared.sha256
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
@@ -140,9 +140,9 @@ def test_documents_go_to_a_part_as_a_whole_and_equal_ones_to_the_same(tmp_path: 
     assert not set(parts["train"]) & set(parts["test"])
     assert 0.7 < len(parts["train"]) / 900 < 0.9
     assert parts["val"] and parts["test"]  # noqa: PT018
-    corpus = read_source(str(tmp_path / "out"))
-    assert corpus.tokens is None
-    assert corpus.parts(prepared.tokenizer, (1, 0, 0))["val"] is not None
+    source = read_source(str(tmp_path / "out"))
+    assert isinstance(source, SplitTokenSource)
+    assert source.parts(prepared.tokenizer, (1, 0, 0))["val"] is not None
 
 
 def test_a_part_without_documents_is_no_file(tmp_path: Path) -> None:
@@ -150,7 +150,9 @@ def test_a_part_without_documents_is_no_file(tmp_path: Path) -> None:
     write_prepared([str(tmp_path / "a.txt")], tmp_path / "out", options("byte", split="document"))
     (name,) = read_prepared(tmp_path / "out").tokens
     empty = {"train", "val", "test"} - {name}
-    parts = read_source(str(tmp_path / "out")).parts(ByteTokenizer(), (1, 0, 0))
+    source = read_source(str(tmp_path / "out"))
+    assert isinstance(source, SplitTokenSource)
+    parts = source.parts(ByteTokenizer(), (1, 0, 0))
     assert all(len(parts[other]) == 0 for other in empty)
 
 

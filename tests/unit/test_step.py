@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fundamentallm.data.loader import Window
+from fundamentallm.data.batch import Window
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import UniformModel, tiny_loaders, tiny_model
 from fundamentallm.training.distributed import Ranks

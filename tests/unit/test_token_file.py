@@ -9,17 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fundamentallm.data.corpus import read_source
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
+from fundamentallm.data.sources import TokenSource, read_source
 from fundamentallm.data.token_file import (
     CHUNK,
     HEADER_BYTES,
     FileTokens,
     TokenHeader,
+    Tokens,
     read_tokens,
 )
 from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.errors import DataError
+
+
+def ids_of(path: str) -> Tokens:
+    source = read_source(path)
+    assert isinstance(source, TokenSource)
+    return source.tokens
 
 
 def save_tokens(folder: Path, tokens: np.ndarray) -> str:
@@ -31,11 +38,12 @@ def save_tokens(folder: Path, tokens: np.ndarray) -> str:
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int64", ">u2"])
 def test_a_token_file_is_opened_with_its_tokenizer(tmp_path: Path, dtype: str) -> None:
     path = save_tokens(tmp_path, np.array([0, 2, 1], dtype=dtype))
-    corpus = read_source(path)
-    assert isinstance(corpus.tokens, FileTokens)
-    assert corpus.tokens.tolist() == [0, 2, 1]
-    assert corpus.tokenizer is not None
-    assert corpus.tokenizer.decode(corpus.tokens) == "acb"
+    source = read_source(path)
+    assert isinstance(source, TokenSource)
+    assert isinstance(source.tokens, FileTokens)
+    assert source.tokens.tolist() == [0, 2, 1]
+    assert source.tokenizer is not None
+    assert source.tokenizer.decode(source.tokens) == "acb"
 
 
 def test_token_files_of_other_contents_have_other_hashes(tmp_path: Path) -> None:
@@ -130,7 +138,7 @@ def test_a_missing_token_file_is_named_itself(tmp_path: Path) -> None:
 
 def test_a_token_file_stands_alone(tmp_path: Path) -> None:
     path = save_tokens(tmp_path, np.zeros(3, dtype=np.uint8))
-    assert read_source([path]).tokens is not None
+    assert isinstance(read_source([path]), TokenSource)
     with pytest.raises(DataError, match="joined"):
         read_source([path, "python-docs"])
 
@@ -162,7 +170,7 @@ def test_a_damaged_token_file_is_refused_or_read_within_the_vocabulary(tmp_path:
             damaged[draw.randrange(len(whole))] = value
         path.write_bytes(bytes(damaged))
         try:
-            tokens = read_source(str(path)).tokens
+            tokens = ids_of(str(path))
         except DataError:
             refused += 1
         else:
@@ -184,12 +192,12 @@ def test_batches_of_any_byte_order_hold_the_ids(tmp_path: Path, dtype: str) -> N
     vocabulary = [chr(0x100 + code) for code in range(600)]
     np.save(tmp_path / "train.npy", np.arange(600, dtype=dtype))
     CharacterTokenizer(vocabulary).save(tmp_path / "tokenizer.json")
-    tokens = read_source(str(tmp_path / "train.npy")).tokens
+    tokens = ids_of(str(tmp_path / "train.npy"))
     assert tokens is not None
-    loader = TokenWindowLoader(tokens, 8, 4)
+    loader = TokenWindowLoader(tokens, Batching(8, 4))
     (micro,) = loader.window_at(0, 0).micro_batches
     assert micro["input_ids"][:, 0].tolist() == loader.rows_at(0, 0).tolist()
-    validated = [micro["target_ids"] for micro in ValidationLoader(tokens, 8, 4)]
+    validated = [micro["target_ids"] for micro in ValidationLoader(tokens, Batching(8, 4))]
     assert [int(i) for t in validated for i in t[t >= 0]] == list(range(1, 600))
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.data.dataset import LanguageModelDataset
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
 from fundamentallm.errors import CheckpointError, NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import (
@@ -178,7 +178,7 @@ def test_the_loss_of_an_untrained_uniform_model_is_log_of_the_vocabulary() -> No
 
 def test_an_empty_or_missing_validation_loader_is_no_fault() -> None:
     train, _ = tiny_loaders()
-    for val in (None, ValidationLoader(tiny_tokens()[:1], 8, 4), []):
+    for val in (None, ValidationLoader(tiny_tokens()[:1], Batching(8, 4)), []):
         trainer = Trainer(tiny_model(), train, val, device="cpu")
         assert trainer.validate() == {}
         history = trainer.train(num_epochs=1)
@@ -187,17 +187,17 @@ def test_an_empty_or_missing_validation_loader_is_no_fault() -> None:
 
 def test_one_sequence_a_batch_and_one_token_a_sequence() -> None:
     tokens = tiny_tokens(40)
-    train = TokenWindowLoader(tokens, 1, 1)
-    trainer = Trainer(tiny_model(), train, ValidationLoader(tokens, 1, 1), device="cpu")
+    train = TokenWindowLoader(tokens, Batching(1, 1))
+    trainer = Trainer(tiny_model(), train, ValidationLoader(tokens, Batching(1, 1)), device="cpu")
     trainer.run(max_iters=3)
     assert trainer.state.tokens_seen == 3
 
 
 def test_a_very_long_sequence_trains_in_one_piece() -> None:
     tokens = tiny_tokens(5_000)
-    train = TokenWindowLoader(tokens, 2_048, 1)
+    train = TokenWindowLoader(tokens, Batching(2_048, 1))
     model = tiny_model(sequence_length=2_048)
-    trainer = Trainer(model, train, ValidationLoader(tokens, 2_048, 1), device="cpu")
+    trainer = Trainer(model, train, ValidationLoader(tokens, Batching(2_048, 1)), device="cpu")
     trainer.run(max_iters=2)
     assert trainer.state.tokens_seen == 2 * 2_048
     assert math.isfinite(trainer.validate()["val/loss"])
@@ -532,7 +532,9 @@ def test_data_of_another_length_is_refused_on_resume(tmp_path: Path) -> None:
     make_trainer(tmp_path).train(num_epochs=1)
     newest = CheckpointStore(tmp_path).resolve("last")
     assert newest is not None
-    other = Trainer(tiny_model(), TokenWindowLoader(tiny_tokens(200), 8, 4), None, device="cpu")
+    other = Trainer(
+        tiny_model(), TokenWindowLoader(tiny_tokens(200), Batching(8, 4)), None, device="cpu"
+    )
     with pytest.raises(CheckpointError, match="number of steps"):
         other.resume(newest)
 

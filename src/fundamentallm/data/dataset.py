@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fundamentallm.data.loader import IGNORED, as_tokens
+from fundamentallm.data.batch import IGNORED
+from fundamentallm.data.loaders import as_tokens
 from fundamentallm.data.token_file import Tokens
 from fundamentallm.errors import DataError
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fundamentallm.data.loader import IGNORED, Batch, EpochLoader, check_sizes
+from fundamentallm.data.batch import IGNORED, Batch
 from fundamentallm.data.text_file import read_text, to_utf8
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
@@ -162,105 +162,6 @@ def encode_examples(
         prompt_lengths.append(len(prompt))
     ids = np.concatenate(pieces) if pieces else np.empty(0, np.uint8)
     return EncodedExamples(ids, np.array(starts), np.array(prompt_lengths, dtype=np.int64))
-
-
-class ExampleLoader(EpochLoader):
-    """Windows of examples, one a row, each once an epoch (`EpochLoader`).
-
-    Args:
-        examples: what to train on.
-        sequence_length: T, at least an example's tokens less one.
-        batch_size: B, examples in a micro-batch of one rank.
-        accumulation_steps: micro-batches of one rank in a step.
-        seed: of the order.
-        rank: this rank.
-        world_size: number of ranks.
-
-    Raises:
-        DataError: there is no example.
-        ValueError: a size below 1, or no such rank.
-    """
-
-    def __init__(
-        self,
-        examples: EncodedExamples,
-        sequence_length: int,
-        batch_size: int,
-        accumulation_steps: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        check_sizes(sequence_length, batch_size, rank, world_size, accumulation_steps)
-        if not len(examples):
-            raise DataError(
-                "there is no example to train on",
-                expected="at least 1 in the training part of data.split",
-                fix="add examples, or raise the first fraction of data.split",
-            )
-        super().__init__(
-            len(examples),
-            sequence_length,
-            batch_size,
-            accumulation_steps,
-            seed,
-            rank,
-            world_size,
-        )
-        self.examples = examples
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Targets that count in a step over all ranks, on average."""
-        return max(1, round(int(self.examples.num_targets.sum()) / len(self)))
-
-    def _gather(self, rows: np.ndarray) -> Batch:
-        return self.examples.batch(rows, self.sequence_length)
-
-
-class ExampleValidationLoader:
-    """Every example once, in order.
-
-    Args:
-        examples: what to evaluate on; none is an empty loader.
-        sequence_length: T, at least an example's tokens less one.
-        batch_size: B.
-        rank: this rank; rank r takes each world_size-th batch.
-        world_size: number of ranks.
-
-    Attributes:
-        num_tokens: targets that count, over all ranks.
-
-    Raises:
-        ValueError: a size below 1, or no such rank.
-    """
-
-    def __init__(
-        self,
-        examples: EncodedExamples,
-        sequence_length: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        check_sizes(sequence_length, batch_size, rank, world_size)
-        self.examples = examples
-        self.sequence_length = sequence_length
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.num_tokens = int(examples.num_targets.sum())
-
-    def __len__(self) -> int:
-        """Return the batches over all ranks."""
-        return -(-len(self.examples) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield this rank's batches."""
-        for number in range(self.rank, len(self), self.world_size):
-            first = number * self.batch_size
-            last = min(first + self.batch_size, len(self.examples))
-            yield self.examples.batch(np.arange(first, last), self.sequence_length)
 
 
 def _ended(example: Example, end: str | None) -> Example:

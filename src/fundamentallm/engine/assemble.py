@@ -11,18 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fundamentallm.config import DataConfig, RunConfig
 from fundamentallm.config.model import ModelConfig
 from fundamentallm.config.training import resolve_warmup
-from fundamentallm.data.corpus import Corpus, kept_copy, read_source, split_tokens
-from fundamentallm.data.examples import ExampleLoader, ExampleValidationLoader, encode_examples
-from fundamentallm.data.loader import EpochLoader, TokenWindowLoader, ValidationLoader
-from fundamentallm.data.mixture import MixtureLoader, MixtureValidationLoader
+from fundamentallm.data.loaders import Batching
 from fundamentallm.data.overlap import overlap
 from fundamentallm.data.permutation import derive_key
+from fundamentallm.data.sources import ExampleSource, Loaders, Source, read_source
 from fundamentallm.data.tokenizer import (
     TOKENIZERS,
     Tokenizer,
@@ -36,7 +33,7 @@ from fundamentallm.engine.exactness import circumstances, versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
 from fundamentallm.engine.starting_point import starting_point
-from fundamentallm.errors import CheckpointError, ConfigError, DataError, MachineError
+from fundamentallm.errors import ConfigError, DataError, MachineError
 from fundamentallm.files.run_layout import CORPUS
 from fundamentallm.models.attention import choose_kernel
 from fundamentallm.models.build import build_model, check_model, follows_weight_type
@@ -85,8 +82,6 @@ BEFORE_THERE_WAS_A_CHOICE = {"bf16_weights": False, "attention": "flash"}
 
 LEAST_OVERLAP = 0.01  # share of the validation text to warn of
 
-ValidationLoaders = ValidationLoader | MixtureValidationLoader | ExampleValidationLoader
-
 
 @dataclass
 class Run:
@@ -97,7 +92,7 @@ class Run:
         directory: where it lives.
         trainer: ready to `run()`.
         tokenizer: between text and token ids.
-        corpus: the text and where it came from.
+        source: the text and where it came from.
         notes: decisions to tell the user.
     """
 
@@ -105,7 +100,7 @@ class Run:
     directory: RunDirectory
     trainer: Trainer
     tokenizer: Tokenizer
-    corpus: Corpus
+    source: Source
     notes: list[str]
 
 
@@ -131,11 +126,11 @@ def assemble(
     training = config.training
 
     # data feeds
-    corpus = read_corpus(config.data, directory, ranks)
-    tokenizer = choose_tokenizer(config, corpus, start.tokenizer(), directory)
+    source = read_data(config.data, directory, ranks)
+    tokenizer = choose_tokenizer(config, source, start.tokenizer(), directory)
     if directory.checkpoint is None and ranks.is_writer:
-        warn_of_overlap(config.data, corpus, tokenizer)
-    train_loader, val_loader, num_tokens = build_loaders(config, corpus, tokenizer, ranks)
+        warn_of_overlap(config.data, source, tokenizer)
+    train_loader, val_loader, num_tokens = build_loaders(config, source, tokenizer, ranks)
     resolved, notes = resolve(
         config, directory, tokenizer, len(train_loader), train_loader.tokens_per_step, device
     )
@@ -144,7 +139,7 @@ def assemble(
     if measuring and directory.checkpoint is None:
         resolved, chosen = choose_auto(written, resolved, train_loader, device, ranks)
         notes += chosen
-    notes = [*start.notes, *without_effect(config, corpus), *notes]
+    notes = [*start.notes, *without_effect(config, source), *notes]
     training = resolved.training
 
     # models compute; the ranks share the weights, and then each draws its own dropout
@@ -183,9 +178,9 @@ def assemble(
             resolved,
             tokenizer=tokenizer.to_dict(),
             data={
-                "sha256": corpus.sha256,
+                "sha256": source.sha256,
                 "num_tokens": num_tokens,
-                "response_end": None if corpus.examples is None else config.data.response_end,
+                "response_end": source.response_end,
             },
             versions=versions(),
             circumstances=circumstances(device, ranks),
@@ -207,7 +202,7 @@ def assemble(
                 seed=config.seed,
             )
         handler.attach(trainer)
-    return Run(resolved, directory, trainer, tokenizer, corpus, notes)
+    return Run(resolved, directory, trainer, tokenizer, source, notes)
 
 
 def chosen_handlers(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -253,7 +248,7 @@ def resolve_run_device(config: RunConfig, ranks: Ranks) -> torch.device:
     return device
 
 
-def read_corpus(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Corpus:
+def read_data(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Source:
     """Read the source, or the copy of a built-in one that the run keeps.
 
     The text of a built-in source can differ between two Python releases, so a run that goes on
@@ -261,27 +256,22 @@ def read_corpus(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Corp
 
     Raises:
         DataError: the source cannot be used.
-        CheckpointError: it is not the text that the run began with.
+        CheckpointError: it is not the one that the run began with.
     """
     if not ranks.is_writer:
         ranks.barrier()  # the first rank downloads, the others find it in the cache
-    corpus = read_run_source(data, directory.path)
+    source = read_run_source(data, directory.path)
     if ranks.is_writer:
         ranks.barrier()
     if directory.checkpoint is not None:
-        began_with = directory.checkpoint.metadata["data"]["sha256"]
-        if corpus.sha256 != began_with:
-            raise CheckpointError(
-                "the text is not the one that the run began with",
-                where=corpus.name,
-                got=f"SHA-256 {corpus.sha256}",
-                expected=f"SHA-256 {began_with}",
-                fix="restore the text, or start a fresh run with --resume never",
-            )
-    return corpus
+        source.require_unchanged(
+            directory.checkpoint.metadata["data"]["sha256"],
+            fix="restore the text, or start a fresh run with --resume never",
+        )
+    return source
 
 
-def read_run_source(data: DataConfig, run: Path) -> Corpus:
+def read_run_source(data: DataConfig, run: Path) -> Source:
     """Read a run's source, with the run's own copies in place of built-in ones.
 
     Raises:
@@ -296,7 +286,7 @@ def read_run_source(data: DataConfig, run: Path) -> Corpus:
 
 
 def choose_tokenizer(
-    config: RunConfig, corpus: Corpus, given: Tokenizer | None, directory: RunDirectory
+    config: RunConfig, source: Source, given: Tokenizer | None, directory: RunDirectory
 ) -> Tokenizer:
     """Return the tokenizer of token files, of a folder to start from, or the one configured.
 
@@ -307,27 +297,27 @@ def choose_tokenizer(
         DataError: the text does not suit it, or token files were made with another one than the
             weights to start from.
     """
-    if corpus.tokenizer is not None:
-        if given is not None and tokenizer_json(given) != tokenizer_json(corpus.tokenizer):
+    if source.tokenizer is not None:
+        if given is not None and tokenizer_json(given) != tokenizer_json(source.tokenizer):
             raise DataError(
                 "the tokens were made with another tokenizer than the weights to start from",
-                where=corpus.name,
-                got=f"tokenizer {corpus.tokenizer.fingerprint()[:16]}",
+                where=source.name,
+                got=f"tokenizer {source.tokenizer.fingerprint()[:16]}",
                 expected=f"tokenizer {given.fingerprint()[:16]}",
                 fix="prepare the text with --tokenizer and the tokenizer.json in the folder of"
                 " model.init_from",
             )
-        return corpus.tokenizer
+        return source.tokenizer
     if given is not None:
         return given
     if directory.checkpoint is not None:
         return tokenizer_from_dict(directory.checkpoint.metadata["tokenizer"])
     chosen = config.data.tokenizer
     with config.blame("data.tokenizer"):
-        return build_tokenizer(chosen.name, chosen.options, corpus.text)
+        return build_tokenizer(chosen.name, chosen.options, source.text)
 
 
-def without_effect(config: RunConfig, corpus: Corpus) -> list[str]:
+def without_effect(config: RunConfig, source: Source) -> list[str]:
     """Return a note for each setting as written that something else has decided already."""
     data, training = config.data, config.training
     notes = []
@@ -340,18 +330,16 @@ def without_effect(config: RunConfig, corpus: Corpus) -> list[str]:
         notes.append("training.attention has no effect: compile: native has its own")
     if training.bf16_weights is True and (training.precision or "fp32") == "fp32":
         notes.append("training.bf16_weights has no effect in fp32")
-    if corpus.tokenizer is not None and "tokenizer" in data.model_fields_set:
+    if source.tokenizer is not None and "tokenizer" in data.model_fields_set:
         notes.append("data.tokenizer has no effect: the prepared text has its own")
-    if any(member.splits is not None for member in corpus.members) and (
-        "split" in data.model_fields_set
-    ):
+    if source.has_own_split and "split" in data.model_fields_set:
         notes.append("data.split has no effect on text that was split when it was prepared")
     return notes
 
 
-def warn_of_overlap(data: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> None:
+def warn_of_overlap(data: DataConfig, source: Source, tokenizer: Tokenizer) -> None:
     """Warn of validation text that a model has read in training."""
-    share = overlap(corpus, tokenizer, data.split)
+    share = overlap(source, tokenizer, data.split)
     if share >= LEAST_OVERLAP:
         logger.warning(
             "%.1f %% of the validation text stands in the training text too, so its loss says less"
@@ -360,64 +348,40 @@ def warn_of_overlap(data: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> N
         )
 
 
-def build_loaders(
-    config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, ranks: Ranks
-) -> tuple[EpochLoader, ValidationLoaders, int]:
+def build_loaders(config: RunConfig, source: Source, tokenizer: Tokenizer, ranks: Ranks) -> Loaders:
     """Cut the source into its parts and build the loaders for training and validation.
-
-    Returns:
-        Both, and the number of tokens of the whole source.
 
     Raises:
         DataError: there is too little, or an example does not fit.
     """
-    data, accumulation_steps = config.data, config.training.accumulation_steps
-    sizes = data.sequence_length, data.batch_size
-    own: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
-    if corpus.examples is not None:
-        encoded = encode_examples(corpus.examples, tokenizer, data.sequence_length)
-        parts = split_tokens(np.arange(len(encoded)), data.split)
-        examples, kept_out = (encoded.part(np.asarray(parts[name])) for name in ("train", "val"))
-        return (
-            ExampleLoader(examples, *sizes, accumulation_steps, seed=config.seed, **own),
-            ExampleValidationLoader(kept_out, *sizes, **own),
-            len(encoded.ids),
-        )
-    splits = [member.parts(tokenizer, data.split) for member in corpus.members]
-    num_tokens = sum(len(tokens) for parts in splits for tokens in parts.values())
-    options = {**own, "end_id": end_of_documents(config, corpus)}
-    held_out = [ValidationLoader(parts["val"], *sizes, **options) for parts in splits]
-    options["seed"] = config.seed
-    if not corpus.mixture:
-        train = TokenWindowLoader(splits[0]["train"], *sizes, accumulation_steps, **options)
-        return train, held_out[0], num_tokens
-    mixture = MixtureLoader(
-        [parts["train"] for parts in splits],
-        [weight for weight, _ in corpus.mixture],
-        [member.name for member in corpus.members],
-        *sizes,
-        accumulation_steps,
-        **options,
+    batching = Batching(
+        config.data.sequence_length,
+        config.data.batch_size,
+        config.training.accumulation_steps,
+        config.seed,
+        ranks.rank,
+        ranks.world_size,
     )
-    return mixture, MixtureValidationLoader(held_out), num_tokens
+    end_id = end_of_documents(config, source)
+    return source.loaders(tokenizer, config.data.split, batching, end_id)
 
 
-def end_of_documents(config: RunConfig, corpus: Corpus) -> int | None:
+def end_of_documents(config: RunConfig, source: Source) -> int | None:
     """Return the id behind each document if they are packed apart, None if not.
 
     Raises:
         ConfigError: they are to be, and nothing marks where one ends.
     """
-    if config.data.packing == "continuous":
-        return None
-    if corpus.end_id is None:
+    if config.data.packing == "continuous" or isinstance(source, ExampleSource):
+        return None  # an example is a row by itself
+    if source.end_id is None:
         with config.blame("data.packing"):
             raise ConfigError(
                 "nothing in this source marks where a document ends",
                 got="packing: document",
                 fix="`prepare` the text, and name the folder in data.source",
             )
-    return corpus.end_id
+    return source.end_id
 
 
 def resolve(
@@ -515,11 +479,9 @@ def _why_not_compiled(native: bool, model: ModelConfig, device: torch.device) ->
     return ""
 
 
-def keep_corpus(run: Run) -> None:
-    """Store the text of a built-in source beside the run."""
-    copies = {run.directory.path / CORPUS: run.corpus}
-    if run.corpus.mixture:
-        copies = {kept_copy(run.directory.path, part.name): part for part in run.corpus.members}
-    for path, corpus in copies.items():
-        if corpus.built_in and not path.exists():
-            path.write_text(corpus.text, encoding="utf-8", newline="")
+def keep_texts(run: Run) -> None:
+    """Store the text of built-in sources beside the run."""
+    for name, text in run.source.kept_texts().items():
+        path = run.directory.path / name
+        if not path.exists():
+            path.write_text(text, encoding="utf-8", newline="")

@@ -19,7 +19,8 @@ from functools import partial
 import torch
 
 from fundamentallm.config import RunConfig
-from fundamentallm.data.loader import EpochLoader, Window, count_valid
+from fundamentallm.data.batch import Window, count_valid
+from fundamentallm.data.loaders import EpochLoader
 from fundamentallm.engine.measuring import Measurement, failed, measure
 from fundamentallm.engine.search import LEAST_GAIN, Setting
 from fundamentallm.engine.speed_cache import SpeedCache, circumstances_of

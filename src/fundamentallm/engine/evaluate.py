@@ -11,8 +11,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from fundamentallm.data.corpus import Corpus, read_source, split_bounds, split_tokens
 from fundamentallm.data.examples import encode_examples
+from fundamentallm.data.sources import (
+    ExampleSource,
+    MixtureSource,
+    SequenceSource,
+    Source,
+    TextSource,
+    read_source,
+    split_bounds,
+)
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.engine.assemble import read_run_source
 from fundamentallm.engine.console import printable, say, speaking
@@ -53,21 +61,19 @@ def evaluate(options: argparse.Namespace) -> int:
                 got=str(stride),
                 expected=f"1 to {context}, the context length",
             )
-        corpus = _corpus(trained, options.data)
-        part = _part(corpus, options)
+        source = _source(trained, options.data)
+        part = _part(source, options)
         what = options.data or "the run's"
         if part is not None:
             what += f" {PARTS[part]} split"
-        if options.document_separator is not None and not any(
-            _is_text(member) for member in corpus.members
-        ):
+        if options.document_separator is not None and not _has_text(source):
             raise ConfigError(
                 "--document-separator takes text apart, and this source is none",
                 got=what,
                 fix="leave it out: an example is a document, and --documents lists them",
             )
         apart = options.documents or options.document_separator is not None
-        documents = _documents(trained, corpus, part, apart, options.document_separator)
+        documents = _documents(trained, source, part, apart, options.document_separator)
         measured = [document for document in documents if document.num_predicted]
         if not measured:
             raise DataError(
@@ -91,7 +97,7 @@ def evaluate(options: argparse.Namespace) -> int:
             trained.config.data.batch_size,
             precision,
             stride,
-            corpus.end_id if trained.config.data.packing == "document" else None,
+            source.end_id if trained.config.data.packing == "document" else None,
         )
     comparable = all(document.size is not None for document in measured) or not changes_texts(
         trained.tokenizer
@@ -142,9 +148,9 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def _part(corpus: Corpus, options: argparse.Namespace) -> str | None:
+def _part(source: Source, options: argparse.Namespace) -> str | None:
     """Return the part to measure; None: all of a text that --data names."""
-    if options.data is None or corpus.splits is not None:
+    if options.data is None or source.has_own_split:
         return options.split or "val"
     if options.split is not None:
         raise ConfigError(
@@ -156,8 +162,12 @@ def _part(corpus: Corpus, options: argparse.Namespace) -> str | None:
     return None
 
 
-def _is_text(corpus: Corpus) -> bool:
-    return corpus.examples is None and corpus.tokens is None and corpus.splits is None
+def _members(source: Source) -> Sequence[Source]:
+    return source.members if isinstance(source, MixtureSource) else [source]
+
+
+def _has_text(source: Source) -> bool:
+    return any(isinstance(member, TextSource) for member in _members(source))
 
 
 def _table(by_name: list[tuple[str, Evaluated]], num_left_out: int) -> None:
@@ -181,106 +191,96 @@ def _precision(trained: Trained) -> Precision:
     return Precision(resolve_precision("auto", False, device), device)
 
 
-def _corpus(trained: Trained, data: str | None) -> Corpus:
+def _source(trained: Trained, data: str | None) -> Source:
     """Return the source to evaluate on, None for the run's own."""
-    if data is not None:
-        corpus = read_source(data, response_end=trained.config.data.response_end)
-        if corpus.tokenizer is not None:
-            expected = trained.tokenizer.fingerprint()
-            if corpus.tokenizer.fingerprint() != expected:
-                raise DataError(
-                    "the token file was made with another tokenizer than the model's",
-                    where=data,
-                    got=f"tokenizer {corpus.tokenizer.fingerprint()[:16]}",
-                    expected=f"tokenizer {expected[:16]}",
-                    fix="name the text itself, or a token file made with the model's tokenizer",
-                )
-        return corpus
-    corpus = read_run_source(trained.config.data, trained.run_dir)
-    expected = trained.manifest.metadata["data"]["sha256"]
-    if corpus.sha256 != expected:
-        raise DataError(
-            "the run's text has changed, so its splits are others",
-            where=corpus.name,
-            got=f"SHA-256 {corpus.sha256}",
-            expected=f"SHA-256 {expected}",
+    if data is None:
+        own = read_run_source(trained.config.data, trained.run_dir)
+        own.require_unchanged(
+            trained.manifest.metadata["data"]["sha256"],
             fix="restore the text, or name one with --data",
         )
-    return corpus
+        return own
+    source = read_source(data, response_end=trained.config.data.response_end)
+    expected = trained.tokenizer.fingerprint()
+    if source.tokenizer is not None and source.tokenizer.fingerprint() != expected:
+        raise DataError(
+            "the token file was made with another tokenizer than the model's",
+            where=data,
+            got=f"tokenizer {source.tokenizer.fingerprint()[:16]}",
+            expected=f"tokenizer {expected[:16]}",
+            fix="name the text itself, or a token file made with the model's tokenizer",
+        )
+    return source
 
 
 def _documents(
-    trained: Trained, corpus: Corpus, part: str | None, apart: bool, separator: str | None
+    trained: Trained, source: Source, part: str | None, apart: bool, separator: str | None
 ) -> list[Document]:
     """Return what is to be measured: the texts of a source, or those of a part of the split.
 
     Args:
         trained: the model.
-        corpus: the source.
+        source: the source.
         part: "train", "val" or "test"; None: all of the source.
         apart: whether each document of a text stands alone; examples always do.
         separator: what ends a document inside a file of text.
     """
-    tokenizer, fractions = trained.tokenizer, trained.config.data.split
-    if corpus.examples is not None:
-        context = trained.config.model.sequence_length
-        assert context is not None
-        encoded = encode_examples(corpus.examples, tokenizer, context)
-        numbers = np.arange(len(encoded))
-        if part is not None:
-            numbers = np.asarray(split_tokens(numbers, fractions)[part])
-        examples = [corpus.examples[number] for number in numbers]
-        return example_documents(encoded.part(numbers), examples, tokenizer)
-    return [
-        document
-        for member in corpus.members
-        for document in (
-            _text_documents(member, tokenizer, fractions, part, separator)
-            if apart and _is_text(member)
-            else _token_documents(member, tokenizer, fractions, part, apart)
-        )
-    ]
+    tokenizer = trained.tokenizer
+    fractions = trained.config.data.split if part else (1.0, 0.0, 0.0)
+    found: list[Document] = []
+    for member in _members(source):
+        if isinstance(member, ExampleSource):
+            context = trained.config.model.sequence_length
+            assert context is not None
+            encoded = encode_examples(member.examples, tokenizer, context)
+            found += example_documents(*member.part(encoded, fractions, part or "train"), tokenizer)
+        elif isinstance(member, TextSource) and apart:
+            found += _text_documents(member, tokenizer, fractions, part, separator)
+        elif isinstance(member, TextSource):
+            found.append(_text_as_one(member, tokenizer, fractions, part))
+        elif isinstance(member, SequenceSource):
+            ids = member.parts(tokenizer, fractions)[part or "train"]
+            whole = Document(member.name, ids)
+            if apart and member.end_id is not None:
+                found += split_documents(whole, member.end_id)
+            else:
+                found.append(whole)
+    return found
 
 
-def _token_documents(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    fractions: Sequence[float],
-    part: str | None,
-    apart: bool,
-) -> list[Document]:
-    """Return the tokens of a source or its part; where they have ends, cut there if wanted."""
-    if part is None and _is_text(corpus):
-        return [_document(corpus.name, corpus.text, tokenizer)]
-    parts = corpus.parts(tokenizer, fractions if part else (1.0, 0.0, 0.0))
-    whole = Document(corpus.name, parts[part or "train"])
-    if apart and corpus.end_id is not None:
-        return split_documents(whole, corpus.end_id)
-    if _is_text(corpus) and changes_texts(tokenizer):
+def _text_as_one(
+    source: TextSource, tokenizer: Tokenizer, fractions: Sequence[float], part: str | None
+) -> Document:
+    """Return a text or its part as one document."""
+    if part is None:
+        return _document(source.name, source.text, tokenizer)
+    parts = source.parts(tokenizer, fractions)
+    own = Document(source.name, parts[part])
+    if changes_texts(tokenizer):
         decoded = decoded_size(tokenizer, np.concatenate(list(parts.values())))
-        if decoded == text_size(corpus.text):  # it does not change this one
-            whole = replace(whole, size=predicted_size(tokenizer, whole))
-    return [whole]
+        if decoded == text_size(source.text):  # it does not change this one
+            return replace(own, size=predicted_size(tokenizer, own))
+    return own
 
 
 def _text_documents(
-    corpus: Corpus,
+    source: TextSource,
     tokenizer: Tokenizer,
     fractions: Sequence[float],
     part: str | None,
     separator: str | None,
 ) -> list[Document]:
     """Return the documents of a text or its part, which may cut those at its two ends."""
-    pieces = [_document(name, text, tokenizer) for name, text in _texts(corpus, separator)]
+    pieces = [_document(name, text, tokenizer) for name, text in _texts(source, separator)]
     if part is None:
         return pieces
     ends = [0, *itertools.accumulate(len(piece.tokens) for piece in pieces)]
     # The split is of the tokens of the whole text.
-    if ends[-1] != len(tokenizer.encode(corpus.text)):
+    if ends[-1] != len(tokenizer.encode(source.text)):
         raise DataError(
             "the tokenizer joins the end of a document with the next, so that a split of the text"
             " cannot be taken apart",
-            where=", ".join(name for name, _, _ in corpus.pieces),
+            where=source.name,
             fix="name the documents with --data",
         )
     number = list(PARTS).index(part)
@@ -302,13 +302,13 @@ def _document(name: str, text: str, tokenizer: Tokenizer) -> Document:
         raise
 
 
-def _texts(corpus: Corpus, separator: str | None) -> Iterator[tuple[str, str]]:
+def _texts(source: TextSource, separator: str | None) -> Iterator[tuple[str, str]]:
     """Yield the documents of a text: its files, or with a separator what lies between.
 
     A separator belongs to the document that it ends, as do more of them in a row.
     """
-    for name, start, length in corpus.pieces:
-        text = corpus.text[start : start + length]
+    for name, start, length in source.pieces:
+        text = source.text[start : start + length]
         if separator is None:
             yield name, text
             continue

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fundamentallm.config import RunConfig
-from fundamentallm.data.loader import Batch, Window, count_valid
+from fundamentallm.data.batch import Batch, Window, count_valid
 from fundamentallm.engine.abilities import check_abilities
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.plugins import load_plugins

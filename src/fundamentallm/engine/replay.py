@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from fundamentallm.config import RunConfig
-from fundamentallm.data.loader import Window, count_valid
+from fundamentallm.data.batch import Window, count_valid
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import CheckpointError, ConfigError, NumericalError

@@ -9,12 +9,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 
 from fundamentallm.config import RunConfig, load_config
 from fundamentallm.engine import run_directory
-from fundamentallm.engine.assemble import Run, assemble, check_names, keep_corpus
+from fundamentallm.engine.assemble import Run, assemble, check_names, keep_texts
 from fundamentallm.engine.console import logging_to, printable, say, speaking
 from fundamentallm.engine.exactness import refuse_other_versions, tell_other_circumstances
 from fundamentallm.engine.plugins import load_plugins
@@ -124,7 +123,7 @@ def _train(config: RunConfig, directory: RunDirectory, ranks: Ranks, again: str)
             directory.path.mkdir(parents=True, exist_ok=True)
             held.enter_context(owning(directory.path))
             run.config.to_yaml(directory.path / CONFIG)
-            keep_corpus(run)
+            keep_texts(run)
             held.enter_context(logging_to(directory.path / LOG))
         ranks.barrier()
         if ranks.is_writer:
@@ -158,8 +157,8 @@ def _announce(run: Run) -> None:
     )
     logger.info(
         "text: %s, SHA-256 %s; %s tokens in a vocabulary of %d",
-        f"{len(run.corpus.text):,} characters" if run.corpus.text else run.corpus.name,
-        run.corpus.sha256[:16],
+        f"{len(run.source.text):,} characters" if run.source.text else run.source.name,
+        run.source.sha256[:16],
         f"{run.trainer.description['data']['num_tokens']:,}",
         run.tokenizer.vocab_size,
     )
@@ -215,11 +214,8 @@ def _prompt_for(run: Run) -> str:
     try:
         run.tokenizer.encode("The ")
     except DataError:
-        text = run.corpus.text
-        if not text:
-            tokens = run.corpus.members[0].parts(run.tokenizer, (1.0, 0.0, 0.0))["train"]
-            text = run.tokenizer.decode(np.asarray(tokens[:1_000]))
-        return (text[:1_000].split() or [text[:1]])[0]
+        text = run.source.beginning(run.tokenizer)
+        return (text.split() or [text[:1]])[0]
     return "The "
 
 

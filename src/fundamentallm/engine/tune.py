@@ -20,12 +20,12 @@ from fundamentallm.config.key_path import KeyPath
 from fundamentallm.config.load import overridden, replaced
 from fundamentallm.config.text_file import read_text
 from fundamentallm.config.yaml_source import YamlDocument, read_yaml
-from fundamentallm.data.loader import Batch
+from fundamentallm.data.batch import Batch
 from fundamentallm.engine.assemble import (
     build_loaders,
     check_names,
     choose_tokenizer,
-    read_corpus,
+    read_data,
     resolve,
     resolve_run_device,
 )
@@ -140,9 +140,9 @@ def _prepared(written: RunConfig) -> tuple[RunConfig, Batch, torch.device]:
     device = resolve_run_device(written, ranks)
     start = starting_point(written, directory)
     config = start.config
-    corpus = read_corpus(config.data, directory, ranks)
-    tokenizer = choose_tokenizer(config, corpus, start.tokenizer(), directory)
-    loader, _, _ = build_loaders(config, corpus, tokenizer, ranks)
+    source = read_data(config.data, directory, ranks)
+    tokenizer = choose_tokenizer(config, source, start.tokenizer(), directory)
+    loader = build_loaders(config, source, tokenizer, ranks).train
     resolved, _ = resolve(config, directory, tokenizer, len(loader), loader.tokens_per_step, device)
     # Random weights are as fast as trained ones, and the processes that measure need no folder.
     model = resolved.model.with_random_weights()

@@ -3,7 +3,7 @@
 runs/mine/
   config.yaml             resolved
   metrics.jsonl, samples.jsonl, log.txt, tensorboard/
-  corpus.txt              the text of a built-in source
+  corpus.txt              the text of a built-in source; of one in a mixture: corpus-NAME.txt
   checkpoints/            or another directory, by training.checkpoint_dir
     step-00000200/        MANIFEST.json, model.safetensors, state.safetensors, state.json
     best, last            pointer files: the name of a checkpoint
@@ -46,6 +46,11 @@ EVIDENCE = "evidence"
 
 BEFORE_A_CHECKPOINT = frozenset({CONFIG, LOG, METRICS, TENSORBOARD, LOCK})
 """What a run has written that ended before its first checkpoint, beside `corpus*.txt`."""
+
+
+def corpus_of(source: str) -> str:
+    """Return the name of the file with the text of a built-in source in a mixture."""
+    return f"corpus-{source}.txt"
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fundamentallm.data.batch import IGNORED, Batch, add_documents
 from fundamentallm.data.examples import EncodedExamples, Example
-from fundamentallm.data.loader import IGNORED, Batch, add_documents
 from fundamentallm.data.token_file import Tokens
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fundamentallm.data.loader import Window
+from fundamentallm.data.batch import Window
 from fundamentallm.errors import DataError
 from fundamentallm.training.distributed import Ranks
 

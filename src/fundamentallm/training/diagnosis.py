@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fundamentallm.data.loader import Window
+from fundamentallm.data.batch import Window
 from fundamentallm.training.buffers import StateBuffers
 from fundamentallm.training.compilation import uncompiled
 from fundamentallm.training.distributed import Ranks

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fundamentallm.data.loader import Batch, EpochLoader, Window
+from fundamentallm.data.batch import Batch, Window
+from fundamentallm.data.loaders import EpochLoader
 
 
 def ahead(loader: Iterable[Any], device: torch.device) -> Iterable[Any]:

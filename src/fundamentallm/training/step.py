@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fundamentallm.data.loader import Window
+from fundamentallm.data.batch import Window
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import compute_loss, takes_hidden_states

@@ -24,7 +24,8 @@ from ignite.engine.events import RemovableEventHandle
 from torch import Tensor, nn
 
 from fundamentallm.config.training import TrainingConfig
-from fundamentallm.data.loader import Window, as_window, as_window_loader, batch_shape_of
+from fundamentallm.data.batch import Window, as_window
+from fundamentallm.data.loaders import as_window_loader, batch_shape_of
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import LOOP, TrainingEvents
 from fundamentallm.training.buffers import StateBuffers

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fundamentallm.config.training import TrainingConfig
-from fundamentallm.data.loader import ValidationLoader
+from fundamentallm.data.loaders import Batching, ValidationLoader
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import UniformModel, tiny_loaders, tiny_model, tiny_tokens
 from fundamentallm.training.handlers import Checkpointing, Evaluation
@@ -100,7 +100,8 @@ def test_training_is_bitwise_the_same_without_it():
 
 
 @pytest.mark.parametrize(
-    "val_loader", [None, [], ValidationLoader(tiny_tokens(1), sequence_length=8, batch_size=4)]
+    "val_loader",
+    [None, [], ValidationLoader(tiny_tokens(1), Batching(sequence_length=8, batch_size=4))],
 )
 def test_does_nothing_without_validation_data(val_loader):
     train, _ = tiny_loaders()

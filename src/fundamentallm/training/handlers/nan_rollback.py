@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ignite.engine import Events
 
-from fundamentallm.data.loader import Window
+from fundamentallm.data.batch import Window
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import CheckpointError, NumericalError
 from fundamentallm.events import TrainingEvents

@@ -6,17 +6,18 @@ Shapes: T sequence length, n rows; S sequences of an epoch, n_i windows of sourc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from fundamentallm.data.loader import Batch, EpochLoader, TokenWindowLoader, ValidationLoader
+from fundamentallm.data.batch import Batch
+from fundamentallm.data.loaders.epoch import MIXTURE, Batching, EpochLoader
+from fundamentallm.data.loaders.tokens import TokenWindowLoader, ValidationLoader
 from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.token_file import Tokens
 from fundamentallm.errors import DataError
-
-_MIXTURE = 4  # what a key is drawn for; the loader's own begin at 1
 
 
 class MixtureLoader(EpochLoader):
@@ -32,15 +33,13 @@ class MixtureLoader(EpochLoader):
         sources: the tokens of each, (N_i,).
         weights: of each, above 0.
         names: of each, for messages.
-        sequence_length, batch_size, accumulation_steps, seed, rank, world_size, end_id: as for
-            `TokenWindowLoader`.
+        batching, end_id: as for `TokenWindowLoader`.
 
     Attributes:
         shares: sequences of each source in an epoch.
 
     Raises:
         DataError: a source has fewer than T + 1 tokens.
-        ValueError: a size below 1, or no such rank.
     """
 
     def __init__(
@@ -48,36 +47,21 @@ class MixtureLoader(EpochLoader):
         sources: Sequence[Tokens],
         weights: Sequence[float],
         names: Sequence[str],
-        sequence_length: int,
-        batch_size: int,
-        accumulation_steps: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        batching: Batching,
         end_id: int | None = None,
     ) -> None:
         self.members = []
         for number, (tokens, name) in enumerate(zip(sources, names, strict=True)):
-            own_seed = derive_key(seed, number, _MIXTURE)
+            own = replace(batching, seed=derive_key(batching.seed, number, MIXTURE))
             try:
-                member = TokenWindowLoader(
-                    tokens, sequence_length, batch_size, seed=own_seed, end_id=end_id
-                )
+                member = TokenWindowLoader(tokens, own, end_id)
             except DataError as error:
                 error.where = name
                 raise
             self.members.append(member)
         counts = [member.num_sequences for member in self.members]
         self.shares = split_evenly(sum(counts), weights)
-        super().__init__(
-            sum(self.shares),
-            sequence_length,
-            batch_size,
-            accumulation_steps,
-            seed,
-            rank,
-            world_size,
-        )
+        super().__init__(sum(self.shares), batching)
 
     def rows_at(self, epoch: int, step: int) -> np.ndarray:
         """Return source and first token's index of each sequence of a step, (n, 2), in order.

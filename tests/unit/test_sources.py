@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fundamentallm.data.corpus import SOURCES, read_source, split_tokens
-from fundamentallm.data.loader import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
+from fundamentallm.data.sources import SOURCES, TextSource, read_source, split_tokens
 from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.errors import ConfigError, DataError
 
@@ -30,16 +30,21 @@ def sha256(data: bytes) -> str:
 # files and folders
 
 
+def read_text_source(source: str | list[str]) -> TextSource:
+    read = read_source(source)
+    assert isinstance(read, TextSource)
+    return read
+
+
 def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes("one\r\ntwo\rthree\n\u00e9".encode())
-    corpus = read_source(str(path))
-    assert corpus.text == "one\r\ntwo\rthree\n\u00e9"
-    assert corpus.sha256 == sha256(path.read_bytes())
-    assert [tuple(piece) for piece in corpus.pieces] == [(str(path), 0, len(corpus.text))]
-    assert not corpus.built_in
-    assert corpus.tokens is None
-    assert corpus.tokenizer is None
+    source = read_text_source(str(path))
+    assert source.text == "one\r\ntwo\rthree\n\u00e9"
+    assert source.sha256 == sha256(path.read_bytes())
+    assert [tuple(piece) for piece in source.pieces] == [(str(path), 0, len(source.text))]
+    assert not source.built_in
+    assert source.tokenizer is None
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
@@ -52,9 +57,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_a_character_that_is_not_known_is_named_with_its_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abab\n")
     (tmp_path / "b.txt").write_text("abxa\n")
-    corpus = read_source([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+    source = read_text_source([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
     with pytest.raises(DataError, match="not in the vocabulary") as caught:
-        corpus.parts(CharacterTokenizer("ab\n"), (1.0, 0.0, 0.0))
+        source.parts(CharacterTokenizer("ab\n"), (1.0, 0.0, 0.0))
     assert caught.value.where == f"{tmp_path / 'b.txt'}: character 2 of the text"
 
 
@@ -62,11 +67,11 @@ def test_files_are_joined_in_the_order_given(tmp_path: Path) -> None:
     for name, text in (("a.txt", "first\n"), ("b.txt", "second\n"), ("c.txt", "third\n")):
         (tmp_path / name).write_text(text)
     sources = [str(tmp_path / name) for name in ("c.txt", "a.txt", "b.txt")]
-    corpus = read_source(sources)
-    assert corpus.text == "third\nfirst\nsecond\n"
-    assert [origin for origin, _, _ in corpus.pieces] == sources
-    for origin, start, length in corpus.pieces:
-        assert corpus.text[start : start + length] == Path(origin).read_text()
+    source = read_text_source(sources)
+    assert source.text == "third\nfirst\nsecond\n"
+    assert [origin for origin, _, _ in source.pieces] == sources
+    for origin, start, length in source.pieces:
+        assert source.text[start : start + length] == Path(origin).read_text()
 
 
 def test_a_folder_is_its_text_files_sorted_by_path(tmp_path: Path) -> None:
@@ -74,8 +79,8 @@ def test_a_folder_is_its_text_files_sorted_by_path(tmp_path: Path) -> None:
     for name in ("z.txt", "a.md", "deep/b.TXT", "deep/er/c.txt"):
         (tmp_path / name).write_text(name + "\n")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0")
-    corpus = read_source(str(tmp_path))
-    assert corpus.text == "a.md\ndeep/b.TXT\ndeep/er/c.txt\nz.txt\n"
+    source = read_text_source(str(tmp_path))
+    assert source.text == "a.md\ndeep/b.TXT\ndeep/er/c.txt\nz.txt\n"
 
 
 def test_the_home_directory_may_be_written_short(
@@ -196,39 +201,39 @@ def test_a_failure_while_reading_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_python_documentation_is_every_topic_in_order() -> None:
-    corpus = read_source("python-docs")
-    assert corpus.built_in
-    assert corpus.sha256 == sha256(corpus.text.encode())
-    assert len(corpus.text) > 300_000
+    source = read_text_source("python-docs")
+    assert source.built_in
+    assert source.sha256 == sha256(source.text.encode())
+    assert len(source.text) > 300_000
     place = -1
     for name in sorted(topics):
-        place = corpus.text.find(topics[name].strip(), place + 1)
+        place = source.text.find(topics[name].strip(), place + 1)
         assert place >= 0, name
 
 
 def test_a_kept_copy_of_a_built_in_text_has_the_same_hash(tmp_path: Path) -> None:
-    corpus = read_source("python-docs")
+    source = read_text_source("python-docs")
     copy = tmp_path / "corpus.txt"
-    copy.write_text(corpus.text, encoding="utf-8", newline="")
+    copy.write_text(source.text, encoding="utf-8", newline="")
     again = read_source(str(copy))
-    assert again.sha256 == corpus.sha256
-    assert again.text == corpus.text
+    assert again.sha256 == source.sha256
+    assert again.text == source.text
 
 
 def test_a_source_of_yours_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SOURCES, "_factories", dict(SOURCES._factories))
     SOURCES.register("mine")(lambda: TEXT)
-    corpus = read_source("mine")
-    assert corpus.text == TEXT
-    assert corpus.built_in
+    source = read_text_source("mine")
+    assert source.text == TEXT
+    assert source.built_in
 
 
 def test_a_built_in_text_may_stand_in_a_list(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text\n")
-    corpus = read_source([str(tmp_path / "a.txt"), "python-docs"])
-    assert corpus.text == "text\n" + read_source("python-docs").text
-    assert [tuple(piece)[:2] for piece in corpus.pieces][1] == ("python-docs", 5)
-    assert corpus.built_in  # so that the run keeps a copy
+    source = read_text_source([str(tmp_path / "a.txt"), "python-docs"])
+    assert source.text == "text\n" + read_source("python-docs").text
+    assert [tuple(piece)[:2] for piece in source.pieces][1] == ("python-docs", 5)
+    assert source.built_in  # so that the run keeps a copy
 
 
 def test_a_configuration_cannot_choose_the_cache() -> None:
@@ -295,14 +300,14 @@ def test_no_token_is_both_trained_and_validated_on(num_tokens: int, length: int)
     splits = split_tokens(np.arange(num_tokens), (0.5, 0.3, 0.2))
     trained = {
         token
-        for window in TokenWindowLoader(splits["train"], length, 4)
+        for window in TokenWindowLoader(splits["train"], Batching(length, 4))
         for micro in window.micro_batches
         for token in torch.cat([*micro.values()]).flatten().tolist()
     }
     for name in ("val", "test"):
         held_out = {
             token
-            for micro in ValidationLoader(splits[name], length, 4)
+            for micro in ValidationLoader(splits[name], Batching(length, 4))
             for ids in micro.values()
             for token in ids[micro["target_ids"] >= 0].tolist()
         }

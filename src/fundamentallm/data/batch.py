@@ -1,0 +1,77 @@
+"""The data of one optimizer step: a window of micro-batches.
+
+Shapes: T sequence length, B batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+IGNORED = -100  # the target of a token that counts for nothing
+_REQUIRED, _OPTIONAL = ("input_ids", "target_ids"), ("document_ids",)
+
+Batch = dict[str, Tensor]
+"""`input_ids` and `target_ids`, int64 (B, T); where documents are packed apart also `document_ids`,
+int64 (B, T): the number of the document that a token belongs to, rising along a row from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The data of one optimizer step, as far as this rank has it.
+
+    Attributes:
+        micro_batches: each `{"input_ids", "target_ids"}`, int64 (B, T); the last may have fewer
+            rows.
+        num_tokens: valid targets in them, counted on the host.
+    """
+
+    micro_batches: list[Batch]
+    num_tokens: int
+
+
+def as_window(batch: Any) -> Window:
+    """Return a batch as a window of one micro-batch; a window as it is."""
+    if isinstance(batch, Window):
+        return batch
+    micro = as_batch(batch)
+    return Window([micro], count_valid(micro["target_ids"]))
+
+
+def as_batch(batch: Any) -> Batch:
+    """Return `{"input_ids", "target_ids"}` of a mapping or an (inputs, targets) pair.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found = f"a {type(batch).__name__}"
+    if isinstance(batch, Mapping):
+        if {"input_ids", "target_ids"} <= batch.keys():
+            return {key: batch[key] for key in (*_REQUIRED, *_OPTIONAL) if key in batch}
+        found += " with the keys " + ", ".join(map(str, batch))
+    elif isinstance(batch, (tuple, list)):
+        if len(batch) == 2:
+            return {"input_ids": batch[0], "target_ids": batch[1]}
+        found += f" of {len(batch)}"
+    raise ValueError(
+        f"a batch must be {{'input_ids': ..., 'target_ids': ...}} or (inputs, targets), got {found}"
+    )
+
+
+def add_documents(batch: Batch, end_id: int | None) -> Batch:
+    """Number the documents of each row, in place; without an end there are none to number.
+
+    The token behind a document is the first of the next: what follows it is what a document begins
+    with. So every target counts, and each has been seen from its own document alone.
+    """
+    if end_id is not None:
+        batch["document_ids"] = (batch["input_ids"] == end_id).cumsum(dim=1)
+    return batch
+
+
+def count_valid(targets: Tensor) -> int:
+    """Return the number of targets that count: those not below 0."""
+    return int((targets >= 0).sum())

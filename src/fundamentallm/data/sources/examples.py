@@ -1,0 +1,116 @@
+"""Examples of prompt and response, from files of JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+
+from fundamentallm.data.examples import (
+    SUFFIX,
+    EncodedExamples,
+    Example,
+    digest,
+    encode_examples,
+    read_examples,
+)
+from fundamentallm.data.loaders import Batching, ExampleLoader, ExampleValidationLoader
+from fundamentallm.data.sources.base import Loaders, Passage, Source, part_bounds, split_tokens
+from fundamentallm.data.sources.paths import existing
+from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.errors import DataError
+
+
+@dataclass(frozen=True)
+class ExampleSource(Source):
+    """Examples, which are split by their number.
+
+    Attributes:
+        examples: at least one.
+        end: ends every response; None adds nothing.
+    """
+
+    examples: list[Example]
+    end: str | None
+
+    @classmethod
+    def read(cls, names: Sequence[str], end: str | None) -> ExampleSource:
+        """Read files of examples.
+
+        Args:
+            names: of the files.
+            end: as in `read_examples`.
+
+        Raises:
+            DataError: a name is of no such file, a line is no example, or there is none.
+        """
+        others = [name for name in names if not is_examples(name)]
+        if others:
+            raise DataError(
+                "examples cannot be joined with text, which has no prompts to mask",
+                where=", ".join(others),
+                fix=f"name {SUFFIX} files alone in data.source",
+            )
+        examples = [one for name in names for one in read_examples(existing(name), end)]
+        if not examples:
+            raise DataError(
+                "there is no example in the source",
+                where=", ".join(names),
+                got="0 lines",
+                fix="name a file with one JSON object a line in data.source",
+            )
+        return cls(", ".join(names), digest(examples), examples, end)
+
+    @property
+    def text(self) -> str:
+        """All prompts and responses, joined."""
+        return "".join(example.prompt + example.response for example in self.examples)
+
+    @property
+    def response_end(self) -> str | None:
+        """The end of every response."""
+        return self.end
+
+    def beginning(self, tokenizer: Tokenizer) -> str:
+        """Return the first 1,000 characters of its text."""
+        return self.text[:1_000]
+
+    def loaders(
+        self,
+        tokenizer: Tokenizer,
+        fractions: Sequence[float],
+        batching: Batching,
+        end_id: int | None = None,
+    ) -> Loaders:
+        """Split the examples; each is a row, so there is nothing to pack apart."""
+        encoded = encode_examples(self.examples, tokenizer, batching.sequence_length)
+        train, held_out = (self.part(encoded, fractions, part)[0] for part in ("train", "val"))
+        return Loaders(
+            ExampleLoader(train, batching),
+            ExampleValidationLoader(held_out, batching),
+            len(encoded.ids),
+        )
+
+    def part(
+        self, encoded: EncodedExamples, fractions: Sequence[float], part: str
+    ) -> tuple[EncodedExamples, list[Example]]:
+        """Return the examples of a part, as tokens and as text."""
+        numbers = split_tokens(np.arange(len(encoded)), fractions)[part]
+        own = np.asarray(numbers)
+        return encoded.part(own), [self.examples[number] for number in own]
+
+    def passages(
+        self, part: str, tokenizer: Tokenizer, fractions: Sequence[float]
+    ) -> Iterator[Passage]:
+        """Yield the examples of a part."""
+        for example in self.examples[part_bounds(len(self.examples), fractions, part)]:
+            pair = json.dumps([example.prompt, example.response]).encode()
+            yield Passage(1, blake2b(pair, digest_size=12).digest())
+
+
+def is_examples(name: str) -> bool:
+    """Tell whether a name is that of a file of examples."""
+    return name.endswith(SUFFIX)

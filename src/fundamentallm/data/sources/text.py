@@ -1,0 +1,182 @@
+"""Text: files, folders and built-in sources, joined with nothing between them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fundamentallm.data.sources.base import Passage, SequenceSource, part_bounds, split_tokens
+from fundamentallm.data.sources.built_in import SOURCES
+from fundamentallm.data.sources.paths import existing
+from fundamentallm.data.text_file import read_text, to_utf8, unreadable
+from fundamentallm.data.token_file import Tokens
+from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.errors import DataError
+from fundamentallm.files.run_layout import CORPUS, corpus_of
+
+SUFFIXES = (".txt", ".md")
+SHORTEST_PASSAGE = 400  # characters of a paragraph or line that is looked for in other parts
+
+_PARAGRAPHS = re.compile(r"\n\s*\n")
+
+
+class Piece(NamedTuple):
+    """One file of a text: its name, first character and length in characters."""
+
+    name: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TextSource(SequenceSource):
+    """One text.
+
+    Attributes:
+        contents: all of it.
+        pieces: its files in order.
+        built_in: whether any of it is one of `SOURCES`, which can change with Python or a
+            download.
+    """
+
+    contents: str
+    pieces: list[Piece]
+    built_in: bool = False
+
+    @classmethod
+    def of(cls, files: Sequence[tuple[str, str]], built_in: bool = False) -> TextSource:
+        """Return the source of the names and texts of files, in order.
+
+        Raises:
+            DataError: a text holds half of a surrogate pair.
+        """
+        pieces = []
+        position = 0
+        for name, text in files:
+            pieces.append(Piece(name, position, len(text)))
+            position += len(text)
+        joined = "".join(text for _, text in files)
+        name = ", ".join(name for name, _ in files)
+        return cls(name, hashlib.sha256(to_utf8(joined)).hexdigest(), joined, pieces, built_in)
+
+    @classmethod
+    def read(cls, names: Sequence[str], cache_dir: Path | None, kept: Path | None) -> TextSource:
+        """Read files, folders and built-in sources; arguments as of `read_source`.
+
+        Raises:
+            DataError: one cannot be read, or there is no text.
+        """
+        files = [part for name in names for part in _texts(name, cache_dir, kept)]
+        if all(not text or text.isspace() for _, text in files):
+            raise DataError(
+                "there is no text in the source",
+                where=", ".join(names),
+                got="only white space" if any(text for _, text in files) else "0 characters",
+                fix="name a file or folder with text in data.source",
+            )
+        return cls.of(files, built_in=any(name in SOURCES for name in names))
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.contents
+
+    def beginning(self, tokenizer: Tokenizer) -> str:
+        """Return its first 1,000 characters."""
+        return self.contents[:1_000]
+
+    def encode(self, tokenizer: Tokenizer) -> np.ndarray:
+        """Return the ids of all of it, (N,).
+
+        Raises:
+            DataError: it cannot be encoded; `where` begins with the file.
+        """
+        try:
+            return tokenizer.encode(self.contents)
+        except DataError:
+            for name, start, length in self.pieces:  # which of the files is it?
+                try:
+                    tokenizer.encode(self.contents[start : start + length])
+                except DataError as error:
+                    error.where = f"{name}: {error.where}" if error.where else name
+                    raise
+            raise
+
+    def parts(self, tokenizer: Tokenizer, fractions: Sequence[float]) -> dict[str, Tokens]:
+        """Return the ids of its parts by position."""
+        return split_tokens(self.encode(tokenizer), fractions)
+
+    def passages(
+        self, part: str, tokenizer: Tokenizer, fractions: Sequence[float]
+    ) -> Iterator[Passage]:
+        """Yield the files of a part, with their long paragraphs and lines.
+
+        The ends of a part are taken in characters, which is where the tokens are cut or nearly so.
+        """
+        own = part_bounds(len(self.contents), fractions, part)
+        for _, start, length in self.pieces:
+            text = self.contents[max(start, own.start) : min(start + length, own.stop)]
+            if text.strip():
+                yield _passage(text, tuple(_paragraphs(text)))
+
+    def kept_texts(self) -> dict[str, str]:
+        """Return the whole text if any of it is built in."""
+        return {CORPUS: self.contents} if self.built_in else {}
+
+
+def _passage(text: str, inside: tuple[Passage, ...] = ()) -> Passage:
+    encoded = text.strip().encode("utf-8", "surrogatepass")
+    return Passage(len(text), blake2b(encoded, digest_size=12).digest(), inside)
+
+
+def _paragraphs(text: str) -> Iterator[Passage]:
+    for paragraph in _PARAGRAPHS.split(text):
+        if len(paragraph) >= SHORTEST_PASSAGE:
+            lines = paragraph.split("\n")
+            long = (_passage(line) for line in lines if len(line) >= SHORTEST_PASSAGE)
+            yield _passage(paragraph, tuple(long))
+
+
+def _texts(name: str, cache_dir: Path | None, kept: Path | None) -> Iterator[tuple[str, str]]:
+    """Yield name and text of everything that a source stands for."""
+    if name in SOURCES:
+        if kept is not None and (copy := kept / corpus_of(name)).exists():
+            yield name, read_text(copy)
+            return
+        yield name, SOURCES.build(name, {}, cache_dir=cache_dir)
+        return
+    for path in _files(name):
+        yield str(path), read_text(path)
+
+
+def _files(name: str) -> list[Path]:
+    """Return the files that a path stands for, those of a folder sorted."""
+    path = existing(name)
+    if not path.is_dir():
+        return [path]
+
+    def refuse(error: OSError) -> None:
+        raise unreadable(Path(error.filename or path), error) from error
+
+    found = sorted(
+        Path(parent, file)
+        for parent, _, files in os.walk(path, onerror=refuse)
+        for file in files
+        if Path(file).suffix.lower() in SUFFIXES
+    )
+    if not found:
+        raise DataError(
+            "there is no text in this folder",
+            where=name,
+            expected="files that end in " + " or ".join(SUFFIXES),
+            fix="name the files themselves in data.source",
+        )
+    return found
