@@ -17,6 +17,7 @@ from torch import nn
 import fundamentallm.models.transformer  # noqa: F401
 from fundamentallm.config.model import ModelConfig
 from fundamentallm.errors import ConfigError
+from fundamentallm.models import transformer  # noqa: F401 (registers its family)
 from fundamentallm.models.components import inside, required
 from fundamentallm.models.estimate import FLOAT32_BYTES, Estimate
 from fundamentallm.models.families import ADAPTERS, MODELS
