@@ -26,10 +26,9 @@ from ignite.engine import Events
 
 from fundamentallm.config import load_config
 from fundamentallm.engine import run_directory
-from fundamentallm.engine.assemble import assemble
+from fundamentallm.engine.assemble import assemble, open_machine
 from fundamentallm.engine.console import logging_to
 from fundamentallm.testing import TINY_TEXT
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.trainer import Trainer
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "nanogpt_cpu.yaml"
@@ -93,7 +92,7 @@ def train(steps: int) -> Watch:
         ]
         config = load_config(CONFIG, overrides)
         directory = run_directory.choose(config, "never", Path(scratch) / "run")
-        trainer = assemble(config, directory, Ranks()).trainer
+        trainer = assemble(config, directory, open_machine(config)).trainer
         directory.path.mkdir(exist_ok=True)
         held.enter_context(logging_to(directory.path / "log.txt"))
         watch = Watch(bare_loop_of(trainer), steps)

@@ -28,12 +28,11 @@ import torch.nn.functional as F
 
 from fundamentallm.config import RunConfig
 from fundamentallm.data.batch import Window
-from fundamentallm.engine.assemble import assemble
+from fundamentallm.engine.assemble import assemble, open_machine
 from fundamentallm.engine.console import logging_to
 from fundamentallm.engine.run_directory import RunDirectory
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.testing import TINY_TEXT
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.trainer import Trainer
 
 LIMIT = 50.0  # microseconds a step
@@ -140,7 +139,7 @@ def make_trainer(directory: Path, steps: int) -> Trainer:
         }
     )
     run = RunDirectory(directory, directory / "checkpoints")
-    return assemble(config, run, Ranks()).trainer
+    return assemble(config, run, open_machine(config)).trainer
 
 
 def bare_loop_of(trainer: Trainer) -> BareLoop:

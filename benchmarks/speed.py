@@ -40,7 +40,6 @@ from torch import Tensor, nn
 from fundamentallm.config import load_config
 from fundamentallm.engine import assemble, run_directory
 from fundamentallm.engine.console import logging_to
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.peak import measured_peak
 from fundamentallm.training.trainer import Trainer
 
@@ -237,7 +236,7 @@ def assembled(
         if model is not None:
             assemble.Transformer = lambda _: model  # type: ignore[assignment, misc]
         directory = run_directory.choose(config, "never", Path(scratch) / "run")
-        trainer = assemble.assemble(config, directory, Ranks()).trainer
+        trainer = assemble.assemble(config, directory, assemble.open_machine(config)).trainer
         directory.path.mkdir(exist_ok=True)
         held.enter_context(logging_to(directory.path / "log.txt"))
         yield trainer

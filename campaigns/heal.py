@@ -753,8 +753,7 @@ def make_incident(directory: Path, seed: int) -> tuple[Path, str]:
     """Run a YAML whose weights overflow, by themselves or for one letter; return its incident."""
     from fundamentallm.config import load_config
     from fundamentallm.engine import run_directory
-    from fundamentallm.engine.assemble import assemble
-    from fundamentallm.training.distributed import Ranks
+    from fundamentallm.engine.assemble import assemble, open_machine
 
     chance = random.Random(f"bundle {seed}")
     text, config = directory / "text.txt", directory / "run.yaml"
@@ -764,7 +763,8 @@ def make_incident(directory: Path, seed: int) -> tuple[Path, str]:
     )
     config.write_text(CONFIG.format(text=text, model=model, seed=seed), encoding="utf-8")
     loaded = load_config(config)
-    run = assemble(loaded, run_directory.choose(loaded, "never", directory / "run"), Ranks())
+    place = run_directory.choose(loaded, "never", directory / "run")
+    run = assemble(loaded, place, open_machine(loaded))
     trainer, at = run.trainer, chance.randrange(2, 12)
     incidents = incidents_of(trainer)
     letter = chance.random() < 0.5

@@ -11,10 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from fundamentallm.config import RunConfig
-from fundamentallm.engine.assemble import assemble
+from fundamentallm.engine.assemble import assemble, open_machine
 from fundamentallm.engine.run_directory import RunDirectory
 from fundamentallm.testing import TINY_TEXT
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.trainer import Trainer
 
 STEPS = 30
@@ -38,7 +37,9 @@ def make_trainer(directory: Path, accumulation_steps: int, clip: float) -> Train
             },
         }
     )
-    return assemble(config, RunDirectory(directory, directory / "checkpoints"), Ranks()).trainer
+    return assemble(
+        config, RunDirectory(directory, directory / "checkpoints"), open_machine(config)
+    ).trainer
 
 
 def train_by_hand(trainer: Trainer, model: nn.Module, clip: float) -> int:

@@ -13,9 +13,8 @@ from ignite.engine import Events
 
 from fundamentallm.config import load_config
 from fundamentallm.engine import run_directory
-from fundamentallm.engine.assemble import assemble
+from fundamentallm.engine.assemble import assemble, open_machine
 from fundamentallm.engine.cli import main
-from fundamentallm.training.distributed import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +152,9 @@ def test_a_damaged_state_is_reproduced(tmp_path, capsys, part):
     options = "tie_embeddings: false"
     config.write_text(CONFIG.format(text=text, model=options, seed=3), encoding="utf-8")
     loaded = load_config(config)
-    run = assemble(loaded, run_directory.choose(loaded, "never", tmp_path / "run"), Ranks())
+    run = assemble(
+        loaded, run_directory.choose(loaded, "never", tmp_path / "run"), open_machine(loaded)
+    )
     trainer, left = run.trainer, [12]
 
     def spoil() -> None:

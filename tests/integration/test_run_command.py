@@ -20,6 +20,7 @@ import torch
 import yaml
 from ignite.engine import Events
 
+from fundamentallm.compute import plan as compute_plan
 from fundamentallm.config import RunConfig
 from fundamentallm.engine import assemble as assembly
 from fundamentallm.engine import auto
@@ -535,10 +536,10 @@ def test_what_auto_chose_is_not_chosen_again_on_resume(at_step, monkeypatch, cap
         return lambda name, *_: choice if name == "auto" else name
 
     at_step(5, press_ctrl_c)
-    monkeypatch.setattr(assembly, "resolve_precision", choosing("bf16"))
+    monkeypatch.setattr(compute_plan, "resolve_precision", choosing("bf16"))
     assert main(["run", "tiny.yaml", "training.precision=auto"]) == 130
     at_step(10**6, press_ctrl_c)
-    monkeypatch.setattr(assembly, "resolve_precision", choosing("fp32"))
+    monkeypatch.setattr(compute_plan, "resolve_precision", choosing("fp32"))
     capsys.readouterr()
     assert main(["run", "tiny.yaml", "training.precision=auto"]) == 0
 
@@ -552,9 +553,9 @@ def measured(monkeypatch, tmp_path) -> list[str]:
     """Measurements that find bf16 faster, also in a short run; the types that were measured."""
     asked: list[str] = []
 
-    def measure(config, *_, **__):
-        asked.append(config.training.precision)
-        return Measurement(0.5 if config.training.precision == "bf16" else 1.0)
+    def measure(config, plan, *_, **__):
+        asked.append(plan.precision)
+        return Measurement(0.5 if plan.precision == "bf16" else 1.0)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(auto, "LEAST_MICRO_BATCHES", 1)

@@ -16,11 +16,11 @@ import pytest
 import torch
 import yaml
 
+from fundamentallm.compute.plan import Plan
 from fundamentallm.config import load_config
 from fundamentallm.engine import tune as tune_module
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.measuring import Measurement, failed
-from fundamentallm.engine.search import Setting
 from fundamentallm.training.compilation import find_compiler
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
@@ -55,7 +55,7 @@ class Machine:
         self.configs = []
         self.rows = []
 
-    def cost(self, setting: Setting) -> Measurement:
+    def cost(self, setting: Plan) -> Measurement:
         if setting.attention == "flash" and setting.bf16_weights:
             return failed("out of memory")
         seconds = 0.5 if setting.compile else 1.0
@@ -65,10 +65,10 @@ class Machine:
         seconds *= 1.2 if setting.attention == "explicit" else 1.0
         return Measurement(seconds, 9.0 if setting.compile else 0.0, 300 << 20)
 
-    def __call__(self, config, rows, plugins, seconds, patience) -> Measurement:
-        self.configs.append(config)
+    def __call__(self, config, plan, rows, plugins, seconds, patience) -> Measurement:
+        self.configs.append(plan.applied_to(config))
         self.rows.append(rows)
-        return self.cost(Setting.of(config))
+        return self.cost(plan)
 
 
 @pytest.fixture

@@ -19,9 +19,15 @@ LAYERS = [
     ["files"],
     ["config"],
     ["data", "models"],
+    [
+        "compute",
+        "training.compilation",
+        "training.distributed",
+        "training.precision",
+        "training.threads",
+    ],
     ["training"],
     ["training.step", "training.state", "training.diagnosis", "training.incident"],
-    ["training.build_step"],
     ["training.snapshot"],
     ["training.handlers"],
     ["training.trainer"],
@@ -95,6 +101,7 @@ def test_imports_go_down_only(path: Path) -> None:
 
 
 def test_the_order_would_notice_an_upward_import() -> None:
+    assert layer_of("models") < layer_of("compute") < layer_of("training.optimizers")
     assert layer_of("training.losses") < layer_of("training.step") < layer_of("training.trainer")
     assert layer_of("training.handlers.logs") < layer_of("training.trainer") < layer_of("engine")
     assert "training.step" in imports_of(PACKAGE / "training" / "trainer.py")

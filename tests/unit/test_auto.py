@@ -9,17 +9,17 @@ from typing import ClassVar
 import pytest
 import torch
 
+from fundamentallm.compute.plan import Plan
 from fundamentallm.config import RunConfig
 from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.engine import auto
-from fundamentallm.engine.auto import Length, choose, choose_auto, name_of
+from fundamentallm.engine.auto import Length, choose, name_of
 from fundamentallm.engine.measuring import Measurement, failed
-from fundamentallm.engine.search import Setting
 from fundamentallm.engine.speed_cache import SpeedCache
 from fundamentallm.errors import MachineError
 from fundamentallm.training.distributed import Ranks
 
-PLAIN = Setting("fp32", False, False, "flash", 8, None)
+PLAIN = Plan("fp32", False, False, "flash", 8, None)
 NARROW = replace(PLAIN, precision="bf16", bf16_weights=True, attention="explicit")
 COMPILED = replace(PLAIN, compile=True)
 NATIVE = replace(PLAIN, precision="bf16", compile="native")
@@ -39,7 +39,7 @@ class Times:
         }
         self.asked: list[str] = []
 
-    def __call__(self, setting: Setting, slowest: float = 0.0) -> Measurement:
+    def __call__(self, setting: Plan, slowest: float = 0.0) -> Measurement:
         name = name_of(setting)
         self.asked.append(name)
         return self.known.get(name, failed("unknown"))
@@ -134,7 +134,7 @@ class TestChoice:
             limits = []
 
             def seconds_of(
-                setting: Setting, slowest: float, limits=limits, seconds=seconds
+                setting: Plan, slowest: float, limits=limits, seconds=seconds
             ) -> Measurement:
                 limits.append(slowest)
                 return Measurement(seconds)
@@ -181,15 +181,31 @@ def times(monkeypatch, tmp_path) -> Times:
     times = Times(fp32=1.0, bf16=0.6, bf16_compiled=(0.3, 9.0), fp32_compiled=(0.5, 9.0))
     times.known["bf16 native"] = Measurement(0.7, 3.0)
 
-    def measure(config, windows, device, seconds, slowest, brief):
+    def measure(config, plan, windows, seconds, slowest, brief):
         assert len(windows[0].micro_batches) == 1
-        return times(Setting.of(config), slowest)
+        return times(plan, slowest)
 
     monkeypatch.setattr(auto, "measure", measure)
     return times
 
 
 AUTO = {"precision": "auto", "compile": "auto"}
+
+
+def choose_auto(written, resolved, loader, device, ranks) -> tuple[RunConfig, list[str]]:
+    """Choose as a run does; return the configuration with the choice, and the notes."""
+    training = resolved.training
+    plan = Plan(
+        training.precision,
+        training.bf16_weights,
+        training.compile,
+        training.attention,
+        resolved.data.batch_size,
+        device=device,
+        ranks=ranks,
+    )
+    plan, notes = auto.choose_auto(written, resolved, plan, loader)
+    return plan.applied_to(resolved), notes
 
 
 def test_the_choice_is_written_into_the_configuration(times):

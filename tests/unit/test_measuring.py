@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import RunConfig
 from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.engine import measuring
@@ -33,6 +34,11 @@ def training(**values: object) -> RunConfig:
     return CONFIG.model_copy(update={"training": CONFIG.training.model_copy(update=values)})
 
 
+def plan_of(config: RunConfig) -> Plan:
+    facts = ModelFacts.of(config.model)
+    return Plan.resolve(config.training, facts, Machine(CPU), config.data.batch_size)
+
+
 @pytest.fixture
 def steps(monkeypatch):
     """What each call of a step saw: micro-batches, sequences."""
@@ -53,9 +59,9 @@ def steps(monkeypatch):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "muon"])
 def test_two_micro_batches_warm_up_and_then_steps_are_timed(steps, optimizer):
     component = CONFIG.training.optimizer.model_copy(update={"name": optimizer})
-    window = LOADER.window_at(0, 0)
+    config, window = training(optimizer=component), LOADER.window_at(0, 0)
 
-    result = measure(training(optimizer=component), [window], CPU, seconds=1e-9)
+    result = measure(config, plan_of(config), [window], seconds=1e-9)
 
     assert [call[:2] for call in steps] == [(1, 2), (1, 2), (3, 6), (3, 6), (3, 6)]
     assert 0 < result.step_seconds < 5
@@ -67,7 +73,7 @@ def test_it_is_the_step_of_the_configuration(steps):
         precision="bf16", mixed_precision=True, bf16_weights=True, max_grad_value=0.5,
         attention="explicit", gradient_checkpointing=True,
     )  # fmt: skip
-    measure(config, [LOADER.window_at(0, 0)], CPU, seconds=1e-9)
+    measure(config, plan_of(config), [LOADER.window_at(0, 0)], seconds=1e-9)
 
     step = steps[0][2]
     assert (step.precision.name, step.precision.bf16_weights) == ("bf16", True)
@@ -83,7 +89,7 @@ def test_weights_and_random_numbers_stay_as_they_were(steps):
     torch.manual_seed(5)
     before = torch.get_rng_state()
 
-    measure(CONFIG, [LOADER.window_at(0, 0)], CPU, seconds=1e-9)
+    measure(CONFIG, plan_of(CONFIG), [LOADER.window_at(0, 0)], seconds=1e-9)
 
     assert torch.equal(torch.get_rng_state(), before)
     for name, weight in steps[-1][2].model.state_dict().items():
@@ -91,14 +97,14 @@ def test_weights_and_random_numbers_stay_as_they_were(steps):
 
 
 def test_a_hopeless_micro_batch_is_called_once(steps):
-    result = measure(CONFIG, [LOADER.window_at(0, 0)], CPU, seconds=1.0, slowest=0.0)
+    result = measure(CONFIG, plan_of(CONFIG), [LOADER.window_at(0, 0)], seconds=1.0, slowest=0.0)
     assert len(steps) == 1
     assert result.step_seconds > 0
 
 
 def test_in_brief_three_calls_are_enough(steps):
     window = windows_of(rows_of(LOADER.window_at(0, 0)), 2, 1)[0]
-    measure(CONFIG, [window], CPU, seconds=1e-9, brief=True)
+    measure(CONFIG, plan_of(CONFIG), [window], seconds=1e-9, brief=True)
     assert len(steps) == 3
 
 
@@ -158,7 +164,9 @@ ROWS = rows_of(LOADER.window_at(0, 0))
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals")
 def test_a_process_that_comes_to_nothing_is_a_row(monkeypatch, code, fault):
     child(monkeypatch, code)
-    result = measure_apart(CONFIG, ROWS, [], 1.0, patience=1.0 if "sleep" in code else 20.0)
+    result = measure_apart(
+        CONFIG, plan_of(CONFIG), ROWS, [], 1.0, patience=1.0 if "sleep" in code else 20.0
+    )
     assert fault in result.fault
     assert result.step_seconds == math.inf
 
@@ -172,7 +180,7 @@ own = all(os.environ[k].startswith(str(folder)) for k in
 (folder / "result.json").write_text(json.dumps({"step_seconds": 0.5, "fault": "" if own else "no"}))
 """
     child(monkeypatch, code)
-    assert measure_apart(CONFIG, ROWS, [], 1.0, 20.0) == Measurement(0.5)
+    assert measure_apart(CONFIG, plan_of(CONFIG), ROWS, [], 1.0, 20.0) == Measurement(0.5)
 
 
 def test_threads_are_what_torch_uses():
@@ -188,7 +196,8 @@ def test_threads_are_what_torch_uses():
 
 @pytest.mark.long
 def test_a_real_process_measures():
-    result = measure_apart(training(threads=1), ROWS, [], 0.05, 120.0)
+    config = training(threads=1)
+    result = measure_apart(config, plan_of(config), ROWS, [], 0.05, 120.0)
     assert result.fault == ""
     assert 0 < result.step_seconds < 5
     assert result.peak_bytes is None or 1 << 25 < result.peak_bytes < 1 << 33
@@ -201,7 +210,7 @@ def test_a_real_process_measures():
 def test_compiled_code_serves_the_next_model_of_the_process():
     torch._dynamo.reset()
     config, window = training(compile=True), windows_of(ROWS, 2, 1)[0]
-    first = measure(config, [window], CPU, 0.05, brief=True)
-    second = measure(config, [window], CPU, 0.05, brief=True)
+    first = measure(config, plan_of(config), [window], 0.05, brief=True)
+    second = measure(config, plan_of(config), [window], 0.05, brief=True)
     assert first.fault == second.fault == ""
     assert second.compile_seconds < 0.2 * first.compile_seconds

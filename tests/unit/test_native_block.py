@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import TrainingConfig, TransformerConfig
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.models.components import build_block, build_positions
@@ -24,7 +25,6 @@ from fundamentallm.models.native.library import build, find_compiler
 from fundamentallm.models.native.normalization import native_rms_norm
 from fundamentallm.models.normalization import RMSNorm, rms_norm
 from fundamentallm.models.transformer import Transformer, run_block
-from fundamentallm.training.build_step import build_precision
 from fundamentallm.training.compilation import compiled, uncompile, uncompiled
 from fundamentallm.training.precision import Precision
 
@@ -481,7 +481,7 @@ def test_a_model_that_it_does_not_know_is_refused_by_a_script_too(change):
 def test_in_a_script_it_is_bf16_whatever_auto_would_be():
     model = Transformer(TransformerConfig(vocab_size=65, sequence_length=32, **PLAIN))
     config = TrainingConfig(compile="native", precision="auto")
-    precision = build_precision(config, model, CPU)
+    precision = Plan.resolve(config, ModelFacts.of(model), Machine(CPU)).build_precision()
     assert (precision.name, precision.bf16_weights) == ("bf16", False)
 
 

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import RunConfig
-from fundamentallm.engine.search import Setting, Space, batch_sizes, search, thread_counts
+from fundamentallm.engine.search import Space, batch_sizes, search, thread_counts
+from fundamentallm.training import compilation
 
-START = Setting("fp32", False, False, "flash", 8, None)
+START = Plan("fp32", False, False, "flash", 8, None)
 KINDS = [
     {"precision": p, "bf16_weights": w, "compile": c, "attention": a}
     for c, (p, w), a in itertools.product(
@@ -27,19 +30,19 @@ SPACE = Space(KINDS, [1, 2, 4, 8, 16, 32, 64], [None, 2, 4, 8])
 class Measured:
     """Seconds by a formula; remembers what it was asked."""
 
-    def __init__(self, cost: Callable[[Setting], float], most: int = 10_000) -> None:
+    def __init__(self, cost: Callable[[Plan], float], most: int = 10_000) -> None:
         self.cost = cost
         self.most = most
-        self.asked: list[Setting] = []
+        self.asked: list[Plan] = []
 
-    def __call__(self, setting: Setting) -> float | None:
+    def __call__(self, setting: Plan) -> float | None:
         if len(self.asked) == self.most:
             return None
         self.asked.append(setting)
         return self.cost(setting)
 
 
-def cost(setting: Setting) -> float:
+def cost(setting: Plan) -> float:
     """Narrow weights lose unless compiled and explicit; 32 rows and 4 threads are best."""
     kind = 1.0
     if setting.bf16_weights:
@@ -55,7 +58,7 @@ def test_the_fastest_is_found_with_a_part_of_the_measurements():
 
     best = search(START, SPACE, measured)
 
-    assert best == Setting("bf16", True, True, "explicit", 32, 4)
+    assert best == Plan("bf16", True, True, "explicit", 32, 4)
     assert len(measured.asked) == len(set(measured.asked)) < 12 * 7 * 4 / 8
 
 
@@ -64,7 +67,7 @@ def test_a_small_gain_replaces_nothing():
 
 
 def test_a_setting_that_fails_is_passed_over():
-    def failing(setting: Setting) -> float:
+    def failing(setting: Plan) -> float:
         return math.inf if setting.compile or setting.batch_size > 16 else cost(setting)
 
     best = search(START, SPACE, failing)
@@ -140,11 +143,14 @@ def test_thread_counts(cores: int, chosen: int | None, default: int, expected: l
 
 
 @pytest.mark.parametrize("size", [1, 3, 12, 24])
-def test_a_setting_leaves_the_steps_rows_as_they_are(size: int):
+def test_a_plan_leaves_the_steps_rows_as_they_are(size: int, monkeypatch):
+    monkeypatch.setattr(compilation, "find_compiler", lambda: "/usr/bin/g++")
     config = RunConfig.from_yaml("data: {batch_size: 6}\ntraining: {accumulation_steps: 4}")
 
-    changed = Setting("bf16", True, True, "explicit", size, 3).applied_to(config)
+    changed = Plan("bf16", True, True, "explicit", size, 3).applied_to(config)
 
     assert changed.data.batch_size * changed.training.accumulation_steps == 24
-    assert Setting.of(changed) == Setting("bf16", True, True, "explicit", size, 3)
+    facts, machine = ModelFacts.of(changed.model), Machine(torch.device("cpu"))
+    again = Plan.resolve(changed.training, facts, machine, changed.data.batch_size)
+    assert again == Plan("bf16", True, True, "explicit", size, 3)
     assert RunConfig.from_yaml(changed.to_yaml()) == changed

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import DataConfig, RunConfig
-from fundamentallm.config.model import ModelConfig
-from fundamentallm.config.training import resolve_warmup
+from fundamentallm.config.training import TrainingConfig, resolve_warmup
 from fundamentallm.data.loaders import Batching
 from fundamentallm.data.overlap import overlap
 from fundamentallm.data.permutation import derive_key
@@ -32,27 +31,19 @@ from fundamentallm.engine.auto import choose_auto
 from fundamentallm.engine.exactness import circumstances, versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
-from fundamentallm.engine.starting_point import starting_point
+from fundamentallm.engine.starting_point import StartingPoint, starting_point
 from fundamentallm.errors import ConfigError, DataError, MachineError
 from fundamentallm.files.run_layout import CORPUS
-from fundamentallm.models.attention import choose_kernel
-from fundamentallm.models.build import build_model, check_model, follows_weight_type
-from fundamentallm.models.native.block import require_native, why_not
+from fundamentallm.models.build import build_model, check_model
 from fundamentallm.models.native.library import find_compiler, load_library
 from fundamentallm.training.clock import seconds_since_start
-from fundamentallm.training.compilation import resolve_compile
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers import HANDLERS
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import LOSSES
+from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.optimizers import OPTIMIZERS, OptimizerBuilder
-from fundamentallm.training.precision import (
-    resolve_bf16_weights,
-    resolve_device,
-    resolve_precision,
-)
 from fundamentallm.training.schedulers import SCHEDULERS
-from fundamentallm.training.threads import use_threads
 from fundamentallm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -83,6 +74,23 @@ BEFORE_THERE_WAS_A_CHOICE = {"bf16_weights": False, "attention": "flash"}
 LEAST_OVERLAP = 0.01  # share of the validation text to warn of
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before its model is built.
+
+    Attributes:
+        start: where its weights come from; its `config` has what a folder decides filled in.
+        source: the text and where it came from.
+        tokenizer: between text and token ids.
+        loaders: of this rank.
+    """
+
+    start: StartingPoint
+    source: Source
+    tokenizer: Tokenizer
+    loaders: Loaders
+
+
 @dataclass
 class Run:
     """A wired run.
@@ -105,62 +113,62 @@ class Run:
 
 
 def assemble(
-    config: RunConfig, directory: RunDirectory, ranks: Ranks, measuring: bool = True
+    written: RunConfig, directory: RunDirectory, machine: Machine, measuring: bool = True
 ) -> Run:
     """Build every part of a run and connect them.
 
+    From a configuration to the first step: a folder to start from fills in its sizes; the text
+    becomes tokens, and tokens become loaders; text and loaders fill in the sizes and budgets that
+    the file leaves open, and the plan says how this machine computes them, by measuring where it
+    says `auto`; the model is built and put in its place; optimizer, schedule and loss stand on its
+    parameters; the trainer makes the step of them; the handlers listen to it.
+
     Args:
-        config: as written; its names were checked (`check_names`).
+        written: the configuration as written; its names were checked (`check_names`).
         directory: where the run lives, and what it goes on from.
-        ranks: this process among the others.
+        machine: where it computes, as `open_machine` finds it.
         measuring: choose by measuring what `auto` leaves open, in a run that begins.
 
     Raises:
         FundamentaLLMError: of the class of whatever part cannot be built.
     """
-    written = config
-    use_threads(config.training.threads)
-    device = resolve_run_device(config, ranks)
-    start = starting_point(config, directory)
-    config = start.config
-    training = config.training
+    begins, ranks = directory.checkpoint is None, machine.ranks
 
     # data feeds
-    source = read_data(config.data, directory, ranks)
-    tokenizer = choose_tokenizer(config, source, start.tokenizer(), directory)
-    if directory.checkpoint is None and ranks.is_writer:
-        warn_of_overlap(config.data, source, tokenizer)
-    train_loader, val_loader, num_tokens = build_loaders(config, source, tokenizer, ranks)
-    resolved, notes = resolve(
-        config, directory, tokenizer, len(train_loader), train_loader.tokens_per_step, device
-    )
+    inputs = read_inputs(written, directory, ranks)
+    source, tokenizer = inputs.source, inputs.tokenizer
+    train_loader, val_loader, num_tokens = inputs.loaders
+    if begins and ranks.is_writer:
+        warn_of_overlap(written.data, source, tokenizer)
+
+    # the plan says how
+    config, plan, notes = resolve(inputs, directory, machine)
     with config.blame("model"):
-        refuse_what_cannot_fit(resolved, device)
-    if measuring and directory.checkpoint is None:
-        resolved, chosen = choose_auto(written, resolved, train_loader, device, ranks)
+        refuse_what_cannot_fit(config, plan.device)
+    if measuring and begins:
+        plan, chosen = choose_auto(written, config, plan, train_loader)
+        config = plan.applied_to(config)
         notes += chosen
-    notes = [*start.notes, *without_effect(config, source), *notes]
-    training = resolved.training
+    training = config.training
 
     # models compute; the ranks share the weights, and then each draws its own dropout
     torch.manual_seed(config.seed)
     with config.blame("model"):
-        model = build_model(resolved.model, start.load_into)
-    model.to(device)
+        model = build_model(config.model, inputs.start.load_into)
+    model = plan.place(model)
     if not ranks.alone:
         torch.manual_seed(derive_key(config.seed, ranks.rank) % 2**63)
 
     # training steps
     with config.blame("training.optimizer"):
         optimizer = OptimizerBuilder.from_config(training, model)
-    limits = Limits.resolve(training, len(train_loader), train_loader.tokens_per_step)
     with config.blame("training.scheduler"):
         scheduler = SCHEDULERS.build(
             training.scheduler.name,
             training.scheduler.options,
             optimizer=optimizer,
             # Where only the clock ends a run, the schedule is asked by progress, not by step.
-            total_steps=limits.total_steps or 10**9,
+            total_steps=training.total_steps or 10**9,
             warmup_steps=training.warmup_steps,
             min_lr=training.min_learning_rate,
             steps_per_epoch=len(train_loader),
@@ -169,13 +177,13 @@ def assemble(
         loss_fn = LOSSES.build(training.loss.name, training.loss.options)
     check_abilities(config, model, loss_fn)
     trainer = Trainer(
-        model, train_loader, val_loader, optimizer, scheduler, loss_fn, device, training
+        model, train_loader, val_loader, optimizer, scheduler, loss_fn, plan, training
     )
     trainer.clock = seconds_since_start
     trainer.description = dict(
         describe(
             written,
-            resolved,
+            config,
             tokenizer=tokenizer.to_dict(),
             data={
                 "sha256": source.sha256,
@@ -183,7 +191,7 @@ def assemble(
                 "response_end": source.response_end,
             },
             versions=versions(),
-            circumstances=circumstances(device, ranks),
+            circumstances=circumstances(plan.device, ranks),
         )
     )
 
@@ -202,7 +210,20 @@ def assemble(
                 seed=config.seed,
             )
         handler.attach(trainer)
-    return Run(resolved, directory, trainer, tokenizer, source, notes)
+    return Run(config, directory, trainer, tokenizer, source, notes)
+
+
+def read_inputs(written: RunConfig, directory: RunDirectory, ranks: Ranks) -> Inputs:
+    """Read all that the configuration names, and build the loaders of this rank.
+
+    Raises:
+        FundamentaLLMError: as `starting_point`, `read_data`, `choose_tokenizer`, `build_loaders`.
+    """
+    start = starting_point(written, directory)
+    source = read_data(start.config.data, directory, ranks)
+    tokenizer = choose_tokenizer(start.config, source, start.tokenizer(), directory)
+    loaders = build_loaders(start.config, source, tokenizer, ranks)
+    return Inputs(start, source, tokenizer, loaders)
 
 
 def chosen_handlers(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -238,14 +259,14 @@ def check_names(config: RunConfig) -> None:
             HANDLERS.check(name, options if isinstance(options, dict) else {})
 
 
-def resolve_run_device(config: RunConfig, ranks: Ranks) -> torch.device:
-    """Turn `training.device` into a device; each rank of a machine takes its own GPU."""
+def open_machine(config: RunConfig, join: bool = False) -> Machine:
+    """Find the device and the ranks of a configuration, and set its number of threads.
+
+    Raises:
+        ConfigError, MachineError: as `Machine.open`.
+    """
     with config.blame("training.device"):
-        device = resolve_device(config.training.device)
-    if device.type == "cuda" and (device.index is None or not ranks.alone):
-        device = torch.device("cuda", ranks.local_rank)
-        torch.cuda.set_device(device)
-    return device
+        return Machine.open(config.training.device, config.training.threads, join)
 
 
 def read_data(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Source:
@@ -385,34 +406,21 @@ def end_of_documents(config: RunConfig, source: Source) -> int | None:
 
 
 def resolve(
-    config: RunConfig,
-    directory: RunDirectory,
-    tokenizer: Tokenizer,
-    steps_per_epoch: int,
-    tokens_per_step: int,
-    device: torch.device,
-) -> tuple[RunConfig, list[str]]:
-    """Fill in everything that the file leaves open.
+    inputs: Inputs, directory: RunDirectory, machine: Machine
+) -> tuple[RunConfig, Plan, list[str]]:
+    """Fill in everything that the file leaves open, as far as that needs no measurement.
 
     Returns:
-        The configuration that the run uses and stores, and notes for the user.
+        The configuration that the run uses and stores, how it is computed, and notes for the user.
     """
+    config, tokenizer, loader = inputs.start.config, inputs.tokenizer, inputs.loaders.train
     training = config.training
-    limits = Limits.resolve(training, steps_per_epoch, tokens_per_step)
-    notes = []
+    notes = [*inputs.start.notes, *without_effect(config, inputs.source)]
+    limits = Limits.resolve(training, len(loader), loader.tokens_per_step)
     with config.blame("training.warmup_steps"):
         warmup, note = resolve_warmup(training, limits.total_steps)
     if note and getattr(SCHEDULERS.get(training.scheduler.name), "uses_warmup", False):
         notes.append(note)
-    chosen = training
-    if directory.checkpoint is not None:
-        # What was chosen for the run stays: another precision would be another course.
-        began_with = directory.checkpoint.metadata["config"]["training"]
-        fields = ("precision", "mixed_precision", "bf16_weights", "attention", "compile")
-        known = {**BEFORE_THERE_WAS_A_CHOICE, **began_with}
-        chosen = training.model_copy(update={name: known[name] for name in fields})
-    with config.blame("training.precision"):
-        precision = resolve_precision(chosen.precision, chosen.mixed_precision, device)
     model = config.model.model_copy(
         update={
             "vocab_size": config.model.vocab_size or tokenizer.vocab_size,
@@ -430,47 +438,47 @@ def resolve(
                 if model.init_from
                 else "remove model.vocab_size",
             )
-    if chosen.compile == "native" and config.data.packing == "document":
-        chosen = chosen.model_copy(update={"compile": False})  # to no effect, as the user is told
-    if chosen.compile and directory.checkpoint is not None:
-        reason = _why_not_compiled(chosen.compile == "native", model, device)
-        if reason:
-            notes.append(
-                f"the run was compiled so far, which cannot be done here ({reason}): it goes on "
-                "without, and its numbers differ in their last bits"
-            )
-            chosen = chosen.model_copy(update={"compile": False})
-    native = chosen.compile == "native"
-    if native:
-        with config.blame("training.compile"):
-            require_native(model, device)
-        precision = "bf16"  # also where it is auto
-    bf16_weights = not native and resolve_bf16_weights(
-        chosen.bf16_weights, precision, device, partial(follows_weight_type, model)
+    facts = ModelFacts.of(model)
+    if directory.checkpoint is not None:
+        training, lost = as_it_began(training, directory.checkpoint, facts, machine.device)
+        notes += lost
+    if training.compile == "native" and config.data.packing == "document":
+        training = training.model_copy(update={"compile": False})  # as `without_effect` tells
+    with config.blame("training"):
+        plan = Plan.resolve(training, facts, machine, config.data.batch_size)
+    steps = {"warmup_steps": warmup, "total_steps": limits.total_steps}
+    completed = config.model_copy(
+        update={"model": model, "training": config.training.model_copy(update=steps)}
     )
-    context = model.sequence_length or config.data.sequence_length
-    resolved = training.model_copy(
-        update={
-            "warmup_steps": warmup,
-            "total_steps": limits.total_steps,
-            "precision": precision,
-            "mixed_precision": precision != "fp32",
-            "bf16_weights": bf16_weights,
-            "attention": choose_kernel(chosen.attention, device, bf16_weights, context),
-            "compile": resolve_compile(chosen.compile),
-            "device": str(device),
-        }
-    )
-    return config.model_copy(update={"model": model, "training": resolved}), notes
+    return plan.applied_to(completed), plan, notes
 
 
-def _why_not_compiled(native: bool, model: ModelConfig, device: torch.device) -> str:
+def as_it_began(
+    training: TrainingConfig, checkpoint: Manifest, model: ModelFacts, device: torch.device
+) -> tuple[TrainingConfig, list[str]]:
+    """Return what to resolve in a run that goes on, and notes for the user.
+
+    What was chosen for the run stays: another precision would be another course.
+    """
+    known = {**BEFORE_THERE_WAS_A_CHOICE, **checkpoint.metadata["config"]["training"]}
+    fields = ("precision", "mixed_precision", "bf16_weights", "attention", "compile")
+    began = training.model_copy(update={name: known[name] for name in fields})
+    reason = _why_not_compiled(began.compile == "native", model, device) if began.compile else ""
+    if not reason:
+        return began, []
+    return began.model_copy(update={"compile": False}), [
+        f"the run was compiled so far, which cannot be done here ({reason}): it goes on "
+        "without, and its numbers differ in their last bits"
+    ]
+
+
+def _why_not_compiled(native: bool, model: ModelFacts, device: torch.device) -> str:
     """Return why a run of compiled code cannot go on with it on this machine; empty if it can."""
     if find_compiler() is None:
         return "there is no C++ compiler"
     if not native:
         return ""
-    if reason := why_not(model, device):
+    if reason := model.why_not_native(device):
         return reason
     try:
         load_library()

@@ -14,24 +14,18 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
+from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import RunConfig
 from fundamentallm.data.batch import Window, count_valid
 from fundamentallm.data.loaders import EpochLoader
 from fundamentallm.engine.measuring import Measurement, failed, measure
-from fundamentallm.engine.search import LEAST_GAIN, Setting
+from fundamentallm.engine.search import LEAST_GAIN
 from fundamentallm.engine.speed_cache import SpeedCache, circumstances_of
 from fundamentallm.errors import FundamentaLLMError
-from fundamentallm.models.attention import choose_kernel
-from fundamentallm.models.build import follows_weight_type
-from fundamentallm.models.native.block import why_not
 from fundamentallm.training.clock import seconds_since_start
-from fundamentallm.training.distributed import Ranks
-from fundamentallm.training.limits import Limits
-from fundamentallm.training.precision import resolve_bf16_weights
 
 logger = logging.getLogger(__name__)
 
@@ -81,21 +75,21 @@ class Length:
 
 
 def choose(
-    start: Setting,
-    other: Setting | None,
+    start: Plan,
+    other: Plan | None,
     may_compile: bool,
     length: Length,
-    seconds_of: Callable[[Setting, float], Measurement],
-    native: Setting | None = None,
-) -> Setting:
-    """Return the setting that ends the run soonest, or takes it furthest, measuring few.
+    seconds_of: Callable[[Plan, float], Measurement],
+    native: Plan | None = None,
+) -> Plan:
+    """Return the plan that ends the run soonest, or takes it furthest, measuring few.
 
     Args:
         start: not compiled; stays unless another saves `LEAST_GAIN` of the time.
         other: the same in another type, None where the type is not to be chosen.
         may_compile: whether compiling is to be chosen.
         length: of the run.
-        seconds_of: measures a setting, of a micro-batch; its second argument is the time of one
+        seconds_of: measures a plan, of a micro-batch; its second argument is the time of one
             after which the setting is out of the race.
         native: with native code, None where there can be none. It compiles in seconds, so it is
             tried first; where it wins, torch's compiler is not called.
@@ -124,8 +118,8 @@ def choose(
     return best
 
 
-def _best(measured: dict[Setting, Measurement], start: Setting, length: Length) -> Setting:
-    best = min(measured, key=lambda setting: length.seconds_per_step(measured[setting]))
+def _best(measured: dict[Plan, Measurement], start: Plan, length: Length) -> Plan:
+    best = min(measured, key=lambda plan: length.seconds_per_step(measured[plan]))
     gained = length.seconds_per_step(measured[best]) < (1 - LEAST_GAIN) * length.seconds_per_step(
         measured[start]
     )
@@ -133,54 +127,45 @@ def _best(measured: dict[Setting, Measurement], start: Setting, length: Length) 
 
 
 def choose_auto(
-    written: RunConfig,
-    resolved: RunConfig,
-    loader: EpochLoader,
-    device: torch.device,
-    ranks: Ranks,
-) -> tuple[RunConfig, list[str]]:
+    written: RunConfig, resolved: RunConfig, plan: Plan, loader: EpochLoader
+) -> tuple[Plan, list[str]]:
     """Measure what `auto` leaves open in a run that begins; the first rank's choice holds for all.
 
     Args:
         written: the configuration with its `auto`.
         resolved: with what holds if nothing is measured.
+        plan: of the resolved configuration.
         loader: of the training data.
-        device: where the run computes.
-        ranks: this process among the others.
 
     Returns:
-        The configuration with the choice, and notes for the user.
+        The plan to take, and notes for the user.
     """
-    training = resolved.training
+    ranks = plan.ranks
     opens_type = (
         written.training.precision == "auto"
         and not written.training.mixed_precision
-        and device.type == "cpu"
-        and training.compile != "native"
+        and plan.device.type == "cpu"
+        and plan.compile != "native"
     )
     may_compile = written.training.compile == "auto"
     apart = resolved.data.packing == "document"  # which is not compiled
-    if may_compile and (apart or ranks.any(training.compile is False)):
-        if training.compile and not apart:
+    if may_compile and (apart or ranks.any(plan.compile is False)):
+        if plan.compile and not apart:
             logger.warning("compile: auto: another rank found no C++ compiler: nothing is compiled")
-        may_compile, training = False, training.model_copy(update={"compile": False})
-        resolved = resolved.model_copy(update={"training": training})
+        may_compile, plan = False, replace(plan, compile=False)
     if not (opens_type or may_compile):
-        return resolved, []
-    start = Setting.of(resolved)
-    if may_compile:
-        start = replace(start, compile=False)
+        return plan, []
+    start = replace(plan, compile=False) if may_compile else plan
     message = ""
     failure: Exception | None = None
     if ranks.is_writer:
         try:
-            other = _in_bf16(start, written, resolved, device) if opens_type else None
+            facts = ModelFacts.of(resolved.model)
+            other = _in_bf16(start, written, facts) if opens_type else None
             native = None
             if may_compile and written.training.bf16_weights is not True:
-                native = _native(start, other, resolved, device)
-            chosen, note = _choose(
-                start, other, may_compile, native, resolved, loader, device, ranks
-            )
+                native = _native(start, other, facts)
+            chosen, note = _choose(start, other, may_compile, native, resolved, loader)
             message = json.dumps(
                 [chosen.precision, chosen.bf16_weights, chosen.attention, chosen.compile, note]
             )
@@ -199,68 +184,58 @@ def choose_auto(
         attention=attention,
         compile=compiles,
     )
-    return chosen.applied_to(resolved), [note] if note else []
+    return chosen, [note] if note else []
 
 
-def _in_bf16(
-    start: Setting, written: RunConfig, resolved: RunConfig, device: torch.device
-) -> Setting | None:
-    """Return the setting in bf16 that the configuration means; None if it starts there."""
+def _in_bf16(start: Plan, written: RunConfig, model: ModelFacts) -> Plan | None:
+    """Return the plan in bf16 that the configuration means; None if it starts there."""
     if start.precision == "bf16":
         return None
-    follows = partial(follows_weight_type, resolved.model)
-    weights = resolve_bf16_weights(written.training.bf16_weights, "bf16", device, follows)
-    context = resolved.model.sequence_length or resolved.data.sequence_length
-    kernel = choose_kernel(written.training.attention, device, weights, context)
-    return replace(start, precision="bf16", bf16_weights=weights, attention=kernel)
+    narrow = {"precision": "bf16", "compile": start.compile}
+    training = written.training.model_copy(update=narrow)
+    return Plan.resolve(training, model, Machine(start.device, start.ranks), start.batch_size)
 
 
-def _native(
-    start: Setting, other: Setting | None, resolved: RunConfig, device: torch.device
-) -> Setting | None:
-    """Return the setting with native code, which is in bf16; None where it cannot be."""
-    narrow = next((s for s in (start, other) if s is not None and s.precision == "bf16"), None)
-    if narrow is None or why_not(resolved.model, device):
+def _native(start: Plan, other: Plan | None, model: ModelFacts) -> Plan | None:
+    """Return the plan with native code, which is in bf16; None where it cannot be."""
+    narrow = next((p for p in (start, other) if p is not None and p.precision == "bf16"), None)
+    if narrow is None or model.why_not_native(start.device):
         return None
     return replace(narrow, bf16_weights=False, compile="native")
 
 
 def _choose(
-    start: Setting,
-    other: Setting | None,
+    start: Plan,
+    other: Plan | None,
     may_compile: bool,
-    native: Setting | None,
+    native: Plan | None,
     resolved: RunConfig,
     loader: EpochLoader,
-    device: torch.device,
-    ranks: Ranks,
-) -> tuple[Setting, str]:
+) -> tuple[Plan, str]:
     """Choose with the figures that are known and those that are measured; return a note too."""
     training = resolved.training
-    limits = Limits.resolve(training, len(loader), loader.tokens_per_step)
-    left = None if limits.max_seconds is None else limits.max_seconds - seconds_since_start()
-    length = Length(limits.total_steps, left, training.accumulation_steps)
+    left = None if training.max_seconds is None else training.max_seconds - seconds_since_start()
+    length = Length(training.total_steps, left, training.accumulation_steps)
     cache = SpeedCache()
-    circumstances = circumstances_of(resolved, device, ranks.world_size)
+    circumstances = circumstances_of(resolved, start.device, start.ranks.world_size)
     known = cache.get(circumstances)
-    asked: dict[Setting, Measurement] = {}
+    asked: dict[Plan, Measurement] = {}
     new = False
 
-    def seconds_of(setting: Setting, slowest: float) -> Measurement:
+    def seconds_of(plan: Plan, slowest: float) -> Measurement:
         nonlocal new
-        name = f"{name_of(setting)}, {setting.attention} attention"
+        name = f"{name_of(plan)}, {plan.attention} attention"
         if name not in known:
             batch = loader.window_at(0, 0).micro_batches[0]
             window = Window([batch], count_valid(batch["target_ids"]))
-            config = setting.applied_to(resolved)
             try:
-                found = measure(config, [window], device, SECONDS, slowest, brief=True)
+                found = measure(resolved, plan, [window], SECONDS, slowest, brief=True)
             except FundamentaLLMError as error:  # a compiler that refuses native code, say
                 found = failed(error.what)
             if found.fault:
                 return found
             known[name], new = found, True
-        asked[setting] = known[name]
+        asked[plan] = known[name]
         return known[name]
 
     try:
@@ -277,21 +252,21 @@ def _choose(
     return chosen, _note(chosen, asked, new, cache)
 
 
-def name_of(setting: Setting) -> str:
-    """Return what tells a setting from the others that `auto` chooses among, for people."""
-    narrow = "" if setting.precision != "bf16" or setting.bf16_weights else " autocast"
-    if setting.compile == "native":
-        return f"{setting.precision} native"
-    return f"{setting.precision}{narrow}{' compiled' if setting.compile else ''}"
+def name_of(plan: Plan) -> str:
+    """Return what tells a plan from the others that `auto` chooses among, for people."""
+    narrow = "" if plan.precision != "bf16" or plan.bf16_weights else " autocast"
+    if plan.compile == "native":
+        return f"{plan.precision} native"
+    return f"{plan.precision}{narrow}{' compiled' if plan.compile else ''}"
 
 
-def _note(chosen: Setting, asked: dict[Setting, Measurement], new: bool, cache: SpeedCache) -> str:
+def _note(chosen: Plan, asked: dict[Plan, Measurement], new: bool, cache: SpeedCache) -> str:
     if len(asked) < 2:
         return ""
     figures = ", ".join(
-        f"{name_of(setting)} {1e3 * found.step_seconds:.3g} ms"
-        + (f" after {found.compile_seconds:.0f} s" if setting.compile else "")
-        for setting, found in asked.items()
+        f"{name_of(plan)} {1e3 * found.step_seconds:.3g} ms"
+        + (f" after {found.compile_seconds:.0f} s" if plan.compile else "")
+        for plan, found in asked.items()
     )
     known = "measured now" if new else f"known from {cache.path}"
     return f"auto: {name_of(chosen)}; a micro-batch takes, {known}: {figures}"

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from fundamentallm.config import load_config
-from fundamentallm.engine.assemble import Run, assemble, check_names
+from fundamentallm.engine.assemble import Run, assemble, check_names, open_machine
 from fundamentallm.engine.console import say, speaking
 from fundamentallm.engine.fit import estimate_run, gib, memory_limit
+from fundamentallm.engine.measuring import measure
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.run_directory import nowhere
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers.progress import format_seconds
-from fundamentallm.training.step import TrainStep
-
-MEASURED_STEPS = 3
 
 
 def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> int:
@@ -32,10 +26,10 @@ def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[st
     with speaking():
         load_plugins([*config.plugins, *plugins], config.locate("plugins"))
         check_names(config)
-        run = assemble(config, nowhere(config), Ranks(), measuring=False)
+        run = assemble(config, nowhere(config), open_machine(config), measuring=False)
     for note in run.notes:
         say(note)
-    _print_costs(run)
+    _print_costs(run, measure_step(run, config.training.compile == "auto"))
     say()
     say("Events and their handlers, in firing order:")
     for event, handlers in run.trainer.timeline():
@@ -46,11 +40,10 @@ def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[st
     return 0
 
 
-def _print_costs(run: Run) -> None:
+def _print_costs(run: Run, seconds: float) -> None:
     trainer = run.trainer
     cost = estimate_run(run.config)
     tokens_per_step = trainer.train_loader.tokens_per_step
-    seconds = measure_step(run)
     limit = memory_limit(trainer.device)
     say(f"device           {trainer.device}, {run.config.training.precision}")
     say(
@@ -71,25 +64,19 @@ def _print_costs(run: Run) -> None:
         say(f"time             {format_seconds(trainer.limits.max_seconds)} ({speed})")
 
 
-def measure_step(run: Run) -> float:
-    """Return the seconds of one optimizer step, the fastest of a few on a copy of the model."""
+def measure_step(run: Run, opens_compile: bool) -> float:
+    """Return the seconds of one optimizer step, of random weights in place of the run's.
+
+    Args:
+        run: whose step to measure.
+        opens_compile: whether a run would choose by measuring if it compiles; it begins without.
+    """
     trainer = run.trainer
-    model = copy.deepcopy(trainer.model).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-    step = TrainStep(
-        model,
-        model,
-        optimizer,
-        trainer.loss_fn,
-        trainer.precision,
-        trainer.ranks,
-        trainer.config.max_grad_norm,
-        lambda event: None,
-    )
-    window = trainer.train_loader.window_at(0, 0)
-    fastest = float("inf")
-    for _ in range(MEASURED_STEPS):
-        started = time.perf_counter()
-        step(window, window.num_tokens, run.config.data.batch_size)
-        fastest = min(fastest, time.perf_counter() - started)
-    return fastest
+    plain = replace(trainer.plan, compile=False)
+    windows = [trainer.train_loader.window_at(0, 0)]
+    if not opens_compile:
+        measured = measure(run.config, trainer.plan, windows, seconds=0.0)
+        if not measured.fault:
+            return measured.step_seconds
+    # Where torch's compiler fails, a run goes on without it.
+    return measure(run.config, plain, windows, seconds=0.0).step_seconds

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.data.examples import encode_examples
 from fundamentallm.data.sources import (
     ExampleSource,
@@ -39,8 +40,6 @@ from fundamentallm.inference.evaluate import (
     text_size,
 )
 from fundamentallm.inference.load import Trained, load_trained
-from fundamentallm.models.attention import choose_kernel, use_kernel
-from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
 
 PARTS = {"train": "training", "val": "validation", "test": "test"}
 
@@ -50,7 +49,8 @@ def evaluate(options: argparse.Namespace) -> int:
     with speaking():
         load_plugins(options.plugins, "--plugins")
         _check(options)
-        trained = load_trained(options.model, resolve_device(options.device))
+        machine = Machine.open(options.device)
+        trained = load_trained(options.model, machine.device)
         context = trained.config.model.sequence_length
         assert context is not None
         stride = context if options.stride is None else options.stride
@@ -83,19 +83,15 @@ def evaluate(options: argparse.Namespace) -> int:
                 expected="at least 2",
                 fix="name a text with --data",
             )
-        precision = _precision(trained)
-        attention = trained.config.training.attention
-        use_kernel(
-            trained.model,
-            choose_kernel(attention, precision.device, precision.bf16_weights, context),
-        )
+        facts, training = ModelFacts.of(trained.config.model), trained.config.training
+        plan = Plan.again(training, facts, machine.device, fp16_elsewhere="fp32")
         total, each = evaluate_documents(
-            trained.model,
+            plan.prepare(trained.model),
             trained.tokenizer,
             measured,
             context,
             trained.config.data.batch_size,
-            precision,
+            plan.build_precision(),
             stride,
             source.end_id if trained.config.data.packing == "document" else None,
         )
@@ -180,15 +176,6 @@ def _table(by_name: list[tuple[str, Evaluated]], num_left_out: int) -> None:
             f"{one.num_tokens:>10,} {one.loss:>8.4f} {one.perplexity:>12.3f}"
             f" {one.bits_per_character:>10.4f} {one.bits_per_byte:>10.4f}  {printable(name)}"
         )
-
-
-def _precision(trained: Trained) -> Precision:
-    """Return the precision of the run, or what comes nearest on this device."""
-    device = next(trained.model.parameters()).device
-    training = trained.config.training
-    if device.type == "cuda" or training.precision != "fp16":
-        return Precision(training.precision, device, training.bf16_weights is True)
-    return Precision(resolve_precision("auto", False, device), device)
 
 
 def _source(trained: Trained, data: str | None) -> Source:

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import RunConfig
 from fundamentallm.data.batch import Batch, Window, count_valid
 from fundamentallm.engine.abilities import check_abilities
@@ -36,13 +37,12 @@ from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import ConfigError, FundamentaLLMError
 from fundamentallm.models.build import build_model
-from fundamentallm.training.build_step import build_precision, build_step
 from fundamentallm.training.compilation import CompiledBlocks
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import LOSSES
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.rng import capture_rng, restore_rng
-from fundamentallm.training.threads import use_threads
+from fundamentallm.training.step import TrainStep
 
 CONFIG, ROWS, REQUEST, RESULT = "config.yaml", "rows.safetensors", "request.json", "result.json"
 LEAST_STEPS, MOST_STEPS = 3, 1_000
@@ -73,21 +73,21 @@ def failed(fault: str) -> Measurement:
 
 def measure(
     config: RunConfig,
+    plan: Plan,
     windows: Sequence[Window],
-    device: torch.device,
     seconds: float,
     slowest: float = math.inf,
     brief: bool = False,
 ) -> Measurement:
-    """Time the step of a configuration in this process, on a model of its own.
+    """Time the step of a configuration in this process alone, on a model of its own.
 
     Weights stay as they are (the learning rate is 0), and so do the random generators.
 
     Args:
         config: with everything resolved.
+        plan: how the step is computed; its ranks, batch size and threads are not looked at.
         windows: taken in turn. The two calls before them, which warm up and compile, see the first
             micro-batch alone.
-        device: where to compute.
         seconds: time for the steps, of which there are at least three.
         brief: for windows of one micro-batch: at least one step, the second call counts too, and
             the fastest is the figure, for the median of so few would be chance.
@@ -100,32 +100,41 @@ def measure(
     rng = capture_rng()
     torch.manual_seed(config.seed)
     try:
-        return _measure(config, windows, device, seconds, slowest, brief)
+        return _measure(config, replace(plan, ranks=Ranks()), windows, seconds, slowest, brief)
     finally:
         restore_rng(rng)
         gc.collect()
-        if device.type == "cuda":
+        if plan.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def _measure(
     config: RunConfig,
+    plan: Plan,
     windows: Sequence[Window],
-    device: torch.device,
     seconds: float,
     slowest: float,
     brief: bool,
 ) -> Measurement:
-    training = config.training
-    model = build_model(config.model).to(device).train()
+    training, device = config.training, plan.device
+    model = plan.place(build_model(config.model)).train()
     optimizer = OptimizerBuilder.from_config(training, model)
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros_like(lr) if isinstance(lr := group["lr"], Tensor) else 0.0
     loss_fn = LOSSES.build(training.loss.name, training.loss.options)
     check_abilities(config, model, loss_fn)
-    precision = build_precision(training, model, device)
     started = time.perf_counter()
-    step = build_step(training, model, optimizer, loss_fn, precision, Ranks())
+    step = TrainStep(
+        plan.prepare(model),
+        model,
+        optimizer,
+        loss_fn,
+        plan.build_precision(),
+        plan.ranks,
+        training.max_grad_norm,
+        lambda event: None,
+        training.max_grad_value,
+    )
     building = time.perf_counter() - started  # native code is compiled here, torch's at a call
 
     def timed(window: Window) -> float:
@@ -137,7 +146,7 @@ def _measure(
 
     beginning = _first_of(windows[0])
     first = timed(beginning)
-    if first > slowest and not training.compile:
+    if first > slowest and not plan.compile:
         return Measurement(first)
     again = timed(beginning)
     taken = [again] if brief else []
@@ -147,13 +156,14 @@ def _measure(
     runner = getattr(model, "run_block", None)
     if isinstance(runner, CompiledBlocks) and runner.compiled is None:
         return failed("torch.compile failed")
-    compiling = building + max(0.0, first - again) if training.compile else 0.0
+    compiling = building + max(0.0, first - again) if plan.compile else 0.0
     figure = min(taken) if brief else statistics.median(taken)
     return Measurement(figure, compiling, _peak_bytes(device))
 
 
 def measure_apart(
     config: RunConfig,
+    plan: Plan,
     rows: Batch,
     plugins: Sequence[str],
     seconds: float,
@@ -163,6 +173,7 @@ def measure_apart(
 
     Args:
         config: with everything resolved.
+        plan: how the step is computed.
         rows: the data of one step or more, `input_ids`, `target_ids` (rows, T) and so on; it is
             cut into windows of `batch_size` times `accumulation_steps`.
         plugins: modules to import there besides the configuration's.
@@ -174,7 +185,7 @@ def measure_apart(
     """
     with tempfile.TemporaryDirectory(prefix="fundamentallm-tune-") as name:
         folder = Path(name)
-        config.to_yaml(folder / CONFIG)
+        plan.applied_to(config).to_yaml(folder / CONFIG)
         save_file({key: value.contiguous() for key, value in rows.items()}, folder / ROWS)
         request = {"plugins": list(plugins), "seconds": seconds}
         (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
@@ -238,15 +249,15 @@ def _answer(folder: Path) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     request: dict[str, Any] = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     config = RunConfig.from_yaml(folder / CONFIG)
-    use_threads(config.training.threads)
+    machine = Machine.open(config.training.device, config.training.threads)
     load_plugins([*config.plugins, *request["plugins"]], "plugins")
-    device = torch.device(config.training.device)
     try:
-        refuse_what_cannot_fit(config, device)
+        refuse_what_cannot_fit(config, machine.device)
         windows = windows_of(
             load_file(folder / ROWS), config.data.batch_size, config.training.accumulation_steps
         )
-        result = measure(config, windows, device, request["seconds"])
+        plan = Plan.resolve(config.training, ModelFacts.of(config.model), machine)
+        result = measure(config, plan, windows, request["seconds"])
     except ConfigError as error:
         result = failed(f"{error.what}: {error.got}" if error.got else error.what)
     except FundamentaLLMError as error:

@@ -12,13 +12,13 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import RunConfig
 from fundamentallm.data.batch import Window, count_valid
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import CheckpointError, ConfigError, NumericalError
 from fundamentallm.files.run_layout import EVIDENCE, REPORT
-from fundamentallm.models.attention import choose_kernel, use_kernel
 from fundamentallm.models.build import build_model
 from fundamentallm.training.checkpoint import check_model_state
 from fundamentallm.training.diagnosis import (
@@ -29,12 +29,9 @@ from fundamentallm.training.diagnosis import (
     Laboratory,
     Replay,
 )
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.incident import first_bad
 from fundamentallm.training.losses import LOSSES
-from fundamentallm.training.precision import Precision, resolve_device, resolve_precision
 from fundamentallm.training.store import CheckpointStore
-from fundamentallm.training.threads import use_threads
 
 MAX_REPORT_BYTES = 64 << 20
 ROWS_SHOWN = 12
@@ -63,8 +60,7 @@ def replay(options: argparse.Namespace) -> int:
             say(f"incident   step {report['step']}: {printable(report['fault'])}")
             say(f"verdict    {report['verdict']}: the step was finite, there is nothing to replay")
             return 0
-        device = resolve_device(options.device)
-        result = replay_incident(options.incident, report, device)
+        result = replay_incident(options.incident, report, options.device)
     found = first_bad(Diagnosis("", result))
     say(f"incident   step {report['step']}: {printable(report['fault'])}")
     say(f"verdict    {report['verdict']}; {printable(report['decision'])}")
@@ -126,7 +122,7 @@ def _check_report(report: Any) -> None:
             raise ValueError(f"its report has no place in 'first_bad.{part}'")
 
 
-def replay_incident(incident: Path, report: dict[str, Any], device: torch.device) -> Replay:
+def replay_incident(incident: Path, report: dict[str, Any], device: str) -> Replay:
     """Compute the step of an incident again, every module watched.
 
     Raises:
@@ -146,19 +142,14 @@ def replay_incident(incident: Path, report: dict[str, Any], device: torch.device
         )
     config, model = _build(report["description"]["config"], state, str(store.directory))
     training = config.training
-    use_threads(training.threads)
-    precision, bf16_weights = training.precision, training.bf16_weights is True
-    if precision == "fp16" and device.type != "cuda":
-        precision = "bf16"
-    use_kernel(
-        model,
-        choose_kernel(training.attention, device, bf16_weights, config.model.sequence_length or 0),
-    )
+    machine = Machine.open(device, training.threads)
+    facts = ModelFacts.of(config.model)
+    plan = Plan.again(training, facts, machine.device, fp16_elsewhere="bf16")
     laboratory = Laboratory(
-        model.to(device),
+        plan.prepare(plan.place(model)),
         LOSSES.build(training.loss.name, training.loss.options),
-        Precision(resolve_precision(precision, False, device), device, bf16_weights),
-        Ranks(),
+        plan.build_precision(),
+        plan.ranks,
     )
     try:
         batches = state["window"]
@@ -166,7 +157,7 @@ def replay_incident(incident: Path, report: dict[str, Any], device: torch.device
         generators = {
             name: value
             for name, value in state["generators"].items()
-            if name == "torch" or device.type == "cuda"
+            if name == "torch" or plan.device.type == "cuda"
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

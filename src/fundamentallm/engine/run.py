@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from fundamentallm.compute.plan import Machine
 from fundamentallm.config import RunConfig, load_config
 from fundamentallm.engine import run_directory
-from fundamentallm.engine.assemble import Run, assemble, check_names, keep_texts
+from fundamentallm.engine.assemble import Run, assemble, check_names, keep_texts, open_machine
 from fundamentallm.engine.console import logging_to, printable, say, speaking
 from fundamentallm.engine.exactness import refuse_other_versions, tell_other_circumstances
 from fundamentallm.engine.plugins import load_plugins
@@ -21,8 +22,7 @@ from fundamentallm.engine.run_directory import RunDirectory
 from fundamentallm.errors import DataError, InterruptedRunError, MachineError
 from fundamentallm.files.lock import owning, refuse_if_owned
 from fundamentallm.files.run_layout import BEST, CONFIG, LOG, SAMPLES, TENSORBOARD
-from fundamentallm.training.distributed import Ranks, join_ranks, leave_ranks
-from fundamentallm.training.precision import resolve_device
+from fundamentallm.training.distributed import Ranks, leave_ranks
 from fundamentallm.training.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
@@ -49,9 +49,8 @@ def run(
             run_dir = Path(word.removeprefix(RUN_DIR))
     overrides = [word for word in overrides if not word.startswith(RUN_DIR)]
     config = load_config(config_path, overrides)
-    with config.blame("training.device"):
-        device = resolve_device(config.training.device)
-    ranks = join_ranks(device.type)
+    machine = open_machine(config, join=True)
+    ranks = machine.ranks
     try:
         with speaking(quiet=not ranks.is_writer):
             load_plugins([*config.plugins, *plugins], config.locate("plugins"))
@@ -73,7 +72,7 @@ def run(
                 again += _option("--run-dir", run_dir)
             for module in plugins:
                 again += _option("--plugins", module)
-            return _train(config, directory, ranks, again)
+            return _train(config, directory, machine, again)
     except RuntimeError as error:
         if ranks.alone or not ("gloo" in str(error) or isinstance(error, dist.DistError)):
             raise
@@ -114,10 +113,10 @@ def agree_on_directory(
     return RunDirectory(Path(path), Path(checkpoints), manifest, note, finished)
 
 
-def _train(config: RunConfig, directory: RunDirectory, ranks: Ranks, again: str) -> int:
+def _train(config: RunConfig, directory: RunDirectory, machine: Machine, again: str) -> int:
     """Train; `again` is the command that goes on with the run."""
-    run = assemble(config, directory, ranks)
-    trainer = run.trainer
+    run = assemble(config, directory, machine)
+    trainer, ranks = run.trainer, machine.ranks
     with contextlib.ExitStack() as held:
         if ranks.is_writer:
             directory.path.mkdir(parents=True, exist_ok=True)

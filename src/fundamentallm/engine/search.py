@@ -1,4 +1,4 @@
-"""The search for the fastest setting: pure, over any function that measures one.
+"""The search for the fastest plan: pure, over any function that measures one.
 
 Precision, compilation and attention depend on each other (narrow weights pay when they are compiled
 and not before), so all their combinations are tried. How many rows go at once and how many threads
@@ -12,80 +12,17 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from fundamentallm.config import RunConfig
+from fundamentallm.compute.plan import Plan
 
-LEAST_GAIN = 0.03  # share of the time that another setting must save: less may be chance
+LEAST_GAIN = 0.03  # share of the time that another plan must save: less may be chance
 ROUNDS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What `tune` may change: how a step is computed, and not what.
-
-    Attributes:
-        precision: "fp32", "bf16" or "fp16".
-        bf16_weights: whether bfloat16 copies of the weights take the place of autocast.
-        compile: whether the block is compiled: by torch (True) or as native code ("native").
-        attention: the kernel's name.
-        batch_size: rows of a micro-batch; the step's rows stay, so accumulation follows.
-        threads: of the CPU; None for torch's choice.
-    """
-
-    precision: str
-    bf16_weights: bool
-    compile: bool | Literal["native"]
-    attention: str
-    batch_size: int
-    threads: int | None
-
-    @classmethod
-    def of(cls, config: RunConfig) -> Setting:
-        """Return the setting of a configuration that is resolved."""
-        training = config.training
-        return cls(
-            training.precision,
-            training.bf16_weights is True,
-            training.compile if training.compile != "auto" else False,
-            training.attention,
-            config.data.batch_size,
-            training.threads,
-        )
-
-    def values(self, rows: int) -> dict[str, dict[str, Any]]:
-        """Return the fields of a configuration that say this, by section.
-
-        Args:
-            rows: sequences of one rank in an optimizer step.
-        """
-        return {
-            "data": {"batch_size": self.batch_size},
-            "training": {
-                "accumulation_steps": rows // self.batch_size,
-                "precision": self.precision,
-                "bf16_weights": self.bf16_weights,
-                "attention": self.attention,
-                "compile": self.compile,
-                "threads": self.threads,
-            },
-        }
-
-    def applied_to(self, config: RunConfig) -> RunConfig:
-        """Return a configuration that computes the same steps in this way."""
-        values = self.values(config.data.batch_size * config.training.accumulation_steps)
-        training = {**values["training"], "mixed_precision": self.precision != "fp32"}
-        return config.model_copy(
-            update={
-                "data": config.data.model_copy(update=values["data"]),
-                "training": config.training.model_copy(update=training),
-            }
-        )
 
 
 @dataclass(frozen=True)
 class Space:
-    """The settings to search.
+    """The plans to search.
 
     Attributes:
         kinds: combinations of precision, bf16_weights, compile and attention.
@@ -98,19 +35,19 @@ class Space:
     threads: Sequence[int | None]
 
 
-def search(start: Setting, space: Space, seconds_of: Callable[[Setting], float | None]) -> Setting:
-    """Return the fastest setting that was found.
+def search(start: Plan, space: Space, seconds_of: Callable[[Plan], float | None]) -> Plan:
+    """Return the fastest plan that was found.
 
     Args:
         start: where to begin; what is no faster than this by `LEAST_GAIN` does not replace it.
         space: what to try.
         seconds_of: seconds of a step, infinite where there is a fault; asked once for each
-            setting. None: the time for the search is used up.
+            plan. None: the time for the search is used up.
     """
-    known: dict[Setting, float] = {}
+    known: dict[Plan, float] = {}
     best = start
 
-    def asked(setting: Setting) -> float:
+    def asked(setting: Plan) -> float:
         if setting not in known:
             seconds = seconds_of(setting)
             if seconds is None:
@@ -141,7 +78,7 @@ def search(start: Setting, space: Space, seconds_of: Callable[[Setting], float |
     return best
 
 
-def _better(best: Setting, tried: Setting, asked: Callable[[Setting], float]) -> Setting:
+def _better(best: Plan, tried: Plan, asked: Callable[[Plan], float]) -> Plan:
     return tried if asked(tried) < asked(best) * (1 - LEAST_GAIN) else best
 
 

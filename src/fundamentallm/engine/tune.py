@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fundamentallm.compute.plan import ModelFacts, Plan
 from fundamentallm.config import RunConfig, load_config
 from fundamentallm.config.edit import edited
 from fundamentallm.config.key_path import KeyPath
@@ -21,29 +22,18 @@ from fundamentallm.config.load import overridden, replaced
 from fundamentallm.config.text_file import read_text
 from fundamentallm.config.yaml_source import YamlDocument, read_yaml
 from fundamentallm.data.batch import Batch
-from fundamentallm.engine.assemble import (
-    build_loaders,
-    check_names,
-    choose_tokenizer,
-    read_data,
-    resolve,
-    resolve_run_device,
-)
+from fundamentallm.engine.assemble import check_names, open_machine, read_inputs, resolve
 from fundamentallm.engine.console import say, speaking
 from fundamentallm.engine.fit import gib
 from fundamentallm.engine.measuring import Measurement, measure_apart, rows_of
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.run_directory import nowhere
-from fundamentallm.engine.search import Setting, Space, batch_sizes, search, thread_counts
-from fundamentallm.engine.starting_point import starting_point
+from fundamentallm.engine.search import Space, batch_sizes, search, thread_counts
 from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.files.names import numbered
 from fundamentallm.models.attention import KERNELS
-from fundamentallm.models.build import follows_weight_type
-from fundamentallm.models.native.block import why_not
 from fundamentallm.models.native.library import find_compiler
-from fundamentallm.training.distributed import Ranks
 
 LEAST_PATIENCE = 60.0  # seconds that a candidate gets at least, or the first could not finish
 STEP_SECONDS = 2.0
@@ -86,14 +76,14 @@ def tune(
         )
     target = _free_path(config_path, out)
     deadline = time.monotonic() + seconds
+    threads = torch.get_num_threads()  # that torch chooses, before a configuration does
     written = load_config(config_path, overrides)
     with speaking():
         load_plugins([*written.plugins, *plugins], written.locate("plugins"))
         check_names(written)
-        config, rows, device = _prepared(written)
-    start = Setting.of(config)
-    space = _space(config, device, keep)
-    table = Table(config, rows, plugins, device, deadline)
+        config, start, rows = _prepared(written)
+    space = _space(config, start, threads, keep)
+    table = Table(config, rows, plugins, start.device, threads, deadline)
     table.head()
     with ended_by_signals():
         best = search(start, space, table.seconds_of)
@@ -130,28 +120,23 @@ def _free_path(config_path: Path, out: Path | None) -> Path:
     return next(path for path in names if not path.exists())
 
 
-def _prepared(written: RunConfig) -> tuple[RunConfig, Batch, torch.device]:
-    """Return the configuration with everything resolved, the rows of its first steps, the device.
+def _prepared(written: RunConfig) -> tuple[RunConfig, Plan, Batch]:
+    """Return the configuration with everything resolved, its plan, and the rows of its first step.
 
-    The first lines of `assemble`: no model is built here, and nothing is written.
+    No model is built here, and nothing is written.
     """
-    ranks = Ranks()
-    directory = nowhere(written)
-    device = resolve_run_device(written, ranks)
-    start = starting_point(written, directory)
-    config = start.config
-    source = read_data(config.data, directory, ranks)
-    tokenizer = choose_tokenizer(config, source, start.tokenizer(), directory)
-    loader = build_loaders(config, source, tokenizer, ranks).train
-    resolved, _ = resolve(config, directory, tokenizer, len(loader), loader.tokens_per_step, device)
+    machine, directory = open_machine(written), nowhere(written)
+    inputs = read_inputs(written, directory, machine.ranks)
+    config, plan, _ = resolve(inputs, directory, machine)
     # Random weights are as fast as trained ones, and the processes that measure need no folder.
-    model = resolved.model.with_random_weights()
-    return resolved.model_copy(update={"model": model}), rows_of(loader.window_at(0, 0)), device
+    model = config.model.with_random_weights()
+    rows = rows_of(inputs.loaders.train.window_at(0, 0))
+    return config.model_copy(update={"model": model}), plan, rows
 
 
-def _space(config: RunConfig, device: torch.device, keep: Sequence[str]) -> Space:
-    """Return what to try on a device, with the axes in `keep` left as they are."""
-    training, start = config.training, Setting.of(config)
+def _space(config: RunConfig, start: Plan, default_threads: int, keep: Sequence[str]) -> Space:
+    """Return what to try around a plan, with the axes in `keep` left as they are."""
+    facts, device = ModelFacts.of(config.model), start.device
     own = {"precision": start.precision, "bf16_weights": start.bf16_weights}
     types: list[dict[str, Any]] = [own]
     if "precision" not in keep:
@@ -159,7 +144,7 @@ def _space(config: RunConfig, device: torch.device, keep: Sequence[str]) -> Spac
             {"precision": "fp32", "bf16_weights": False},
             {"precision": "bf16", "bf16_weights": False},
         ]
-        if follows_weight_type(config.model):
+        if facts.follows_weight_type and facts.follows_weight_type():
             types.append({"precision": "bf16", "bf16_weights": True})
         if device.type == "cuda" and not torch.cuda.is_bf16_supported():
             types[1:] = [{"precision": "fp16", "bf16_weights": False}]
@@ -179,13 +164,13 @@ def _space(config: RunConfig, device: torch.device, keep: Sequence[str]) -> Spac
     axis_of = {"precision": "precision", "bf16_weights": "precision", "compile": "compile"}
     fixed = [name for name, axis in axis_of.items() if axis in keep]
     may_be = all(native[name] == getattr(start, name) for name in fixed)
-    if may_be and not apart and find_compiler() is not None and not why_not(config.model, device):
+    if may_be and not apart and find_compiler() is not None and not facts.why_not_native(device):
         kinds.insert(0, {**native, "attention": start.attention})
-    rows = config.data.batch_size * training.accumulation_steps
+    rows = config.data.batch_size * config.training.accumulation_steps
     sizes = [start.batch_size] if "micro-batch" in keep else batch_sizes(rows, start.batch_size)
     threads: list[int | None] = [start.threads]
     if "threads" not in keep and device.type == "cpu":
-        threads = thread_counts(_cores(), start.threads, torch.get_num_threads())
+        threads = thread_counts(_cores(), start.threads, default_threads)
     return Space(kinds, sizes, threads)
 
 
@@ -196,13 +181,14 @@ def _cores() -> int:
 
 
 class Table:
-    """Measures settings, and shows each as a row as soon as there is a figure.
+    """Measures plans, and shows each as a row as soon as there is a figure.
 
     Args:
         config: with everything resolved.
         rows: the data of a step.
         plugins: modules that the measuring processes import.
         device: where they compute.
+        threads: of the CPU that torch chooses.
         deadline: of `time.monotonic`, after which nothing is begun.
 
     Attributes:
@@ -216,36 +202,35 @@ class Table:
         rows: Batch,
         plugins: Sequence[str],
         device: torch.device,
+        threads: int,
         deadline: float,
     ) -> None:
         self.config = config
         self.deadline = deadline
-        self.measured: dict[Setting, Measurement] = {}
+        self.measured: dict[Plan, Measurement] = {}
         self.interrupted = False
         self._rows = config.data.batch_size * config.training.accumulation_steps
         self._tokens = self._rows * config.data.sequence_length
-        self._threads = torch.get_num_threads()
+        self._threads = threads
         self._memory = "GPU memory" if device.type == "cuda" else "memory"
         self._measure = partial(measure_apart, rows=rows, plugins=plugins, seconds=STEP_SECONDS)
 
-    def seconds_of(self, setting: Setting) -> float | None:
+    def seconds_of(self, plan: Plan) -> float | None:
         """Measure a setting and print its row; None where there is no time left."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             say("(the time is up; --seconds gives it more)")
             return None
         try:
-            measurement = self._measure(
-                setting.applied_to(self.config), patience=max(left, LEAST_PATIENCE)
-            )
+            measurement = self._measure(self.config, plan, patience=max(left, LEAST_PATIENCE))
         except KeyboardInterrupt:
             if not any(not known.fault for known in self.measured.values()):
                 raise  # there is nothing to write yet
             self.interrupted = True
             say("(interrupted; what follows is of the settings above)")
             return None
-        self.measured[setting] = measurement
-        say(self._row(setting, measurement))
+        self.measured[plan] = measurement
+        say(self._row(plan, measurement))
         return measurement.step_seconds
 
     def head(self) -> None:
@@ -255,22 +240,22 @@ class Table:
         say()
         self._columns()
 
-    def ranking(self, best: Setting) -> None:
+    def ranking(self, best: Plan) -> None:
         """Print the rows that have a figure, the fastest first."""
         say("The fastest first:")
         say()
         self._columns()
         rows = sorted(self.measured.items(), key=lambda item: item[1].step_seconds)
-        for setting, measurement in rows:
+        for plan, measurement in rows:
             if not measurement.fault:
-                mark = "  <- chosen" if setting == best else ""
-                say(self._row(setting, measurement) + mark)
+                mark = "  <- chosen" if plan == best else ""
+                say(self._row(plan, measurement) + mark)
 
-    def gain(self, start: Setting, best: Setting) -> str:
+    def gain(self, start: Plan, best: Plan) -> str:
         """Return what the best setting is worth, in a line."""
         if best == start:
             return "What the file says is the fastest that was found."
-        before, after = (self.measured[setting].step_seconds for setting in (start, best))
+        before, after = (self.measured[plan].step_seconds for plan in (start, best))
         if self.measured[start].fault:
             return f"As the file has it: {self.measured[start].fault}."
         return f"{before / after:.2f} times as fast as the file has it."
@@ -279,27 +264,27 @@ class Table:
         names = ("precision", "compile", "attention", "micro-batch", "threads", "tokens/s")
         say(COLUMNS.format(*names, self._memory, "compiling"))
 
-    def _row(self, setting: Setting, measurement: Measurement) -> str:
-        precision = setting.precision
-        if precision == "bf16" and not setting.bf16_weights and setting.compile != "native":
+    def _row(self, plan: Plan, measurement: Measurement) -> str:
+        precision = plan.precision
+        if precision == "bf16" and not plan.bf16_weights and plan.compile != "native":
             precision = "bf16 autocast"
         start = COLUMNS.format(
             precision,
-            "native" if setting.compile == "native" else "yes" if setting.compile else "no",
-            setting.attention,
-            f"{setting.batch_size} x {self._rows // setting.batch_size}",
-            setting.threads or self._threads,
+            "native" if plan.compile == "native" else "yes" if plan.compile else "no",
+            plan.attention,
+            f"{plan.batch_size} x {self._rows // plan.batch_size}",
+            plan.threads or self._threads,
             *("" if measurement.fault else f"{self._tokens / measurement.step_seconds:,.0f}",),
-            *("", "") if measurement.fault else _costs(setting, measurement),
+            *("", "") if measurement.fault else _costs(plan, measurement),
         )
         return f"{start.rstrip()}  {measurement.fault}" if measurement.fault else start
 
 
-def _costs(setting: Setting, measurement: Measurement) -> tuple[str, str]:
+def _costs(plan: Plan, measurement: Measurement) -> tuple[str, str]:
     peak = measurement.peak_bytes
     return (
         "-" if peak is None else gib(peak),
-        f"{measurement.compile_seconds:.1f} s" if setting.compile else "-",
+        f"{measurement.compile_seconds:.1f} s" if plan.compile else "-",
     )
 
 
@@ -308,7 +293,7 @@ def _write(
     config_path: Path,
     overrides: Sequence[str],
     config: RunConfig,
-    best: Setting,
+    best: Plan,
     keep: Sequence[str],
 ) -> None:
     """Write a copy of the user's file with the best setting in it, and check it as `run` would."""
@@ -329,7 +314,7 @@ def _write(
 
 
 def _changes(
-    document: YamlDocument, config: RunConfig, best: Setting, keep: Sequence[str]
+    document: YamlDocument, config: RunConfig, best: Plan, keep: Sequence[str]
 ) -> dict[KeyPath, Any]:
     """Return the values to write: the choice, and what of the rest is otherwise than it was.
 

@@ -219,6 +219,7 @@ def resolve_precision(
     if name not in PRECISIONS:
         raise ConfigError(
             f"unknown precision '{name}'",
+            key="precision",
             expected="one of " + ", ".join(PRECISIONS),
             fix=did_you_mean(name, PRECISIONS),
         )
@@ -229,6 +230,7 @@ def resolve_precision(
     if name == "fp16" and device.type != "cuda":
         raise ConfigError(
             f"precision fp16 needs a CUDA GPU, and the device is {device.type}",
+            key="precision",
             got="fp16",
             expected="fp32 or bf16",
             fix="use precision: bf16, or device: cuda on a machine with a GPU",
@@ -236,6 +238,7 @@ def resolve_precision(
     if name == "bf16" and not _has_bf16(device):
         raise ConfigError(
             f"precision bf16 needs a GPU with bfloat16, and {device} has none",
+            key="precision",
             got="bf16",
             expected="fp32 or fp16",
             fix="use precision: auto",

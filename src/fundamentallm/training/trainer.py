@@ -23,16 +23,15 @@ from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
 from torch import Tensor, nn
 
+from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.batch import Window, as_window
 from fundamentallm.data.loaders import as_window_loader, batch_shape_of
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import LOOP, TrainingEvents
 from fundamentallm.training.buffers import StateBuffers
-from fundamentallm.training.build_step import build_precision, build_step
 from fundamentallm.training.data_faults import DataFaults
 from fundamentallm.training.diagnosis import Laboratory
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers.base import HANDLERS, Handler
 from fundamentallm.training.handlers.checkpointing import Checkpointing
 from fundamentallm.training.handlers.evaluation import Evaluation
@@ -42,13 +41,17 @@ from fundamentallm.training.ledger import Ledger
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import LanguageModelingLoss
 from fundamentallm.training.optimizers import OptimizerBuilder
-from fundamentallm.training.precision import resolve_device
 from fundamentallm.training.prefetch import ahead
 from fundamentallm.training.rng import capture_generators, restore_generators
 from fundamentallm.training.schedulers import ConstantLRScheduler, LearningRateScheduler
 from fundamentallm.training.state import COUNTERS, IRREVERSIBLE, TrainingState
-from fundamentallm.training.step import StepOutput, evaluate, evaluate_batch, undisturbed
-from fundamentallm.training.threads import use_threads
+from fundamentallm.training.step import (
+    StepOutput,
+    TrainStep,
+    evaluate,
+    evaluate_batch,
+    undisturbed,
+)
 
 logger = logging.getLogger(__name__)
 # Ignite logs each error that it passes on; whoever catches the error reports it.
@@ -84,13 +87,15 @@ class Trainer(Engine):
         scheduler: a schedule of this package on that optimizer; a constant rate if None. Torch's
             own schedulers are refused: they have state that a rollback cannot take back.
         loss_fn: `loss_fn(logits, targets, reduction="sum")`; cross-entropy if None.
-        device: "auto", "cpu", "cuda", "cuda:0", "mps" or a torch device.
+        device: "auto", "cpu", "cuda", "cuda:0", "mps", a torch device, or a plan that was resolved
+            already: it says how to compute in place of the config.
         config: budgets, cadence, clipping and precision; the defaults if None.
         handlers: attached in this order.
 
     Attributes:
         model: the model itself, without a wrapper for ranks or compilation.
         history: the course of the run so far.
+        plan: how the steps are computed.
         limits: the resolved budgets.
         ledger: what the run was told to do differently: windows to pass over, lower rates.
         attached: the stateful handlers by name; a checkpoint holds the state of each.
@@ -118,7 +123,7 @@ class Trainer(Engine):
         optimizer: torch.optim.Optimizer | None = None,
         scheduler: LearningRateScheduler | None = None,
         loss_fn: Callable[..., Tensor] | None = None,
-        device: str | torch.device = "auto",
+        device: str | torch.device | Plan = "auto",
         config: TrainingConfig | None = None,
         handlers: Sequence[Handler] = (),
     ) -> None:
@@ -129,11 +134,13 @@ class Trainer(Engine):
             *TrainingEvents, event_to_attr={event: event.counter for event in TrainingEvents}
         )
         self.config = config if config is not None else TrainingConfig()
-        use_threads(self.config.threads)
-        self.ranks = Ranks.current()
-        self.device = resolve_device(device) if isinstance(device, str) else device
-        self.model = model.to(self.device)
-        self.precision = build_precision(self.config, self.model, self.device)
+        if not isinstance(device, Plan):
+            machine = Machine.open(device, self.config.threads)
+            device = Plan.resolve(self.config, ModelFacts.of(model), machine)
+        self.plan = device
+        self.ranks, self.device = self.plan.ranks, self.plan.device
+        self.model = self.plan.place(model)
+        self.precision = self.plan.build_precision()
         self._buffers = StateBuffers(self.model)
         self.train_loader = as_window_loader(
             train_loader, self.config.accumulation_steps, self.config.seed
@@ -166,15 +173,16 @@ class Trainer(Engine):
         constructed = time.monotonic()
         self.clock: Callable[[], float] = lambda: time.monotonic() - constructed
         self._checkpoint_dir = Path(self.config.checkpoint_dir) if config is not None else None
-        self._step = build_step(
-            self.config,
+        self._step = TrainStep(
+            self.plan.prepare(self.model, batch_shape_of(self.train_loader)),
             self.model,
             self.optimizer,
             self.loss_fn,
             self.precision,
             self.ranks,
+            self.config.max_grad_norm,
             self.notify,
-            batch_shape_of(self.train_loader),
+            self.config.max_grad_value,
         )
         self._rollback: tuple[int | None, str] | None = None
         self._redo = False

@@ -82,13 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Stream text to the terminal, for one prompt or for each that is typed."""
     with loading():
+        from fundamentallm.compute.plan import Machine
         from fundamentallm.engine.plugins import load_plugins
         from fundamentallm.inference.load import load_trained
-        from fundamentallm.training.precision import resolve_device
 
     with speaking():
         load_plugins(options.plugins, "--plugins")
-        trained = load_trained(options.model, resolve_device(options.device))
+        trained = load_trained(options.model, Machine.open(options.device).device)
         if options.num_samples < 1:
             raise ConfigError(
                 "num_samples is out of range", got=str(options.num_samples), expected="at least 1"

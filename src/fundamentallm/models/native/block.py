@@ -127,6 +127,7 @@ def require_native(config: ModelConfig, device: torch.device) -> None:
     if reason:
         raise ConfigError(
             "compile: native does not know this model's block",
+            key="compile",
             got=reason,
             fix="change that, or set training.compile to auto or true",
         )

@@ -1,0 +1,1 @@
+"""How a configuration computes on this machine."""

@@ -1,0 +1,286 @@
+"""How a configuration computes on this machine: resolved once, applied once.
+
+A `Plan` says how a step is computed and not what it computes: two plans of one configuration take
+the same steps, but for rounding. `Plan.resolve` makes it of the training configuration, what the
+model can do, and the machine; nothing else chooses a device, a type, a kernel or a compiler. To
+apply it:
+
+    model = plan.place(model)              on its device; parameters lie where they stay
+    optimizer = ...                        over the parameters as they lie now
+    precision = plan.build_precision()     autocast, bfloat16 copies, loss scale
+    forward = plan.prepare(model)          kernel, compilation, ranks: what a step calls
+
+`tune` and `auto` compare plans that differ in a field, `check` times the one that `run` would use,
+and `applied_to` writes a plan into the configuration that checkpoints keep.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fundamentallm.config import RunConfig
+from fundamentallm.config.model import ModelConfig, TransformerConfig
+from fundamentallm.config.training import TrainingConfig
+from fundamentallm.models.attention import choose_kernel, use_kernel
+from fundamentallm.models.build import follows_weight_type
+from fundamentallm.models.native.block import require_native, why_not
+from fundamentallm.training.compilation import compiled, resolve_compile, uncompile
+from fundamentallm.training.distributed import Ranks, join_ranks
+from fundamentallm.training.precision import (
+    Precision,
+    resolve_bf16_weights,
+    resolve_device,
+    resolve_precision,
+)
+from fundamentallm.training.threads import use_threads
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The part of the machine that this process computes with.
+
+    Attributes:
+        device: a CUDA device has its index.
+        ranks: this process among the others.
+    """
+
+    device: torch.device
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @classmethod
+    def open(
+        cls, device: str | torch.device, threads: int | None = None, join: bool = False
+    ) -> Machine:
+        """Find the device and the ranks, and set the number of threads.
+
+        Args:
+            device: a name, as for `resolve_device`; of several ranks each takes its own GPU. A
+                torch device is taken as it is.
+            threads: of the CPU, as for `use_threads`.
+            join: join the ranks that torchrun announces; else those that exist now.
+
+        Raises:
+            ConfigError: no such kind of device.
+            MachineError: this machine has no such device, or the ranks cannot be joined.
+        """
+        use_threads(threads)
+        found = resolve_device(device) if isinstance(device, str) else device
+        ranks = join_ranks(found.type) if join else Ranks.current()
+        if isinstance(device, str) and found.type == "cuda" and not ranks.alone:
+            found = torch.device("cuda", ranks.local_rank)
+            torch.cuda.set_device(found)
+        return cls(found, ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a plan asks about a model, which need not be built.
+
+    Attributes:
+        context: T, tokens in a sequence; 0 if unknown.
+        follows_weight_type: tells whether bfloat16 weights make the whole model compute in
+            bfloat16; None if unknown.
+        config: what native code is asked about; None for a model of a script's own.
+    """
+
+    context: int = 0
+    follows_weight_type: Callable[[], bool] | None = None
+    config: ModelConfig | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module | ModelConfig) -> ModelFacts:
+        """Return the facts of a model, or of the model that a configuration describes."""
+        if not isinstance(model, nn.Module):
+            return cls(model.sequence_length or 0, partial(follows_weight_type, model), model)
+        config = getattr(model, "config", None)
+        return cls(
+            getattr(model, "sequence_length", 0),
+            getattr(model, "follows_weight_type", None),
+            config if isinstance(config, TransformerConfig) else None,
+        )
+
+    def why_not_native(self, device: torch.device) -> str:
+        """Return why native code cannot compute the model on a device; empty if it can."""
+        if self.config is None:
+            return "not this package's Transformer"
+        return why_not(self.config, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a step is computed.
+
+    Attributes:
+        precision: "fp32", "bf16" or "fp16".
+        bf16_weights: whether bfloat16 copies of the weights take the place of autocast.
+        compile: whether the block is compiled: by torch (True) or as native code ("native").
+        attention: the kernel's name.
+        batch_size: rows of a micro-batch; the step's rows stay, so accumulation follows. 0 where
+            the loader of a script decides.
+        threads: of the CPU; None for torch's choice.
+        gradient_checkpointing: whether the backward pass computes activations again.
+        device: where.
+        ranks: with which other processes.
+    """
+
+    precision: str
+    bf16_weights: bool
+    compile: bool | Literal["native"]
+    attention: str
+    batch_size: int = 0
+    threads: int | None = None
+    gradient_checkpointing: bool = False
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @classmethod
+    def resolve(
+        cls,
+        config: TrainingConfig,
+        model: ModelFacts,
+        machine: Machine,
+        batch_size: int = 0,
+    ) -> Plan:
+        """Choose what the configuration leaves open, as far as that needs no measurement.
+
+        Args:
+            config: precision, bf16_weights, attention, compile, threads, gradient_checkpointing.
+            model: what the model can do.
+            machine: where it computes.
+            batch_size: rows of a micro-batch.
+
+        Raises:
+            ConfigError: the device lacks the precision, or native code does not know the model;
+                `key` is the field.
+            MachineError: compiled code is asked for, and there is no compiler.
+        """
+        device = machine.device
+        if config.compile == "native":
+            if model.config is not None:
+                require_native(model.config, device)
+            precision, narrow = "bf16", False  # also where the precision is auto
+        else:
+            precision = resolve_precision(config.precision, config.mixed_precision, device)
+            narrow = resolve_bf16_weights(
+                config.bf16_weights, precision, device, model.follows_weight_type
+            )
+        return cls(
+            precision,
+            narrow,
+            resolve_compile(config.compile),
+            choose_kernel(config.attention, device, narrow, model.context),
+            batch_size,
+            config.threads,
+            config.gradient_checkpointing,
+            device,
+            machine.ranks,
+        )
+
+    @classmethod
+    def again(
+        cls, config: TrainingConfig, model: ModelFacts, device: torch.device, fp16_elsewhere: str
+    ) -> Plan:
+        """Return the plan to compute by itself, uncompiled, what a run computed.
+
+        Args:
+            config: the run's, resolved. Runs from before there was a choice of `bf16_weights` and
+                `attention` had autocast and the fused kernel.
+            model: what the model can do.
+            device: where, which may be another kind than the run's.
+            fp16_elsewhere: the precision in place of fp16 where the device is no GPU.
+        """
+        precision: str = config.precision
+        if precision == "fp16" and device.type != "cuda":
+            precision = fp16_elsewhere
+        narrow = config.bf16_weights is True
+        kernel = choose_kernel(config.attention, device, narrow, model.context)
+        return cls(precision, narrow, False, kernel, threads=config.threads, device=device)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Put a model where it computes; call it before an optimizer holds the parameters."""
+        return model.to(self.device)
+
+    def build_precision(self) -> Precision:
+        """Return the types of a step, with a loss scale of its own in fp16."""
+        return Precision(self.precision, self.device, self.bf16_weights)
+
+    def prepare(
+        self, model: nn.Module, batch_shape: tuple[int | None, int | None] = (None, None)
+    ) -> nn.Module:
+        """Have a model that is in its place computed in this way; return what a step calls.
+
+        The compiler of torch runs at the first call.
+
+        Args:
+            model: changed in place, whatever was prepared before.
+            batch_shape: rows and tokens of a whole micro-batch, as far as they are known; what is
+                compiled is compiled for it.
+
+        Raises:
+            ConfigError, MachineError: as `compiled`.
+        """
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing = True  # type: ignore[assignment]
+        use_kernel(model, self.attention)
+        uncompile(model)  # of a former plan, which may have had another precision
+        forward = model
+        if self.compile:
+            forward = compiled(forward, *batch_shape, native=self.compile == "native")
+        if self.ranks.alone:
+            return forward
+        return DistributedDataParallel(
+            forward,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            **_without_buffer_sync(),
+        )
+
+    def values(self, rows: int) -> dict[str, dict[str, Any]]:
+        """Return the fields of a configuration that say how a step is computed, by section.
+
+        Args:
+            rows: sequences of one rank in an optimizer step.
+        """
+        return {
+            "data": {"batch_size": self.batch_size},
+            "training": {
+                "accumulation_steps": rows // self.batch_size,
+                "precision": self.precision,
+                "bf16_weights": self.bf16_weights,
+                "attention": self.attention,
+                "compile": self.compile,
+                "threads": self.threads,
+            },
+        }
+
+    def applied_to(self, config: RunConfig) -> RunConfig:
+        """Return a configuration that computes the same steps in this way."""
+        values = self.values(config.data.batch_size * config.training.accumulation_steps)
+        training = {
+            **values["training"],
+            "mixed_precision": self.precision != "fp32",
+            "device": str(self.device),
+        }
+        return config.model_copy(
+            update={
+                "data": config.data.model_copy(update=values["data"]),
+                "training": config.training.model_copy(update=training),
+            }
+        )
+
+
+def _without_buffer_sync() -> dict[str, Any]:
+    """Return the options that keep DDP from sending buffers: ours are constants on every rank.
+
+    Newer releases of torch warn at the name that older ones need.
+    """
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {name: False}
