@@ -35,6 +35,7 @@ import torch
 from fundamentallm.config import TrainingConfig
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training import snapshot
+from fundamentallm.training.decision import GO_ON
 from fundamentallm.training.handlers import Checkpointing
 from fundamentallm.training.state_tree import flatten
 from fundamentallm.training.trainer import Trainer
@@ -53,7 +54,7 @@ def make_trainer(megabytes: int) -> Trainer:
     )
     trainer._checkpoint_dir = None
     trainer.train()
-    trainer.finished = ""  # in the middle of a run, as far as a save can tell
+    trainer._decision = GO_ON  # in the middle of a run, as far as a save can tell
     return trainer
 
 

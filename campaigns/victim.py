@@ -44,6 +44,7 @@ from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_model, tiny_tokens
 from fundamentallm.training import snapshot, state_tree
 from fundamentallm.training import store as store_module
+from fundamentallm.training.decision import Save
 from fundamentallm.training.handlers import (
     Checkpointing,
     LossEMA,
@@ -301,7 +302,7 @@ def live(run_dir: Path, plan: Plan, tell: Tell) -> int:
     torch.set_num_threads(1)
     watch = Watch(plan, tell)
     trainer = build(run_dir, watch)
-    interrupt_run, ask = trainer.interrupt_run, trainer._ask_for_checkpoint
+    interrupt_run, save = trainer.interrupt_run, trainer._save
 
     def heard(number: int) -> None:
         interrupt_run(number)
@@ -309,8 +310,8 @@ def live(run_dir: Path, plan: Plan, tell: Tell) -> int:
 
     trainer.interrupt_run = heard  # type: ignore[method-assign]
     if not plan.is_saved_at_stop:
-        trainer._ask_for_checkpoint = (  # type: ignore[method-assign]
-            lambda on_schedule: ask(on_schedule) if on_schedule else None
+        trainer._save = (  # type: ignore[method-assign]
+            lambda why: save(why) if why is Save.ON_SCHEDULE else None
         )
     newest = CheckpointStore(run_dir / "checkpoints").newest(snapshot.check_usable)
     if newest is not None:

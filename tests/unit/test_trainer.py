@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Events
+from ignite.handlers import EarlyStopping
 from torch.utils.data import DataLoader
 
 from fundamentallm.config import TrainingConfig
@@ -367,6 +368,155 @@ def test_the_end_of_a_run_is_told_also_when_it_fails() -> None:
     with pytest.raises(ArithmeticError):
         trainer.train(num_epochs=1)
     assert ended == [2]
+
+
+# ------------------------------------------------------------------ handlers that know Ignite alone
+
+
+class StopAt:
+    """Calls terminate() at one step, as Ignite's own handlers do."""
+
+    def __init__(self, event: Any, step: int) -> None:
+        self.event = event
+        self.step = step
+
+    def attach(self, trainer: Trainer) -> None:
+        trainer.add_event_handler(self.event, self)
+
+    def __call__(self, engine: Trainer) -> None:
+        if engine.state.iteration == self.step:
+            engine.terminate()
+
+
+@pytest.mark.parametrize(
+    ("event", "step"),
+    [
+        (Events.GET_BATCH_COMPLETED, 2),
+        (Events.ITERATION_STARTED, 3),
+        (TrainingEvents.FLLM_GRADIENTS_READY, 3),
+        (Events.ITERATION_COMPLETED, 3),
+        (TrainingEvents.FLLM_METRICS_READY, 3),
+        (Events.ITERATION_COMPLETED, 4),  # evaluated there in any case
+        (TrainingEvents.FLLM_EVALUATION_COMPLETED, 4),
+        (TrainingEvents.FLLM_CHECKPOINT_SAVED, 4),
+        (Events.ITERATION_COMPLETED, 10),
+        (Events.EPOCH_COMPLETED, 10),
+        (Events.EPOCH_STARTED, 10),
+    ],
+    ids=str,
+)
+def test_terminate_ends_the_run_evaluated_saved_and_named(
+    tmp_path: Path, event: Any, step: int
+) -> None:
+    trainer = make_trainer(tmp_path, handlers=(StopAt(event, step),))
+    completed: list[int] = []
+    trainer.add_event_handler(Events.COMPLETED, lambda: completed.append(trainer.state.iteration))
+    trainer.train(num_epochs=2)
+    begun = event in (Events.GET_BATCH_COMPLETED, Events.EPOCH_STARTED)  # the next step counts
+    last = step + begun
+    assert trainer.state.iteration == last == trainer.history.steps[-1]
+    assert trainer.finished == "stopped by StopAt"
+    assert completed == [last]
+    assert trainer.history.validations[-1]["step"] == last
+    newest = CheckpointStore(tmp_path).newest()
+    assert newest is not None
+    assert (newest.step, newest.metadata["finished"]) == (last, "stopped by StopAt")
+    assert newest.metadata["val_loss"] == trainer.history.val_loss[-1]
+
+    # The run that is gone on with has the weights of one that was never stopped.
+    again = make_trainer(tmp_path)
+    again.resume(tmp_path / newest.name)
+    again.train(num_epochs=2)
+    never = make_trainer()
+    never.train(num_epochs=2)
+    assert again.finished == "the last step is done"
+    assert_equal_weights(weights(again), weights(never))
+
+
+def test_ignites_own_early_stopping_ends_the_run() -> None:
+    trainer = make_trainer()
+    stopping = EarlyStopping(patience=2, score_function=lambda _: 1.0, trainer=trainer)
+    trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_COMPLETED, stopping)
+    trainer.train(num_epochs=2)
+    assert trainer.history.validations[-1]["step"] == trainer.state.iteration == 10
+    assert trainer.finished == "stopped by EarlyStopping"
+
+
+def test_a_function_that_terminates_is_named_with_its_place() -> None:
+    trainer = make_trainer()
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=2))
+    def enough(engine: Trainer) -> None:
+        engine.terminate()
+
+    trainer.train(num_epochs=1)
+    assert trainer.finished.startswith("stopped by enough (test_trainer.py, line ")
+    trainer.train(num_epochs=1)
+    assert trainer.finished == "the last step is done"
+    assert trainer.state.iteration == 10
+
+
+@pytest.mark.parametrize("event", [Events.EPOCH_COMPLETED, TrainingEvents.FLLM_CHECKPOINT_SAVED])
+def test_a_late_wish_to_finish_is_carried_out_in_that_step(tmp_path: Path, event: Any) -> None:
+    trainer = make_trainer(tmp_path, checkpoint_steps=5, eval_epochs=False, eval_steps=100)
+    trainer.add_event_handler(
+        event, lambda: trainer.finish("enough") if trainer.state.iteration == 10 else None
+    )
+    trainer.train(num_epochs=2)
+    assert trainer.state.iteration == 10
+    assert [entry["step"] for entry in trainer.history.validations] == [10]
+    newest = CheckpointStore(tmp_path).newest()
+    assert newest is not None
+    assert newest.metadata["finished"] == trainer.finished == "enough"
+
+
+def test_nothing_of_a_step_that_the_run_goes_back_from_is_evaluated_or_saved(
+    tmp_path: Path,
+) -> None:
+    trainer = make_trainer(tmp_path)
+    saved: list[int] = []
+    once = [True]
+
+    def go_back() -> None:
+        if trainer.state.iteration == 8 and once:
+            once.clear()
+            trainer.roll_back("a test")
+
+    trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, go_back)
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_CHECKPOINT_SAVED, lambda: saved.append(trainer.state.iteration)
+    )
+    back: list[int] = []
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_ROLLED_BACK, lambda: back.append(trainer.state.iteration)
+    )
+    trainer.train(num_epochs=1)
+    assert back == [4]
+    assert saved == [0, 4, 8, 10]
+    assert trainer.history.steps == list(range(1, 11))
+
+
+def test_a_run_counts_its_saves_the_same_where_a_signal_cut_off_its_last_evaluation(
+    tmp_path: Path,
+) -> None:
+    """Between two evaluations of the cadence, the last one is owed as well."""
+    never = make_trainer(tmp_path / "never", total_steps=7)
+    never.train()
+    cut = make_trainer(tmp_path / "cut", total_steps=7)
+    cut.add_event_handler(
+        TrainingEvents.FLLM_EVALUATION_STARTED(once=2), lambda: cut.interrupt_run(15)
+    )
+    cut.train()
+    assert (cut.finished, cut.state.iteration, cut.evaluation_pending()) == ("", 7, True)
+    newest = CheckpointStore(tmp_path / "cut").newest()
+    assert newest is not None
+    assert newest.metadata["for_a_stop"] is True
+    again = make_trainer(tmp_path / "cut", total_steps=7)
+    again.resume(tmp_path / "cut" / newest.name)
+    again.train()
+    assert again.finished == never.finished == "the last step is done"
+    assert again.state.checkpoints == never.state.checkpoints == 3
+    assert again.history.val_loss == never.history.val_loss[-1:]
 
 
 # ------------------------------------------------------------------ faults

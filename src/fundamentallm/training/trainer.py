@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -31,11 +33,20 @@ from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import LOOP, TrainingEvents
 from fundamentallm.training.buffers import StateBuffers
 from fundamentallm.training.data_faults import DataFaults
+from fundamentallm.training.decision import (
+    GO_ON,
+    Cadence,
+    Decision,
+    End,
+    RollBack,
+    Save,
+    StepEnd,
+    StepFacts,
+    decide,
+)
 from fundamentallm.training.diagnosis import Laboratory
 from fundamentallm.training.handlers.base import HANDLERS, Handler
-from fundamentallm.training.handlers.checkpointing import Checkpointing
-from fundamentallm.training.handlers.evaluation import Evaluation
-from fundamentallm.training.handlers.schedule import Schedule
+from fundamentallm.training.handlers.defaults import default_handlers
 from fundamentallm.training.history import History
 from fundamentallm.training.ledger import Ledger
 from fundamentallm.training.limits import Limits
@@ -60,6 +71,10 @@ logging.getLogger("ignite").addHandler(logging.NullHandler())
 
 class RestorePoint(Protocol):
     """Whatever keeps earlier states: what a rollback goes back to."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the states are kept."""
 
     def step_to_restore(self, before: int | None = None) -> int | None:
         """Return the newest good state's step that is at most `before`, else the oldest's."""
@@ -105,7 +120,6 @@ class Trainer(Engine):
             with; a handler may set another (weight EMA does).
         restore_point: whatever keeps earlier states; checkpointing sets itself.
         clock: seconds since the run's time began to count in this process.
-        finished: why the run is complete; empty while it is not.
         window: this rank's share of the current step's data.
         generators_before: random generators of the device before the current step.
         interrupted_by: the number of the signal that asked the run to stop.
@@ -157,6 +171,7 @@ class Trainer(Engine):
         self.scheduler = scheduler if scheduler is not None else ConstantLRScheduler(self.optimizer)
         self.loss_fn = loss_fn if loss_fn is not None else LanguageModelingLoss()
         self.steps_per_epoch = len(self.train_loader)
+        self._cadence = Cadence.resolve(self.config, self.steps_per_epoch)
         self.limits = Limits.resolve(
             self.config, self.steps_per_epoch, getattr(self.train_loader, "tokens_per_step", None)
         )
@@ -167,7 +182,6 @@ class Trainer(Engine):
         self.attached: dict[str, Any] = {}
         self.evaluation_weights: Callable[[], AbstractContextManager[None]] = nullcontext
         self.restore_point: RestorePoint | None = None
-        self.finished = ""
         self.interrupted_by: int | None = None
         self.pause_when: list[Callable[[], bool]] = []
         constructed = time.monotonic()
@@ -184,18 +198,22 @@ class Trainer(Engine):
             self.notify,
             self.config.max_grad_value,
         )
-        self._rollback: tuple[int | None, str] | None = None
-        self._redo = False
         self._faults = DataFaults(self.ranks)
         self.generators_before: dict[str, Any] = {}
         self.window = Window([], 0)
-        self._leaving = False
-        self._votes = (False, False)
-        self._asked_on_schedule: bool | None = None
+        self._facts = StepFacts()
+        self._decision = GO_ON
+        self._saving: Save | None = None
+        self._stopped_by = ""
         self._began = (0.0, 0)
 
-        self.add_event_handler(Events.ITERATION_COMPLETED, self._relay)
-        self.add_event_handler(Events.EPOCH_COMPLETED, self._stop_if_over)
+        # Behind every other handler of their events, whenever those are attached.
+        self._last_handlers = {
+            Events.ITERATION_COMPLETED: self._after_step,
+            Events.EPOCH_COMPLETED: self._after_epoch,
+        }
+        for event, last in self._last_handlers.items():
+            super().add_event_handler(event, last)
         for handler in handlers:
             handler.attach(self)
 
@@ -236,7 +254,7 @@ class Trainer(Engine):
             CheckpointError: it is damaged, or of another model, optimizer or data.
         """
         path = Path(path)
-        if not self.listens(Checkpointing):
+        if self.restore_point is None:
             self._checkpoint_dir = path.parent
         self.attach_defaults()
         if self.restore_point is None:
@@ -303,26 +321,28 @@ class Trainer(Engine):
                 data, self.config.accumulation_steps, self.config.seed
             )
         self.steps_per_epoch = epoch_length or len(self.train_loader)
+        self._cadence = Cadence.resolve(self.config, self.steps_per_epoch)
         if max_iters is not None or max_epochs is not None:
             self.limits = Limits(max_iters or (max_epochs or 1) * self.steps_per_epoch)
-        self.finished, self._leaving, self._rollback = "", False, None
+        self._facts, self._stopped_by = StepFacts(), ""
         self._faults = DataFaults(self.ranks)
         self._began = (self.clock(), self.state.iteration)
         self._step.vetoes_possible = self.ranks.any(
             bool(self._event_handlers[TrainingEvents.FLLM_GRADIENTS_READY])
         )
         self._note_spent_budget()
+        self._decision = self._decide()
         try:
             self.notify(TrainingEvents.FLLM_RUN_STARTED)
             self._settle()
             while not self.stopping:
+                if self._decision.end is End.ROLL_BACK:
+                    self._go_back()
                 try:
                     self._run_to_stop()
                 except DataError:
                     self._save_what_is_done()
                     raise
-                if self._rollback is not None:
-                    self._go_back()
         finally:
             # After an exception Ignite keeps its spent generator, and the next run would return
             # at once without a step (held by tests/unit/test_ignite_contract.py).
@@ -352,7 +372,8 @@ class Trainer(Engine):
         save only where all of them know of the error.
         """
         if self._faults.everyone_knows and self.restore_step() != self.state.iteration:
-            self._ask_for_checkpoint(on_schedule=False)
+            self._facts.data_fault = True
+            self._conclude()
 
     def _note_spent_budget(self) -> None:
         """A run that is resumed may have nothing left to do but its last evaluation."""
@@ -365,17 +386,20 @@ class Trainer(Engine):
 
     def _settle(self) -> None:
         """Before the first step: save step 0, or do what an interruption left undone."""
-        if self.state.iteration == 0 and self.restore_step() is None:
-            self._ask_for_checkpoint(on_schedule=True)
-        elif self.evaluation_pending():
+        facts = self._facts
+        facts.evaluated = True
+        if self.evaluation_pending():
             self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
             # Cut off once more, it is still owed: no step may be taken before it.
-            if self.evaluation_pending() and self.ranks.any(self._wants_to_leave()):
-                self._leaving, self.finished = True, ""
-            self._ask_for_checkpoint(on_schedule=bool(self.finished) or self._checkpoint_due(True))
+            facts.leaving = self.evaluation_pending() and self.ranks.any(self._wants_to_leave())
+        elif self.state.iteration > 0 or self.restore_step() is not None:
+            facts.saved = End.FINISH  # as it is on the disk
+        self._conclude()
         # A budget that ends while a run starts must not keep it from ever taking a step.
-        if self.ranks.any(self.interrupted_by is not None):
-            self._leaving = True
+        if self.ranks.any(self.interrupted_by is not None) and self._decision.end is End.GO_ON:
+            self._decision = Decision(End.STOP)
+        if self._decision.end is End.GO_ON:
+            self._facts = StepFacts()
 
     # ------------------------------------------------------------------ one iteration
 
@@ -406,13 +430,16 @@ class Trainer(Engine):
                 sequences,
                 self._out_of_budget(),
                 self._wants_to_leave(),
+                bool(self._stopped_by),
                 self._faults.own is not None,
             ]
         )
-        if votes[2]:
+        if votes[3]:
             self.state.iteration -= 1  # the step is not begun on any rank
             self._faults.raise_everywhere()
-        self._votes = (votes[0] > 0, votes[1] > 0)
+        self._facts.exhausted, self._facts.leaving = votes[0] > 0, votes[1] > 0
+        if votes[2]:
+            self.finish(self._stopped_by or "stopped by a handler on another rank")
         return num_tokens, num_sequences
 
     def _attempt(self, window: Window, num_tokens: int, num_sequences: int) -> StepOutput:
@@ -420,7 +447,7 @@ class Trainer(Engine):
         self.generators_before = capture_generators(self.device)
         buffers_before = self._buffers.copied()
         while True:
-            self._redo = False
+            self._facts.redo = False
             output = self._step(window, num_tokens, num_sequences)
             self.state.output = output
             if not output.rejection:
@@ -433,17 +460,17 @@ class Trainer(Engine):
                 # As if the step had never been tried: a clean run that passes over its window
                 # draws no random numbers for it.
                 restore_generators(self.generators_before)
-            if not self._redo:
+            if not self._facts.redo:
                 return output
 
     def _warn_if_nobody_acts(self, output: StepOutput) -> None:
-        if "nan_rollback" in self.attached or not self.ranks.is_writer:
+        if not self.ranks.is_writer or self.has_role("recovery"):
             return
         refused = self.state.skipped_steps
         if math.log10(refused).is_integer():  # the 1st, 10th, 100th: a run may refuse every step
             logger.warning(
-                "step %d: update refused (%s): loss %s, gradient norm %s; %d so far, and without"
-                " the handler nan_rollback nobody looks for the cause",
+                "step %d: update refused (%s): loss %s, gradient norm %s; %d so far, and no handler"
+                " that looks for the cause is attached",
                 self.state.iteration,
                 output.rejection,
                 output.loss,
@@ -481,59 +508,84 @@ class Trainer(Engine):
             "num_tokens": num_tokens,
         }
 
-    def _relay(self) -> None:
+    def _after_step(self) -> None:
         """Fire what follows a step, behind every other handler of ITERATION_COMPLETED."""
-        if self._rollback is not None:
-            self.terminate(
-                skip_completed=True
-            )  # nothing of an unhealthy step is evaluated or saved
-            return
-        exhausted, leaving = self._votes
+        facts = self._facts
         if self.ranks.alone:
-            exhausted, leaving = self._out_of_budget(), self._wants_to_leave()
-        if exhausted or self.state.iteration == self.limits.total_steps:
-            self.finish("the budget is used up" if exhausted else "the last step is done")
-        self.notify(TrainingEvents.FLLM_METRICS_MEASURED)
-        self.history.record_step(self.state.iteration, self.state.metrics)
-        self.notify(TrainingEvents.FLLM_METRICS_READY)
+            facts.exhausted, facts.leaving = self._out_of_budget(), self._wants_to_leave()
+        self._decision = self._decide()
+        if self._decision.end is not End.ROLL_BACK:
+            self.notify(TrainingEvents.FLLM_METRICS_MEASURED)
+            self.history.record_step(self.state.iteration, self.state.metrics)
+            self.notify(TrainingEvents.FLLM_METRICS_READY)
+            self._conclude()
+        at_end_of_epoch = self.state.iteration % self.steps_per_epoch == 0
+        if not at_end_of_epoch or self._decision.end is End.ROLL_BACK:
+            self._end_step()
 
-        due = self.evaluation_due()
-        if due and (self.finished or not leaving):
-            self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
-            leaving = leaving or (self.ranks.alone and self._wants_to_leave())
-            if leaving and self.evaluation_pending():
-                self.finished = ""  # a signal cut off the last evaluation: a resume makes up for it
-        self._leaving = leaving
-        on_schedule = bool(self.finished) or self._checkpoint_due(due)
-        if leaving or on_schedule:
-            self._ask_for_checkpoint(on_schedule)
-        if self._rollback is not None:  # the state was not fit to be saved
-            self.finished, self._leaving = "", False
-            self.terminate(skip_completed=True)
-        elif self.state.iteration % self.steps_per_epoch != 0:
-            self._stop_if_over()
+    def _after_epoch(self) -> None:
+        """End the last step of an epoch, behind every other handler of EPOCH_COMPLETED."""
+        if self.state.iteration % self.steps_per_epoch == 0:
+            self._conclude()  # what those handlers wish
+            self._end_step()
 
-    def _ask_for_checkpoint(self, on_schedule: bool) -> None:
+    def _conclude(self) -> None:
+        """Carry out the decision about this step; what is done may bring new wishes."""
+        facts = self._facts
+        while True:
+            decision = self._decision = self._decide()
+            if decision.evaluate:
+                facts.evaluated = True
+                self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
+                facts.leaving = facts.leaving or (self.ranks.alone and self._wants_to_leave())
+            elif decision.save is not None:
+                facts.saved = decision.end
+                self._save(decision.save)
+            else:
+                return
+
+    def _decide(self) -> Decision:
+        facts, state = self._facts, self.state
+        return decide(
+            StepEnd(
+                state.iteration,
+                self.limits.total_steps,
+                self._cadence,
+                facts.finish,
+                facts.roll_back is not None,
+                facts.exhausted,
+                facts.leaving,
+                facts.data_fault,
+                facts.evaluated,
+                facts.saved,
+                state.evaluated_step != state.iteration and self._is_evaluated(),
+            )
+        )
+
+    def _save(self, why: Save) -> None:
         """Have the state saved; it counts its own save unless only a stop asked for it.
 
         So a run that is resumed from any checkpoint counts like one that was never stopped.
         """
-        self._asked_on_schedule = on_schedule and not self.evaluation_pending()
+        self._saving = why
         try:
             self.notify(TrainingEvents.FLLM_CHECKPOINT_DUE)
         finally:
-            self._asked_on_schedule = None
+            self._saving = None
 
     @property
     def saving_for_a_stop(self) -> bool:
         """Whether the checkpoint that is asked for now is one that only a stop asks for."""
-        return self._asked_on_schedule is False
+        return self._saving is Save.FOR_A_STOP
 
-    def _stop_if_over(self) -> None:
-        """Stop the inner run; at an epoch's end only after EPOCH_COMPLETED, not without it."""
-        # At the last step Ignite stops by itself.
-        if (self._leaving or self.finished) and self.state.iteration != self.total_steps:
-            self.terminate()
+    def _end_step(self) -> None:
+        """Stop the inner run if this step was its last, else begin the next with no wishes."""
+        if self._decision.end is End.ROLL_BACK:
+            super().terminate(skip_completed=True)
+        elif not self._decision.ends_run:
+            self._facts = StepFacts()
+        elif self.state.iteration != self.total_steps:  # where Ignite stops by itself
+            super().terminate()
 
     def notify(self, event: TrainingEvents) -> None:
         """Count the event and fire it if anyone listens."""
@@ -560,14 +612,15 @@ class Trainer(Engine):
     def add_event_handler(
         self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> RemovableEventHandle:
-        """Attach a handler, as Ignite does; note its owner's state; keep the relay last."""
+        """Attach a handler, as Ignite does; note its owner's state; keep our own one last."""
         owner = getattr(handler, "__self__", handler)
         if owner is not self and hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
             self._admit(owner)
         handle = super().add_event_handler(event_name, handler, *args, **kwargs)
-        if event_name == Events.ITERATION_COMPLETED and handler != self._relay:
-            self.remove_event_handler(self._relay, Events.ITERATION_COMPLETED)
-            super().add_event_handler(Events.ITERATION_COMPLETED, self._relay)
+        for event, last in self._last_handlers.items():
+            if event_name == event:  # also where it has a filter
+                self.remove_event_handler(last, event)
+                super().add_event_handler(event, last)
         return handle
 
     def _admit(self, owner: Any) -> None:
@@ -633,12 +686,12 @@ class Trainer(Engine):
 
     def redo_step(self) -> None:
         """Take the refused step once more from the state before it; call at FLLM_STEP_REJECTED."""
-        self._redo = True
+        self._facts.redo = True
 
-    def listens(self, kind: type) -> bool:
-        """Return whether a handler of a class is attached."""
+    def has_role(self, role: str) -> bool:
+        """Return whether a handler with this attribute `role` is attached."""
         return any(
-            isinstance(getattr(handler, "__self__", handler), kind)
+            getattr(_owner(handler), "role", None) == role
             for entries in self._event_handlers.values()
             for handler, _, _ in entries
         )
@@ -673,16 +726,21 @@ class Trainer(Engine):
                 "step %d: no checkpoint to go back to (%s)", self.state.iteration, reason
             )
             return
-        self._rollback = (before, reason)
+        self._facts.roll_back = RollBack(before, reason)
 
     def restore_step(self, before: int | None = None) -> int | None:
         """Return the step that a rollback would go to, None if there is none."""
         return self.restore_point.step_to_restore(before) if self.restore_point else None
 
     @property
+    def finished(self) -> str:
+        """Why the run is complete; empty while it is not."""
+        return self._decision.reason
+
+    @property
     def stopping(self) -> bool:
         """Whether the run ends with the current step, for good or for now."""
-        return bool(self.finished) or self._leaving
+        return self._decision.ends_run
 
     def weights_before(self, before: int | None = None) -> Mapping[str, Tensor] | None:
         """Return the model's state in the newest checkpoint that is at most `before`, or None."""
@@ -691,31 +749,44 @@ class Trainer(Engine):
     @property
     def rolling_back(self) -> bool:
         """Whether the run goes back after this step."""
-        return self._rollback is not None
+        return self._facts.roll_back is not None
 
     def finish(self, reason: str) -> None:
-        """End the run for good after this step."""
-        self.finished = self.finished or reason
+        """Wish to end the run for good after this step; the first reason counts."""
+        self._facts.finish = self._facts.finish or reason
+
+    def terminate(self, skip_completed: bool = False) -> None:
+        """Wish to end the run for good after this step: how handlers that know Ignite alone do.
+
+        Wherever it is called, the step is completed, evaluated and saved. `finished` names the
+        caller. On several ranks the call of one counts from the next step on.
+        """
+        reason = f"stopped by {_caller_name(sys._getframe(1))}"
+        if self.ranks.alone:
+            self.finish(reason)
+        else:
+            self._stopped_by = self._stopped_by or reason
 
     def interrupt_run(self, signal_number: int) -> None:
         """Ask the run to save and stop after this step, to be resumed later."""
         self.interrupted_by = signal_number
 
     def _go_back(self) -> None:
-        assert self._rollback is not None
+        wish = self._facts.roll_back
+        assert wish is not None
         assert self.restore_point is not None
-        (before, reason), self._rollback = self._rollback, None
+        self._facts, self._decision = StepFacts(), GO_ON
         broke_at = self.state.iteration
         kept = {name: getattr(self.state, name) for name in IRREVERSIBLE}
         ledger = self.ledger.state_dict()
         self.ranks.barrier()  # the writer may still be writing what the others want to read
-        self.restore_point.restore_before(self, before)
+        self.restore_point.restore_before(self, wish.before)
         for name, value in kept.items():
             setattr(self.state, name, value)
         self.ledger.load_state_dict(ledger)
         self.history.cut_back(self.state.iteration)
         logger.warning(
-            "went back from step %d to step %d (%s)", broke_at, self.state.iteration, reason
+            "went back from step %d to step %d (%s)", broke_at, self.state.iteration, wish.reason
         )
         self.notify(TrainingEvents.FLLM_ROLLED_BACK)
 
@@ -734,32 +805,13 @@ class Trainer(Engine):
         """
         return -(-self.state.iteration // self.steps_per_epoch)
 
-    def evaluation_due(self) -> bool:
-        """Whether the current step is one after which validation runs."""
-        step = self.state.iteration
-        return step > 0 and (
-            step % self.config.eval_steps == 0
-            or (self.config.eval_epochs and step % self.steps_per_epoch == 0)
-            or bool(self.finished)
-        )
-
     def evaluation_pending(self) -> bool:
-        """Whether a stop cut off the evaluation that the current step asks for."""
-        return (
-            self.evaluation_due()
-            and self.state.evaluated_step != self.state.iteration
-            and self._can_evaluate()
-            and bool(self._event_handlers[TrainingEvents.FLLM_EVALUATION_DUE])
-        )
+        """Whether the evaluation that the current step asks for is still to be made."""
+        return self._decide().pending
 
     def is_log_step(self) -> bool:
         """Whether the current step's metrics belong into the logs."""
-        step = self.state.iteration
-        return (
-            step % self.config.log_steps == 0
-            or step % self.steps_per_epoch == 0
-            or bool(self.finished)
-        )
+        return self._cadence.logs_at(self.state.iteration) or bool(self.finished)
 
     def elapsed_seconds(self) -> float:
         """Seconds of this run, those of earlier processes included."""
@@ -791,10 +843,6 @@ class Trainer(Engine):
             estimates.append(per_step * (self.total_steps - self.state.iteration))
         return min(estimates) if estimates else None
 
-    def _checkpoint_due(self, evaluation_due: bool) -> bool:
-        every = self.config.checkpoint_steps
-        return evaluation_due if every is None else self.state.iteration % every == 0
-
     def _out_of_budget(self) -> bool:
         limits = self.limits
         return (
@@ -813,13 +861,18 @@ class Trainer(Engine):
     def _can_evaluate(self) -> bool:
         return self.val_loader is not None and len(self.val_loader) > 0
 
+    def _is_evaluated(self) -> bool:
+        return self._can_evaluate() and bool(
+            self._event_handlers[TrainingEvents.FLLM_EVALUATION_DUE]
+        )
+
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Return the position, the counters, the ledger and the run's id."""
         state = {name: getattr(self.state, name) for name in COUNTERS}
         state["elapsed_before"] = self.elapsed_seconds()
-        state["checkpoints"] += self._asked_on_schedule is True
+        state["checkpoints"] += self._saving is Save.ON_SCHEDULE
         return {
             "iteration": self.state.iteration,
             "epoch_length": self.steps_per_epoch,
@@ -853,27 +906,35 @@ class Trainer(Engine):
 
     def attach_defaults(self) -> None:
         """Attach schedule, evaluation and checkpointing from the arguments, unless they are."""
-        if not self.listens(Schedule):
-            Schedule(self.scheduler).attach(self)
-        if not self.listens(Evaluation):
-            Evaluation().attach(self)
-        if self._checkpoint_dir is not None and not self.listens(Checkpointing):
-            Checkpointing(self._checkpoint_dir, n_saved=self.config.keep_last).attach(self)
+        for handler in default_handlers(self, self._checkpoint_dir):
+            handler.attach(self)
 
     def _keep_checkpoints_in(self, directory: Path) -> None:
-        point = self.restore_point
-        if isinstance(point, Checkpointing) and point.store.directory != directory:
+        if self.restore_point is not None and self.restore_point.directory != directory:
             raise ValueError(
-                f"checkpoints of this trainer go to {point.store.directory} already, so"
+                f"checkpoints of this trainer go to {self.restore_point.directory} already, so"
                 f" checkpoint_dir={directory} would have no effect"
             )
         self._checkpoint_dir = directory
 
 
-def _handler_name(handler: Any) -> str:
-    """Return the registered or class name of a handler's owner, else the function's name."""
+def _owner(handler: Any) -> Any:
+    """Return the object whose method a handler is, else the function itself."""
     if not hasattr(handler, "__self__"):
         handler = getattr(handler, "__wrapped__", handler)  # inside an event filter
-    owner = getattr(handler, "__self__", handler)
+    return getattr(handler, "__self__", handler)
+
+
+def _handler_name(handler: Any) -> str:
+    """Return the registered or class name of a handler's owner, else the function's name."""
+    owner = _owner(handler)
     name = HANDLERS.name_of(type(owner)) or getattr(owner, "__name__", type(owner).__name__)
     return str(name)
+
+
+def _caller_name(frame: FrameType) -> str:
+    """Return the name of the handler whose method runs in a frame, else the function's place."""
+    if (owner := frame.f_locals.get("self")) is not None:
+        return HANDLERS.name_of(type(owner)) or type(owner).__name__
+    code = frame.f_code
+    return f"{code.co_name} ({Path(code.co_filename).name}, line {frame.f_lineno})"

@@ -13,9 +13,12 @@ class GradientNoise:
         trainer.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self.measure)
 ```
 
-No base class is needed. A handler with `state_dict` and `load_state_dict` is part of every
-checkpoint from the moment that it is attached. Under `handlers:` in a YAML its options are the
-constructor's parameters, but for those that the program supplies (listed below).
+No base class is needed. A handler with an attribute `role` takes that role in the loop, in place
+of the handler that plays it by default: "schedule" (sets learning rates), "evaluation" (measures
+at FLLM_EVALUATION_DUE), "recovery" (acts on refused steps), "throughput" (measures the speed). A
+handler with `state_dict` and `load_state_dict` is part of every checkpoint from the moment that it
+is attached. Under `handlers:` in a YAML its options are the constructor's parameters, but for
+those that the program supplies (listed below).
 """
 
 from __future__ import annotations

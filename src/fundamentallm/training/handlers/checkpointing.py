@@ -169,6 +169,11 @@ class Checkpointing(Checkpoint):
         self._background: BackgroundSave | None = None
         self._buffers: dict[str, Tensor] = {}
 
+    @property
+    def directory(self) -> Path:
+        """The directory of the checkpoints."""
+        return self.store.directory
+
     def attach(self, trainer: Trainer) -> None:
         """Save at FLLM_CHECKPOINT_DUE; offer the trainer the way back."""
         trainer.restore_point = self

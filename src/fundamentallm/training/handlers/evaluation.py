@@ -24,6 +24,8 @@ class Evaluation:
     that `trainer.evaluation_weights()` puts in: the averaged ones where weight EMA is attached.
     """
 
+    role = "evaluation"
+
     def attach(self, trainer: Trainer) -> None:
         """Listen at FLLM_EVALUATION_DUE."""
         trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_DUE, self.run)

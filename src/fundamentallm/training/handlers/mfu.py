@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
-from fundamentallm.training.handlers.throughput import Throughput
 from fundamentallm.training.peak import device_peak
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class ModelFlopsUtilization:
 
     def prepare(self, trainer: Trainer) -> None:
         """Count a token's FLOPs and find the devices' peak in FLOP/s."""
-        if not trainer.listens(Throughput):
+        if not trainer.has_role("throughput"):
             logger.warning("mfu is NaN: the handler throughput, whose figure it is of, is off")
         # Of a model that does not say, the attention is unknown.
         known = getattr(trainer.model, "flops_per_token", None)

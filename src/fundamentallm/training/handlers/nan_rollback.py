@@ -78,6 +78,8 @@ class NaNRollback:
         tokenizer: decodes the sequences in the evidence.
     """
 
+    role = "recovery"
+
     def __init__(
         self,
         max_rollbacks: int = 10,

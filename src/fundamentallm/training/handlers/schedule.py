@@ -25,6 +25,8 @@ class Schedule(ParamScheduler):
         scheduler: the schedule; its base rates were taken from the optimizer's groups.
     """
 
+    role = "schedule"
+
     def __init__(self, scheduler: LearningRateScheduler) -> None:
         super().__init__(scheduler.optimizer, "lr")
         self.scheduler = scheduler

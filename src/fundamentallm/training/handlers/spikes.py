@@ -98,7 +98,7 @@ class Spikes:
         Raises:
             ConfigError: `nan_rollback` is switched off.
         """
-        if self.policy != "report" and "nan_rollback" not in trainer.attached:
+        if self.policy != "report" and not trainer.has_role("recovery"):
             raise ConfigError(
                 f"policy {self.policy} needs the handler nan_rollback, which acts on it",
                 where="handlers.spikes.policy",

@@ -28,6 +28,8 @@ class Throughput:
         clock: monotonic seconds, in place of the device's own timer.
     """
 
+    role = "throughput"
+
     def __init__(self, window: int = 50, clock: Callable[[], float] | None = None) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1 step, got {window}")

@@ -1,0 +1,214 @@
+"""What follows a step: decided in one place, from what is known at its end.
+
+Handlers wish and ranks vote (`StepFacts`); `decide` weighs that against the cadence and says what
+is still to be done. Whoever carries it out does the first thing, notes it, and asks again, since
+an evaluation and a save may bring new wishes. Asked in this way, it says:
+
+- Of an unhealthy step, one that the run goes back from, nothing is evaluated or saved.
+- A run that finishes has evaluated and saved; a run that stops for now has saved.
+- An evaluation that a stop cut off or left out is owed: the run is not finished, its checkpoint is
+  one for a stop, and the run that is resumed from there begins with that evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from fundamentallm.config.training import TrainingConfig
+
+
+class End(Enum):
+    """How the run goes on after a step."""
+
+    GO_ON = "go on"
+    STOP = "stop"
+    FINISH = "finish"
+    ROLL_BACK = "roll back"
+
+
+class Save(Enum):
+    """Why a state is saved: `ON_SCHEDULE` also where the run was never stopped."""
+
+    ON_SCHEDULE = "on schedule"
+    FOR_A_STOP = "for a stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """After which steps a run logs, evaluates and saves, whatever else happens.
+
+    Attributes:
+        steps_per_epoch: optimizer steps in one pass over the data.
+        log_steps: metrics enter the logs every so many steps and at each epoch's end.
+        eval_steps: evaluation every so many steps.
+        eval_epochs: evaluation at each epoch's end, too.
+        checkpoint_steps: a save every so many steps; None: with every evaluation.
+    """
+
+    steps_per_epoch: int
+    log_steps: int
+    eval_steps: int
+    eval_epochs: bool
+    checkpoint_steps: int | None
+
+    @classmethod
+    def resolve(cls, config: TrainingConfig, steps_per_epoch: int) -> Cadence:
+        """Return the cadence that a configuration describes."""
+        return cls(
+            steps_per_epoch,
+            config.log_steps,
+            config.eval_steps,
+            config.eval_epochs,
+            config.checkpoint_steps,
+        )
+
+    def logs_at(self, step: int) -> bool:
+        """Whether a step's metrics enter the logs."""
+        return step % self.log_steps == 0 or step % self.steps_per_epoch == 0
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether an evaluation follows a step."""
+        return step % self.eval_steps == 0 or (
+            self.eval_epochs and step % self.steps_per_epoch == 0
+        )
+
+    def saves_at(self, step: int, evaluates: bool) -> bool:
+        """Whether a save follows a step, given whether an evaluation does; step 0 is saved."""
+        every = self.checkpoint_steps
+        return step == 0 or (evaluates if every is None else step % every == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class RollBack:
+    """A wish to go back.
+
+    Attributes:
+        before: to the newest checkpoint that is not later than this step, or to the oldest if all
+            are; the newest of all if None.
+        reason: for the log.
+    """
+
+    before: int | None
+    reason: str
+
+
+@dataclass(slots=True)
+class StepFacts:
+    """What handlers wish, what the ranks agreed on, and what was done, in one step.
+
+    It is new for each step. Wishes that are made between two steps are those of the second.
+
+    Attributes:
+        finish: a wish to end the run for good, with its reason; empty if there is none.
+        roll_back: a wish to go back; None if there is none.
+        redo: a wish to take the refused step once more.
+        exhausted: whether some rank has used up a budget of tokens or seconds.
+        leaving: whether some rank is to save and stop for now.
+        data_fault: whether some rank cannot read its data, so that the step after this one is not
+            begun.
+        evaluated: whether the evaluation of this step was asked for, whatever came of it.
+        saved: how the run was going on when the state after this step was saved; None if it was
+            not.
+    """
+
+    finish: str = ""
+    roll_back: RollBack | None = None
+    redo: bool = False
+    exhausted: bool = False
+    leaving: bool = False
+    data_fault: bool = False
+    evaluated: bool = False
+    saved: End | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepEnd:
+    """What a decision goes by; equal on all ranks.
+
+    Attributes:
+        step: the step that ends here; 0 before the first.
+        last_step: that of the budget; None where only the clock or the tokens end the run.
+        cadence: when the run evaluates and saves.
+        finish, exhausted, leaving, data_fault, evaluated, saved: as `StepFacts`.
+        rolling_back: whether there is a wish to go back.
+        unmeasured: whether there is validation data and a handler to evaluate it, but no complete
+            evaluation of this step.
+    """
+
+    step: int
+    last_step: int | None
+    cadence: Cadence
+    finish: str = ""
+    rolling_back: bool = False
+    exhausted: bool = False
+    leaving: bool = False
+    data_fault: bool = False
+    evaluated: bool = False
+    saved: End | None = None
+    unmeasured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is still to be done about a step, and how the run goes on then.
+
+    Attributes:
+        end: how the run goes on.
+        reason: why it is finished; empty if it is not.
+        evaluate: whether to evaluate now.
+        save: why to save after that; None for no save.
+        pending: whether the validation that follows this step is not complete.
+    """
+
+    end: End
+    reason: str = ""
+    evaluate: bool = False
+    save: Save | None = None
+    pending: bool = False
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether this was the last step, for good or for now."""
+        return self.end is End.STOP or self.end is End.FINISH
+
+
+GO_ON = Decision(End.GO_ON)
+ROLL_BACK = Decision(End.ROLL_BACK)
+
+
+def decide(at: StepEnd) -> Decision:
+    """Say what is to be done about a step.
+
+    A rollback comes before everything else but a data fault, which ends the run at once. A run
+    that is both to finish and to stop is evaluated first: it is finished if that was not cut off.
+    """
+    if at.data_fault:
+        needs_save = at.saved is None and not at.rolling_back
+        return Decision(End.STOP, save=Save.FOR_A_STOP if needs_save else None)
+    if at.rolling_back:
+        return ROLL_BACK
+    reason = at.finish or _reason_of_budget(at)
+    due = at.step > 0 and (bool(reason) or at.cadence.evaluates_at(at.step))
+    scheduled = bool(reason) or at.cadence.saves_at(at.step, due)
+    if not (due or scheduled or at.leaving):
+        return GO_ON
+    pending = due and at.unmeasured
+    evaluate = due and not at.evaluated and (bool(reason) or not at.leaving)
+    owed = pending and not evaluate
+    if at.leaving and owed:
+        reason = ""
+    end = End.FINISH if reason else End.STOP if at.leaving else End.GO_ON
+    save = None
+    if at.saved is None or (end is End.FINISH and at.saved is not End.FINISH):
+        if scheduled and not owed:
+            save = Save.ON_SCHEDULE
+        elif scheduled or at.leaving:
+            save = Save.FOR_A_STOP
+    return Decision(end, reason, evaluate, save, pending)
+
+
+def _reason_of_budget(at: StepEnd) -> str:
+    if at.exhausted:
+        return "the budget is used up"
+    return "the last step is done" if at.step == at.last_step else ""

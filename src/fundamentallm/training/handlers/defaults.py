@@ -1,0 +1,30 @@
+"""The handlers that a script gets without asking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fundamentallm.training.handlers.base import Handler
+from fundamentallm.training.handlers.checkpointing import Checkpointing
+from fundamentallm.training.handlers.evaluation import Evaluation
+from fundamentallm.training.handlers.schedule import Schedule
+
+if TYPE_CHECKING:
+    from fundamentallm.training.trainer import Trainer
+
+
+def default_handlers(trainer: Trainer, checkpoint_dir: Path | None) -> Iterator[Handler]:
+    """Yield a handler for each role that nobody plays yet.
+
+    Args:
+        trainer: has the schedule and the configuration.
+        checkpoint_dir: where checkpoints go; None for no checkpoints.
+    """
+    if not trainer.has_role("schedule"):
+        yield Schedule(trainer.scheduler)
+    if not trainer.has_role("evaluation"):
+        yield Evaluation()
+    if checkpoint_dir is not None and trainer.restore_point is None:
+        yield Checkpointing(checkpoint_dir, n_saved=trainer.config.keep_last)
