@@ -13,9 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fundamentallm.config import RunConfig
+from fundamentallm.compute.plan import Plan
+from fundamentallm.config import RunConfig, TransformerConfig, load_config
+from fundamentallm.engine.assemble import check_names
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.measuring import measure_apart
+from fundamentallm.engine.plugins import load_plugins
+from fundamentallm.engine.tune import _space
 from fundamentallm.models.build import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,13 +206,40 @@ def test_a_numerical_incident_is_replayed(done, monkeypatch, capsys):
     assert "Reproduced." in capsys.readouterr().out
 
 
+def test_a_kernel_of_attention_is_not_chosen_for_a_model_without(plugins, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TEXT, "text.txt")
+    Path("tiny.yaml").write_text(CONFIG.replace("MODEL", MODELS["gru"]))
+    config = load_config("tiny.yaml")
+    load_plugins(config.plugins, "here")
+    check_names(config)
+    plain = config.model_copy(update={"model": TransformerConfig()})
+    for described, kernels in ((config, {"explicit"}), (plain, {"explicit", "flash"})):
+        plan = Plan("fp32", False, False, "explicit", batch_size=4)
+        assert {
+            kind["attention"] for kind in _space(described, plan, 1, ["compile"]).kinds
+        } == kernels
+
+
+def test_a_setting_of_attention_without_effect_is_told(plugins, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TEXT, "text.txt")
+    Path("tiny.yaml").write_text(CONFIG.replace("MODEL", MODELS["gru"]))
+    assert main(["check", "tiny.yaml", "training.attention=flash"]) == 0
+    assert "training.attention has no effect: gru has none" in capsys.readouterr().out
+    assert main(["check", "tiny.yaml"]) == 0
+    assert "no effect" not in capsys.readouterr().out
+
+
 def test_a_process_of_its_own_measures_it(finished, plugins, monkeypatch):
     monkeypatch.chdir(finished)
     path = f"{plugins}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     monkeypatch.setenv("PYTHONPATH", path)
     ids, targets = torch.zeros(2, 4, 16, dtype=torch.int64)
     rows = {"input_ids": ids.clone(), "target_ids": targets.clone()}
-    result = measure_apart(stored_config(Path("runs/tiny")), rows, [], 0.05, 120.0)
+    config = stored_config(Path("runs/tiny"))
+    plan = Plan("fp32", False, False, "flash", batch_size=4)
+    result = measure_apart(config, plan, rows, [], 0.05, 120.0)
     assert result.fault == ""
     assert 0 < result.step_seconds < 5
 
@@ -224,3 +255,33 @@ def test_only_the_added_matrices_are_trained(plugins, tmp_path, monkeypatch):
     changed = {name for name in first if not torch.equal(first[name], last[name])}
     assert changed == {name for name in first if ".up." in name or ".down." in name}
     assert changed
+
+
+def test_an_adapter_changes_a_model_that_starts_from_a_folder(plugins, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TEXT, "text.txt")
+    Path("plain.yaml").write_text(
+        CONFIG.replace("MODEL", "{d_model: 16, num_layers: 1, num_heads: 2}")
+    )
+    assert main(["run", "plain.yaml", "--run-dir", "plain"]) == 0
+    assert main(["export", "plain/checkpoints/last", "--format", "hf", "--out", "folder"]) == 0
+    theirs = load_file("plain/checkpoints/step-00000012/model.safetensors")
+    Path("tuned.yaml").write_text(
+        CONFIG.replace("MODEL", "{init_from: folder, adapter: {name: low_rank, rank: 3}}")
+    )
+
+    monkeypatch.setenv("INTERRUPT_AT", "7")
+    assert main(["run", "tuned.yaml", "--run-dir", "cut"]) == 130
+    monkeypatch.delenv("INTERRUPT_AT")
+    assert main(["run", "tuned.yaml", "--run-dir", "whole"]) == 0
+    shutil.rmtree("folder")
+    assert main(["run", "tuned.yaml", "--run-dir", "cut"]) == 0
+    assert weights("cut") == weights("whole")
+
+    tuned = load_file("whole/checkpoints/step-00000012/model.safetensors")
+    kept = {name: tensor for name, tensor in tuned.items() if ".up." not in name}
+    kept = {name: tensor for name, tensor in kept.items() if ".down." not in name}
+    assert {name.replace(".base.", ".") for name in kept} == set(theirs)
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, theirs[name.replace(".base.", ".")]), name
+    assert any(tensor.any() for name, tensor in tuned.items() if ".up." in name)

@@ -12,9 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fundamentallm.config import RunConfig, TransformerConfig, config_differences
+from fundamentallm.config import (
+    Component,
+    FamilyConfig,
+    RunConfig,
+    TransformerConfig,
+    config_differences,
+    load_config,
+)
 from fundamentallm.config.difference import with_defaults
-from fundamentallm.config.model import FamilyConfig
 from fundamentallm.engine.abilities import check_abilities
 from fundamentallm.engine.assemble import check_names
 from fundamentallm.errors import ConfigError
@@ -117,6 +123,15 @@ class TestNaming:
         named, silent = config_of("family: transformer; d_model: 64"), config_of("d_model: 64")
         assert named == silent
         assert named.model_dump(mode="json") == silent.model_dump(mode="json")
+
+    def test_an_override_goes_into_an_adapter_and_keeps_its_name(self, tmp_path):
+        path = tmp_path / "mine.yaml"
+        path.write_text("model: {adapter: test_head_only}\n")
+        adapter = load_config(path, ["model.adapter.scale=2.0"]).model.adapter
+        assert adapter == Component(name="test_head_only", options={"scale": 2.0})
+        path.write_text("name: x\n")
+        with pytest.raises(ConfigError, match="a component needs a name"):
+            load_config(path, ["model.adapter.scale=2.0"])
 
     def test_a_key_near_family_is_hinted_at(self):
         with pytest.raises(ConfigError, match="did you mean 'family'"):

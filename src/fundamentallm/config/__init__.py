@@ -10,7 +10,7 @@ from fundamentallm.config.difference import (
     may_differ_on_resume,
 )
 from fundamentallm.config.load import load_config
-from fundamentallm.config.model import TransformerConfig
+from fundamentallm.config.model import FamilyConfig, TransformerConfig
 from fundamentallm.config.run import RunConfig
 from fundamentallm.config.training import TrainingConfig, resolve_warmup
 
@@ -19,6 +19,7 @@ __all__ = [
     "BaseConfig",
     "Component",
     "DataConfig",
+    "FamilyConfig",
     "RunConfig",
     "TrainingConfig",
     "TransformerConfig",

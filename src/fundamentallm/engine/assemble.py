@@ -34,7 +34,7 @@ from fundamentallm.engine.run_directory import RunDirectory, describe
 from fundamentallm.engine.starting_point import StartingPoint, starting_point
 from fundamentallm.errors import ConfigError, DataError, MachineError
 from fundamentallm.files.run_layout import CORPUS
-from fundamentallm.models.build import build_model, check_model
+from fundamentallm.models.build import build_model, check_model, uses_attention
 from fundamentallm.models.native.library import find_compiler, load_library
 from fundamentallm.training.clock import seconds_since_start
 from fundamentallm.training.distributed import Ranks
@@ -349,6 +349,8 @@ def without_effect(config: RunConfig, source: Source) -> list[str]:
             notes.append("training.attention has no effect: data.packing: document has its own")
     if training.compile == "native" and "attention" in training.model_fields_set:
         notes.append("training.attention has no effect: compile: native has its own")
+    if "attention" in training.model_fields_set and not uses_attention(config.model):
+        notes.append(f"training.attention has no effect: {config.model.family} has none")
     if training.bf16_weights is True and (training.precision or "fp32") == "fp32":
         notes.append("training.bf16_weights has no effect in fp32")
     if source.tokenizer is not None and "tokenizer" in data.model_fields_set:

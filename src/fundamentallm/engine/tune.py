@@ -33,6 +33,7 @@ from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.files.names import numbered
 from fundamentallm.models.attention import KERNELS
+from fundamentallm.models.build import uses_attention
 from fundamentallm.models.native.library import find_compiler
 
 LEAST_PATIENCE = 60.0  # seconds that a candidate gets at least, or the first could not finish
@@ -153,7 +154,9 @@ def _space(config: RunConfig, start: Plan, default_threads: int, keep: Sequence[
     apart = config.data.packing == "document"
     if "compile" not in keep and not apart and find_compiler() is not None:
         compiling = [False, True]
-    kernels = [start.attention] if "attention" in keep or apart else list(KERNELS)
+    kernels = [start.attention]
+    if "attention" not in keep and not apart and uses_attention(config.model):
+        kernels = list(KERNELS)
     kinds = [
         {**narrow, "compile": compiled, "attention": kernel}
         for compiled in compiling

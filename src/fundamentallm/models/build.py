@@ -17,7 +17,6 @@ from torch import nn
 import fundamentallm.models.transformer  # noqa: F401
 from fundamentallm.config.model import ModelConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.models import transformer  # noqa: F401 (registers its family)
 from fundamentallm.models.components import inside, required
 from fundamentallm.models.estimate import FLOAT32_BYTES, Estimate
 from fundamentallm.models.families import ADAPTERS, MODELS
@@ -97,6 +96,11 @@ def follows_weight_type(config: ModelConfig) -> bool:
     """Whether a model is known to compute with bfloat16 weights, without autocast."""
     known = getattr(_family(config), "can_follow_weight_type", None)
     return known is not None and config.adapter is None and known(config)
+
+
+def uses_attention(config: ModelConfig) -> bool:
+    """Whether `training.attention` changes how a model computes."""
+    return bool(getattr(_family(config), "uses_attention", False))
 
 
 def estimate_model(

@@ -34,6 +34,7 @@ What the class itself may offer, asked of a configuration before anything is bui
 | `check(config)` | raises ConfigError for what cannot be built | it is built on the meta device |
 | `estimate(config, ...)` | the costs, as `models.estimate.estimate` | parameters are counted |
 | `can_follow_weight_type(config)` | as `follows_weight_type` | autocast |
+| `uses_attention` | True: its modules are `models.attention.Attention` | one kernel to tune |
 """
 
 from __future__ import annotations

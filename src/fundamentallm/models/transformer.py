@@ -79,6 +79,7 @@ class Transformer(nn.Module):
     check = staticmethod(check_components)
     estimate = staticmethod(estimate)
     can_follow_weight_type = staticmethod(follows_weight_type)
+    uses_attention = True
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
