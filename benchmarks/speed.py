@@ -234,7 +234,7 @@ def assembled(
             ],
         )
         if model is not None:
-            assemble.Transformer = lambda _: model  # type: ignore[assignment, misc]
+            assemble.build_model = lambda *_: model  # type: ignore[assignment]
         directory = run_directory.choose(config, "never", Path(scratch) / "run")
         trainer = assemble.assemble(config, directory, assemble.open_machine(config)).trainer
         directory.path.mkdir(exist_ok=True)

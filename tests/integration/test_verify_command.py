@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fundamentallm.compute.plan import Machine
 from fundamentallm.engine import exactness
 from fundamentallm.engine.cli import main
 from fundamentallm.training.store import CheckpointStore
@@ -143,8 +144,8 @@ def test_other_versions_are_refused_with_the_difference(
 def test_other_circumstances_are_told(
     unfinished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here = exactness.circumstances
-    monkeypatch.setattr(exactness, "circumstances", lambda *a: {**here(*a), "threads": 77})
+    here = Machine.circumstances
+    monkeypatch.setattr(Machine, "circumstances", lambda self: {**here(self), "threads": 77})
     capsys.readouterr()
     assert main(["run", "tiny.yaml"]) == 0
     assert "equal to rounding, not bit for bit: threads was" in capsys.readouterr().err

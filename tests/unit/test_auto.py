@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from fundamentallm.compute.plan import Plan
+from fundamentallm.compute.plan import Machine, Plan
 from fundamentallm.config import RunConfig
 from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.engine import auto
@@ -201,8 +201,7 @@ def choose_auto(written, resolved, loader, device, ranks) -> tuple[RunConfig, li
         training.compile,
         training.attention,
         resolved.data.batch_size,
-        device=device,
-        ranks=ranks,
+        machine=Machine(device, ranks),
     )
     plan, notes = auto.choose_auto(written, resolved, plan, loader)
     return plan.applied_to(resolved), notes

@@ -39,8 +39,8 @@ def machine(monkeypatch):
     return make
 
 
-def plan(*values: object, **options: object) -> Plan:
-    return Plan(*values, batch_size=4, **options)
+def plan(*values: object, device: torch.device = CPU, **options: object) -> Plan:
+    return Plan(*values, batch_size=4, machine=Machine(device), **options)
 
 
 OLD_GPU, BARE = {"bf16": False}, {"compiler": False}
@@ -54,8 +54,20 @@ OLD_GPU, BARE = {"bf16": False}, {"compiler": False}
         ({}, KNOWN, CUDA, {}, plan("fp32", False, False, "flash", device=CUDA)),
         # precision
         ({"precision": "auto"}, KNOWN, CPU, {}, plan("fp32", False, False, "flash")),
-        ({"precision": "auto"}, KNOWN, MPS, {}, plan("fp32", False, False, "flash", device=MPS)),
-        ({"precision": "auto"}, KNOWN, CUDA, {}, plan("bf16", False, False, "flash", device=CUDA)),
+        (
+            {"precision": "auto"},
+            KNOWN,
+            MPS,
+            {},
+            plan("fp32", False, False, "flash", device=MPS),
+        ),
+        (
+            {"precision": "auto"},
+            KNOWN,
+            CUDA,
+            {},
+            plan("bf16", False, False, "flash", device=CUDA),
+        ),
         (
             {"precision": "auto"},
             KNOWN,
@@ -163,9 +175,9 @@ def test_nothing_is_known_of_another_model():
 )  # fmt: skip
 def test_what_a_run_computed_is_computed_again(stored, device, elsewhere, expected):
     config = TrainingConfig(**stored)
-    found = Plan.again(config, ModelFacts.of(KNOWN), device, fp16_elsewhere=elsewhere)
+    found = Plan.again(config, ModelFacts.of(KNOWN), Machine(device), fp16_elsewhere=elsewhere)
     assert (found.precision, found.bf16_weights, found.attention) == expected
-    assert (found.compile, found.device, found.ranks) == (False, device, Ranks())
+    assert (found.compile, found.machine) == (False, Machine(device))
 
 
 def test_a_plan_resolves_to_itself_from_the_configuration_that_keeps_it(machine):
@@ -198,7 +210,7 @@ class TestPrepare:
         assert not isinstance(model.run_block, CompiledBlocks)
 
     def test_a_model_moves_to_the_device(self):
-        placed = Plan("fp32", False, False, "flash", device=torch.device("meta")).place(
+        placed = Plan("fp32", False, False, "flash", machine=Machine(torch.device("meta"))).place(
             nn.Linear(2, 3)
         )
         assert placed.weight.device.type == "meta"

@@ -7,12 +7,13 @@ import logging
 import os
 
 import pytest
-import torch
 
+from fundamentallm.compute.plan import Machine
 from fundamentallm.config import RunConfig
 from fundamentallm.engine import speed_cache
 from fundamentallm.engine.measuring import Measurement
 from fundamentallm.engine.speed_cache import SpeedCache, circumstances_of
+from fundamentallm.training.distributed import Ranks
 
 HERE = {"processor": "one", "threads": 2}
 THERE = {"processor": "another", "threads": 2}
@@ -129,10 +130,9 @@ def test_the_oldest_go_when_there_are_too_many(cache, monkeypatch):
     ],
 )
 def test_another_shape_is_another_entry(text):
-    cpu = torch.device("cpu")
-    plain = circumstances_of(RunConfig(), cpu, 1)
+    plain = circumstances_of(RunConfig(), Machine())
 
-    assert plain == circumstances_of(RunConfig.from_yaml("name: b\nseed: 7"), cpu, 1)
-    assert plain != circumstances_of(RunConfig.from_yaml(text), cpu, 1)
-    assert plain != circumstances_of(RunConfig(), cpu, 2)
+    assert plain == circumstances_of(RunConfig.from_yaml("name: b\nseed: 7"), Machine())
+    assert plain != circumstances_of(RunConfig.from_yaml(text), Machine())
+    assert plain != circumstances_of(RunConfig(), Machine(ranks=Ranks(world_size=2)))
     assert {"processor", "device", "torch", "threads"} <= plain.keys()

@@ -52,7 +52,7 @@ class Machine:
         ranks: this process among the others.
     """
 
-    device: torch.device
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
     ranks: Ranks = field(default_factory=Ranks)
 
     @classmethod
@@ -78,6 +78,15 @@ class Machine:
             found = torch.device("cuda", ranks.local_rank)
             torch.cuda.set_device(found)
         return cls(found, ranks)
+
+    def circumstances(self) -> dict[str, str | int]:
+        """Return what rounding and speed depend on besides a plan, as plain values."""
+        gpu = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(self.device) if gpu else self.device.type,
+            "ranks": self.ranks.world_size,
+            "threads": torch.get_num_threads(),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +136,7 @@ class Plan:
             the loader of a script decides.
         threads: of the CPU; None for torch's choice.
         gradient_checkpointing: whether the backward pass computes activations again.
-        device: where.
-        ranks: with which other processes.
+        machine: where.
     """
 
     precision: str
@@ -138,8 +146,7 @@ class Plan:
     batch_size: int = 0
     threads: int | None = None
     gradient_checkpointing: bool = False
-    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
-    ranks: Ranks = field(default_factory=Ranks)
+    machine: Machine = field(default_factory=Machine)
 
     @classmethod
     def resolve(
@@ -180,29 +187,38 @@ class Plan:
             batch_size,
             config.threads,
             config.gradient_checkpointing,
-            device,
-            machine.ranks,
+            machine,
         )
 
     @classmethod
     def again(
-        cls, config: TrainingConfig, model: ModelFacts, device: torch.device, fp16_elsewhere: str
+        cls, config: TrainingConfig, model: ModelFacts, machine: Machine, fp16_elsewhere: str
     ) -> Plan:
-        """Return the plan to compute by itself, uncompiled, what a run computed.
+        """Return the plan to compute once more, uncompiled, what a run computed.
 
         Args:
             config: the run's, resolved. Runs from before there was a choice of `bf16_weights` and
                 `attention` had autocast and the fused kernel.
             model: what the model can do.
-            device: where, which may be another kind than the run's.
+            machine: where it computes, which may be another kind than the run's.
             fp16_elsewhere: the precision in place of fp16 where the device is no GPU.
         """
         precision: str = config.precision
-        if precision == "fp16" and device.type != "cuda":
+        if precision == "fp16" and machine.device.type != "cuda":
             precision = fp16_elsewhere
         narrow = config.bf16_weights is True
-        kernel = choose_kernel(config.attention, device, narrow, model.context)
-        return cls(precision, narrow, False, kernel, threads=config.threads, device=device)
+        kernel = choose_kernel(config.attention, machine.device, narrow, model.context)
+        return cls(precision, narrow, False, kernel, threads=config.threads, machine=machine)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.machine.device
+
+    @property
+    def ranks(self) -> Ranks:
+        """This process among those that take the same step."""
+        return self.machine.ranks
 
     def place(self, model: nn.Module) -> nn.Module:
         """Put a model where it computes; call it before an optimizer holds the parameters."""

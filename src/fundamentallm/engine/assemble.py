@@ -28,7 +28,7 @@ from fundamentallm.data.tokenizer import (
 from fundamentallm.data.tokenizer_json import tokenizer_json
 from fundamentallm.engine.abilities import check_abilities
 from fundamentallm.engine.auto import choose_auto
-from fundamentallm.engine.exactness import circumstances, versions
+from fundamentallm.engine.exactness import versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
 from fundamentallm.engine.starting_point import StartingPoint, starting_point
@@ -191,7 +191,7 @@ def assemble(
                 "response_end": source.response_end,
             },
             versions=versions(),
-            circumstances=circumstances(plan.device, ranks),
+            circumstances=machine.circumstances(),
         )
     )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fundamentallm.compute.plan import Machine, ModelFacts, Plan
+from fundamentallm.compute.plan import ModelFacts, Plan
 from fundamentallm.config import RunConfig
 from fundamentallm.data.batch import Window, count_valid
 from fundamentallm.data.loaders import EpochLoader
@@ -193,7 +193,7 @@ def _in_bf16(start: Plan, written: RunConfig, model: ModelFacts) -> Plan | None:
         return None
     narrow = {"precision": "bf16", "compile": start.compile}
     training = written.training.model_copy(update=narrow)
-    return Plan.resolve(training, model, Machine(start.device, start.ranks), start.batch_size)
+    return Plan.resolve(training, model, start.machine, start.batch_size)
 
 
 def _native(start: Plan, other: Plan | None, model: ModelFacts) -> Plan | None:
@@ -217,7 +217,7 @@ def _choose(
     left = None if training.max_seconds is None else training.max_seconds - seconds_since_start()
     length = Length(training.total_steps, left, training.accumulation_steps)
     cache = SpeedCache()
-    circumstances = circumstances_of(resolved, start.device, start.ranks.world_size)
+    circumstances = circumstances_of(resolved, start.machine)
     known = cache.get(circumstances)
     asked: dict[Plan, Measurement] = {}
     new = False

@@ -84,7 +84,7 @@ def evaluate(options: argparse.Namespace) -> int:
                 fix="name a text with --data",
             )
         facts, training = ModelFacts.of(trained.config.model), trained.config.training
-        plan = Plan.again(training, facts, machine.device, fp16_elsewhere="fp32")
+        plan = Plan.again(training, facts, machine, fp16_elsewhere="fp32")
         total, each = evaluate_documents(
             plan.prepare(trained.model),
             trained.tokenizer,

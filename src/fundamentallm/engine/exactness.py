@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import platform
-from typing import Any
 
 import ignite
 import numpy as np
 import torch
 
 import fundamentallm
+from fundamentallm.compute.plan import Machine
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -30,12 +29,6 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-
-
-def circumstances(device: torch.device, ranks: Ranks) -> dict[str, Any]:
-    """Return what else rounding depends on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "ranks": ranks.world_size, "threads": torch.get_num_threads()}
 
 
 def refuse_other_versions(manifest: Manifest, allow: bool) -> None:
@@ -65,11 +58,11 @@ def refuse_other_versions(manifest: Manifest, allow: bool) -> None:
         logger.warning("not bit for bit the same run: %s", difference)
 
 
-def tell_other_circumstances(manifest: Manifest, device: torch.device, ranks: Ranks) -> None:
+def tell_other_circumstances(manifest: Manifest, machine: Machine) -> None:
     """Warn where the same numbers will be rounded in another way from here on."""
-    saved, now = manifest.metadata.get("circumstances", {}), circumstances(device, ranks)
+    saved, now = manifest.metadata.get("circumstances", {}), machine.circumstances()
     for name, value in now.items():
-        if name in saved and saved[name] != value and ranks.is_writer:
+        if name in saved and saved[name] != value and machine.ranks.is_writer:
             logger.warning(
                 "equal to rounding, not bit for bit: %s was %s and is %s", name, saved[name], value
             )

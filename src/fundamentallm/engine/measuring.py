@@ -38,7 +38,6 @@ from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import ConfigError, FundamentaLLMError
 from fundamentallm.models.build import build_model
 from fundamentallm.training.compilation import CompiledBlocks
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import LOSSES
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.rng import capture_rng, restore_rng
@@ -97,10 +96,11 @@ def measure(
     Raises:
         FundamentaLLMError: the step cannot be built.
     """
+    plan = replace(plan, machine=Machine(plan.device))  # without other ranks
     rng = capture_rng()
     torch.manual_seed(config.seed)
     try:
-        return _measure(config, replace(plan, ranks=Ranks()), windows, seconds, slowest, brief)
+        return _measure(config, plan, windows, seconds, slowest, brief)
     finally:
         restore_rng(rng)
         gc.collect()

@@ -144,7 +144,7 @@ def replay_incident(incident: Path, report: dict[str, Any], device: str) -> Repl
     training = config.training
     machine = Machine.open(device, training.threads)
     facts = ModelFacts.of(config.model)
-    plan = Plan.again(training, facts, machine.device, fp16_elsewhere="bf16")
+    plan = Plan.again(training, facts, machine, fp16_elsewhere="bf16")
     laboratory = Laboratory(
         plan.prepare(plan.place(model)),
         LOSSES.build(training.loss.name, training.loss.options),

@@ -128,7 +128,7 @@ def _train(config: RunConfig, directory: RunDirectory, machine: Machine, again: 
         if ranks.is_writer:
             _announce(run)
         if directory.checkpoint is not None:
-            tell_other_circumstances(directory.checkpoint, trainer.device, ranks)
+            tell_other_circumstances(directory.checkpoint, machine)
             trainer.resume(directory.checkpoints / directory.checkpoint.name)
         trainer.run()
         if trainer.interrupted_by is not None and not trainer.finished:

@@ -21,6 +21,7 @@ import torch
 
 import fundamentallm
 from fundamentallm.cache_directory import default_cache_dir
+from fundamentallm.compute.plan import Machine
 from fundamentallm.config import RunConfig
 from fundamentallm.engine.measuring import Measurement
 from fundamentallm.errors import DataError
@@ -116,18 +117,14 @@ class SpeedCache:
             return {}
 
 
-def circumstances_of(
-    config: RunConfig, device: torch.device, ranks: int
-) -> dict[str, str | int | None]:
+def circumstances_of(config: RunConfig, machine: Machine) -> dict[str, str | int | None]:
     """Return all that the time of a micro-batch depends on, as plain values.
 
     Args:
         config: with everything resolved; what a choice is about is not looked at.
-        device: where the run computes.
-        ranks: processes that share the machine.
+        machine: where the run computes.
     """
     training = config.training
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     shape = {
         "model": config.model.with_random_weights().model_dump(mode="json"),
         "optimizer": training.optimizer.to_plain(),
@@ -136,12 +133,10 @@ def circumstances_of(
         "packing": config.data.packing,
     }
     return {
+        **machine.circumstances(),
         "processor": _processor(),
-        "device": gpu,
         "torch": torch.__version__,
         "fundamentallm": fundamentallm.__version__,
-        "threads": torch.get_num_threads(),
-        "ranks": ranks,
         "micro_batch": f"{config.data.batch_size} x {config.data.sequence_length}",
         "shape": hashlib.sha256(_canonical(shape)).hexdigest(),
     }
