@@ -1,0 +1,79 @@
+"""What `check` measures: the step that `run` would take, and nothing of the run is changed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fundamentallm.engine.cli import main
+from fundamentallm.training import compilation
+from fundamentallm.training.step import TrainStep
+
+TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
+CONFIG = """\
+name: tiny
+data: {source: text.txt, sequence_length: 16, batch_size: 4}
+model: {d_model: 16, num_layers: 1, num_heads: 2}
+training: {total_steps: 12}
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TEXT, "text.txt")
+    Path("tiny.yaml").write_text(CONFIG)
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[tuple[int, TrainStep]]:
+    """Each step that is taken: its micro-batches, and what takes it."""
+    taken = []
+    real = TrainStep.__call__
+
+    def noting(self, window, num_tokens, num_sequences):
+        taken.append((len(window.micro_batches), self))
+        return real(self, window, num_tokens, num_sequences)
+
+    monkeypatch.setattr(TrainStep, "__call__", noting)
+    return taken
+
+
+def test_it_is_the_step_of_the_run(steps, capsys):
+    words = [
+        "training.optimizer=lion",
+        "training.precision=bf16",
+        "training.attention=flash",
+        "training.accumulation_steps=2",
+        "training.max_grad_value=0.5",
+        "training.loss={name: cross_entropy, label_smoothing: 0.1}",
+    ]
+    assert main(["check", "tiny.yaml", *words]) == 0
+
+    step = steps[-1][1]
+    assert type(step.optimizer).__name__ == "Lion"
+    assert (step.precision.name, step.precision.bf16_weights) == ("bf16", True)
+    assert (step.max_grad_norm, step.max_grad_value) == (1.0, 0.5)
+    assert step.loss_fn.label_smoothing == 0.1
+    assert {block.attention.kernel for block in step.model.blocks} == {"flash"}
+    assert [number for number, _ in steps] == [1, 1, 2, 2, 2]  # two to warm up, whole steps then
+    out = capsys.readouterr().out
+    assert re.search(r"tokens per step  128\n", out)
+    assert re.search(r"time             about .* \([\d,]+ ms a step, [\d,]+ tokens/s\)\n", out)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("choice", "compiled"), [("auto", False), ("true", True)])
+def test_what_a_run_would_choose_by_measuring_begins_without_compiled_code(
+    steps, monkeypatch, choice, compiled
+):
+    monkeypatch.setattr(compilation, "find_compiler", lambda: "g++")
+    # In place of the compiler, which takes long: the code as it is.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert main(["check", "tiny.yaml", f"training.compile={choice}"]) == 0
+    runner = steps[-1][1].model.run_block
+    assert isinstance(runner, compilation.CompiledBlocks) is compiled
