@@ -395,8 +395,21 @@ def sums(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def decisions(ranks: Ranks) -> dict[str, Any]:
+    def refuse() -> None:
+        raise ValueError("no")
+
+    agreed = ranks.first_decides(lambda: [ranks.rank, "\u00e9", None])
+    try:
+        ranks.first_decides(refuse)
+    except (ValueError, SystemExit) as error:
+        return {"agreed": agreed, "refused": repr(error)}
+    return {"agreed": agreed}
+
+
 def all_scenarios(ranks: Ranks, place: Path) -> Iterator[tuple[str, Any]]:
     yield "sums", sums(ranks)
+    yield "decisions", decisions(ranks)
     for dtype in DTYPES:
         yield f"gradients {dtype}", gradients(ranks, dtype, chunked=False)
         yield f"chunked gradients {dtype}", gradients(ranks, dtype, chunked=True)
@@ -669,6 +682,13 @@ def test_ranks_know_their_place_and_what_the_others_say(both):
         assert found["text"] == ["rank 0 \u00e9\u4e16", ""]
         assert found["bytes"] == [[0, 255, 0], [1, 255, 0]]
         assert found["tensor"] == [1.0, math.inf]
+
+
+def test_the_first_rank_decides_for_both_and_its_failure_ends_the_other(
+    both: list[dict[str, Any]],
+) -> None:
+    assert [rank["decisions"]["agreed"] for rank in both] == [[0, "\u00e9", None]] * 2
+    assert [rank["decisions"]["refused"] for rank in both] == ["ValueError('no')", "SystemExit(1)"]
 
 
 def test_evaluation_adds_up_over_ranks_with_unequal_shares(both):

@@ -12,11 +12,11 @@ def dotted(path: Sequence[str | int]) -> str:
     """Return `training.optimizer` for its path, indices as `data.source[0]`."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{printable(part)}"
+        text += f"[{part}]" if isinstance(part, int) else f".{excerpt(part)}"
     return text.removeprefix(".")
 
 
-def printable(text: str, limit: int = 60) -> str:
+def excerpt(text: str, limit: int = 60) -> str:
     """Return text fit for a message: cut to `limit`, control characters escaped."""
     shown = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.config.component import Component
-from fundamentallm.config.key_path import KeyPath, dotted, printable
+from fundamentallm.config.key_path import KeyPath, dotted, excerpt
 from fundamentallm.config.problems import class_at, shown
 from fundamentallm.config.run import RunConfig
 from fundamentallm.config.yaml_source import YamlDocument, parse_value, read_yaml
@@ -48,7 +48,7 @@ def overridden(document: YamlDocument, overrides: Sequence[str]) -> YamlDocument
 
 
 def _overridden(document: YamlDocument, text: str) -> YamlDocument:
-    origin = f"command line: {printable(text, 200)}"
+    origin = f"command line: {excerpt(text, 200)}"
     key, equals, value_text = text.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
@@ -122,6 +122,6 @@ def _with_plugins(document: YamlDocument, plugins: Sequence[str]) -> YamlDocumen
     origins = dict(document.replaced)
     for name in plugins:
         if name not in data["plugins"]:
-            origins["plugins", len(data["plugins"])] = f"command line: --plugins {printable(name)}"
+            origins["plugins", len(data["plugins"])] = f"command line: --plugins {excerpt(name)}"
             data["plugins"].append(name)
     return YamlDocument(document.name, data, document.lines, origins)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Union
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from fundamentallm.config.key_path import KeyPath, dotted, printable
+from fundamentallm.config.key_path import KeyPath, dotted, excerpt
 from fundamentallm.errors import ConfigError, did_you_mean
 
 _PROBLEM = "config_problem"
@@ -50,7 +50,7 @@ def shown(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):  # an object, or an integer of thousands of digits
         text = f"a value of type {type(value).__name__}"
-    return printable(text)
+    return excerpt(text)
 
 
 def to_config_error(
@@ -148,7 +148,7 @@ def _unknown_key(path: KeyPath, root: type[BaseModel]) -> ConfigError:
     known = list(own.model_fields) if own else []
     fix = _elsewhere(key, own, root) or did_you_mean(key, known) or _near_elsewhere(key, root)
     return ConfigError(
-        f"unknown key '{printable(key)}'",
+        f"unknown key '{excerpt(key)}'",
         expected="" if fix else "one of " + ", ".join(known),
         fix=fix or "remove it, or choose one of these",
     )
@@ -276,7 +276,7 @@ def _spelling(value: Any, schema: dict[str, Any]) -> str:
     if kinds & {"integer", "number"}:
         return _number_hint(value, integer="integer" in kinds)
     if kinds == {"array"} and isinstance(value, str):
-        return f"write a list, as [{printable(value)}]"
+        return f"write a list, as [{excerpt(value)}]"
     if "string" in kinds and isinstance(value, (bool, int, float)):
         return f'put it in quotes: "{shown(value)}"'
     return ""

@@ -21,8 +21,8 @@ from typing import Any
 
 import yaml
 
-from fundamentallm.config.key_path import KeyPath, dotted, printable
-from fundamentallm.config.text_file import LARGEST_FILE, read_text, too_large
+from fundamentallm.config.key_path import KeyPath, dotted, excerpt
+from fundamentallm.config.yaml_file import LARGEST_FILE, read_yaml_text, too_large
 from fundamentallm.errors import ConfigError
 
 DEEPEST_NESTING = 32
@@ -80,7 +80,7 @@ def read_yaml(path: str | Path) -> YamlDocument:
     Raises:
         ConfigError: no readable UTF-8 file of at most a megabyte, or as in `parse_yaml`.
     """
-    return parse_yaml(read_text(Path(path)), str(path))
+    return parse_yaml(read_yaml_text(Path(path)), str(path))
 
 
 def parse_yaml(text: str, name: str = "YAML text") -> YamlDocument:
@@ -204,9 +204,9 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, name: str) -> ConfigEr
         context += f" that begins in line {error.context_mark.line + 1}"
     context += ": " if context else ""
     return ConfigError(
-        f"this is not YAML: {printable(context + (error.problem or 'syntax error'), 200)}",
+        f"this is not YAML: {excerpt(context + (error.problem or 'syntax error'), 200)}",
         where=f"{name}:{number + 1}",
-        got=printable(line.strip()),
+        got=excerpt(line.strip()),
         fix=f"look at column {column + 1} and at the line above",
     )
 
@@ -275,7 +275,7 @@ class _Builder:
         if not isinstance(key, str):
             got = event.value if isinstance(event, yaml.ScalarEvent) else "a list or a mapping"
             raise self.error(
-                event, "a key that is not text", got=printable(got), expected="a name, as `seed`"
+                event, "a key that is not text", got=excerpt(got), expected="a name, as `seed`"
             )
         return key
 
@@ -286,7 +286,7 @@ class _Builder:
             return scalar(event.value)
         except ValueError:
             raise self.error(
-                event, f"a number of {len(event.value):,} digits", got=printable(event.value)
+                event, f"a number of {len(event.value):,} digits", got=excerpt(event.value)
             ) from None
 
     def refuse_indirection(self, event: Any) -> None:
@@ -294,14 +294,14 @@ class _Builder:
             raise self.error(
                 event,
                 "anchors and aliases are not allowed",
-                got=("*" if isinstance(event, yaml.AliasEvent) else "&") + printable(event.anchor),
+                got=("*" if isinstance(event, yaml.AliasEvent) else "&") + excerpt(event.anchor),
                 fix="write the value out, or quote the text if it begins with & or *",
             )
         if event.tag is not None:
             raise self.error(
                 event,
                 "tags are not allowed",
-                got=printable(event.tag),
+                got=excerpt(event.tag),
                 fix="remove the tag, or quote the text if it begins with !",
             )
 

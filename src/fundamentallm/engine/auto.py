@@ -9,11 +9,11 @@ the run's configuration: a run that is resumed does not choose again.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -156,27 +156,17 @@ def choose_auto(
     if not (opens_type or may_compile):
         return plan, []
     start = replace(plan, compile=False) if may_compile else plan
-    message = ""
-    failure: Exception | None = None
-    if ranks.is_writer:
-        try:
-            facts = ModelFacts.of(resolved.model)
-            other = _in_bf16(start, written, facts) if opens_type else None
-            native = None
-            if may_compile and written.training.bf16_weights is not True:
-                native = _native(start, other, facts)
-            chosen, note = _choose(start, other, may_compile, native, resolved, loader)
-            message = json.dumps(
-                [chosen.precision, chosen.bf16_weights, chosen.attention, chosen.compile, note]
-            )
-        except Exception as error:  # the others wait for the message
-            failure = error
-    message = ranks.broadcast_text(message)
-    if failure is not None:
-        raise failure
-    if not message:
-        raise SystemExit(1)  # the first rank tells why
-    precision, bf16_weights, attention, compiles, note = json.loads(message)
+
+    def decide() -> list[Any]:
+        facts = ModelFacts.of(resolved.model)
+        other = _in_bf16(start, written, facts) if opens_type else None
+        native = None
+        if may_compile and written.training.bf16_weights is not True:
+            native = _native(start, other, facts)
+        chosen, note = _choose(start, other, may_compile, native, resolved, loader)
+        return [chosen.precision, chosen.bf16_weights, chosen.attention, chosen.compile, note]
+
+    precision, bf16_weights, attention, compiles, note = ranks.first_decides(decide)
     chosen = replace(
         start,
         precision=precision,

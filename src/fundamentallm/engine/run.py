@@ -92,23 +92,13 @@ def agree_on_directory(
     """Let the first rank choose, and every rank use its choice."""
     if ranks.alone:
         return run_directory.choose(config, resume, run_dir)
-    message = ""
-    failure: Exception | None = None
-    if ranks.is_writer:
-        try:
-            chosen = run_directory.choose(config, resume, run_dir)
-            name = chosen.checkpoint.name if chosen.checkpoint else ""
-            message = json.dumps(
-                [str(chosen.path), str(chosen.checkpoints), name, chosen.note, chosen.finished]
-            )
-        except Exception as error:
-            failure = error
-    message = ranks.broadcast_text(message)
-    if failure is not None:
-        raise failure
-    if not message:
-        raise SystemExit(1)  # the first rank tells why
-    path, checkpoints, name, note, finished = json.loads(message)
+
+    def decide() -> list[str]:
+        chosen = run_directory.choose(config, resume, run_dir)
+        name = chosen.checkpoint.name if chosen.checkpoint else ""
+        return [str(chosen.path), str(chosen.checkpoints), name, chosen.note, chosen.finished]
+
+    path, checkpoints, name, note, finished = ranks.first_decides(decide)
     manifest = CheckpointStore(checkpoints).manifest(Path(checkpoints) / name) if name else None
     return RunDirectory(Path(path), Path(checkpoints), manifest, note, finished)
 

@@ -19,7 +19,7 @@ from fundamentallm.config import RunConfig, load_config
 from fundamentallm.config.edit import edited
 from fundamentallm.config.key_path import KeyPath
 from fundamentallm.config.load import overridden, replaced
-from fundamentallm.config.text_file import read_text
+from fundamentallm.config.yaml_file import read_yaml_text
 from fundamentallm.config.yaml_source import YamlDocument, read_yaml
 from fundamentallm.data.batch import Batch
 from fundamentallm.engine.assemble import check_names, open_machine, read_inputs, resolve
@@ -305,7 +305,7 @@ def _write(
     for path, value in changes.items():
         document = replaced(document, path, value, "tune")
     others = [tuple(word.partition("=")[0].strip().split(".")) for word in overrides]
-    text = edited(read_text(config_path), document, [*others, *changes])
+    text = edited(read_yaml_text(config_path), document, [*others, *changes])
     try:
         with target.open("x", encoding="utf-8") as file:
             file.write(text)

@@ -6,9 +6,11 @@ variables that torchrun sets are all that is read.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -103,6 +105,25 @@ class Ranks:
             data = torch.empty(length, dtype=torch.uint8, device=self._host_device())
         dist.broadcast(data, src=source)
         return bytes(data.tolist()).decode()
+
+    def first_decides(self, decide: Callable[[], Any]) -> Any:
+        """Return on every rank what the first one decides, a value of plain JSON.
+
+        Raises:
+            SystemExit: on the other ranks, where the first one failed; that one raises its error.
+        """
+        message, failure = "", None
+        if self.is_writer:
+            try:
+                message = json.dumps(decide())
+            except Exception as error:  # the others wait for the message
+                failure = error
+        message = self.broadcast_text(message)
+        if failure is not None:
+            raise failure
+        if not message:
+            raise SystemExit(1)
+        return json.loads(message)
 
     def _host_device(self) -> torch.device:
         # nccl moves only CUDA tensors; gloo takes the host's.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from fundamentallm.config.key_path import printable
+from fundamentallm.config.key_path import excerpt
 from fundamentallm.errors import ConfigError, did_you_mean
 from fundamentallm.files.run_layout import CONFIG
 
@@ -13,7 +13,7 @@ LARGEST_FILE = 1_000_000  # bytes
 _SUFFIXES = (".yaml", ".yml")
 
 
-def read_text(path: Path) -> str:
+def read_yaml_text(path: Path) -> str:
     """Read a regular UTF-8 file of at most `LARGEST_FILE` bytes.
 
     Raises:
@@ -44,7 +44,7 @@ def _read_bytes(path: Path) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigError(
-            f"the configuration file cannot be read: {reason}", where=printable(where, 300)
+            f"the configuration file cannot be read: {reason}", where=excerpt(where, 300)
         ) from None
     return content
 
