@@ -8,20 +8,25 @@ def lion(params, lr: float, *, betas: tuple[float, float] = (0.9, 0.99)) -> Opti
 ```
 
 and `optimizer: {name: lion, betas: [0.95, 0.98]}` works. The options that a configuration may
-write are the factory's own parameters, checked against their annotations; parameters whose names
-the registry lists as *supplied* are filled in by the program and cannot be written.
+write are the factory's own parameters, checked against their annotations. Two kinds of parameters
+cannot be written: those whose names the registry lists as *supplied*, which the program fills in,
+and those of a type that no YAML value has (a function, a stream, an object): they are for callers
+in Python. A parameter without an annotation takes any YAML value.
 """
 
 from __future__ import annotations
 
+import collections.abc
+import functools
 import inspect
 import json
 import math
 import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Generic, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Generic, NamedTuple, TypeVar, Union
 
-from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from fundamentallm.errors import ConfigError, did_you_mean
 
@@ -86,13 +91,11 @@ class Registry(Generic[T]):
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """Return the parameters of the factory that a configuration may write."""
-        parameters = inspect.signature(self.get(name)).parameters
-        return {
-            key: parameter
-            for key, parameter in parameters.items()
-            if key not in self.supplied
-            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        }
+        return {key: option.parameter for key, option in self._options(name).items()}
+
+    def _options(self, name: str) -> dict[str, _Option]:
+        options = _plain_parameters(self.get(name))
+        return {key: option for key, option in options.items() if key not in self.supplied}
 
     def check(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """Check options against the factory's typed signature and return them converted.
@@ -104,9 +107,7 @@ class Registry(Generic[T]):
             ConfigError: an unknown name or option, a wrong type, a non-finite number, or a
                 missing option; `key` holds the option's name.
         """
-        factory = self.get(name)
-        allowed = self.options(name)
-        hints = _type_hints(factory)
+        allowed = self._options(name)
         checked = {}
         for key, value in options.items():
             if key not in allowed:
@@ -118,9 +119,9 @@ class Registry(Generic[T]):
                     ),
                     fix=did_you_mean(key, allowed) or "remove it",
                 )
-            checked[key] = _checked_value(f"{self.kind} '{name}'", key, value, hints.get(key, Any))
-        for key, parameter in allowed.items():
-            if parameter.default is parameter.empty and key not in checked:
+            checked[key] = allowed[key].checked(f"{self.kind} '{name}'", key, value)
+        for key, option in allowed.items():
+            if option.parameter.default is option.parameter.empty and key not in checked:
                 raise ConfigError(
                     f"{self.kind} '{name}' needs the option '{key}'", key=key, fix=f"add {key}: ..."
                 )
@@ -157,11 +158,84 @@ def _identity(factory: Callable[..., Any]) -> str:
     return f"{factory.__module__}.{factory.__qualname__}"
 
 
+class _Option(NamedTuple):
+    """A parameter that takes a plain value, and the type that checks it."""
+
+    parameter: inspect.Parameter
+    annotation: Any
+    adapter: TypeAdapter[Any]
+
+    def checked(self, owner: str, key: str, value: Any) -> Any:
+        """Return the value as the factory wants it.
+
+        Raises:
+            ConfigError: it is of another type, or not finite.
+        """
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(
+                f"option '{key}' of {owner} is not finite",
+                key=key,
+                got=repr(value),
+                expected="a number",
+            )
+        try:
+            # Strict JSON: a list may become a tuple and an integer a float, but "3" stays text.
+            return self.adapter.validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].lower()
+        except TypeError:  # an object, from a caller in Python
+            reason = "not a value that a configuration can hold"
+        raise ConfigError(
+            f"option '{key}' of {owner}: {reason}",
+            key=key,
+            got=repr(value),
+            expected=_type_name(self.annotation),
+        )
+
+
+@functools.cache
+def _plain_parameters(factory: Callable[..., Any]) -> dict[str, _Option]:
+    """Return the parameters of a factory that a plain value can be given to."""
+    hints = _type_hints(factory)
+    found = {}
+    for key, parameter in inspect.signature(factory).parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            continue
+        annotation = _plain_part(hints.get(key, Any))
+        if annotation is not None:
+            found[key] = _Option(parameter, annotation, TypeAdapter(annotation))
+    return found
+
+
+def _plain_part(annotation: Any) -> Any:
+    """Return what plain values can be of a type: of a union, its plain members; None for nothing.
+
+    A type is plain if JSON can hold its values.
+    """
+    if typing.get_origin(annotation) in (Union, UnionType):
+        plain = [_plain_part(member) for member in typing.get_args(annotation)]
+        members = tuple(member for member in plain if member is not None)
+        if all(member is NoneType for member in members):
+            return None
+        return Union[members]  # noqa: UP007 (made while the program runs)
+    try:
+        TypeAdapter(annotation).json_schema()
+    except PydanticUserError:
+        return None
+    return annotation
+
+
+class _TypeOfTheProgram:
+    """Stands for a type whose name only a type checker can resolve."""
+
+    def __class_getitem__(cls, item: Any) -> type[_TypeOfTheProgram]:
+        return cls
+
+
 def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
     """Return the types of a factory's parameters.
 
-    A name that only a type checker imports stands for a type of the program's, which no
-    configuration can write: it counts as Any.
+    Names that only a type checker imports are looked up in the standard library's abstract types.
     """
     known: dict[str, Any] = {}
     while True:
@@ -172,31 +246,8 @@ def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
         except NameError as error:
             if error.name is None or error.name in known:
                 raise
-            known[error.name] = Any
-
-
-def _checked_value(owner: str, key: str, value: Any, annotation: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(
-            f"option '{key}' of {owner} is not finite",
-            key=key,
-            got=repr(value),
-            expected="a number",
-        )
-    try:
-        adapter = TypeAdapter(annotation)
-    except PydanticSchemaGenerationError:
-        return value  # a class that only code can construct: the factory judges it
-    try:
-        # Strict JSON rules: a list may become a tuple and an integer a float, but "3" stays text.
-        return adapter.validate_json(json.dumps(value), strict=True)
-    except ValidationError as error:
-        raise ConfigError(
-            f"option '{key}' of {owner}: {error.errors()[0]['msg'].lower()}",
-            key=key,
-            got=repr(value),
-            expected=_type_name(annotation),
-        ) from None
+            general = getattr(typing, error.name, _TypeOfTheProgram)
+            known[error.name] = getattr(collections.abc, error.name, general)
 
 
 def _type_name(annotation: Any) -> str:

@@ -1,17 +1,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import pytest
 
 from fundamentallm.errors import ConfigError
 from fundamentallm.registry import Registry
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from somewhere import OfTheProgram
+
 
 class Opaque:
     """A class that no configuration can write."""
+
+
+def seams(
+    stream: TextIO | None = None,
+    clock: Callable[[], float] | None = None,
+    parts: Mapping[str, Opaque] | None = None,
+    many: list[Opaque] | None = None,
+    known_to_a_type_checker: OfTheProgram | None = None,
+    several: tuple[OfTheProgram[int], ...] = (),
+    *args: int,
+    # These a configuration may write:
+    either: Callable[[], float] | int | None = None,
+    checked_by_name: Sequence[float] = (),
+    unknown=None,
+    plain: Mapping[str, Any] | None = None,
+    **options: int,
+) -> dict[str, Any]:
+    return dict(locals())
 
 
 @pytest.fixture
@@ -43,6 +67,8 @@ def registry() -> Registry[Any]:
         def __init__(self, size: int, width: int = 0) -> None:
             self.size, self.width = size, width
 
+    table.register("seams")(seams)
+
     @table.register("data")
     @dataclass
     class Data:
@@ -58,7 +84,7 @@ def fault(registry: Registry[Any], name: str, options: dict[str, Any]) -> Config
 
 
 def test_names_are_sorted_and_found(registry):
-    assert registry.names() == ["data", "full", "needy", "plain"]
+    assert registry.names() == ["data", "full", "needy", "plain", "seams"]
     assert "full" in registry
     assert "fool" not in registry
     assert registry.get("full").__name__ == "full"
@@ -71,7 +97,7 @@ def test_an_unknown_name_lists_the_known_and_the_nearest(registry):
         registry.get("ful")
     assert str(caught.value) == (
         "unknown gadget 'ful'\n"
-        "  expected: one of data, full, needy, plain\n"
+        "  expected: one of data, full, needy, plain, seams\n"
         "  fix:      did you mean 'full'?"
     )
     with pytest.raises(ConfigError) as caught:
@@ -155,9 +181,29 @@ def test_options_that_do_not_fit(registry, key, value):
     assert error.expected
 
 
-def test_what_no_schema_describes_is_left_to_the_factory(registry):
+def test_what_no_yaml_value_can_be_is_no_option(registry):
+    assert list(registry.options("seams")) == ["either", "checked_by_name", "unknown", "plain"]
+    assert "part" not in registry.options("full")
+    for name, key in (("full", "part"), ("seams", "stream"), ("seams", "args")):
+        assert "has no option" in fault(registry, name, {key: None}).what
     part = Opaque()
-    assert registry.check("full", {"part": part})["part"] is part
+    assert registry.build("full", {}, width=1, lr=0.1, part=part)["part"] is part
+
+
+def test_of_a_union_the_plain_members_are_checked(registry):
+    assert registry.check("seams", {"either": 3, "unknown": [{"a": None}]}) == {
+        "either": 3,
+        "unknown": [{"a": None}],
+    }
+    assert fault(registry, "seams", {"either": "abc"}).key == "either"
+    assert fault(registry, "seams", {"checked_by_name": ["abc"]}).key == "checked_by_name"
+    assert fault(registry, "seams", {"plain": [1]}).key == "plain"
+
+
+def test_an_object_from_a_caller_in_python_is_refused_in_words(registry):
+    error = fault(registry, "full", {"count": Opaque()})
+    assert (error.key, error.expected) == ("count", "int")
+    assert "not a value that a configuration can hold" in error.what
 
 
 def test_an_unknown_option(registry):

@@ -32,6 +32,7 @@ from fundamentallm.engine.exactness import versions
 from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
 from fundamentallm.engine.starting_point import StartingPoint, starting_point
+from fundamentallm.engine.wiring.conflicts import settle_kept_checkpoints, unread_settings
 from fundamentallm.errors import ConfigError, DataError, MachineError
 from fundamentallm.files.run_layout import CORPUS
 from fundamentallm.models.build import build_model, check_model, uses_attention
@@ -143,6 +144,7 @@ def assemble(
 
     # the plan says how
     config, plan, notes = resolve(inputs, directory, machine)
+    notes += unread_settings(written)
     with config.blame("model"):
         refuse_what_cannot_fit(config, plan.device)
     if measuring and begins:
@@ -202,7 +204,6 @@ def assemble(
                 name,
                 options,
                 scheduler=scheduler,
-                val_loader=val_loader,
                 tokenizer=tokenizer,
                 run_dir=directory.path,
                 checkpoint_dir=directory.checkpoints,
@@ -217,9 +218,11 @@ def read_inputs(written: RunConfig, directory: RunDirectory, ranks: Ranks) -> In
     """Read all that the configuration names, and build the loaders of this rank.
 
     Raises:
-        FundamentaLLMError: as `starting_point`, `read_data`, `choose_tokenizer`, `build_loaders`.
+        FundamentaLLMError: as `settle_kept_checkpoints`, `starting_point`, `read_data`,
+            `choose_tokenizer`, `build_loaders`.
     """
-    start = starting_point(written, directory)
+    agreed = settle_kept_checkpoints(written, begins=directory.checkpoint is None)
+    start = starting_point(agreed, directory)
     source = read_data(start.config.data, directory, ranks)
     tokenizer = choose_tokenizer(start.config, source, start.tokenizer(), directory)
     loaders = build_loaders(start.config, source, tokenizer, ranks)

@@ -16,26 +16,17 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.run_layout import LAST
+from fundamentallm.training.state_tree import Stateful
 from fundamentallm.training.store import CheckpointStore, step_name, step_of
 
 MAX_NAMED_DIFFERENCES = 6
-
-
-class Stateful(Protocol):
-    """Whatever gives its state and takes it back: a scheduler, a scaler, a handler."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values and tensors."""
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Take a state that `state_dict` returned."""
 
 
 class CheckpointManager:

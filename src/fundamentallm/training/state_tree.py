@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,16 @@ MAX_DEPTH = 64
 RESERVED_NAMES = frozenset({"__metadata__"})  # means something else inside a safetensors header
 
 Path = tuple[str, ...]
+
+
+class Stateful(Protocol):
+    """Whatever gives its state and takes it back: a scheduler, a scaler, a handler."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values and tensors."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Take a state that `state_dict` returned."""
 
 
 def flatten(tree: Any) -> tuple[Any, dict[str, Tensor]]:

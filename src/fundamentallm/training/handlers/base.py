@@ -18,7 +18,8 @@ of the handler that plays it by default: "schedule" (sets learning rates), "eval
 at FLLM_EVALUATION_DUE), "recovery" (acts on refused steps), "throughput" (measures the speed). A
 handler with `state_dict` and `load_state_dict` is part of every checkpoint from the moment that it
 is attached. Under `handlers:` in a YAML its options are the constructor's parameters, but for
-those that the program supplies (listed below).
+those that the program supplies (listed below) and those that take a function, a stream or another
+object: such are for callers in Python.
 """
 
 from __future__ import annotations
@@ -40,5 +41,5 @@ class Handler(Protocol):
 
 HANDLERS: Registry[Handler] = Registry(
     "handler",
-    supplied=("scheduler", "val_loader", "tokenizer", "run_dir", "checkpoint_dir", "seed"),
+    supplied=("scheduler", "tokenizer", "run_dir", "checkpoint_dir", "seed"),
 )

@@ -23,7 +23,7 @@ from fundamentallm.training import snapshot
 from fundamentallm.training.finite import DamagedStateError, bit_sum
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.manifest import Manifest
-from fundamentallm.training.state_tree import copied
+from fundamentallm.training.state_tree import Stateful, copied
 from fundamentallm.training.store import CheckpointStore, step_name
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Checkpointing(Checkpoint):
         n_saved: int = 3,
         score_function: Callable[[Trainer], float | None] | None = None,
         score_name: str = "validation loss",
-        to_save: Mapping[str, Any] | None = None,
+        to_save: Mapping[str, Stateful] | None = None,
         asynchronous: bool = False,
         on_error: Literal["stop", "continue"] = "stop",
     ) -> None:

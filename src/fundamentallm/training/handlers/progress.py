@@ -97,7 +97,8 @@ class Progress:
         parts = [f"loss {metrics['train/loss']:.4f}"]
         if "train/loss_ema" in metrics:
             parts.append(f"ema {metrics['train/loss_ema']:.4f}")
-        parts.append(f"lr {metrics['train/lr']:.2e}")
+        if "train/lr" in metrics:
+            parts.append(f"lr {metrics['train/lr']:.2e}")
         if "train/tokens_per_second" in metrics:
             parts.append(f"{metrics['train/tokens_per_second']:,.0f} tok/s")
         if "train/mfu" in metrics:

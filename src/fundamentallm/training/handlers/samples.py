@@ -50,12 +50,15 @@ class Samples:
         temperature: float = 0.8,
         every: int = 1,
     ) -> None:
+        for name, number in (("num_tokens", num_tokens), ("every", every)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
         self.tokenizer = tokenizer
         self.file = JsonLines(run_dir / SAMPLES, lambda record: True)
         self.seed = seed
         self.prompt = prompt
         self.num_tokens = num_tokens
-        self.temperature = temperature
+        self.rules = SamplingRules(temperature=temperature)
         self.every = every
         self.owed: int | None = None
 
@@ -90,7 +93,7 @@ class Samples:
             trainer.model,
             [self._prompt_ids()],
             self.num_tokens,
-            SamplingRules(temperature=self.temperature),
+            self.rules,
             [derive_key(self.seed, step) % 2**63],
             vocab_size=self.tokenizer.vocab_size,  # a model's may be padded
         )

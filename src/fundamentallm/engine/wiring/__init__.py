@@ -1,0 +1,1 @@
+"""How the parts of a run are chosen and connected."""
