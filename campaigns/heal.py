@@ -46,6 +46,7 @@ from fundamentallm.errors import NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training import snapshot
+from fundamentallm.training.diagnosis import Incident
 from fundamentallm.training.finite import nonfinite_tensors
 from fundamentallm.training.handlers import (
     Checkpointing,
@@ -56,7 +57,6 @@ from fundamentallm.training.handlers import (
     Spikes,
     WeightEMA,
 )
-from fundamentallm.training.incident import Incident
 from fundamentallm.training.precision import Precision
 from fundamentallm.training.state_tree import flatten
 from fundamentallm.training.trainer import Trainer

@@ -34,6 +34,14 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_NAMES: dict[Callable[..., Any], str] = {}  # of everything that is registered anywhere
+
+
+def registered_name(factory: Callable[..., Any]) -> str | None:
+    """Return the name that a class or function is registered under, None if it is not."""
+    return _NAMES.get(factory)
+
+
 class Registry(Generic[T]):
     """A table of named factories of one kind.
 
@@ -59,6 +67,7 @@ class Registry(Generic[T]):
             if existing is not None and _identity(existing) != _identity(factory):
                 raise ValueError(f"the {self.kind} name '{name}' is taken by {_identity(existing)}")
             self._factories[name] = factory
+            _NAMES.setdefault(factory, name)
             return factory
 
         return decorator
@@ -66,10 +75,6 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """Return the known names, sorted."""
         return sorted(self._factories)
-
-    def name_of(self, factory: Callable[..., Any]) -> str | None:
-        """Return the name that a class or function is registered under, None if it is not."""
-        return next((name for name, known in self._factories.items() if known is factory), None)
 
     def __contains__(self, name: object) -> bool:
         return name in self._factories

@@ -468,7 +468,7 @@ def train(
         max_grad_norm=max_norm,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fundamentallm.training.trainer.TrainStep", step)
+        patch.setattr("fundamentallm.training.loop.TrainStep", step)
         trainer = Trainer(model, loader, device="cpu", config=config)
     outputs = []
     trainer.add_event_handler(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 import pytest
 
 from fundamentallm.errors import ConfigError
-from fundamentallm.registry import Registry
+from fundamentallm.registry import Registry, registered_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,8 +88,8 @@ def test_names_are_sorted_and_found(registry):
     assert "full" in registry
     assert "fool" not in registry
     assert registry.get("full").__name__ == "full"
-    assert registry.name_of(registry.get("full")) == "full"
-    assert registry.name_of(print) is None
+    assert registered_name(registry.get("full")) == "full"
+    assert registered_name(print) is None
 
 
 def test_an_unknown_name_lists_the_known_and_the_nearest(registry):

@@ -168,6 +168,29 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
+class Incident:
+    """A refused step or a damaged state, judged.
+
+    Attributes:
+        step: at which it was noticed.
+        fault: what was seen, in words.
+        verdict: that of the diagnosis, or "overflow", "unexplained", "spike".
+        decision: what is done about it, in words.
+        diagnosis: the replays; None where none were needed.
+    """
+
+    step: int
+    fault: str
+    verdict: str
+    decision: str
+    diagnosis: Diagnosis | None = None
+
+    def __str__(self) -> str:
+        """Return the one line that the log has of it."""
+        return f"step {self.step}: {self.fault}; verdict: {self.verdict}; {self.decision}"
+
+
+@dataclass(frozen=True)
 class Laboratory:
     """All that a replay needs.
 

@@ -16,9 +16,8 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,44 +26,19 @@ from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.names import numbered
 from fundamentallm.files.run_layout import EVIDENCE, INCIDENTS, REPORT
-from fundamentallm.training.diagnosis import SPIKE, TRANSIENT, Diagnosis, Reading
+from fundamentallm.training.diagnosis import SPIKE, TRANSIENT, Diagnosis, Incident, Reading
+from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.store import CheckpointStore, step_name
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
 
 MAX_TOKENS_SHOWN = 1 << 18
 # Named, not filtered: whatever else the environment holds may be a secret.
 ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED", "RANK", "WORLD_SIZE")
 
 
-@dataclass(frozen=True)
-class Incident:
-    """A refused step or a damaged state, judged.
-
-    Attributes:
-        step: at which it was noticed.
-        fault: what was seen, in words.
-        verdict: one of `diagnosis`'s, or "overflow", "unexplained", "spike".
-        decision: what is done about it, in words.
-        diagnosis: the replays; None where none were needed.
-    """
-
-    step: int
-    fault: str
-    verdict: str
-    decision: str
-    diagnosis: Diagnosis | None = None
-
-    def __str__(self) -> str:
-        """Return the one line that the log has of it."""
-        return f"step {self.step}: {self.fault}; verdict: {self.verdict}; {self.decision}"
-
-
 def write_incident(
     run_dir: Path,
     incident: Incident,
-    trainer: Trainer,
+    trainer: TrainingLoop,
     metrics: Iterable[Mapping[str, Any]] = (),
     tokenizer: Tokenizer | None = None,
 ) -> Path:
@@ -127,7 +101,7 @@ def first_bad(diagnosis: Diagnosis | None) -> dict[str, Any]:
 
 
 def bad_sequences(
-    incident: Incident, trainer: Trainer, tokenizer: Tokenizer | None
+    incident: Incident, trainer: TrainingLoop, tokenizer: Tokenizer | None
 ) -> list[dict[str, Any]]:
     """Say which sequences of the window are bad, where they stand in the corpus, and their text."""
     return [
@@ -139,7 +113,7 @@ def bad_sequences(
     ]
 
 
-def window_sequences(trainer: Trainer, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
+def window_sequences(trainer: TrainingLoop, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
     """Say the same of a window none of whose sequences is known to be bad.
 
     A huge window is cut off at `MAX_TOKENS_SHOWN`; the evidence has all of it.
@@ -156,7 +130,7 @@ def window_sequences(trainer: Trainer, tokenizer: Tokenizer | None) -> list[dict
 
 
 def _sequence(
-    trainer: Trainer, micro_batch: int, row: int, tokenizer: Tokenizer | None
+    trainer: TrainingLoop, micro_batch: int, row: int, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
     ids = trainer.window.micro_batches[micro_batch]["input_ids"][row].tolist()
     return {
@@ -168,7 +142,7 @@ def _sequence(
     }
 
 
-def corpus_place(trainer: Trainer, micro_batch: int, row: int) -> dict[str, int | None]:
+def corpus_place(trainer: TrainingLoop, micro_batch: int, row: int) -> dict[str, int | None]:
     """Return where a sequence begins in the training split: `corpus_offset` in tokens.
 
     In a mixture that is the offset in one source, and `source` its number. None if nobody knows.
@@ -213,7 +187,7 @@ def _place(reading: Reading | None) -> dict[str, Any] | None:
     return {"module": reading.module, "kind": reading.kind, "what": str(reading)}
 
 
-def _checkpoint_before(trainer: Trainer) -> dict[str, Any] | None:
+def _checkpoint_before(trainer: TrainingLoop) -> dict[str, Any] | None:
     path = trainer.state.last_checkpoint
     if path is None or not path.is_dir():
         return None

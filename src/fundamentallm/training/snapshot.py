@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,11 +20,9 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint import check_model_state, check_optimizer_state
 from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.finite import check_finite
+from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.rng import capture_rng, restore_rng
 from fundamentallm.training.state_tree import copied
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ class RandomState:
         restore_rng({**state_dict["rank 0"], **own})
 
 
-def capture(trainer: Trainer) -> dict[str, Any]:
+def capture(trainer: TrainingLoop) -> dict[str, Any]:
     """Return the trainer's whole state; every rank must call it."""
     return {
         "trainer": trainer.state_dict(),
@@ -87,7 +85,7 @@ def check_usable(state: Mapping[str, Any], where: str = "") -> None:
     check_finite(state, where, state.get("buffers", ()))
 
 
-def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
+def restore(trainer: TrainingLoop, state: Mapping[str, Any]) -> None:
     """Put the trainer into a captured state; every rank must call it.
 
     Raises:
@@ -116,7 +114,7 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
         logger.warning("the checkpoint's handler '%s' is not attached: its state is left out", name)
 
 
-def _load(trainer: Trainer, state: Mapping[str, Any]) -> None:
+def _load(trainer: TrainingLoop, state: Mapping[str, Any]) -> None:
     trainer.load_state_dict(state["trainer"])
     trainer.model.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])

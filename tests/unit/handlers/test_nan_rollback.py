@@ -17,6 +17,7 @@ from fundamentallm.config.training import TrainingConfig
 from fundamentallm.errors import NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.training.diagnosis import Incident
 from fundamentallm.training.handlers import (
     Checkpointing,
     Evaluation,
@@ -25,7 +26,6 @@ from fundamentallm.training.handlers import (
     Perplexity,
     Schedule,
 )
-from fundamentallm.training.incident import Incident
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.training.loop import TrainingLoop
 
 
 @HANDLERS.register("adaptive_clip")
@@ -44,12 +42,12 @@ class AdaptiveClip:
         self.num_clipped = 0
         self._norm = math.nan
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Clip before the update; learn from the updates that were applied."""
         trainer.add_event_handler(TrainingEvents.FLLM_GRADIENTS_READY, self.clip)
         trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, self.learn)
 
-    def clip(self, trainer: Trainer) -> None:
+    def clip(self, trainer: TrainingLoop) -> None:
         """Set this update's limit if its norm stands out."""
         self._norm = trainer.window_grad_norm
         deviation = math.sqrt(self.variance) if self.variance > 0.0 else 0.0
@@ -60,7 +58,7 @@ class AdaptiveClip:
             self._norm = self.mean + deviation * self.threshold**2 / z
             trainer.clip_step_to(self._norm)
 
-    def learn(self, trainer: Trainer) -> None:
+    def learn(self, trainer: TrainingLoop) -> None:
         """Move the averages by the norm that was applied."""
         self.num_clipped += self._norm < trainer.window_grad_norm
         if len(self.first_norms) < self.warmup:

@@ -24,18 +24,15 @@ object: such are for callers in Python.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from fundamentallm.registry import Registry
 
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
-
 
 class Handler(Protocol):
-    """A listener to the events of a `Trainer`."""
+    """A listener to the events of a training loop."""
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: Any) -> None:  # a `TrainingLoop`, or the `Trainer` that is one
         """Add this handler's methods to the trainer's events."""
 
 

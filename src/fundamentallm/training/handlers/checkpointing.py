@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ignite.engine import Events
 from ignite.handlers import Checkpoint
@@ -22,12 +22,10 @@ from fundamentallm.files.run_layout import BEST, CORRUPT, LAST, SUPERSEDED
 from fundamentallm.training import snapshot
 from fundamentallm.training.finite import DamagedStateError, bit_sum
 from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.state_tree import Stateful, copied
 from fundamentallm.training.store import CheckpointStore, step_name
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +33,7 @@ logger = logging.getLogger(__name__)
 FOR_A_STOP = "for_a_stop"  # in the metadata of a checkpoint that no schedule asked for
 
 
-def negative_val_loss(trainer: Trainer) -> float | None:
+def negative_val_loss(trainer: TrainingLoop) -> float | None:
     """Score a checkpoint by its validation loss, if one was measured at this very step."""
     loss = trainer.state.metrics.get("val/loss")
     if loss is None or trainer.state.evaluated_step != trainer.state.iteration:
@@ -142,7 +140,7 @@ class Checkpointing(Checkpoint):
         self,
         checkpoint_dir: Path,
         n_saved: int = 3,
-        score_function: Callable[[Trainer], float | None] | None = None,
+        score_function: Callable[[TrainingLoop], float | None] | None = None,
         score_name: str = "validation loss",
         to_save: Mapping[str, Stateful] | None = None,
         asynchronous: bool = False,
@@ -174,7 +172,7 @@ class Checkpointing(Checkpoint):
         """The directory of the checkpoints."""
         return self.store.directory
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Save at FLLM_CHECKPOINT_DUE; offer the trainer the way back."""
         trainer.restore_point = self
         trainer.add_event_handler(TrainingEvents.FLLM_CHECKPOINT_DUE, self)
@@ -182,7 +180,7 @@ class Checkpointing(Checkpoint):
             trainer.add_event_handler(Events.ITERATION_COMPLETED, self._look_at_background)
             trainer.add_event_handler(TrainingEvents.FLLM_RUN_ENDED, self._wait_at_the_end)
 
-    def __call__(self, trainer: Trainer) -> None:  # type: ignore[override]
+    def __call__(self, trainer: TrainingLoop) -> None:  # type: ignore[override]
         """Save the state of the current step on the rank that writes, then prune.
 
         Raises:
@@ -216,7 +214,7 @@ class Checkpointing(Checkpoint):
             self._finish_background(trainer)
 
     def _damage_somewhere(
-        self, trainer: Trainer, state: Mapping[str, Any]
+        self, trainer: TrainingLoop, state: Mapping[str, Any]
     ) -> DamagedStateError | None:
         """Let every rank look at its own state before one of them writes; all get an error or none.
 
@@ -241,7 +239,7 @@ class Checkpointing(Checkpoint):
             fix="use an earlier checkpoint; if it comes again, look for a machine that miscounts",
         )
 
-    def _metadata(self, trainer: Trainer) -> dict[str, Any]:
+    def _metadata(self, trainer: TrainingLoop) -> dict[str, Any]:
         measured_now = trainer.state.evaluated_step == trainer.state.iteration
         val_loss = trainer.state.metrics.get("val/loss", math.nan) if measured_now else math.nan
         return {
@@ -287,12 +285,12 @@ class Checkpointing(Checkpoint):
 
     # ------------------------------------------------------------------ in the background
 
-    def _look_at_background(self, trainer: Trainer) -> None:
+    def _look_at_background(self, trainer: TrainingLoop) -> None:
         # Ranks speak of it together, at the next save: one that raised here would strand the rest.
         if self._background is not None and trainer.ranks.alone and not self._background.is_alive:
             self._finish_background(trainer)
 
-    def _finish_background(self, trainer: Trainer) -> None:
+    def _finish_background(self, trainer: TrainingLoop) -> None:
         """Wait for the save under way, and tell how it ended."""
         if self._background is None:
             return
@@ -329,7 +327,7 @@ class Checkpointing(Checkpoint):
 
     # ------------------------------------------------------------------ whose directory it is
 
-    def _take_over(self, trainer: Trainer) -> None:
+    def _take_over(self, trainer: TrainingLoop) -> None:
         """Before the first save: never mix two runs in one directory, and clean up after a crash.
 
         Raises:
@@ -369,7 +367,7 @@ class Checkpointing(Checkpoint):
         found = self._to_restore(before)
         return found.step if found is not None else None
 
-    def restore_before(self, trainer: Trainer, before: int | None = None) -> None:
+    def restore_before(self, trainer: TrainingLoop, before: int | None = None) -> None:
         """Load that checkpoint into the trainer."""
         self._finish_background(trainer)
         found = self._to_restore(before)
@@ -404,7 +402,7 @@ class Checkpointing(Checkpoint):
                 break
         return oldest or only_for_a_stop
 
-    def restore(self, trainer: Trainer, path: Path) -> None:
+    def restore(self, trainer: TrainingLoop, path: Path) -> None:
         """Load a checkpoint into the trainer; later ones of its run are set aside.
 
         Raises:
@@ -420,7 +418,7 @@ class Checkpointing(Checkpoint):
             self._take_over(trainer)
             self._leave_later_ones(trainer)
 
-    def _leave_later_ones(self, trainer: Trainer) -> None:
+    def _leave_later_ones(self, trainer: TrainingLoop) -> None:
         """Make the restored state the newest, and the best what is best among those left."""
         step = trainer.state.iteration
         if self.best_step is not None and not self.store.holds(step_name(self.best_step)):

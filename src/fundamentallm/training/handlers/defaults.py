@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fundamentallm.training.handlers.base import Handler
 from fundamentallm.training.handlers.checkpointing import Checkpointing
 from fundamentallm.training.handlers.evaluation import Evaluation
 from fundamentallm.training.handlers.schedule import Schedule
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.training.loop import TrainingLoop
 
 
-def default_handlers(trainer: Trainer, checkpoint_dir: Path | None) -> Iterator[Handler]:
+def default_handlers(trainer: TrainingLoop, checkpoint_dir: Path | None) -> Iterator[Handler]:
     """Yield a handler for each role that nobody plays yet.
 
     Args:

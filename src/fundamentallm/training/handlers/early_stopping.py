@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.training.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +33,11 @@ class EarlyStopping:
         self.best = math.inf
         self.waited = 0
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Listen at FLLM_EVALUATION_COMPLETED."""
         trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_COMPLETED, self.judge)
 
-    def judge(self, trainer: Trainer) -> None:
+    def judge(self, trainer: TrainingLoop) -> None:
         """Compare with the best loss so far."""
         loss = trainer.state.metrics["val/loss"]
         if loss < self.best - self.min_delta:

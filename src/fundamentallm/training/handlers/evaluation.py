@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
 
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.training.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +23,11 @@ class Evaluation:
 
     role = "evaluation"
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Listen at FLLM_EVALUATION_DUE."""
         trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_DUE, self.run)
 
-    def run(self, trainer: Trainer) -> None:
+    def run(self, trainer: TrainingLoop) -> None:
         """Evaluate, unless the validation split is empty."""
         if trainer.val_loader is None or len(trainer.val_loader) == 0:
             return

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ignite.engine import Events
 
 from fundamentallm.events import TrainingEvents
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.training.loop import TrainingLoop
 
 
 class Hooks:
@@ -25,15 +23,15 @@ class Hooks:
 
     def __init__(
         self,
-        on_epoch_end: Callable[[Trainer, dict[str, Any]], None] | None = None,
-        on_validation: Callable[[Trainer, dict[str, Any]], None] | None = None,
-        on_checkpoint: Callable[[Trainer, Path], None] | None = None,
+        on_epoch_end: Callable[[TrainingLoop, dict[str, Any]], None] | None = None,
+        on_validation: Callable[[TrainingLoop, dict[str, Any]], None] | None = None,
+        on_checkpoint: Callable[[TrainingLoop, Path], None] | None = None,
     ) -> None:
         self.on_epoch_end = on_epoch_end
         self.on_validation = on_validation
         self.on_checkpoint = on_checkpoint
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Listen where there is a function to call."""
         if self.on_epoch_end is not None:
             trainer.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_end)
@@ -42,15 +40,15 @@ class Hooks:
         if self.on_checkpoint is not None:
             trainer.add_event_handler(TrainingEvents.FLLM_CHECKPOINT_SAVED, self._checkpoint)
 
-    def _epoch_end(self, trainer: Trainer) -> None:
+    def _epoch_end(self, trainer: TrainingLoop) -> None:
         assert self.on_epoch_end is not None
         self.on_epoch_end(trainer, trainer.state.metrics)
 
-    def _validation(self, trainer: Trainer) -> None:
+    def _validation(self, trainer: TrainingLoop) -> None:
         assert self.on_validation is not None
         self.on_validation(trainer, trainer.state.metrics)
 
-    def _checkpoint(self, trainer: Trainer) -> None:
+    def _checkpoint(self, trainer: TrainingLoop) -> None:
         assert self.on_checkpoint is not None
         assert trainer.state.last_checkpoint is not None
         self.on_checkpoint(trainer, trainer.state.last_checkpoint)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ignite.engine import Events
 
 from fundamentallm.training.handlers.base import HANDLERS
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.training.loop import TrainingLoop
 
 
 @HANDLERS.register("loss_ema")
@@ -32,7 +30,7 @@ class LossEMA:
         self.total = 0.0
         self.count = 0
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Listen at ITERATION_COMPLETED."""
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self.update)
 
@@ -41,7 +39,7 @@ class LossEMA:
         """The mean in nats per token; NaN before the first loss."""
         return self.total / (1.0 - self.decay**self.count) if self.count else math.nan
 
-    def update(self, trainer: Trainer) -> None:
+    def update(self, trainer: TrainingLoop) -> None:
         """Take in the step's loss, which the guard has brought to the host already."""
         output = trainer.state.output
         loss = output.loss

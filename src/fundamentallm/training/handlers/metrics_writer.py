@@ -11,12 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fundamentallm.events import TrainingEvents
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.training.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +81,7 @@ class MetricsWriter(ABC):
     def close(self) -> None:  # noqa: B027 (optional)
         """Finish writing: the run ends, or a call has failed."""
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Listen to a run's begin and end, metrics, incidents and rollbacks."""
         if not trainer.ranks.is_writer:
             return
@@ -99,11 +97,11 @@ class MetricsWriter(ABC):
         ):
             trainer.add_event_handler(event, listener)
 
-    def _begin(self, trainer: Trainer) -> None:
+    def _begin(self, trainer: TrainingLoop) -> None:
         self._failures, self._told = 0, False
         self._try(self.cut_back, trainer.state.iteration, trainer.evaluation_pending())
 
-    def _go_back(self, trainer: Trainer) -> None:
+    def _go_back(self, trainer: TrainingLoop) -> None:
         step = trainer.state.iteration
         self._try(self.cut_back, step, trainer.evaluation_pending())
         for mark in self._marks:
@@ -112,14 +110,14 @@ class MetricsWriter(ABC):
         text = f"went back to step {step}"
         self._mark(trainer, "rollbacks", step + 1, trainer.state.rollbacks, text)
 
-    def _log_training(self, trainer: Trainer) -> None:
+    def _log_training(self, trainer: TrainingLoop) -> None:
         if trainer.is_log_step():
             self._try(self._write_metrics, trainer, "train")
 
-    def _log_validation(self, trainer: Trainer) -> None:
+    def _log_validation(self, trainer: TrainingLoop) -> None:
         self._try(self._write_metrics, trainer, "val")
 
-    def _mark_incident(self, trainer: Trainer) -> None:
+    def _mark_incident(self, trainer: TrainingLoop) -> None:
         incident = trainer.state.incident
         if incident is not None:
             count = trainer.state.incidents
@@ -130,7 +128,7 @@ class MetricsWriter(ABC):
 
     def _mark(
         self,
-        trainer: Trainer,
+        trainer: TrainingLoop,
         kind: Literal["incidents", "rollbacks"],
         step: int,
         count: int,
@@ -140,7 +138,7 @@ class MetricsWriter(ABC):
         self._marks.append(mark)
         self._try(self.write, mark)
 
-    def _write_metrics(self, trainer: Trainer, kind: Literal["train", "val"]) -> None:
+    def _write_metrics(self, trainer: TrainingLoop, kind: Literal["train", "val"]) -> None:
         metrics = trainer.state.metrics
         # In an order of names: that of the dict depends on where the process began.
         numbers = {}
@@ -156,7 +154,7 @@ class MetricsWriter(ABC):
 
     @staticmethod
     def _record(
-        trainer: Trainer, kind: Any, step: int, metrics: dict[str, float], text: str = ""
+        trainer: TrainingLoop, kind: Any, step: int, metrics: dict[str, float], text: str = ""
     ) -> Record:
         seconds = trainer.elapsed_seconds()
         tokens = trainer.state.tokens_seen

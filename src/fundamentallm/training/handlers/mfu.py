@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
 
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.peak import device_peak
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +33,12 @@ class ModelFlopsUtilization:
         self.flops_per_token = math.nan
         self.peak = math.nan
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Count at FLLM_RUN_STARTED; write at FLLM_METRICS_MEASURED."""
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.prepare)
         trainer.add_event_handler(TrainingEvents.FLLM_METRICS_MEASURED, self.update)
 
-    def prepare(self, trainer: Trainer) -> None:
+    def prepare(self, trainer: TrainingLoop) -> None:
         """Count a token's FLOPs and find the devices' peak in FLOP/s."""
         if not trainer.has_role("throughput"):
             logger.warning("mfu is NaN: the handler throughput, whose figure it is of, is off")
@@ -55,7 +52,7 @@ class ModelFlopsUtilization:
             peak = device_peak(trainer.device, trainer.precision.dtype)
         self.peak = peak * trainer.ranks.world_size
 
-    def update(self, trainer: Trainer) -> None:
+    def update(self, trainer: TrainingLoop) -> None:
         """Write the share."""
         metrics = trainer.state.metrics
         rate = metrics.get("train/tokens_per_second", math.nan)

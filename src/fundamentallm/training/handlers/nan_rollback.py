@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ignite.engine import Events
 
@@ -25,13 +25,12 @@ from fundamentallm.training.diagnosis import (
     TRANSIENT,
     UNEXPLAINED,
     Diagnosis,
+    Incident,
 )
 from fundamentallm.training.finite import nonfinite_tensors
 from fundamentallm.training.handlers.base import HANDLERS
-from fundamentallm.training.incident import Incident, write_incident
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.training.incident import write_incident
+from fundamentallm.training.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 
@@ -134,20 +133,20 @@ class NaNRollback:
         self._good_window: Window | None = None
         self._metrics: deque[dict[str, Any]] = deque(maxlen=METRICS_KEPT)
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Listen to refusals, updates and states that are not fit to be saved."""
         trainer.add_event_handler(TrainingEvents.FLLM_STEP_REJECTED, self.judge)
         trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, self.note_good_window)
         trainer.add_event_handler(TrainingEvents.FLLM_STATE_DAMAGED, self.judge_state)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self.note_metrics)
 
-    def note_good_window(self, trainer: Trainer) -> None:
+    def note_good_window(self, trainer: TrainingLoop) -> None:
         """An applied update ends a series of overflows; its window is known to be good."""
         self.overflows = self._blamed = 0
         self._good_steps.append(trainer.state.iteration)
         self._good_window = trainer.window
 
-    def note_metrics(self, trainer: Trainer) -> None:
+    def note_metrics(self, trainer: TrainingLoop) -> None:
         """Remember the step for a report."""
         output = trainer.state.output
         self._metrics.append(
@@ -162,7 +161,7 @@ class NaNRollback:
 
     # ------------------------------------------------------------------ judging
 
-    def judge(self, trainer: Trainer) -> None:
+    def judge(self, trainer: TrainingLoop) -> None:
         """Decide what a refused step means.
 
         Raises:
@@ -196,7 +195,7 @@ class NaNRollback:
             else:
                 self._act(trainer, fault, self._diagnose(trainer))
 
-    def judge_state(self, trainer: Trainer) -> None:
+    def judge_state(self, trainer: TrainingLoop) -> None:
         """Go back when the state turned out to be damaged before it was saved.
 
         Raises:
@@ -206,14 +205,14 @@ class NaNRollback:
             fault = f"the state to be saved is damaged{_damage(trainer)}"
             self._go_back(trainer, fault, STATE, self._look(trainer, STATE))
 
-    def _look(self, trainer: Trainer, verdict: str, num_worst: int = 0) -> Diagnosis:
+    def _look(self, trainer: TrainingLoop, verdict: str, num_worst: int = 0) -> Diagnosis:
         """Replay a step whose verdict is known: what every module gave, and the worst sequences."""
         laboratory = trainer.laboratory()
         replay = laboratory.replay(trainer.window, trainer.generators_before, watch=True)
         rows = laboratory.worst_rows(trainer.window, num_worst) if num_worst else ()
         return Diagnosis(verdict, replay, rows)
 
-    def _diagnose(self, trainer: Trainer) -> Diagnosis:
+    def _diagnose(self, trainer: TrainingLoop) -> Diagnosis:
         @contextmanager
         def earlier_weights() -> Iterator[bool]:
             # Not the ones that the step began with, which the last applied update made.
@@ -234,7 +233,7 @@ class NaNRollback:
             trainer.window, trainer.generators_before, self._known_good(trainer), earlier_weights
         )
 
-    def _known_good(self, trainer: Trainer) -> Window | None:
+    def _known_good(self, trainer: TrainingLoop) -> Window | None:
         """Return the last window that was applied, by whichever process of the run."""
         window_at = getattr(trainer.train_loader, "window_at", None)
         if self._good_window is None and self._good_steps and window_at is not None:
@@ -242,7 +241,7 @@ class NaNRollback:
             return window
         return self._good_window
 
-    def _act(self, trainer: Trainer, fault: str, diagnosis: Diagnosis) -> None:
+    def _act(self, trainer: TrainingLoop, fault: str, diagnosis: Diagnosis) -> None:
         step = trainer.state.iteration
         if diagnosis.verdict == TRANSIENT:
             self.transients += 1
@@ -269,7 +268,7 @@ class NaNRollback:
     # ------------------------------------------------------------------ acting
 
     def _go_back(
-        self, trainer: Trainer, fault: str, verdict: str, diagnosis: Diagnosis | None = None
+        self, trainer: TrainingLoop, fault: str, verdict: str, diagnosis: Diagnosis | None = None
     ) -> None:
         step = trainer.state.iteration
         self.in_region = self.in_region + 1 if step <= self.region_end else 1
@@ -305,7 +304,7 @@ class NaNRollback:
         return self._good_steps[-wanted] - 1 if len(self._good_steps) >= wanted else -1
 
     def _count(
-        self, trainer: Trainer, fault: str, verdict: str, diagnosis: Diagnosis | None
+        self, trainer: TrainingLoop, fault: str, verdict: str, diagnosis: Diagnosis | None
     ) -> None:
         if self.total >= self.max_rollbacks:
             self._give_up(trainer, f"{fault} after {self.total} incidents", verdict, diagnosis)
@@ -313,7 +312,7 @@ class NaNRollback:
 
     def _give_up(
         self,
-        trainer: Trainer,
+        trainer: TrainingLoop,
         fault: str,
         verdict: str = TRANSIENT,
         diagnosis: Diagnosis | None = None,
@@ -328,7 +327,7 @@ class NaNRollback:
 
     def _report(
         self,
-        trainer: Trainer,
+        trainer: TrainingLoop,
         fault: str,
         verdict: str,
         decision: str,
@@ -341,14 +340,14 @@ class NaNRollback:
             self._write_evidence(trainer, incident)
         trainer.notify(TrainingEvents.FLLM_INCIDENT_DETECTED)
 
-    def _is_witness(self, trainer: Trainer, diagnosis: Diagnosis | None) -> bool:
+    def _is_witness(self, trainer: TrainingLoop, diagnosis: Diagnosis | None) -> bool:
         """Tell whether this rank is the first whose own share is bad; the first of all if none."""
         ranks = trainer.ranks
         bad = diagnosis is not None and not diagnosis.replay.is_finite
         votes = ranks.sum_counts([int(bad and r == ranks.rank) for r in range(ranks.world_size)])
         return ranks.rank == (votes.index(1) if 1 in votes else 0)
 
-    def _write_evidence(self, trainer: Trainer, incident: Incident) -> None:
+    def _write_evidence(self, trainer: TrainingLoop, incident: Incident) -> None:
         diagnosis = incident.diagnosis
         for reading in (
             (diagnosis.first_bad_forward, diagnosis.first_bad_backward) if diagnosis else ()
@@ -393,7 +392,7 @@ class NaNRollback:
             self.in_region = state_dict["in_region"]
 
 
-def _damage(trainer: Trainer) -> str:
+def _damage(trainer: TrainingLoop) -> str:
     """Name what is not finite on this rank, for the end of a sentence; nothing if all is."""
     names = list(
         nonfinite_tensors(

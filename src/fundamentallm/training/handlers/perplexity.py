@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ignite.engine import Events
 
 from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.step import perplexity_of
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
 
 
 @HANDLERS.register("perplexity")
@@ -26,11 +24,11 @@ class Perplexity:
         self.nll = 0.0
         self.num_tokens = 0
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Begin anew with each epoch's first step; listen at ITERATION_COMPLETED."""
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self.update)
 
-    def update(self, trainer: Trainer) -> None:
+    def update(self, trainer: TrainingLoop) -> None:
         """Take in the step's loss, weighted by its tokens."""
         state = trainer.state
         # By the step, not at EPOCH_STARTED: that fires again in the middle of an epoch when a

@@ -7,16 +7,14 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from ignite.engine import Events
 from tqdm import tqdm
 
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.training.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ class Progress:
         self._bar: tqdm[Any] | None = None
         self._shown_at = -math.inf
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Show at FLLM_METRICS_READY, on the rank that speaks."""
         if not trainer.ranks.is_writer:
             return
@@ -53,7 +51,7 @@ class Progress:
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_ENDED, self.close)
         trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, self.show)
 
-    def open(self, trainer: Trainer) -> None:
+    def open(self, trainer: TrainingLoop) -> None:
         """Put up the bar at the run's current step; after a rollback, move it back."""
         if not self._stream.isatty():
             return
@@ -70,7 +68,7 @@ class Progress:
         self._bar.n = trainer.state.iteration
         self._bar.refresh()
 
-    def show(self, trainer: Trainer) -> None:
+    def show(self, trainer: TrainingLoop) -> None:
         """Bring the bar up to date, or write a line if the last is old enough."""
         state = trainer.state
         last = state.iteration == trainer.total_steps
@@ -92,7 +90,7 @@ class Progress:
             self._bar.close()
             self._bar = None
 
-    def _figures(self, trainer: Trainer) -> str:
+    def _figures(self, trainer: TrainingLoop) -> str:
         metrics = trainer.state.metrics
         parts = [f"loss {metrics['train/loss']:.4f}"]
         if "train/loss_ema" in metrics:

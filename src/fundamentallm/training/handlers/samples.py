@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.tokenizer import Tokenizer
@@ -15,10 +15,8 @@ from fundamentallm.models.generation import generate_tokens
 from fundamentallm.models.sampling import SamplingRules
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.json_lines import JsonLines
+from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.step import undisturbed
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +60,7 @@ class Samples:
         self.every = every
         self.owed: int | None = None
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Sample at FLLM_EVALUATION_COMPLETED; only the rank that writes does any work."""
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.begin)
         trainer.add_event_handler(TrainingEvents.FLLM_ROLLED_BACK, self.begin)
@@ -70,13 +68,13 @@ class Samples:
             TrainingEvents.FLLM_EVALUATION_COMPLETED(every=self.every), self.sample
         )
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, trainer: TrainingLoop) -> None:
         """Tell one history, and write the sample that a stop cut off before this state."""
         self.cut_back(trainer)
         if self.owed == trainer.state.iteration:
             self.sample(trainer)
 
-    def cut_back(self, trainer: Trainer) -> None:
+    def cut_back(self, trainer: TrainingLoop) -> None:
         """Drop samples of steps that the restored state has not taken."""
         if trainer.ranks.is_writer:
             step = trainer.state.iteration
@@ -84,7 +82,7 @@ class Samples:
             owed = self.owed == step
             self.file.cut_back(step, trainer.evaluation_pending() or owed)
 
-    def sample(self, trainer: Trainer) -> None:
+    def sample(self, trainer: TrainingLoop) -> None:
         """Generate with the evaluation weights, log the text, add it to the file."""
         if not trainer.ranks.is_writer:
             return

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ignite.engine import Events
 from ignite.handlers.param_scheduler import ParamScheduler
 
 from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.schedulers import LearningRateScheduler
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
 
 
 @HANDLERS.register("schedule")
@@ -32,11 +30,11 @@ class Schedule(ParamScheduler):
         self.scheduler = scheduler
         self.progress: float | None = None
 
-    def attach(self, trainer: Trainer) -> None:  # type: ignore[override]
+    def attach(self, trainer: TrainingLoop) -> None:  # type: ignore[override]
         """Set the rate at ITERATION_STARTED, so that it holds for that very step."""
         trainer.add_event_handler(Events.ITERATION_STARTED, self.apply)
 
-    def apply(self, trainer: Trainer) -> None:
+    def apply(self, trainer: TrainingLoop) -> None:
         """Write the rates for step `state.iteration`, cut as the ledger says; note `train/lr`."""
         # Ignite counts events from 0 and would count on after a rollback; the step knows better.
         step = self.event_index = trainer.state.iteration

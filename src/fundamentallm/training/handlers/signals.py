@@ -6,13 +6,11 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.training.loop import TrainingLoop
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
@@ -28,9 +26,9 @@ class Signals:
 
     def __init__(self) -> None:
         self._previous: dict[int, Any] = {}
-        self._trainer: Trainer | None = None
+        self._trainer: TrainingLoop | None = None
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Listen to the operating system while the trainer runs."""
         self._trainer = trainer
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.install)

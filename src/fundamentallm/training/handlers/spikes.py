@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fundamentallm.errors import ConfigError
 from fundamentallm.events import TrainingEvents
-from fundamentallm.training.diagnosis import DIVERGENCE, SPIKE
+from fundamentallm.training.diagnosis import DIVERGENCE, SPIKE, Incident
 from fundamentallm.training.handlers.base import HANDLERS
-from fundamentallm.training.incident import Incident
+from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.outliers import RobustWindow
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +80,7 @@ class Spikes:
         self._found = ""
         self._take_limits()
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Look before each update; count what was accepted after it."""
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.check)
         if self.policy == "report":
@@ -92,7 +89,7 @@ class Spikes:
             trainer.add_event_handler(TrainingEvents.FLLM_GRADIENTS_READY, self.look_and_refuse)
             trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, self.accept)
 
-    def check(self, trainer: Trainer) -> None:
+    def check(self, trainer: TrainingLoop) -> None:
         """Refuse a policy that nobody would carry out.
 
         Raises:
@@ -106,7 +103,7 @@ class Spikes:
                 fix="switch nan_rollback on, or take policy: report",
             )
 
-    def look(self, trainer: Trainer) -> None:
+    def look(self, trainer: TrainingLoop) -> None:
         """Say whether this step stands out."""
         calm = (
             trainer.window_loss <= self._highest_loss
@@ -115,7 +112,7 @@ class Spikes:
         )
         self._found = "" if calm else self._describe(trainer)
 
-    def _describe(self, trainer: Trainer) -> str:
+    def _describe(self, trainer: TrainingLoop) -> str:
         loss, norm = trainer.window_loss, trainer.window_grad_norm
         found = [
             f"{name} {value:.4g} is {window.score(measured):.0f} deviations above those of the last"
@@ -133,12 +130,12 @@ class Spikes:
             )
         return " and ".join(found)
 
-    def look_and_accept(self, trainer: Trainer) -> None:
+    def look_and_accept(self, trainer: TrainingLoop) -> None:
         """Look at a step that was taken in any case; one handler less costs a step less."""
         self.look(trainer)
         self.accept(trainer)
 
-    def look_and_refuse(self, trainer: Trainer) -> None:
+    def look_and_refuse(self, trainer: TrainingLoop) -> None:
         """Refuse the update of a step that stands out; what is not finite the guard refuses."""
         self.look(trainer)
         if not self._found or not math.isfinite(trainer.window_loss + trainer.window_grad_norm):
@@ -151,7 +148,7 @@ class Spikes:
             # until the lowered rate had time to act.
             self._begin_anew()
 
-    def accept(self, trainer: Trainer) -> None:
+    def accept(self, trainer: TrainingLoop) -> None:
         """Remember an accepted step that does not stand out; report one that does."""
         if not self._found:
             self.in_a_row = 0

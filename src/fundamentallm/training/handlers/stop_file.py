@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.run_layout import STOP
 from fundamentallm.training.handlers.base import HANDLERS
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.training.loop import TrainingLoop
 
 
 @HANDLERS.register("stop_file")
@@ -29,7 +26,7 @@ class StopFile:
         self.path = run_dir / STOP
         self._name = str(self.path)
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Be asked with every step, on the rank that writes; remove the file at FLLM_RUN_ENDED."""
         if not trainer.ranks.is_writer:
             return

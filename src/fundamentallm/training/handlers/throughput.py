@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ignite.engine import Events
 
 from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.timing import HostTimer, Timer, device_timer
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
 
 
 @HANDLERS.register("throughput")
@@ -41,7 +39,7 @@ class Throughput:
         self._started: Any = None
         self._running: deque[tuple[Any, Any, int, int]] = deque()
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Time from GET_BATCH_STARTED to ITERATION_COMPLETED."""
         if self._own_clock:
             self._timer = device_timer(trainer.device)
@@ -52,7 +50,7 @@ class Throughput:
         """Note when the step's batch was asked for."""
         self._started = self._timer.mark()
 
-    def stop(self, trainer: Trainer) -> None:
+    def stop(self, trainer: TrainingLoop) -> None:
         """Add the steps that the device has finished, and write both rates."""
         output = trainer.state.output
         ended = self._timer.mark()

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
-
-if TYPE_CHECKING:
-    from fundamentallm.training.trainer import Trainer
+from fundamentallm.training.loop import TrainingLoop
 
 
 @HANDLERS.register("weight_ema")
@@ -37,7 +35,7 @@ class WeightEMA:
         self.averages: dict[str, Tensor] = {}
         self._parameters: dict[str, Tensor] = {}
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: TrainingLoop) -> None:
         """Average at FLLM_OPTIMIZER_STEPPED; lend the averages to every evaluation."""
         self._parameters = dict(trainer.model.named_parameters())
         trainer.evaluation_weights = self.swapped_in

@@ -1,0 +1,134 @@
+"""How a training engine hands out its events, and what it knows of those who listen."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ignite.engine import Engine, Events
+from ignite.engine.events import RemovableEventHandle
+
+from fundamentallm.events import LOOP, TrainingEvents
+from fundamentallm.registry import registered_name
+
+# Ignite logs each error that it passes on; whoever catches the error reports it.
+logging.getLogger("ignite").addHandler(logging.NullHandler())
+
+
+class Dispatcher(Engine):
+    """An Ignite engine with the events of `events.py`.
+
+    Args:
+        process_function: as for Ignite's `Engine`.
+
+    Attributes:
+        attached: the stateful handlers by name; a checkpoint holds the state of each.
+    """
+
+    def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
+        super().__init__(process_function)
+        self.register_events(
+            *TrainingEvents, event_to_attr={event: event.counter for event in TrainingEvents}
+        )
+        self.attached: dict[str, Any] = {}
+        self._last_handlers: dict[Events, Callable[[], None]] = {}
+
+    def notify(self, event: TrainingEvents) -> None:
+        """Count the event and fire it if anyone listens."""
+        if event.counts:
+            setattr(self.state, event.counter, getattr(self.state, event.counter) + 1)
+        if self._event_handlers[event]:
+            self._fire_event(event)
+
+    def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
+        """Fire as Ignite does, without putting together a debug line that nobody reads.
+
+        With cold caches, after a step of 10 ms, that line costs 45 microseconds an event.
+        """
+        if event_args or event_kwargs or self.logger.isEnabledFor(logging.DEBUG):
+            super()._fire_event(event_name, *event_args, **event_kwargs)
+            return
+        self.last_event_name = event_name
+        for handler, args, options in self._event_handlers[event_name]:
+            if args and isinstance(args[0], weakref.ref):  # of the engine, if the handler takes it
+                handler(args[0](), *args[1:], **options)
+            else:
+                handler(*args, **options)
+
+    def keep_last(self, event: Events, handler: Callable[[], None]) -> None:
+        """Attach a handler of the engine's own that stays behind all others of its event."""
+        self._last_handlers[event] = handler
+        super().add_event_handler(event, handler)
+
+    def add_event_handler(
+        self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> RemovableEventHandle:
+        """Attach a handler, as Ignite does; note its owner's state; keep our own one last."""
+        owner = getattr(handler, "__self__", handler)
+        if owner is not self and hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
+            self._admit(owner)
+        handle = super().add_event_handler(event_name, handler, *args, **kwargs)
+        for event, last in self._last_handlers.items():
+            if event_name == event:  # also where it has a filter
+                self.remove_event_handler(last, event)
+                super().add_event_handler(event, last)
+        return handle
+
+    def _admit(self, owner: Any) -> None:
+        if any(known is owner for known in self.attached.values()):
+            return
+        name = registered_name(type(owner)) or type(owner).__name__
+        if name in self.attached:
+            raise ValueError(
+                f"a handler called '{name}' is attached already: a checkpoint could not tell the"
+                " two apart; attach one, or give one of them a class of its own"
+            )
+        self.attached[name] = owner
+
+    def has_role(self, role: str) -> bool:
+        """Return whether a handler with this attribute `role` is attached."""
+        return any(
+            getattr(_owner(handler), "role", None) == role
+            for entries in self._event_handlers.values()
+            for handler, _, _ in entries
+        )
+
+
+def timeline(engine: Engine) -> list[tuple[str, list[str]]]:
+    """Return the events that have handlers, in the order of the loop, and who hears them."""
+    entries = []
+    for event in LOOP:
+        names = [
+            _handler_name(handler)
+            for handler, _, _ in engine._event_handlers[event]
+            if getattr(handler, "__self__", None) is not engine
+        ]
+        if names:
+            entries.append((event.name, names))
+    return entries
+
+
+def _owner(handler: Any) -> Any:
+    """Return the object whose method a handler is, else the function itself."""
+    if not hasattr(handler, "__self__"):
+        handler = getattr(handler, "__wrapped__", handler)  # inside an event filter
+    return getattr(handler, "__self__", handler)
+
+
+def _handler_name(handler: Any) -> str:
+    """Return the registered or class name of a handler's owner, else the function's name."""
+    owner = _owner(handler)
+    name = registered_name(type(owner)) or getattr(owner, "__name__", type(owner).__name__)
+    return str(name)
+
+
+def caller_name(frame: FrameType) -> str:
+    """Return the name of the handler whose method runs in a frame, else the function's place."""
+    if (owner := frame.f_locals.get("self")) is not None:
+        return registered_name(type(owner)) or type(owner).__name__
+    code = frame.f_code
+    return f"{code.co_name} ({Path(code.co_filename).name}, line {frame.f_lineno})"

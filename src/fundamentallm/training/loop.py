@@ -1,0 +1,729 @@
+"""The training loop: an Ignite engine whose process function takes one optimizer step.
+
+`TrainingLoop` is what handlers see; it knows none of them. Its `run` owns what Ignite leaves open
+(pytorch/ignite threads in brackets): it places the loader at the step where the state stands, never
+retrains a finished run [#3622], fires the events of `events.py` behind every handler of
+ITERATION_COMPLETED, and goes back to an earlier state between two inner runs, since Ignite cannot
+rewind inside one [#2669, #1386]. How the run goes on after a step `decision.py` says.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from ignite.engine import Events
+from torch import Tensor, nn
+
+from fundamentallm.compute.plan import Plan
+from fundamentallm.config.training import TrainingConfig
+from fundamentallm.data.batch import Window, as_window
+from fundamentallm.data.loaders import as_window_loader, batch_shape_of
+from fundamentallm.errors import CheckpointError, DataError
+from fundamentallm.events import TrainingEvents
+from fundamentallm.training.buffers import StateBuffers
+from fundamentallm.training.data_faults import DataFaults
+from fundamentallm.training.decision import (
+    GO_ON,
+    Cadence,
+    Decision,
+    End,
+    RollBack,
+    Save,
+    StepEnd,
+    StepFacts,
+    decide,
+)
+from fundamentallm.training.diagnosis import Laboratory
+from fundamentallm.training.dispatch import Dispatcher, caller_name
+from fundamentallm.training.history import History
+from fundamentallm.training.ledger import Ledger
+from fundamentallm.training.limits import Limits
+from fundamentallm.training.prefetch import ahead
+from fundamentallm.training.rng import capture_generators, restore_generators
+from fundamentallm.training.schedulers import LearningRateScheduler
+from fundamentallm.training.state import COUNTERS, IRREVERSIBLE, TrainingState
+from fundamentallm.training.step import StepOutput, TrainStep, evaluate
+
+logger = logging.getLogger(__name__)
+
+
+class RestorePoint(Protocol):
+    """Whatever keeps earlier states: what a rollback goes back to."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the states are kept."""
+
+    def step_to_restore(self, before: int | None = None) -> int | None:
+        """Return the newest good state's step that is at most `before`, else the oldest's."""
+
+    def restore_before(self, trainer: TrainingLoop, before: int | None = None) -> None:
+        """Load that state into the trainer."""
+
+    def weights_before(self, before: int | None = None) -> Mapping[str, Tensor] | None:
+        """Return that state's model, None if there is none."""
+
+    def restore(self, trainer: TrainingLoop, path: Path) -> None:
+        """Load the state at `path` into the trainer."""
+
+
+class TrainingLoop(Dispatcher):
+    """The loop over optimizer steps, from parts that are resolved.
+
+    Args:
+        model: takes `input_ids` (B, T) int64, returns logits (B, T, V); the plan has placed it.
+        train_loader: of windows, or a DataLoader to be gathered into windows.
+        val_loader: batches of the same form; None or empty for no validation.
+        optimizer: over the model's parameters.
+        scheduler: on that optimizer.
+        loss_fn: `loss_fn(logits, targets, reduction="sum")`.
+        plan: how the steps are computed.
+        config: budgets, cadence and clipping.
+
+    Attributes:
+        model: the model itself, without a wrapper for ranks or compilation.
+        history: the course of the run so far.
+        plan: how the steps are computed.
+        limits: the resolved budgets.
+        ledger: what the run was told to do differently: windows to pass over, lower rates.
+        description: plain JSON about the run (its configuration, tokenizer, data) that every
+            checkpoint carries in its manifest.
+        evaluation_weights: a context in which the model holds the weights to evaluate and sample
+            with; a handler may set another (weight EMA does).
+        restore_point: whatever keeps earlier states; checkpointing sets itself.
+        clock: seconds since the run's time began to count in this process.
+        window: this rank's share of the current step's data.
+        generators_before: random generators of the device before the current step.
+        interrupted_by: the number of the signal that asked the run to stop.
+        pause_when: asked with every step and validation batch; one that says True makes the run
+            save and stop, to be resumed later.
+    """
+
+    state: TrainingState
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_loader: Any,
+        val_loader: Any,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LearningRateScheduler,
+        loss_fn: Callable[..., Tensor],
+        plan: Plan,
+        config: TrainingConfig,
+    ) -> None:
+        super().__init__(lambda engine, window: self._train_step(window))
+        self.state = TrainingState()
+        self.state_dict_user_keys.extend(COUNTERS)
+        self.config = config
+        self.plan = plan
+        self.ranks, self.device = plan.ranks, plan.device
+        self.model = model
+        self.precision = plan.build_precision()
+        self._buffers = StateBuffers(self.model)
+        self.train_loader = as_window_loader(train_loader, config.accumulation_steps, config.seed)
+        self.val_loader = val_loader
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.loss_fn = loss_fn
+        self.steps_per_epoch = len(self.train_loader)
+        self._cadence = Cadence.resolve(self.config, self.steps_per_epoch)
+        self.limits = Limits.resolve(
+            self.config, self.steps_per_epoch, getattr(self.train_loader, "tokens_per_step", None)
+        )
+        self.run_id = uuid.uuid4().hex
+        self.description: dict[str, Any] = {}
+        self.history = History()
+        self.ledger = Ledger()
+        self.evaluation_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.restore_point: RestorePoint | None = None
+        self.interrupted_by: int | None = None
+        self.pause_when: list[Callable[[], bool]] = []
+        constructed = time.monotonic()
+        self.clock: Callable[[], float] = lambda: time.monotonic() - constructed
+        self._step = TrainStep(
+            self.plan.prepare(self.model, batch_shape_of(self.train_loader)),
+            self.model,
+            self.optimizer,
+            self.loss_fn,
+            self.precision,
+            self.ranks,
+            self.config.max_grad_norm,
+            self.notify,
+            self.config.max_grad_value,
+        )
+        self._faults = DataFaults(self.ranks)
+        self.generators_before: dict[str, Any] = {}
+        self.window = Window([], 0)
+        self._facts = StepFacts()
+        self._decision = GO_ON
+        self._saving: Save | None = None
+        self._stopped_by = ""
+        self._began = (0.0, 0)
+
+        self.keep_last(Events.ITERATION_COMPLETED, self._after_step)
+        self.keep_last(Events.EPOCH_COMPLETED, self._after_epoch)
+
+    # ------------------------------------------------------------------ running
+
+    def run(
+        self,
+        data: Any = None,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        epoch_length: int | None = None,
+    ) -> Any:
+        """Run the loop to the first limit, through any number of rollbacks.
+
+        Args:
+            data: a loader in place of the trainer's.
+            max_epochs: passes over the data, in place of the trainer's limits.
+            max_iters: optimizer steps, in place of the trainer's limits.
+            epoch_length: steps in an epoch; the loader's length if None.
+
+        Returns:
+            The engine's state.
+        """
+        if data is not None:
+            self.train_loader = as_window_loader(
+                data, self.config.accumulation_steps, self.config.seed
+            )
+        self.steps_per_epoch = epoch_length or len(self.train_loader)
+        self._cadence = Cadence.resolve(self.config, self.steps_per_epoch)
+        if max_iters is not None or max_epochs is not None:
+            self.limits = Limits(max_iters or (max_epochs or 1) * self.steps_per_epoch)
+        self._facts, self._stopped_by = StepFacts(), ""
+        self._faults = DataFaults(self.ranks)
+        self._began = (self.clock(), self.state.iteration)
+        self._step.vetoes_possible = self.ranks.any(
+            bool(self._event_handlers[TrainingEvents.FLLM_GRADIENTS_READY])
+        )
+        self._note_spent_budget()
+        self._decision = self._decide()
+        try:
+            self.notify(TrainingEvents.FLLM_RUN_STARTED)
+            self._settle()
+            while not self.stopping:
+                if self._decision.end is End.ROLL_BACK:
+                    self._go_back()
+                try:
+                    self._run_to_stop()
+                except DataError:
+                    self._save_what_is_done()
+                    raise
+        finally:
+            # After an exception Ignite keeps its spent generator, and the next run would return
+            # at once without a step (held by tests/unit/test_ignite_contract.py).
+            self._internal_run_generator = None
+            self._dataloader_iter = None
+            self.notify(TrainingEvents.FLLM_RUN_ENDED)
+        return self.state
+
+    def _run_to_stop(self) -> None:
+        """One inner run: from the state's step to a limit, a stop or an incident."""
+        self.train_loader.set_position(*divmod(self.state.iteration, self.steps_per_epoch))
+        self.should_terminate = False
+        self.state.max_epochs = None
+        # Where only the clock ends the run there is no last step; Ignite wants a number.
+        self.state.max_iters = self.limits.total_steps or 2**62
+        self.state.epoch_length = self.steps_per_epoch
+        super().run(
+            self._faults.kept_from(ahead(self.train_loader, self.device)),
+            max_iters=self.state.max_iters,
+            epoch_length=self.steps_per_epoch,
+        )
+
+    def _save_what_is_done(self) -> None:
+        """Save before a run ends because its data cannot be read on.
+
+        The error came between two steps, so the state is that after the last one. Several ranks
+        save only where all of them know of the error.
+        """
+        if self._faults.everyone_knows and self.restore_step() != self.state.iteration:
+            self._facts.data_fault = True
+            self._conclude()
+
+    def _note_spent_budget(self) -> None:
+        """A run that is resumed may have nothing left to do but its last evaluation."""
+        if self.state.iteration == 0:
+            return
+        if self.state.iteration >= (self.limits.total_steps or math.inf):
+            self.finish("the last step is done")
+        elif self.ranks.any(self._out_of_budget()):
+            self.finish("the budget is used up")
+
+    def _settle(self) -> None:
+        """Before the first step: save step 0, or do what an interruption left undone."""
+        facts = self._facts
+        facts.evaluated = True
+        if self.evaluation_pending():
+            self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
+            # Cut off once more, it is still owed: no step may be taken before it.
+            facts.leaving = self.evaluation_pending() and self.ranks.any(self._wants_to_leave())
+        elif self.state.iteration > 0 or self.restore_step() is not None:
+            facts.saved = End.FINISH  # as it is on the disk
+        self._conclude()
+        # A budget that ends while a run starts must not keep it from ever taking a step.
+        if self.ranks.any(self.interrupted_by is not None) and self._decision.end is End.GO_ON:
+            self._decision = Decision(End.STOP)
+        if self._decision.end is End.GO_ON:
+            self._facts = StepFacts()
+
+    def _go_back(self) -> None:
+        wish = self._facts.roll_back
+        assert wish is not None
+        assert self.restore_point is not None
+        self._facts, self._decision = StepFacts(), GO_ON
+        broke_at = self.state.iteration
+        kept = {name: getattr(self.state, name) for name in IRREVERSIBLE}
+        ledger = self.ledger.state_dict()
+        self.ranks.barrier()  # the writer may still be writing what the others want to read
+        self.restore_point.restore_before(self, wish.before)
+        for name, value in kept.items():
+            setattr(self.state, name, value)
+        self.ledger.load_state_dict(ledger)
+        self.history.cut_back(self.state.iteration)
+        logger.warning(
+            "went back from step %d to step %d (%s)", broke_at, self.state.iteration, wish.reason
+        )
+        self.notify(TrainingEvents.FLLM_ROLLED_BACK)
+
+    # ------------------------------------------------------------------ one step
+
+    def _train_step(self, batch: Any) -> StepOutput:
+        """Take one optimizer step on a window, or on a batch as a window of one micro-batch."""
+        window = self.window = as_window(batch)
+        if not self.model.training:
+            self.model.train()
+        sequences = sum([micro["input_ids"].shape[0] for micro in window.micro_batches])
+        if self.ranks.alone:  # it asks itself after the step
+            num_tokens, num_sequences = window.num_tokens, sequences
+        else:
+            num_tokens, num_sequences = self._agree_on(window, sequences)
+        if self.state.iteration in self.ledger.skipped:
+            output = StepOutput(math.nan, math.nan, num_tokens, num_sequences, "ledger")
+            self.state.output = output
+            self.notify(TrainingEvents.FLLM_STEP_REJECTED)
+        else:
+            output = self._attempt(window, num_tokens, num_sequences)
+        self._account(output)
+        return output
+
+    def _agree_on(self, window: Window, sequences: int) -> tuple[int, int]:
+        """Return tokens and sequences over all ranks; on the way, vote on what may end the run."""
+        num_tokens, num_sequences, *votes = self.ranks.sum_counts(
+            [
+                window.num_tokens,
+                sequences,
+                self._out_of_budget(),
+                self._wants_to_leave(),
+                bool(self._stopped_by),
+                self._faults.own is not None,
+            ]
+        )
+        if votes[3]:
+            self.state.iteration -= 1  # the step is not begun on any rank
+            self._faults.raise_everywhere()
+        self._facts.exhausted, self._facts.leaving = votes[0] > 0, votes[1] > 0
+        if votes[2]:
+            self.finish(self._stopped_by or "stopped by a handler on another rank")
+        return num_tokens, num_sequences
+
+    def _attempt(self, window: Window, num_tokens: int, num_sequences: int) -> StepOutput:
+        """Take the step, and once more where a controller asks for it after a refusal."""
+        self.generators_before = capture_generators(self.device)
+        buffers_before = self._buffers.copied()
+        while True:
+            self._facts.redo = False
+            output = self._step(window, num_tokens, num_sequences)
+            self.state.output = output
+            if not output.rejection:
+                return output
+            self._buffers.put_back(buffers_before)
+            self.notify(TrainingEvents.FLLM_STEP_REJECTED)
+            if output.rejection not in ("overflow", "empty"):
+                self._warn_if_nobody_acts(output)
+            if output.rejection != "overflow":
+                # As if the step had never been tried: a clean run that passes over its window
+                # draws no random numbers for it.
+                restore_generators(self.generators_before)
+            if not self._facts.redo:
+                return output
+
+    def _warn_if_nobody_acts(self, output: StepOutput) -> None:
+        if not self.ranks.is_writer or self.has_role("recovery"):
+            return
+        refused = self.state.skipped_steps
+        if math.log10(refused).is_integer():  # the 1st, 10th, 100th: a run may refuse every step
+            logger.warning(
+                "step %d: update refused (%s): loss %s, gradient norm %s; %d so far, and no handler"
+                " that looks for the cause is attached",
+                self.state.iteration,
+                output.rejection,
+                output.loss,
+                output.grad_norm,
+                refused,
+            )
+
+    def _account(self, output: StepOutput) -> None:
+        """Count the step and write the metrics that need no handler."""
+        state, metrics = self.state, self.state.metrics
+        state.tokens_seen += output.num_tokens
+        state.sequences_seen += output.num_sequences
+        metrics["train/loss"] = output.loss
+        metrics["train/grad_norm"] = output.grad_norm
+        step_of_epoch = (state.iteration - 1) % self.steps_per_epoch + 1
+        if step_of_epoch == 1:
+            state.epoch_nll, state.epoch_tokens = 0.0, 0
+            metrics.pop("train/epoch_loss", None)
+        if math.isfinite(output.loss) and not output.rejection:
+            state.epoch_nll += output.loss * output.num_tokens
+            state.epoch_tokens += output.num_tokens
+        if step_of_epoch == self.steps_per_epoch:
+            mean = state.epoch_nll / state.epoch_tokens if state.epoch_tokens else math.nan
+            metrics["train/epoch_loss"] = mean
+            self.history.record_epoch(self.epoch, state.iteration, mean)
+
+    # ------------------------------------------------------------------ what follows a step
+
+    def _after_step(self) -> None:
+        """Fire what follows a step, behind every other handler of ITERATION_COMPLETED."""
+        facts = self._facts
+        if self.ranks.alone:
+            facts.exhausted, facts.leaving = self._out_of_budget(), self._wants_to_leave()
+        self._decision = self._decide()
+        if self._decision.end is not End.ROLL_BACK:
+            self.notify(TrainingEvents.FLLM_METRICS_MEASURED)
+            self.history.record_step(self.state.iteration, self.state.metrics)
+            self.notify(TrainingEvents.FLLM_METRICS_READY)
+            if self._decision is not GO_ON or facts.finish or facts.roll_back is not None:
+                self._conclude()
+        at_end_of_epoch = self.state.iteration % self.steps_per_epoch == 0
+        if not at_end_of_epoch or self._decision.end is End.ROLL_BACK:
+            self._end_step()
+
+    def _after_epoch(self) -> None:
+        """End the last step of an epoch, behind every other handler of EPOCH_COMPLETED."""
+        if self.state.iteration % self.steps_per_epoch == 0:
+            self._conclude()  # what those handlers wish
+            self._end_step()
+
+    def _conclude(self) -> None:
+        """Carry out the decision about this step; what is done may bring new wishes."""
+        facts = self._facts
+        while True:
+            decision = self._decision = self._decide()
+            if decision.evaluate:
+                facts.evaluated = True
+                self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
+                facts.leaving = facts.leaving or (self.ranks.alone and self._wants_to_leave())
+            elif decision.save is not None:
+                facts.saved = decision.end
+                self._save(decision.save)
+            else:
+                return
+
+    def _decide(self) -> Decision:
+        facts, state = self._facts, self.state
+        return decide(
+            StepEnd(
+                state.iteration,
+                self.limits.total_steps,
+                self._cadence,
+                facts.finish,
+                facts.roll_back is not None,
+                facts.exhausted,
+                facts.leaving,
+                facts.data_fault,
+                facts.evaluated,
+                facts.saved,
+                state.evaluated_step != state.iteration and self._is_evaluated(),
+            )
+        )
+
+    def _save(self, why: Save) -> None:
+        """Have the state saved; it counts its own save unless only a stop asked for it.
+
+        So a run that is resumed from any checkpoint counts like one that was never stopped.
+        """
+        self._saving = why
+        try:
+            self.notify(TrainingEvents.FLLM_CHECKPOINT_DUE)
+        finally:
+            self._saving = None
+
+    def _end_step(self) -> None:
+        """Stop the inner run if this step was its last, else begin the next with no wishes."""
+        if self._decision.end is End.ROLL_BACK:
+            super().terminate(skip_completed=True)
+        elif not self._decision.ends_run:
+            self._facts = StepFacts()
+        elif self.state.iteration != self.total_steps:  # where Ignite stops by itself
+            super().terminate()
+
+    def validate(self) -> dict[str, float]:
+        """Measure the loss over the whole validation loader, with the evaluation weights.
+
+        Random numbers and the model's modes stay as they were.
+
+        Returns:
+            `val/loss` and `val/perplexity`, which also enter `state.metrics`; empty without
+            validation data, or when a signal cut the pass short.
+        """
+        if not self._can_evaluate():
+            return {}
+        # Ranks agree on leaving at the next step: one that left here would strand the others.
+        poll = (lambda _: self._wants_to_leave()) if self.ranks.alone else None
+        windows = map(as_window, self._faults.kept_from(self.val_loader))
+        batches = (micro for window in windows for micro in window.micro_batches)
+        with self.evaluation_weights():
+            output = evaluate(self.model, batches, self.precision, self.ranks, poll, self.loss_fn)
+        self._faults.raise_everywhere()
+        if output is None:
+            return {}
+        metrics = {"val/loss": output.loss, "val/perplexity": output.perplexity}
+        self.state.metrics.update(metrics)
+        self.state.evaluated_step = self.state.iteration
+        self.history.record_validation(self.state.iteration, metrics)
+        return metrics
+
+    # ------------------------------------------------------------------ wishes of handlers
+
+    def redo_step(self) -> None:
+        """Take the refused step once more from the state before it; call at FLLM_STEP_REJECTED."""
+        self._facts.redo = True
+
+    def reject_step(self, reason: str, details: str = "") -> None:
+        """Refuse the update of the current step; call it at FLLM_GRADIENTS_READY.
+
+        Args:
+            reason: one word or two for the log; "spike" and "divergence" ask `nan_rollback` to act.
+            details: what was seen, in words, for the report of an incident.
+        """
+        self._step.veto, self._step.veto_details = reason, details
+
+    def clip_step_to(self, norm: float) -> None:
+        """Clip the current update to a gradient norm, if that is less than it would be clipped to.
+
+        Call it at FLLM_GRADIENTS_READY.
+
+        Raises:
+            ValueError: the norm is not a number above 0; the update would be none.
+        """
+        if not norm > 0.0:
+            raise ValueError(f"a step can be clipped to a norm above 0, got {norm}")
+        known = self._step.clip_norm
+        self._step.clip_norm = norm if known is None else min(norm, known)
+
+    def roll_back(self, reason: str, before: int | None = None) -> None:
+        """Go back to an earlier checkpoint after this step.
+
+        What the run is to do differently then, the caller writes into the ledger, which a rollback
+        does not take back. Without a checkpoint the run goes on from the weights that it has: a
+        refused update has left them clean.
+
+        Args:
+            reason: for the log.
+            before: go to the newest checkpoint that is not later than this step, or to the oldest
+                if all are; the newest of all if None.
+        """
+        if self.restore_step() is None:
+            logger.warning(
+                "step %d: no checkpoint to go back to (%s)", self.state.iteration, reason
+            )
+            return
+        self._facts.roll_back = RollBack(before, reason)
+
+    def finish(self, reason: str) -> None:
+        """Wish to end the run for good after this step; the first reason counts."""
+        self._facts.finish = self._facts.finish or reason
+
+    def terminate(self, skip_completed: bool = False) -> None:
+        """Wish to end the run for good after this step: how handlers that know Ignite alone do.
+
+        Wherever it is called, the step is completed, evaluated and saved. `finished` names the
+        caller. On several ranks the call of one counts from the next step on.
+        """
+        reason = f"stopped by {caller_name(sys._getframe(1))}"
+        if self.ranks.alone:
+            self.finish(reason)
+        else:
+            self._stopped_by = self._stopped_by or reason
+
+    def interrupt_run(self, signal_number: int) -> None:
+        """Ask the run to save and stop after this step, to be resumed later."""
+        self.interrupted_by = signal_number
+
+    # ------------------------------------------------------------------ what handlers may ask
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The gradient norm of the current step, a scalar on the device, before clipping.
+
+        It is there from FLLM_GRADIENTS_READY on; `state.output` has it as a host number after.
+        """
+        assert self._step.grad_norm is not None
+        return self._step.grad_norm
+
+    @property
+    def window_loss(self) -> float:
+        """The current window's loss in nats per token over all ranks.
+
+        It is there from FLLM_GRADIENTS_READY on, before anybody has accepted it.
+        """
+        return self._step.loss
+
+    @property
+    def window_grad_norm(self) -> float:
+        """The norm of the current window's gradient, as `window_loss`."""
+        return self._step.norm
+
+    def laboratory(self) -> Laboratory:
+        """Return what replays of the current step need."""
+        return Laboratory(self.model, self.loss_fn, self.precision, self.ranks)
+
+    def restore_step(self, before: int | None = None) -> int | None:
+        """Return the step that a rollback would go to, None if there is none."""
+        return self.restore_point.step_to_restore(before) if self.restore_point else None
+
+    def weights_before(self, before: int | None = None) -> Mapping[str, Tensor] | None:
+        """Return that state's model, None if there is none."""
+
+    @property
+    def finished(self) -> str:
+        """Why the run is complete; empty while it is not."""
+        return self._decision.reason
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run ends with the current step, for good or for now."""
+        return self._decision.ends_run
+
+    @property
+    def rolling_back(self) -> bool:
+        """Whether the run goes back after this step."""
+        return self._facts.roll_back is not None
+
+    @property
+    def saving_for_a_stop(self) -> bool:
+        """Whether the checkpoint that is asked for now is one that only a stop asks for."""
+        return self._saving is Save.FOR_A_STOP
+
+    @property
+    def total_steps(self) -> int | None:
+        """The last step, None where only the clock ends the run."""
+        return self.limits.total_steps
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 1, of the current step; 0 before the first step.
+
+        Ignite's own count stands one lower between a restored epoch's end and the next start.
+        """
+        return -(-self.state.iteration // self.steps_per_epoch)
+
+    def evaluation_pending(self) -> bool:
+        """Whether the evaluation that the current step asks for is still to be made."""
+        return self._decide().pending
+
+    def is_log_step(self) -> bool:
+        """Whether the current step's metrics belong into the logs."""
+        return self._cadence.logs_at(self.state.iteration) or bool(self.finished)
+
+    def elapsed_seconds(self) -> float:
+        """Seconds of this run, those of earlier processes included."""
+        return float(self.state.elapsed_before) + self.clock()
+
+    def clock_progress(self) -> float | None:
+        """How much of a budget in seconds is spent, in [0, 1]; None where steps count.
+
+        By the first rank's clock; every rank must call it.
+        """
+        if not self.limits.follows_clock:
+            return None
+        assert self.limits.max_seconds is not None
+        progress = min(1.0, self.elapsed_seconds() / self.limits.max_seconds)
+        if self.ranks.alone:
+            return progress
+        # Clocks differ, and ranks with different learning rates would drift apart.
+        return self.ranks.sum_counts([round(progress * 1e9) * self.ranks.is_writer])[0] / 1e9
+
+    def seconds_remaining(self) -> float | None:
+        """Estimate the seconds to the end of the run; None while there is nothing to go by."""
+        began_at, first_step = self._began
+        done = self.state.iteration - first_step
+        estimates = []
+        if self.limits.max_seconds is not None:
+            estimates.append(max(0.0, self.limits.max_seconds - self.elapsed_seconds()))
+        if self.total_steps is not None and done > 0:
+            per_step = (self.clock() - began_at) / done
+            estimates.append(per_step * (self.total_steps - self.state.iteration))
+        return min(estimates) if estimates else None
+
+    def _out_of_budget(self) -> bool:
+        limits = self.limits
+        return (
+            limits.max_seconds is not None and self.elapsed_seconds() >= limits.max_seconds
+        ) or (limits.max_tokens is not None and self.state.tokens_seen >= limits.max_tokens)
+
+    def _wants_to_leave(self) -> bool:
+        pause = self.config.stop_after_seconds
+        if self.interrupted_by is not None or (pause is not None and self.clock() >= pause):
+            return True
+        for asks in self.pause_when:  # noqa: SIM110 (any() would make a generator in each step)
+            if asks():
+                return True
+        return False
+
+    def _can_evaluate(self) -> bool:
+        return self.val_loader is not None and len(self.val_loader) > 0
+
+    def _is_evaluated(self) -> bool:
+        return self._can_evaluate() and bool(
+            self._event_handlers[TrainingEvents.FLLM_EVALUATION_DUE]
+        )
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Return the position, the counters, the ledger and the run's id."""
+        state = {name: getattr(self.state, name) for name in COUNTERS}
+        state["elapsed_before"] = self.elapsed_seconds()
+        state["checkpoints"] += self._saving is Save.ON_SCHEDULE
+        return {
+            "iteration": self.state.iteration,
+            "epoch_length": self.steps_per_epoch,
+            "ledger": self.ledger.state_dict(),
+            "finished": self.finished,
+            "run_id": self.run_id,
+            **state,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Stand at a saved position.
+
+        Raises:
+            CheckpointError: the epochs there have another number of steps.
+        """
+        if state_dict["epoch_length"] != self.steps_per_epoch:
+            raise CheckpointError(
+                "the checkpoint's epochs have another number of steps: the data, the batch or the"
+                " number of ranks changed",
+                got=f"{self.steps_per_epoch} steps",
+                expected=f"{state_dict['epoch_length']} steps",
+                fix="resume with the data and batch settings of the run, or start a fresh one",
+            )
+        position = {"iteration": state_dict["iteration"], "epoch_length": self.steps_per_epoch}
+        counters = {name: state_dict.get(name, value) for name, value in COUNTERS.items()}
+        super().load_state_dict({**position, "max_iters": None, **counters})
+        self.ledger.load_state_dict(state_dict["ledger"])
+        self.run_id = state_dict["run_id"]
