@@ -167,7 +167,6 @@ class _Option(NamedTuple):
     """A parameter that takes a plain value, and the type that checks it."""
 
     parameter: inspect.Parameter
-    annotation: Any
     adapter: TypeAdapter[Any]
 
     def checked(self, owner: str, key: str, value: Any) -> Any:
@@ -194,7 +193,7 @@ class _Option(NamedTuple):
             f"option '{key}' of {owner}: {reason}",
             key=key,
             got=repr(value),
-            expected=_type_name(self.annotation),
+            expected=in_words(self.adapter.json_schema()),
         )
 
 
@@ -208,7 +207,7 @@ def _plain_parameters(factory: Callable[..., Any]) -> dict[str, _Option]:
             continue
         annotation = _plain_part(hints.get(key, Any))
         if annotation is not None:
-            found[key] = _Option(parameter, annotation, TypeAdapter(annotation))
+            found[key] = _Option(parameter, TypeAdapter(annotation))
     return found
 
 
@@ -255,5 +254,33 @@ def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
             known[error.name] = getattr(collections.abc, error.name, general)
 
 
-def _type_name(annotation: Any) -> str:
-    return annotation.__name__ if inspect.isclass(annotation) else str(annotation)
+def in_words(schema: dict[str, Any]) -> str:
+    """Describe the values that a JSON schema allows."""
+    if "anyOf" in schema:
+        return " or ".join(in_words(choice) for choice in schema["anyOf"])
+    if "enum" in schema:
+        return "one of " + ", ".join(schema["enum"])
+    if "const" in schema:
+        return str(schema["const"])
+    kind = schema.get("type", "object" if "$ref" in schema else "")
+    if kind in ("integer", "number"):
+        return ("an integer" if kind == "integer" else "a number") + _range_in_words(schema)
+    if kind == "array" and "prefixItems" in schema:
+        return "a list of " + " and ".join(in_words(item) for item in schema["prefixItems"])
+    return {
+        "array": "a list of text",
+        "boolean": "true or false",
+        "null": "null",
+        "object": "a mapping of keys",
+        "string": "text",
+    }.get(kind, "")
+
+
+def _range_in_words(schema: dict[str, Any]) -> str:
+    words = {
+        "exclusiveMinimum": "above",
+        "minimum": "from",
+        "exclusiveMaximum": "below",
+        "maximum": "to",
+    }
+    return "".join(f" {word} {schema[key]:,}" for key, word in words.items() if key in schema)

@@ -16,7 +16,7 @@ import fundamentallm
 from fundamentallm.config import RunConfig
 from fundamentallm.data.tokenizer import TOKENIZERS
 from fundamentallm.engine.assemble import DEFAULT_HANDLERS, assemble, check_names, open_machine
-from fundamentallm.engine.run_directory import RunDirectory, nowhere
+from fundamentallm.engine.run_directory import RunDirectory, choose, nowhere
 from fundamentallm.engine.wiring.conflicts import settle_kept_checkpoints
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.families import ADAPTERS, MODELS
@@ -227,6 +227,21 @@ def test_a_run_that_began_with_both_goes_on_with_n_saved(place):
     )
     assert settle_kept_checkpoints(config, begins=False).training.keep_last == 2
     assert config.training.keep_last == 7  # what was written is still known
+
+
+def test_it_goes_on_from_its_checkpoint_and_says_so(place):
+    both = {"n_saved": 2}
+    first = assembled(place, handlers={"checkpointing": both})
+    first.directory.path.mkdir(parents=True)
+    first.trainer.run()
+    sections = {"training": {"keep_last": 7, "total_steps": 4}, "handlers": {"checkpointing": both}}
+    config = configuration(place / "c.yaml", tiny(**sections))
+    directory = choose(config, str(first.directory.path), None)
+    assert directory.checkpoint is not None
+    run = assembled(place, directory, **sections)
+    assert run.trainer.restore_point.n_saved == 2
+    note = "training.keep_last has no effect: the run keeps 2 checkpoints, the n_saved that it"
+    assert [known for known in run.notes if known.startswith(note)]
 
 
 # ---------------------------------------------------------------- to no effect

@@ -200,9 +200,25 @@ def test_of_a_union_the_plain_members_are_checked(registry):
     assert fault(registry, "seams", {"plain": [1]}).key == "plain"
 
 
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("count", "an integer"),
+        ("rate", "a number"),
+        ("pair", "a list of a number and a number"),
+        ("flag", "true or false"),
+        ("limit", "an integer or null"),
+        ("mode", "one of a, b"),
+        ("names", "a list of text or null"),
+    ],
+)
+def test_what_was_expected_is_said_in_words(registry, key, expected):
+    assert fault(registry, "full", {key: {}}).expected == expected
+
+
 def test_an_object_from_a_caller_in_python_is_refused_in_words(registry):
     error = fault(registry, "full", {"count": Opaque()})
-    assert (error.key, error.expected) == ("count", "int")
+    assert (error.key, error.expected) == ("count", "an integer")
     assert "not a value that a configuration can hold" in error.what
 
 

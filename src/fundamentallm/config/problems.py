@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fundamentallm.config.key_path import KeyPath, dotted, excerpt
 from fundamentallm.errors import ConfigError, did_you_mean
+from fundamentallm.registry import in_words
 
 _PROBLEM = "config_problem"
 _MOST_MENTIONED = 3
@@ -136,7 +137,7 @@ def _explained(path: KeyPath, finding: ErrorDetails, root: type[BaseModel]) -> C
         what = "out of range"  # the latter: an integer too large for a float
     else:
         what, fix = f"wrong type: {_type_in_words(value)}", _spelling(value, schema)
-    return ConfigError(what, got=shown(value), expected=_in_words(schema), fix=fix)
+    return ConfigError(what, got=shown(value), expected=in_words(schema), fix=fix)
 
 
 _OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
@@ -229,36 +230,6 @@ def _schema_at(path: KeyPath, root: type[BaseModel]) -> dict[str, Any]:
             schema = properties.get(part) or schema.get("additionalProperties") or {}
         schema = next((kind for kind in schema.get("anyOf", ()) if "$ref" in kind), schema)
     return schema
-
-
-def _in_words(schema: dict[str, Any]) -> str:
-    """Describe the values that a JSON schema allows."""
-    if "anyOf" in schema:
-        return " or ".join(_in_words(choice) for choice in schema["anyOf"])
-    if "enum" in schema:
-        return "one of " + ", ".join(schema["enum"])
-    if "const" in schema:
-        return str(schema["const"])
-    kind = schema.get("type", "object" if "$ref" in schema else "")
-    if kind in ("integer", "number"):
-        return ("an integer" if kind == "integer" else "a number") + _range_in_words(schema)
-    return {
-        "array": "a list of text",
-        "boolean": "true or false",
-        "null": "null",
-        "object": "a mapping of keys",
-        "string": "text",
-    }.get(kind, "")
-
-
-def _range_in_words(schema: dict[str, Any]) -> str:
-    words = {
-        "exclusiveMinimum": "above",
-        "minimum": "from",
-        "exclusiveMaximum": "below",
-        "maximum": "to",
-    }
-    return "".join(f" {word} {schema[key]:,}" for key, word in words.items() if key in schema)
 
 
 def _type_in_words(value: Any) -> str:
