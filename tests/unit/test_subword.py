@@ -249,6 +249,8 @@ def test_a_configuration_trains_one() -> None:
     assert built.vocab_size == 300
     with pytest.raises(ConfigError, match="at least 257"):
         build_tokenizer("bpe", {"vocab_size": 256}, TRAINING)
+    with pytest.raises(ConfigError, match="at most 1,048,576"):
+        build_tokenizer("bpe", {"vocab_size": 10**12}, TRAINING)
 
 
 def test_a_saved_tokenizer_is_a_tokenizer_json(tmp_path: Path) -> None:

@@ -177,21 +177,23 @@ class BpeTokenizer(SubwordTokenizer):
 
     Args:
         vocab_size: V at most: 256 bytes, the end of a document, and merges as long as a pair
-            occurs twice; from 257.
+            occurs twice; from 257 to 2^20.
         texts: what to learn from.
 
     Raises:
         DataError: a text holds half of a surrogate pair.
         MachineError: the library is not installed.
-        ValueError: vocab_size is below 257.
+        ValueError: vocab_size is out of range.
     """
 
     kind = "bpe"
 
     def __init__(self, vocab_size: int = 4096, *, texts: Iterable[str] = ()) -> None:
-        if vocab_size < 257:
+        # The library sets memory aside for them all; where there is too little it ends the process.
+        if not 257 <= vocab_size <= 2**20:
             raise ValueError(
-                f"vocab_size must be at least 257 (256 bytes and the end), got {vocab_size}"
+                f"vocab_size must be at least 257 (256 bytes and the end) and at most {2**20:,},"
+                f" got {vocab_size}"
             )
         super().__init__(_train(vocab_size, texts))
 
