@@ -24,7 +24,7 @@ import torch
 from by_hand import Shape
 from speed import FAST, Stopwatch, assembled, flops_a_token, peak_megabytes, train
 
-from fundamentallm.training.peak import measured_peak
+from fundamentallm.compute.peak import measured_peak
 from fundamentallm.training.trainer import Trainer
 
 TOKENS = 4096  # a step

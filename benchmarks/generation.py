@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from fundamentallm.config import TransformerConfig
-from fundamentallm.models.generation import Generation
-from fundamentallm.models.sampling import SamplingRules
+from fundamentallm.models.generation.batch import Generation
+from fundamentallm.models.generation.sampling import SamplingRules
 from fundamentallm.models.transformer import Transformer
 
 Clock = Callable[[], float]

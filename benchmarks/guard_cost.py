@@ -24,11 +24,11 @@ import torch
 from ignite.engine import Events
 from torch import Tensor
 
+from fundamentallm.compute.rng import capture_generators
 from fundamentallm.config import TrainingConfig
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training import trainer as trainer_module
 from fundamentallm.training.handlers import NaNRollback, Spikes
-from fundamentallm.training.rng import capture_generators
 from fundamentallm.training.step import TrainStep
 from fundamentallm.training.trainer import Trainer
 

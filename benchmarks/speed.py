@@ -37,10 +37,10 @@ from by_hand import GPT, Batches, Shape, make_optimizer, step_by_hand
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
+from fundamentallm.compute.peak import measured_peak
 from fundamentallm.config import load_config
 from fundamentallm.engine import assemble, run_directory
 from fundamentallm.engine.console import logging_to
-from fundamentallm.training.peak import measured_peak
 from fundamentallm.training.trainer import Trainer
 
 SHAPES = {

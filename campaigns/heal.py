@@ -40,13 +40,13 @@ from ignite.engine import Events
 from torch import Tensor, nn
 
 from campaigns.faults import Crash, FaultyFilesystem, scratch_directory, silent
+from fundamentallm.compute.precision import Precision
 from fundamentallm.config import TrainingConfig
 from fundamentallm.engine.cli import main as command_line
 from fundamentallm.errors import NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training import snapshot
-from fundamentallm.training.diagnosis import Incident
 from fundamentallm.training.finite import nonfinite_tensors
 from fundamentallm.training.handlers import (
     Checkpointing,
@@ -57,7 +57,7 @@ from fundamentallm.training.handlers import (
     Spikes,
     WeightEMA,
 )
-from fundamentallm.training.precision import Precision
+from fundamentallm.training.recovery.diagnosis import Incident
 from fundamentallm.training.state_tree import flatten
 from fundamentallm.training.trainer import Trainer
 

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from campaigns.faults import scratch_directory, silent
+from fundamentallm.compute.distributed import Ranks, join_ranks, leave_ranks
 from fundamentallm.config import TrainingConfig
 from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.errors import NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_model
-from fundamentallm.training.distributed import Ranks, join_ranks, leave_ranks
 from fundamentallm.training.handlers import Checkpointing, NaNRollback, WeightEMA
 from fundamentallm.training.trainer import Trainer
 

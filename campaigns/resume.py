@@ -32,6 +32,7 @@ from ignite.engine import Events
 from torch import Tensor
 
 from campaigns.faults import Crash, FaultyFilesystem, silent
+from fundamentallm.compute.precision import Precision
 from fundamentallm.config import TrainingConfig
 from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
 from fundamentallm.data.tokenizer import CharacterTokenizer
@@ -55,7 +56,6 @@ from fundamentallm.training.handlers import (
 )
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.optimizers import OptimizerBuilder
-from fundamentallm.training.precision import Precision
 from fundamentallm.training.schedulers import CosineAnnealingScheduler
 from fundamentallm.training.state_tree import flatten
 from fundamentallm.training.trainer import Trainer

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fundamentallm.models.feedforward import FEEDFORWARDS
+from fundamentallm.models.layers.feedforward import FEEDFORWARDS
 
 
 @FEEDFORWARDS.register("geglu")

@@ -12,8 +12,8 @@ from campaigns.heal import Tally
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training import snapshot
 from fundamentallm.training import trainer as trainer_module
-from fundamentallm.training.diagnosis import Laboratory
 from fundamentallm.training.handlers import NaNRollback
+from fundamentallm.training.recovery.diagnosis import Laboratory
 from fundamentallm.training.step import TrainStep
 
 
@@ -83,7 +83,7 @@ def test_hooks_that_name_the_last_bad_module_are_noticed(monkeypatch):
         found = [r for r in self.readings if r.is_bad and r.kind in kinds]
         return found[-1] if found else None
 
-    monkeypatch.setattr("fundamentallm.training.diagnosis.Replay.first_bad", last_bad)
+    monkeypatch.setattr("fundamentallm.training.recovery.diagnosis.Replay.first_bad", last_bad)
     assert wrong(heal.detection(seed=1, share=0.02))
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fundamentallm.compute import compilation
 from fundamentallm.engine.cli import main
-from fundamentallm.training import compilation
 from fundamentallm.training.step import TrainStep
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"

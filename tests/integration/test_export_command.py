@@ -21,7 +21,7 @@ from fundamentallm.engine.cli import main
 from fundamentallm.errors import CheckpointError, ConfigError, FundamentaLLMError
 from fundamentallm.inference import export as export_module
 from fundamentallm.inference.load import load_trained
-from fundamentallm.models.pretrained import Pretrained
+from fundamentallm.models.layouts.pretrained import Pretrained
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.checkpoint import CheckpointManager
 from fundamentallm.training.store import CheckpointStore

@@ -20,16 +20,17 @@ import torch
 import yaml
 from ignite.engine import Events
 
+from fundamentallm.compute import compilation
 from fundamentallm.compute import plan as compute_plan
 from fundamentallm.config import RunConfig
 from fundamentallm.engine import assemble as assembly
-from fundamentallm.engine import auto
 from fundamentallm.engine import run as run_module
 from fundamentallm.engine.cli import main
-from fundamentallm.engine.measuring import Measurement
+from fundamentallm.engine.tuning import auto
+from fundamentallm.engine.tuning.measuring import Measurement
 from fundamentallm.errors import MachineError
 from fundamentallm.events import TrainingEvents
-from fundamentallm.training import compilation, train
+from fundamentallm.training import train
 from fundamentallm.training.manifest import parse_manifest, render_manifest
 from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
@@ -730,7 +731,7 @@ def test_a_model_that_native_code_does_not_know_is_refused_with_the_reason(capsy
 
 def test_nothing_is_measured_of_what_cannot_fit(monkeypatch, capsys):
     monkeypatch.setattr(auto, "measure", None)
-    monkeypatch.setattr("fundamentallm.engine.fit.memory_limit", lambda device: 1 << 20)
+    monkeypatch.setattr("fundamentallm.engine.tuning.fit.memory_limit", lambda device: 1 << 20)
     words = ["training.precision=auto", "model.d_model=512", "training.total_steps=1000"]
     assert main(["run", "tiny.yaml", *words]) == 2
     assert "cannot fit into memory" in capsys.readouterr().err

@@ -29,7 +29,7 @@ from fundamentallm.engine.starting_point import starting_point
 from fundamentallm.inference.export import export
 from fundamentallm.inference.generate import stream_text, stream_texts
 from fundamentallm.inference.load import Trained
-from fundamentallm.models.pretrained import Pretrained
+from fundamentallm.models.layouts.pretrained import Pretrained
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.manifest import Manifest
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 import yaml
 
+from fundamentallm.compute.compilation import find_compiler
 from fundamentallm.compute.plan import Plan
 from fundamentallm.config import load_config
-from fundamentallm.engine import tune as tune_module
 from fundamentallm.engine.cli import main
-from fundamentallm.engine.measuring import Measurement, failed
-from fundamentallm.training.compilation import find_compiler
+from fundamentallm.engine.tuning import tune as tune_module
+from fundamentallm.engine.tuning.measuring import Measurement, failed
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
 CONFIG = """\

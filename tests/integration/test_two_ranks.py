@@ -23,13 +23,13 @@ from ignite.engine import Events
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fundamentallm.compute.distributed import Ranks, join_ranks, leave_ranks
 from fundamentallm.config import TrainingConfig
 from fundamentallm.data.batch import Window, count_valid
 from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
 from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_model, tiny_tokens
-from fundamentallm.training.distributed import Ranks, join_ranks, leave_ranks
 from fundamentallm.training.handlers import Checkpointing, Evaluation, NaNRollback
 from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss, compute_loss
 from fundamentallm.training.step import evaluate

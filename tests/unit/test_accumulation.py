@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from ignite.engine import Events
 from torch import Tensor, nn
 
+from fundamentallm.compute.distributed import Ranks
+from fundamentallm.compute.precision import Precision
 from fundamentallm.config import TrainingConfig
 from fundamentallm.data.batch import Window
 from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.testing import tiny_tokens
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss
-from fundamentallm.training.precision import Precision
 from fundamentallm.training.step import TrainStep
 from fundamentallm.training.trainer import Trainer
 

@@ -15,21 +15,15 @@ PACKAGE = ROOT / "src" / "fundamentallm"
 # Lowest first; a module may import from its own layer and from those before it. Longer prefixes
 # win, so that a file can stand elsewhere than its package.
 LAYERS = [
-    ["errors", "registry", "events", "cache_directory"],
+    ["errors", "registry", "events"],
     ["files"],
     ["config"],
     ["data", "models"],
-    [
-        "compute",
-        "training.compilation",
-        "training.distributed",
-        "training.precision",
-        "training.threads",
-    ],
+    ["compute"],
     ["training"],
-    ["training.step", "training.state", "training.diagnosis"],
+    ["training.step", "training.state", "training.recovery"],
     ["training.loop", "training.dispatch"],
-    ["training.snapshot", "training.incident"],
+    ["training.snapshot", "training.recovery.incident"],
     ["training.handlers"],
     ["training.trainer"],
     ["inference"],

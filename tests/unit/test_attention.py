@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fundamentallm.models import attention as attention_module
-from fundamentallm.models.attention import KERNELS, Attention, flash_attention, use_kernel
-from fundamentallm.models.positions import POSITIONS, Positions
+from fundamentallm.models.layers import attention as attention_module
+from fundamentallm.models.layers.attention import KERNELS, Attention, flash_attention, use_kernel
+from fundamentallm.models.layers.positions import POSITIONS, Positions
 
 B, T, D, H = 2, 7, 24, 6
 

@@ -9,15 +9,15 @@ from typing import ClassVar
 import pytest
 import torch
 
+from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.plan import Machine, Plan
 from fundamentallm.config import RunConfig
 from fundamentallm.data.loaders import Batching, TokenWindowLoader
-from fundamentallm.engine import auto
-from fundamentallm.engine.auto import Length, choose, name_of
-from fundamentallm.engine.measuring import Measurement, failed
-from fundamentallm.engine.speed_cache import SpeedCache
+from fundamentallm.engine.tuning import auto
+from fundamentallm.engine.tuning.auto import Length, choose, name_of
+from fundamentallm.engine.tuning.measuring import Measurement, failed
+from fundamentallm.engine.tuning.speed_cache import SpeedCache
 from fundamentallm.errors import MachineError
-from fundamentallm.training.distributed import Ranks
 
 PLAIN = Plan("fp32", False, False, "flash", 8, None)
 NARROW = replace(PLAIN, precision="bf16", bf16_weights=True, attention="explicit")

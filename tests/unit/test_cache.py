@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fundamentallm.config import TransformerConfig
-from fundamentallm.models.attention import cached_attention, flash_attention
-from fundamentallm.models.cache import KVCache
-from fundamentallm.models.positions import POSITIONS, Positions
+from fundamentallm.models.generation.cache import KVCache
+from fundamentallm.models.layers.attention import cached_attention, flash_attention
+from fundamentallm.models.layers.positions import POSITIONS, Positions
 from fundamentallm.models.transformer import Transformer
 
 V, T = 13, 9

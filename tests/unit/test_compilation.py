@@ -10,24 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from fundamentallm.data.batch import Window
-from fundamentallm.errors import MachineError
-from fundamentallm.models.attention import use_kernel
-from fundamentallm.models.transformer import Transformer, run_block
-from fundamentallm.testing import UniformModel, tiny_model
-from fundamentallm.training import compilation
-from fundamentallm.training.compilation import (
+from fundamentallm.compute import compilation
+from fundamentallm.compute.compilation import (
     CompiledBlocks,
     compiled,
     find_compiler,
     resolve_compile,
     uncompiled,
 )
-from fundamentallm.training.diagnosis import Diagnosis, Laboratory
-from fundamentallm.training.distributed import Ranks
-from fundamentallm.training.incident import first_bad
+from fundamentallm.compute.distributed import Ranks
+from fundamentallm.compute.precision import Precision, narrowed
+from fundamentallm.data.batch import Window
+from fundamentallm.errors import MachineError
+from fundamentallm.models.layers.attention import use_kernel
+from fundamentallm.models.transformer import Transformer, run_block
+from fundamentallm.testing import UniformModel, tiny_model
 from fundamentallm.training.losses import LanguageModelingLoss
-from fundamentallm.training.precision import Precision, narrowed
+from fundamentallm.training.recovery.diagnosis import Diagnosis, Laboratory
+from fundamentallm.training.recovery.incident import first_bad
 
 # Torch hides this one from users while it traces, by way of showwarning, which pytest has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

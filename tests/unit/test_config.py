@@ -25,7 +25,7 @@ from fundamentallm.config import (
     may_differ_on_resume,
     resolve_warmup,
 )
-from fundamentallm.config.difference import ABSENT, with_defaults
+from fundamentallm.config.yaml.difference import ABSENT, with_defaults
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.registry import Registry
 

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fundamentallm.compute.distributed import Ranks
+from fundamentallm.compute.precision import Precision
 from fundamentallm.data.batch import IGNORED
 from fundamentallm.data.examples import (
     EncodedExamples,
@@ -25,9 +27,7 @@ from fundamentallm.data.tokenizer import ByteTokenizer, CharacterTokenizer
 from fundamentallm.errors import DataError
 from fundamentallm.inference.evaluate import evaluate_documents, example_documents
 from fundamentallm.testing import tiny_model
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import LanguageModelingLoss
-from fundamentallm.training.precision import Precision
 from fundamentallm.training.step import TrainStep
 
 CPU = Precision("fp32", torch.device("cpu"))

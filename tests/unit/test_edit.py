@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fundamentallm.config.base import dump_yaml
-from fundamentallm.config.edit import edited
 from fundamentallm.config.load import replaced
-from fundamentallm.config.yaml_source import parse_yaml
+from fundamentallm.config.yaml.edit import edited
+from fundamentallm.config.yaml.source import parse_yaml
 
 TEXT = """\
 # A run.

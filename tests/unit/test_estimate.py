@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fundamentallm.config import TransformerConfig
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.estimate import estimate
-from fundamentallm.models.feedforward import FEEDFORWARDS
-from fundamentallm.models.normalization import NORMALIZATIONS
-from fundamentallm.models.positions import POSITIONS
+from fundamentallm.models.layers.feedforward import FEEDFORWARDS
+from fundamentallm.models.layers.normalization import NORMALIZATIONS
+from fundamentallm.models.layers.positions import POSITIONS
 from fundamentallm.models.transformer import Transformer
 
 V, T = 50, 32

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fundamentallm.compute.precision import Precision
 from fundamentallm.data.examples import Example, encode_examples
 from fundamentallm.data.loaders import Batching, ValidationLoader
 from fundamentallm.data.tokenizer import (
@@ -34,7 +35,6 @@ from fundamentallm.inference.evaluate import (
 )
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.testing import tiny_model
-from fundamentallm.training.precision import Precision
 from fundamentallm.training.step import evaluate
 
 CPU = Precision("fp32", torch.device("cpu"))

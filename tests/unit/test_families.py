@@ -20,7 +20,7 @@ from fundamentallm.config import (
     config_differences,
     load_config,
 )
-from fundamentallm.config.difference import with_defaults
+from fundamentallm.config.yaml.difference import with_defaults
 from fundamentallm.engine.abilities import check_abilities
 from fundamentallm.engine.assemble import check_names
 from fundamentallm.errors import ConfigError

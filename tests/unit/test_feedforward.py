@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.feedforward import FEEDFORWARDS
+from fundamentallm.models.layers.feedforward import FEEDFORWARDS
 
 D, F = 4, 6
 

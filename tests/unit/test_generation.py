@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tests.unit.test_cache import COMBINATIONS, T, V, lively
 from torch import Tensor, nn
 
-from fundamentallm.models.generation import Generation, generate_tokens
-from fundamentallm.models.positions import POSITIONS, Positions
-from fundamentallm.models.sampling import SamplingRules
+from fundamentallm.models.generation.batch import Generation, generate_tokens
+from fundamentallm.models.generation.sampling import SamplingRules
+from fundamentallm.models.layers.positions import POSITIONS, Positions
 
 GREEDY = SamplingRules(temperature=0)
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7], list(range(T)), list(range(T - 1))]

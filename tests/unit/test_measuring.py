@@ -9,15 +9,21 @@ import sys
 import pytest
 import torch
 
+from fundamentallm.compute.compilation import find_compiler
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
+from fundamentallm.compute.threads import use_threads
 from fundamentallm.config import RunConfig
 from fundamentallm.data.loaders import Batching, TokenWindowLoader
-from fundamentallm.engine import measuring
-from fundamentallm.engine.measuring import Measurement, measure, measure_apart, rows_of, windows_of
+from fundamentallm.engine.tuning import measuring
+from fundamentallm.engine.tuning.measuring import (
+    Measurement,
+    measure,
+    measure_apart,
+    rows_of,
+    windows_of,
+)
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training.compilation import find_compiler
 from fundamentallm.training.step import TrainStep
-from fundamentallm.training.threads import use_threads
 
 CPU = torch.device("cpu")
 CONFIG = RunConfig.from_yaml(

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fundamentallm.compute.distributed import Ranks
 from fundamentallm.data.loaders import (
     Batching,
     MixtureLoader,
@@ -17,8 +18,7 @@ from fundamentallm.data.loaders import (
     split_evenly,
 )
 from fundamentallm.errors import DataError
-from fundamentallm.training.distributed import Ranks
-from fundamentallm.training.incident import corpus_place
+from fundamentallm.training.recovery.incident import corpus_place
 
 # Each token says where it is from: source i has the numbers from 1000 i on.
 SOURCES = [np.arange(1000 * i, 1000 * i + n) for i, n in enumerate((200, 50, 90))]

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fundamentallm.compute.distributed import Ranks
+from fundamentallm.compute.precision import Precision
 from fundamentallm.data.batch import Window
 from fundamentallm.errors import ConfigError
 from fundamentallm.testing import tiny_model
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import LanguageModelingLoss
-from fundamentallm.training.muon import Muon, orthogonalize
+from fundamentallm.training.optim.muon import Muon, orthogonalize
 from fundamentallm.training.optimizers import OptimizerBuilder
-from fundamentallm.training.precision import Precision
 from fundamentallm.training.schedulers import LinearWarmup
 from fundamentallm.training.step import TrainStep
 

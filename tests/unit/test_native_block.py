@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch import nn
 
+from fundamentallm.compute.compilation import compiled, uncompile, uncompiled
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
+from fundamentallm.compute.precision import Precision
 from fundamentallm.config import TrainingConfig, TransformerConfig
 from fundamentallm.errors import ConfigError, MachineError
-from fundamentallm.models.components import build_block, build_positions
+from fundamentallm.models.layers.components import build_block, build_positions
+from fundamentallm.models.layers.normalization import RMSNorm, rms_norm
 from fundamentallm.models.native import block as native
 from fundamentallm.models.native import library
 from fundamentallm.models.native.block import NativeBlocks, require_native, why_not
 from fundamentallm.models.native.library import build, find_compiler
 from fundamentallm.models.native.normalization import native_rms_norm
-from fundamentallm.models.normalization import RMSNorm, rms_norm
 from fundamentallm.models.transformer import Transformer, run_block
-from fundamentallm.training.compilation import compiled, uncompile, uncompiled
-from fundamentallm.training.precision import Precision
 
 CPU = torch.device("cpu")
 ROUNDING = 2.0**-7  # of bfloat16, which has 8 bits; a product adds up many of them at random

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.normalization import NORMALIZATIONS
+from fundamentallm.models.layers.normalization import NORMALIZATIONS
 
 WIDTH = 6
 

@@ -20,9 +20,9 @@ from fundamentallm.engine.run_directory import RunDirectory, choose, nowhere
 from fundamentallm.engine.wiring.conflicts import settle_kept_checkpoints
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.families import ADAPTERS, MODELS
-from fundamentallm.models.feedforward import FEEDFORWARDS
-from fundamentallm.models.normalization import NORMALIZATIONS
-from fundamentallm.models.positions import POSITIONS
+from fundamentallm.models.layers.feedforward import FEEDFORWARDS
+from fundamentallm.models.layers.normalization import NORMALIZATIONS
+from fundamentallm.models.layers.positions import POSITIONS
 from fundamentallm.registry import Registry, _type_hints
 from fundamentallm.training.handlers import HANDLERS, LossEMA
 from fundamentallm.training.losses import LOSSES

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fundamentallm.training.outliers import NORMAL_MAD, RobustWindow
+from fundamentallm.training.recovery.outliers import NORMAL_MAD, RobustWindow
 
 VALUES = st.lists(st.floats(-1e6, 1e6, allow_nan=False), min_size=4, max_size=60)
 

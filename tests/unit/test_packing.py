@@ -8,17 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fundamentallm.compute.distributed import Ranks
+from fundamentallm.compute.precision import Precision
 from fundamentallm.config import TransformerConfig
 from fundamentallm.data.batch import Batch, Window, add_documents, as_batch
 from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.attention import own_document, places_in_documents
-from fundamentallm.models.positions import POSITIONS, Positions
+from fundamentallm.models.layers.attention import own_document, places_in_documents
+from fundamentallm.models.layers.positions import POSITIONS, Positions
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training.diagnosis import Laboratory
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss
-from fundamentallm.training.precision import Precision
+from fundamentallm.training.recovery.diagnosis import Laboratory
 from fundamentallm.training.step import evaluate_batch
 
 END = 0

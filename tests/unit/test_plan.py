@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from fundamentallm.compute import compilation, precision
+from fundamentallm.compute.compilation import CompiledBlocks
+from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import RunConfig, TrainingConfig, TransformerConfig
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.testing import UniformModel, tiny_loaders, tiny_model
-from fundamentallm.training import compilation, precision
-from fundamentallm.training.compilation import CompiledBlocks
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.trainer import Trainer
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.positions import POSITIONS, Positions
+from fundamentallm.models.layers.positions import POSITIONS, Positions
 
 T, D, K = 12, 16, 8
 

@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fundamentallm.errors import CheckpointError, ConfigError, MachineError
-from fundamentallm.models.feedforward import FEEDFORWARDS
-from fundamentallm.models.normalization import NORMALIZATIONS
-from fundamentallm.models.positions import POSITIONS
-from fundamentallm.testing import tiny_model
-from fundamentallm.training import precision as module
-from fundamentallm.training.losses import compute_loss
-from fundamentallm.training.optimizers import OptimizerBuilder
-from fundamentallm.training.precision import (
+from fundamentallm.compute import precision as module
+from fundamentallm.compute.precision import (
     Precision,
     resolve_bf16_weights,
     resolve_device,
     resolve_precision,
 )
+from fundamentallm.errors import CheckpointError, ConfigError, MachineError
+from fundamentallm.models.layers.feedforward import FEEDFORWARDS
+from fundamentallm.models.layers.normalization import NORMALIZATIONS
+from fundamentallm.models.layers.positions import POSITIONS
+from fundamentallm.testing import tiny_model
+from fundamentallm.training.losses import compute_loss
+from fundamentallm.training.optimizers import OptimizerBuilder
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fundamentallm.compute.prefetch import Prefetch, ahead
 from fundamentallm.data.batch import Batch, Window
 from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.errors import DataError
-from fundamentallm.training.prefetch import Prefetch, ahead
 
 CPU = torch.device("cpu")
 

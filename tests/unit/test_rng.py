@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from fundamentallm.compute.rng import capture_rng, restore_rng
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.rng import capture_rng, restore_rng
 from fundamentallm.training.state_tree import flatten, unflatten
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fundamentallm.errors import NumericalError
-from fundamentallm.models.sampling import SamplingRules, draw, sample_next
+from fundamentallm.models.generation.sampling import SamplingRules, draw, sample_next
 
 V = 6
 LOGITS = [2.0, -1.0, 0.5, 1.5, -math.inf, 0.0]

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fundamentallm.compute import compilation
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import RunConfig
-from fundamentallm.engine.search import Space, batch_sizes, search, thread_counts
-from fundamentallm.training import compilation
+from fundamentallm.engine.tuning.search import Space, batch_sizes, search, thread_counts
 
 START = Plan("fp32", False, False, "flash", 8, None)
 KINDS = [

@@ -8,12 +8,12 @@ import os
 
 import pytest
 
+from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.plan import Machine
 from fundamentallm.config import RunConfig
-from fundamentallm.engine import speed_cache
-from fundamentallm.engine.measuring import Measurement
-from fundamentallm.engine.speed_cache import SpeedCache, circumstances_of
-from fundamentallm.training.distributed import Ranks
+from fundamentallm.engine.tuning import speed_cache
+from fundamentallm.engine.tuning.measuring import Measurement
+from fundamentallm.engine.tuning.speed_cache import SpeedCache, circumstances_of
 
 HERE = {"processor": "one", "threads": 2}
 THERE = {"processor": "another", "threads": 2}

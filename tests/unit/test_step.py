@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fundamentallm.compute.distributed import Ranks
+from fundamentallm.compute.precision import Precision
 from fundamentallm.data.batch import Window
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import UniformModel, tiny_loaders, tiny_model
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss
 from fundamentallm.training.optimizers import OptimizerBuilder
-from fundamentallm.training.precision import Precision
 from fundamentallm.training.step import (
     EvaluationOutput,
     StepOutput,

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from fundamentallm.training.timing import CudaTimer, HostTimer, device_timer
+from fundamentallm.compute.timing import CudaTimer, HostTimer, device_timer
 
 
 def test_a_cpu_is_timed_by_the_host():

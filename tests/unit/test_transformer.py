@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from fundamentallm.config import TransformerConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.components import check_components
-from fundamentallm.models.feedforward import FEEDFORWARDS
-from fundamentallm.models.normalization import NORMALIZATIONS
-from fundamentallm.models.positions import POSITIONS
+from fundamentallm.models.layers.components import check_components
+from fundamentallm.models.layers.feedforward import FEEDFORWARDS
+from fundamentallm.models.layers.normalization import NORMALIZATIONS
+from fundamentallm.models.layers.positions import POSITIONS
 from fundamentallm.models.transformer import Transformer
 
 V, T = 13, 9

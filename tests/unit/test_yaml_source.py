@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fundamentallm.config.base import _Dumper
-from fundamentallm.config.yaml_source import parse_value, parse_yaml, read_yaml
+from fundamentallm.config.yaml.source import parse_value, parse_yaml, read_yaml
 from fundamentallm.errors import ConfigError
 
 plain_values = st.recursive(

@@ -26,21 +26,21 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fundamentallm.config import RunConfig
-from fundamentallm.config.model import ModelConfig, TransformerConfig
-from fundamentallm.config.training import TrainingConfig
-from fundamentallm.models.attention import choose_kernel, use_kernel
-from fundamentallm.models.build import follows_weight_type
-from fundamentallm.models.native.block import require_native, why_not
-from fundamentallm.training.compilation import compiled, resolve_compile, uncompile
-from fundamentallm.training.distributed import Ranks, join_ranks
-from fundamentallm.training.precision import (
+from fundamentallm.compute.compilation import compiled, resolve_compile, uncompile
+from fundamentallm.compute.distributed import Ranks, join_ranks
+from fundamentallm.compute.precision import (
     Precision,
     resolve_bf16_weights,
     resolve_device,
     resolve_precision,
 )
-from fundamentallm.training.threads import use_threads
+from fundamentallm.compute.threads import use_threads
+from fundamentallm.config import RunConfig
+from fundamentallm.config.model import ModelConfig, TransformerConfig
+from fundamentallm.config.training import TrainingConfig
+from fundamentallm.models.build import follows_weight_type
+from fundamentallm.models.layers.attention import choose_kernel, use_kernel
+from fundamentallm.models.native.block import require_native, why_not
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,16 @@
 from fundamentallm.config.base import BaseConfig
 from fundamentallm.config.component import Component
 from fundamentallm.config.data import DataConfig
-from fundamentallm.config.difference import (
+from fundamentallm.config.load import load_config
+from fundamentallm.config.model import FamilyConfig, TransformerConfig
+from fundamentallm.config.run import RunConfig
+from fundamentallm.config.training import TrainingConfig, resolve_warmup
+from fundamentallm.config.yaml.difference import (
     RESUME_MAY_DIFFER,
     config_differences,
     config_hash,
     may_differ_on_resume,
 )
-from fundamentallm.config.load import load_config
-from fundamentallm.config.model import FamilyConfig, TransformerConfig
-from fundamentallm.config.run import RunConfig
-from fundamentallm.config.training import TrainingConfig, resolve_warmup
 
 __all__ = [
     "RESUME_MAY_DIFFER",

@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fundamentallm.config.component import Component
-from fundamentallm.config.problems import to_config_error
-from fundamentallm.config.yaml_source import FLOAT, YamlDocument, parse_yaml, read_yaml
+from fundamentallm.config.yaml.problems import to_config_error
+from fundamentallm.config.yaml.source import FLOAT, YamlDocument, parse_yaml, read_yaml
 from fundamentallm.errors import MachineError
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from pydantic import (
     model_validator,
 )
 
-from fundamentallm.config.problems import problem, shown
-from fundamentallm.config.yaml_source import DEEPEST_NESTING
+from fundamentallm.config.yaml.problems import problem, shown
+from fundamentallm.config.yaml.source import DEEPEST_NESTING
 from fundamentallm.errors import did_you_mean
 
 

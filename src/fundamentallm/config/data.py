@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fundamentallm.config.base import BaseConfig, Count, NonNegative, Positive, Seed, Text
 from fundamentallm.config.component import Component
-from fundamentallm.config.problems import problem
+from fundamentallm.config.yaml.problems import problem
 
 _SPLIT = "three fractions from 0 that sum to 1, the first above 0, as [0.9, 0.1, 0.0]"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.config.component import Component
-from fundamentallm.config.key_path import KeyPath, dotted, excerpt
-from fundamentallm.config.problems import class_at, shown
 from fundamentallm.config.run import RunConfig
-from fundamentallm.config.yaml_source import YamlDocument, parse_value, read_yaml
+from fundamentallm.config.yaml.key_path import KeyPath, dotted, excerpt
+from fundamentallm.config.yaml.problems import class_at, shown
+from fundamentallm.config.yaml.source import YamlDocument, parse_value, read_yaml
 from fundamentallm.errors import ConfigError
 
 

@@ -17,7 +17,7 @@ from pydantic import (
 
 from fundamentallm.config.base import BaseConfig, Count, Positive, Text
 from fundamentallm.config.component import Component, plain_options
-from fundamentallm.config.problems import problem
+from fundamentallm.config.yaml.problems import problem
 
 TRANSFORMER = "transformer"
 """The family of a model that names none."""

@@ -14,9 +14,9 @@ from fundamentallm.config.base import BaseConfig, Seed
 from fundamentallm.config.component import plain_options
 from fundamentallm.config.data import DataConfig
 from fundamentallm.config.model import ModelConfig, TransformerConfig, model_class
-from fundamentallm.config.problems import problem
 from fundamentallm.config.training import TrainingConfig
-from fundamentallm.config.yaml_source import YamlDocument
+from fundamentallm.config.yaml.problems import problem
+from fundamentallm.config.yaml.source import YamlDocument
 from fundamentallm.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from fundamentallm.config.base import (
     Text,
 )
 from fundamentallm.config.component import Component
-from fundamentallm.config.problems import problem
+from fundamentallm.config.yaml.problems import problem
 from fundamentallm.errors import ConfigError
 
 DEFAULT_WARMUP_STEPS = 500

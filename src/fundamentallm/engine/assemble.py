@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import DataConfig, RunConfig
 from fundamentallm.config.training import TrainingConfig, resolve_warmup
@@ -27,18 +28,17 @@ from fundamentallm.data.tokenizer import (
 )
 from fundamentallm.data.tokenizer_json import tokenizer_json
 from fundamentallm.engine.abilities import check_abilities
-from fundamentallm.engine.auto import choose_auto
 from fundamentallm.engine.exactness import versions
-from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.run_directory import RunDirectory, describe
 from fundamentallm.engine.starting_point import StartingPoint, starting_point
+from fundamentallm.engine.tuning.auto import choose_auto
+from fundamentallm.engine.tuning.fit import refuse_what_cannot_fit
 from fundamentallm.engine.wiring.conflicts import settle_kept_checkpoints, unread_settings
 from fundamentallm.errors import ConfigError, DataError, MachineError
 from fundamentallm.files.run_layout import CORPUS
 from fundamentallm.models.build import build_model, check_model, uses_attention
 from fundamentallm.models.native.library import find_compiler, load_library
 from fundamentallm.training.clock import seconds_since_start
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers import HANDLERS
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import LOSSES

@@ -21,7 +21,8 @@ from fundamentallm.errors import CheckpointError, ConfigError, NumericalError
 from fundamentallm.files.run_layout import EVIDENCE, REPORT
 from fundamentallm.models.build import build_model
 from fundamentallm.training.checkpoint import check_model_state
-from fundamentallm.training.diagnosis import (
+from fundamentallm.training.losses import LOSSES
+from fundamentallm.training.recovery.diagnosis import (
     SPIKE,
     TRANSIENT,
     VERDICTS,
@@ -29,8 +30,7 @@ from fundamentallm.training.diagnosis import (
     Laboratory,
     Replay,
 )
-from fundamentallm.training.incident import first_bad
-from fundamentallm.training.losses import LOSSES
+from fundamentallm.training.recovery.incident import first_bad
 from fundamentallm.training.store import CheckpointStore
 
 MAX_REPORT_BYTES = 64 << 20
@@ -138,7 +138,7 @@ def replay_incident(incident: Path, report: dict[str, Any], device: str) -> Repl
         raise CheckpointError(
             "the incident is of a script's run, which alone can build its model",
             where=str(incident),
-            fix="build the model there and use fundamentallm.training.diagnosis.Laboratory",
+            fix="build the model there and use fundamentallm.training.recovery.diagnosis",
         )
     config, model = _build(report["description"]["config"], state, str(store.directory))
     training = config.training

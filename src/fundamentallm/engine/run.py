@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from fundamentallm.compute.distributed import Ranks, leave_ranks
 from fundamentallm.compute.plan import Machine
 from fundamentallm.config import RunConfig, load_config
 from fundamentallm.engine import run_directory
@@ -22,7 +23,6 @@ from fundamentallm.engine.run_directory import RunDirectory
 from fundamentallm.errors import DataError, InterruptedRunError, MachineError
 from fundamentallm.files.lock import owning, refuse_if_owned
 from fundamentallm.files.run_layout import BEST, CONFIG, LOG, SAMPLES, TENSORBOARD
-from fundamentallm.training.distributed import Ranks, leave_ranks
 from fundamentallm.training.store import CheckpointStore
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.config import RunConfig
-from fundamentallm.config.difference import RESUME_MAY_DIFFER, config_differences, with_defaults
+from fundamentallm.config.yaml.difference import (
+    RESUME_MAY_DIFFER,
+    config_differences,
+    with_defaults,
+)
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.names import numbered
 from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint

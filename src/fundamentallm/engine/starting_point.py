@@ -18,7 +18,7 @@ from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fundamentallm.data.tokenizer_json import read_tokenizer_json
 from fundamentallm.engine.run_directory import RunDirectory
 from fundamentallm.errors import ConfigError, DataError
-from fundamentallm.models.pretrained import Pretrained
+from fundamentallm.models.layouts.pretrained import Pretrained
 from fundamentallm.training.manifest import Manifest
 
 TOKENIZER = "tokenizer.json"

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fundamentallm.compute.precision import Precision
 from fundamentallm.data.batch import IGNORED, Batch, add_documents
 from fundamentallm.data.examples import EncodedExamples, Example
 from fundamentallm.data.token_file import Tokens
@@ -32,7 +33,6 @@ from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
 from fundamentallm.inference.decoding import REPLACEMENT, Decoder
 from fundamentallm.training.losses import compute_loss
-from fundamentallm.training.precision import Precision
 from fundamentallm.training.step import documents_of, perplexity_of, to_device, undisturbed
 
 PIECE = 1 << 16  # tokens decoded at once

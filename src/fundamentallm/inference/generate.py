@@ -10,8 +10,8 @@ from torch import nn
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import ConfigError
 from fundamentallm.inference.decoding import Decoder
-from fundamentallm.models.generation import Generation
-from fundamentallm.models.sampling import SamplingRules
+from fundamentallm.models.generation.batch import Generation
+from fundamentallm.models.generation.sampling import SamplingRules
 
 LARGEST_SEED = 2**63 - 1
 LONGEST_RUN = 64  # tokens held back: longer ones are a script of their own, to be seen as written
@@ -94,7 +94,7 @@ def stream_texts(
 
     Args:
         model: on its device; its context length bounds what it sees, not what it writes. What it
-            sees of a longer text is described in `fundamentallm.models.generation`.
+            sees of a longer text is described in `fundamentallm.models.generation.batch`.
         tokenizer: the model's. Ids that it lacks, as of a padded vocabulary, are never drawn.
         prompts: the texts to continue, of any lengths; an empty one for a text from nothing (from
             the end of a document, where the tokenizer has one).

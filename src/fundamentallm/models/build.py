@@ -17,9 +17,9 @@ from torch import nn
 import fundamentallm.models.transformer  # noqa: F401
 from fundamentallm.config.model import ModelConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.components import inside, required
 from fundamentallm.models.estimate import FLOAT32_BYTES, Estimate
 from fundamentallm.models.families import ADAPTERS, MODELS
+from fundamentallm.models.layers.components import inside, required
 
 
 def build_model(config: ModelConfig, load: Callable[[nn.Module], None] | None = None) -> nn.Module:

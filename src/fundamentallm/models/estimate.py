@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from fundamentallm.config.model import TransformerConfig
-from fundamentallm.models.components import (
+from fundamentallm.models.layers.components import (
     addressable,
     build_block,
     build_normalization,

@@ -22,14 +22,16 @@ from torch.utils.checkpoint import checkpoint
 
 from fundamentallm.config.model import TRANSFORMER, TransformerConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.attention import (
+from fundamentallm.models.estimate import estimate
+from fundamentallm.models.families import MODELS
+from fundamentallm.models.generation.cache import CacheUse, KVCache
+from fundamentallm.models.layers.attention import (
     Attend,
     document_attention,
     own_document,
     places_in_documents,
 )
-from fundamentallm.models.cache import CacheUse, KVCache
-from fundamentallm.models.components import (
+from fundamentallm.models.layers.components import (
     build_block,
     build_normalization,
     build_positions,
@@ -37,11 +39,9 @@ from fundamentallm.models.components import (
     follows_weight_type,
     required,
 )
-from fundamentallm.models.estimate import estimate
-from fundamentallm.models.families import MODELS
-from fundamentallm.models.initialization import initialize
-from fundamentallm.models.positions import Marks
-from fundamentallm.models.token_shift import TokenShift, one_before
+from fundamentallm.models.layers.initialization import initialize
+from fundamentallm.models.layers.positions import Marks
+from fundamentallm.models.layers.token_shift import TokenShift, one_before
 
 
 def run_block(
@@ -57,7 +57,7 @@ class Transformer(nn.Module):
     """A language model: token ids to the logits of each next token.
 
     The weights are drawn from torch's global generator, so `torch.manual_seed` decides them; see
-    `fundamentallm.models.initialization`. At the start the loss is near log(V).
+    `fundamentallm.models.layers.initialization`. At the start the loss is near log(V).
 
     Args:
         config: the choices; `vocab_size` and `sequence_length` must be set.

@@ -24,13 +24,14 @@ from ignite.engine import Events
 from torch import Tensor, nn
 
 from fundamentallm.compute.plan import Plan
+from fundamentallm.compute.prefetch import ahead
+from fundamentallm.compute.rng import capture_generators, restore_generators
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.batch import Window, as_window
 from fundamentallm.data.loaders import as_window_loader, batch_shape_of
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.buffers import StateBuffers
-from fundamentallm.training.data_faults import DataFaults
 from fundamentallm.training.decision import (
     GO_ON,
     Cadence,
@@ -42,13 +43,12 @@ from fundamentallm.training.decision import (
     StepFacts,
     decide,
 )
-from fundamentallm.training.diagnosis import Laboratory
 from fundamentallm.training.dispatch import Dispatcher, caller_name
 from fundamentallm.training.history import History
 from fundamentallm.training.ledger import Ledger
 from fundamentallm.training.limits import Limits
-from fundamentallm.training.prefetch import ahead
-from fundamentallm.training.rng import capture_generators, restore_generators
+from fundamentallm.training.recovery.data_faults import DataFaults
+from fundamentallm.training.recovery.diagnosis import Laboratory
 from fundamentallm.training.schedulers import LearningRateScheduler
 from fundamentallm.training.state import COUNTERS, IRREVERSIBLE, TrainingState
 from fundamentallm.training.step import StepOutput, TrainStep, evaluate

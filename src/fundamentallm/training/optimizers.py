@@ -27,8 +27,8 @@ from torch.optim import Optimizer
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.registry import Registry
-from fundamentallm.training.lion import Lion
-from fundamentallm.training.muon import Muon, Scale, hidden_matrices
+from fundamentallm.training.optim.lion import Lion
+from fundamentallm.training.optim.muon import Muon, Scale, hidden_matrices
 
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", supplied=("params", "lr", "model"))
 

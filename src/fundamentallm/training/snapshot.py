@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from fundamentallm.compute.distributed import Ranks
+from fundamentallm.compute.rng import capture_rng, restore_rng
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint import check_model_state, check_optimizer_state
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.finite import check_finite
 from fundamentallm.training.loop import TrainingLoop
-from fundamentallm.training.rng import capture_rng, restore_rng
 from fundamentallm.training.state_tree import copied
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ignite.engine import State
 
-from fundamentallm.training.diagnosis import Incident
+from fundamentallm.training.recovery.diagnosis import Incident
 from fundamentallm.training.step import StepOutput
 
 # The counters of a run and their values at its start. All are in every checkpoint.

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fundamentallm.compute.distributed import Ranks
+from fundamentallm.compute.precision import Precision
+from fundamentallm.compute.rng import capture_rng, restore_rng
 from fundamentallm.data.batch import Window
 from fundamentallm.events import TrainingEvents
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import compute_loss, takes_hidden_states
-from fundamentallm.training.precision import Precision
-from fundamentallm.training.rng import capture_rng, restore_rng
 
 Batch = dict[str, Tensor]
 

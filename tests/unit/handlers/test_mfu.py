@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from fundamentallm.compute import peak
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.events import TrainingEvents
 from fundamentallm.models.estimate import estimate
 from fundamentallm.testing import tiny_loaders, tiny_model
-from fundamentallm.training import peak
 from fundamentallm.training.handlers import ModelFlopsUtilization, Throughput
 from fundamentallm.training.trainer import Trainer
 

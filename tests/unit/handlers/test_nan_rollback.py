@@ -17,7 +17,6 @@ from fundamentallm.config.training import TrainingConfig
 from fundamentallm.errors import NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
-from fundamentallm.training.diagnosis import Incident
 from fundamentallm.training.handlers import (
     Checkpointing,
     Evaluation,
@@ -27,6 +26,7 @@ from fundamentallm.training.handlers import (
     Schedule,
 )
 from fundamentallm.training.losses import compute_loss
+from fundamentallm.training.recovery.diagnosis import Incident
 from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 

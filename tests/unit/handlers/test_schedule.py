@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from fundamentallm.compute.distributed import Ranks
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.handlers import Checkpointing, NaNRollback, Schedule
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.schedulers import CosineAnnealingScheduler, LearningRateScheduler

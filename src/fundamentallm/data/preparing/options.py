@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.config.component import Component
-from fundamentallm.config.yaml_source import parse_yaml
+from fundamentallm.config.yaml.source import parse_yaml
 from fundamentallm.data.tokenizer import TOKENIZERS
 from fundamentallm.errors import ConfigError
 

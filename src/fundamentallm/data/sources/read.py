@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fundamentallm.cache_directory import default_cache_dir
 from fundamentallm.config.data import SourceConfig
 from fundamentallm.data.download import download, sha256_of
 from fundamentallm.data.sources.base import Source
@@ -17,6 +16,7 @@ from fundamentallm.data.sources.text import TextSource
 from fundamentallm.data.sources.tokens import is_tokens, read_token_source
 from fundamentallm.data.text_file import check_regular
 from fundamentallm.errors import DataError
+from fundamentallm.files.cache_directory import default_cache_dir
 
 
 def read_source(

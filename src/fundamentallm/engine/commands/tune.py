@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
     with loading():
-        from fundamentallm.engine.tune import tune
+        from fundamentallm.engine.tuning.tune import tune
 
     return tune(
         options.config,

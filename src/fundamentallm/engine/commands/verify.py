@@ -56,7 +56,7 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _print_table(store: CheckpointStore, verdicts: Sequence[Verdict]) -> None:
-    from fundamentallm.engine.fit import gib
+    from fundamentallm.engine.tuning.fit import gib
 
     marks: dict[str, list[str]] = {}
     for pointer in (BEST, LAST):

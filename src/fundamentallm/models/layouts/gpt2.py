@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from fundamentallm.config.component import Component
 from fundamentallm.config.model import TransformerConfig
-from fundamentallm.models.feedforward import FEEDFORWARDS
+from fundamentallm.models.layers.feedforward import FEEDFORWARDS
+from fundamentallm.models.layers.normalization import NORMALIZATIONS
 from fundamentallm.models.layouts.base import (
     LAYOUTS,
     Described,
@@ -16,7 +17,6 @@ from fundamentallm.models.layouts.base import (
     Obstacle,
     option,
 )
-from fundamentallm.models.normalization import NORMALIZATIONS
 
 _ACTIVATIONS = {"none": "gelu", "tanh": "gelu_new"}  # ours -> theirs
 _OUR_ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from fundamentallm.config.component import Component
 from fundamentallm.config.model import TransformerConfig
+from fundamentallm.models.layers.normalization import NORMALIZATIONS
+from fundamentallm.models.layers.positions import POSITIONS
 from fundamentallm.models.layouts.base import (
     LAYOUTS,
     Described,
@@ -14,8 +16,6 @@ from fundamentallm.models.layouts.base import (
     Layout,
     option,
 )
-from fundamentallm.models.normalization import NORMALIZATIONS
-from fundamentallm.models.positions import POSITIONS
 
 # Ours -> theirs, inside a block; each has a weight, and a bias where there are any.
 _LINEAR = {

@@ -20,15 +20,15 @@ from torch.autograd.function import once_differentiable
 
 from fundamentallm.config.model import ModelConfig, TransformerConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.block import Block
-from fundamentallm.models.feedforward import (
+from fundamentallm.models.layers.block import Block
+from fundamentallm.models.layers.feedforward import (
     GELUFeedForward,
     SquaredReLUFeedForward,
     SwiGLUFeedForward,
 )
+from fundamentallm.models.layers.normalization import RMSNorm
+from fundamentallm.models.layers.positions import RotaryPositions
 from fundamentallm.models.native.library import load_library
-from fundamentallm.models.normalization import RMSNorm
-from fundamentallm.models.positions import RotaryPositions
 
 SIDE = 32  # of a block of a product: widths and lengths are multiples of it
 LONGEST = 4096  # tokens: a thread holds the scores of one head, which grow with their square

@@ -18,8 +18,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from fundamentallm.cache_directory import default_cache_dir
 from fundamentallm.errors import DataError, MachineError
+from fundamentallm.files.cache_directory import default_cache_dir
 
 SOURCES = ("block.cpp", "rows.h", "tiles.h", "numbers.h")
 FLAGS = (

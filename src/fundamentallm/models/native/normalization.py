@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fundamentallm.models.layers.normalization import rms_norm
 from fundamentallm.models.native.library import load_library
-from fundamentallm.models.normalization import rms_norm
 
 LANES = 16  # numbers in a vector; D is a multiple of it
 

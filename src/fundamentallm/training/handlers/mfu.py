@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 
+from fundamentallm.compute.peak import device_peak
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
-from fundamentallm.training.peak import device_peak
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,10 @@ from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import CheckpointError, NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.run_layout import INCIDENTS
-from fundamentallm.training.diagnosis import (
+from fundamentallm.training.finite import nonfinite_tensors
+from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.loop import TrainingLoop
+from fundamentallm.training.recovery.diagnosis import (
     DATA_WITH_WEIGHTS,
     DIVERGENCE,
     OVERFLOW,
@@ -27,10 +30,7 @@ from fundamentallm.training.diagnosis import (
     Diagnosis,
     Incident,
 )
-from fundamentallm.training.finite import nonfinite_tensors
-from fundamentallm.training.handlers.base import HANDLERS
-from fundamentallm.training.incident import write_incident
-from fundamentallm.training.loop import TrainingLoop
+from fundamentallm.training.recovery.incident import write_incident
 
 logger = logging.getLogger(__name__)
 

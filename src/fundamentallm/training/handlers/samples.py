@@ -11,8 +11,8 @@ from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.run_layout import SAMPLES
-from fundamentallm.models.generation import generate_tokens
-from fundamentallm.models.sampling import SamplingRules
+from fundamentallm.models.generation.batch import generate_tokens
+from fundamentallm.models.generation.sampling import SamplingRules
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.json_lines import JsonLines
 from fundamentallm.training.loop import TrainingLoop

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from fundamentallm.errors import ConfigError
 from fundamentallm.events import TrainingEvents
-from fundamentallm.training.diagnosis import DIVERGENCE, SPIKE, Incident
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
-from fundamentallm.training.outliers import RobustWindow
+from fundamentallm.training.recovery.diagnosis import DIVERGENCE, SPIKE, Incident
+from fundamentallm.training.recovery.outliers import RobustWindow
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from ignite.engine import Events
 
+from fundamentallm.compute.timing import HostTimer, Timer, device_timer
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
-from fundamentallm.training.timing import HostTimer, Timer, device_timer
 
 
 @HANDLERS.register("throughput")

@@ -26,8 +26,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fundamentallm.models.attention import Attend, cached_attention, flash_attention
-from fundamentallm.models.token_shift import one_before
+from fundamentallm.models.layers.attention import Attend, cached_attention, flash_attention
+from fundamentallm.models.layers.token_shift import one_before
 
 
 @dataclass(frozen=True)

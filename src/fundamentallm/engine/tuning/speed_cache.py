@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 import fundamentallm
-from fundamentallm.cache_directory import default_cache_dir
 from fundamentallm.compute.plan import Machine
 from fundamentallm.config import RunConfig
-from fundamentallm.engine.measuring import Measurement
+from fundamentallm.engine.tuning.measuring import Measurement
 from fundamentallm.errors import DataError
+from fundamentallm.files.cache_directory import default_cache_dir
 from fundamentallm.files.filesystem import Filesystem, make_directories, replace_file
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fundamentallm.models.normalization import RMSNorm
-from fundamentallm.models.positions import Marks
+from fundamentallm.models.layers.normalization import RMSNorm
+from fundamentallm.models.layers.positions import Marks
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Query (B, H, T, K), key and value (B, G, T, K) to what is read, (B, H, T, K)."""
@@ -78,7 +78,7 @@ class Attention(nn.Module):
             positions: marks the queries and keys with their positions. It is passed in, not held,
                 because all layers share one.
             attend: stands in for `flash_attention`, where x continues a text whose keys and
-                values were kept (see `fundamentallm.models.cache`).
+                values were kept (see `fundamentallm.models.generation.cache`).
         """
         batch, time, width = x.shape
         query = self.query_norm(self._heads(self.query(x)))  # (B, H, T, K)

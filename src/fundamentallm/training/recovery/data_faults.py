@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from fundamentallm.compute.distributed import Ranks
 from fundamentallm.data.batch import Window
 from fundamentallm.errors import DataError
-from fundamentallm.training.distributed import Ranks
 
 _FIELDS = ("what", "where", "got", "expected", "fix")
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fundamentallm.compute.compilation import uncompiled
+from fundamentallm.compute.distributed import Ranks
+from fundamentallm.compute.precision import Precision
+from fundamentallm.compute.rng import capture_generators, restore_generators
 from fundamentallm.data.batch import Window
 from fundamentallm.training.buffers import StateBuffers
-from fundamentallm.training.compilation import uncompiled
-from fundamentallm.training.distributed import Ranks
 from fundamentallm.training.losses import compute_loss
-from fundamentallm.training.precision import Precision
-from fundamentallm.training.rng import capture_generators, restore_generators
 from fundamentallm.training.step import documents_of, states_for, summed_objective, to_device
 
 Batch = dict[str, Tensor]

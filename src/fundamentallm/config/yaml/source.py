@@ -21,8 +21,8 @@ from typing import Any
 
 import yaml
 
-from fundamentallm.config.key_path import KeyPath, dotted, excerpt
-from fundamentallm.config.yaml_file import LARGEST_FILE, read_yaml_text, too_large
+from fundamentallm.config.yaml.file import LARGEST_FILE, read_yaml_text, too_large
+from fundamentallm.config.yaml.key_path import KeyPath, dotted, excerpt
 from fundamentallm.errors import ConfigError
 
 DEEPEST_NESTING = 32

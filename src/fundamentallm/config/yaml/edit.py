@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fundamentallm.config.base import dump_yaml
-from fundamentallm.config.key_path import KeyPath
-from fundamentallm.config.yaml_source import YamlDocument, parse_yaml
+from fundamentallm.config.yaml.key_path import KeyPath
+from fundamentallm.config.yaml.source import YamlDocument, parse_yaml
 from fundamentallm.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from fundamentallm.config.key_path import excerpt
+from fundamentallm.config.yaml.key_path import excerpt
 from fundamentallm.errors import ConfigError, did_you_mean
 from fundamentallm.files.run_layout import CONFIG
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.initialization import EMBEDDING_STD
+from fundamentallm.models.layers.initialization import EMBEDDING_STD
 from fundamentallm.registry import Registry
 
 

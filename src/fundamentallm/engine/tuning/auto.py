@@ -21,9 +21,9 @@ from fundamentallm.compute.plan import ModelFacts, Plan
 from fundamentallm.config import RunConfig
 from fundamentallm.data.batch import Window, count_valid
 from fundamentallm.data.loaders import EpochLoader
-from fundamentallm.engine.measuring import Measurement, failed, measure
-from fundamentallm.engine.search import LEAST_GAIN
-from fundamentallm.engine.speed_cache import SpeedCache, circumstances_of
+from fundamentallm.engine.tuning.measuring import Measurement, failed, measure
+from fundamentallm.engine.tuning.search import LEAST_GAIN
+from fundamentallm.engine.tuning.speed_cache import SpeedCache, circumstances_of
 from fundamentallm.errors import FundamentaLLMError
 from fundamentallm.training.clock import seconds_since_start
 

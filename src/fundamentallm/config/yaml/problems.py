@@ -13,7 +13,7 @@ from typing import Annotated, Any, Union
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from fundamentallm.config.key_path import KeyPath, dotted, excerpt
+from fundamentallm.config.yaml.key_path import KeyPath, dotted, excerpt
 from fundamentallm.errors import ConfigError, did_you_mean
 from fundamentallm.registry import in_words
 

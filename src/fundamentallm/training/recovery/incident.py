@@ -26,8 +26,8 @@ from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.names import numbered
 from fundamentallm.files.run_layout import EVIDENCE, INCIDENTS, REPORT
-from fundamentallm.training.diagnosis import SPIKE, TRANSIENT, Diagnosis, Incident, Reading
 from fundamentallm.training.loop import TrainingLoop
+from fundamentallm.training.recovery.diagnosis import SPIKE, TRANSIENT, Diagnosis, Incident, Reading
 from fundamentallm.training.store import CheckpointStore, step_name
 
 MAX_TOKENS_SHOWN = 1 << 18

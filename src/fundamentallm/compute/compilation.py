@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from fundamentallm.config.model import TransformerConfig
 from fundamentallm.errors import ConfigError, MachineError
+from fundamentallm.models.layers.normalization import RMSNorm, rms_norm
 from fundamentallm.models.native.block import NativeBlocks, require_native
 from fundamentallm.models.native.library import find_compiler
 from fundamentallm.models.native.normalization import native_rms_norm
-from fundamentallm.models.normalization import RMSNorm, rms_norm
 
 logger = logging.getLogger(__name__)
 

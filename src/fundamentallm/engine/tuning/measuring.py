@@ -29,18 +29,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fundamentallm.compute.compilation import CompiledBlocks
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
+from fundamentallm.compute.rng import capture_rng, restore_rng
 from fundamentallm.config import RunConfig
 from fundamentallm.data.batch import Batch, Window, count_valid
 from fundamentallm.engine.abilities import check_abilities
-from fundamentallm.engine.fit import refuse_what_cannot_fit
 from fundamentallm.engine.plugins import load_plugins
+from fundamentallm.engine.tuning.fit import refuse_what_cannot_fit
 from fundamentallm.errors import ConfigError, FundamentaLLMError
 from fundamentallm.models.build import build_model
-from fundamentallm.training.compilation import CompiledBlocks
 from fundamentallm.training.losses import LOSSES
 from fundamentallm.training.optimizers import OptimizerBuilder
-from fundamentallm.training.rng import capture_rng, restore_rng
 from fundamentallm.training.step import TrainStep
 
 CONFIG, ROWS, REQUEST, RESULT = "config.yaml", "rows.safetensors", "request.json", "result.json"
@@ -198,7 +198,7 @@ def measure_apart(
 
 
 def _watch(folder: Path, environment: dict[str, str], patience: float) -> Measurement:
-    command = [sys.executable, "-m", "fundamentallm.engine.measuring", str(folder)]
+    command = [sys.executable, "-m", "fundamentallm.engine.tuning.measuring", str(folder)]
     with (folder / "output.txt").open("w+b") as output:
         process = subprocess.Popen(  # noqa: S603 - our own module, by the interpreter that runs us
             command,

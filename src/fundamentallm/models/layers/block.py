@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fundamentallm.models.attention import Attend, Attention
-from fundamentallm.models.positions import Marks
+from fundamentallm.models.layers.attention import Attend, Attention
+from fundamentallm.models.layers.positions import Marks
 
 
 class ResidualMix(nn.Module):

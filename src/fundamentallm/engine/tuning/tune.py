@@ -16,24 +16,24 @@ import torch
 
 from fundamentallm.compute.plan import ModelFacts, Plan
 from fundamentallm.config import RunConfig, load_config
-from fundamentallm.config.edit import edited
-from fundamentallm.config.key_path import KeyPath
 from fundamentallm.config.load import overridden, replaced
-from fundamentallm.config.yaml_file import read_yaml_text
-from fundamentallm.config.yaml_source import YamlDocument, read_yaml
+from fundamentallm.config.yaml.edit import edited
+from fundamentallm.config.yaml.file import read_yaml_text
+from fundamentallm.config.yaml.key_path import KeyPath
+from fundamentallm.config.yaml.source import YamlDocument, read_yaml
 from fundamentallm.data.batch import Batch
 from fundamentallm.engine.assemble import check_names, open_machine, read_inputs, resolve
 from fundamentallm.engine.console import say, speaking
-from fundamentallm.engine.fit import gib
-from fundamentallm.engine.measuring import Measurement, measure_apart, rows_of
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.run_directory import nowhere
-from fundamentallm.engine.search import Space, batch_sizes, search, thread_counts
 from fundamentallm.engine.stopping import ended_by_signals
+from fundamentallm.engine.tuning.fit import gib
+from fundamentallm.engine.tuning.measuring import Measurement, measure_apart, rows_of
+from fundamentallm.engine.tuning.search import Space, batch_sizes, search, thread_counts
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.files.names import numbered
-from fundamentallm.models.attention import KERNELS
 from fundamentallm.models.build import uses_attention
+from fundamentallm.models.layers.attention import KERNELS
 from fundamentallm.models.native.library import find_compiler
 
 LEAST_PATIENCE = 60.0  # seconds that a candidate gets at least, or the first could not finish

@@ -25,8 +25,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fundamentallm.models.cache import KVCache
-from fundamentallm.models.sampling import SamplingRules, sample_next
+from fundamentallm.models.generation.cache import KVCache
+from fundamentallm.models.generation.sampling import SamplingRules, sample_next
 
 _DRAWS = 64  # random numbers taken at once; part of what a seed means
 

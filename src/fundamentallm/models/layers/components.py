@@ -15,11 +15,11 @@ from torch import nn
 
 from fundamentallm.config.model import ModelConfig, TransformerConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.attention import Attention
-from fundamentallm.models.block import Block
-from fundamentallm.models.feedforward import FEEDFORWARDS
-from fundamentallm.models.normalization import NORMALIZATIONS
-from fundamentallm.models.positions import POSITIONS, Positions
+from fundamentallm.models.layers.attention import Attention
+from fundamentallm.models.layers.block import Block
+from fundamentallm.models.layers.feedforward import FEEDFORWARDS
+from fundamentallm.models.layers.normalization import NORMALIZATIONS
+from fundamentallm.models.layers.positions import POSITIONS, Positions
 from fundamentallm.registry import Registry
 
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""A YAML file: its lines, its problems, its edits, its differences."""

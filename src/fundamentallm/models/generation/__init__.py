@@ -1,0 +1,1 @@
+"""One token after another: batches, keys and values, sampling."""

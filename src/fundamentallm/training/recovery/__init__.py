@@ -1,0 +1,1 @@
+"""After a number went wrong: replay, verdict, evidence, interventions."""
