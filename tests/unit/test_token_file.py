@@ -3,13 +3,23 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
+from fundamentallm.data.batch import Batch
+from fundamentallm.data.loaders import (
+    Batching,
+    MixtureLoader,
+    TokenWindowLoader,
+    ValidationLoader,
+)
 from fundamentallm.data.sources import TokenSource, read_source
 from fundamentallm.data.token_file import (
     CHUNK,
@@ -356,16 +366,94 @@ def test_a_change_during_a_read_is_noticed(
     watched: tuple[Path, FileTokens], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, ids = watched
-    read = os.read
+    read = os.pread
 
-    def slow(descriptor: int, size: int) -> bytes:
-        monkeypatch.setattr(os, "read", read)
-        data = read(descriptor, size)
+    def slow(descriptor: int, size: int, place: int) -> bytes:
+        monkeypatch.setattr(os, "pread", read)
+        data = read(descriptor, size, place)
         with path.open("r+b") as file:
             file.seek(HEADER_BYTES + 1)
             file.write(b"\2")
         return data
 
-    monkeypatch.setattr(os, "read", slow)
+    monkeypatch.setattr(os, "pread", slow)
     with pytest.raises(DataError, match="changed"):
         ids[:4].tolist()
+
+
+# two threads
+
+
+COUNT, TRAINED = 20_000, 18_000
+
+
+def check_windows(loader: TokenWindowLoader | MixtureLoader, bound: int, steps: int) -> int:
+    """Read steps of a file whose ids count up from 0, and return how many are wrong."""
+    wrong = 0
+    for number in range(steps):
+        (micro,) = loader.window_at(0, number % len(loader)).micro_batches
+        ids = micro["input_ids"]
+        whole = torch.cat([ids, micro["target_ids"][:, -1:]], dim=1)
+        wrong += not bool((whole.diff(dim=1) == 1).all() and int(whole.max()) < bound)
+    return wrong
+
+
+def check_validation(ids: FileTokens, rounds: int) -> int:
+    wrong = 0
+    for _ in range(rounds):
+        batches: list[Batch] = list(ValidationLoader(ids[TRAINED:], Batching(16, 8)))
+        seen = torch.cat([batch["target_ids"].flatten() for batch in batches])
+        wrong += seen[seen >= 0].tolist() != list(range(TRAINED + 1, COUNT))
+    return wrong
+
+
+READERS: dict[str, Callable[[FileTokens], int]] = {
+    "windows": lambda ids: check_windows(
+        TokenWindowLoader(ids[:TRAINED], Batching(16, 8, seed=1)), TRAINED, 150
+    ),
+    "mixture": lambda ids: check_windows(
+        MixtureLoader([ids[:9_000], ids[9_000:TRAINED]], [1, 1], ["a", "b"], Batching(16, 8)),
+        TRAINED,
+        75,
+    ),
+    "validation": lambda ids: check_validation(ids, 8),
+    "whole": lambda ids: sum(ids.tolist() != list(range(COUNT)) for _ in range(40)),
+    "hash": lambda ids: sum(ids.sha256(COUNT) != SHA256 for _ in range(40)),
+}
+SHA256 = hashlib.sha256(np.arange(COUNT, dtype="<u4").tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("touched", [False, True])
+@pytest.mark.parametrize("reader", READERS)
+def test_two_threads_read_one_file(
+    reader: str, touched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gets its own ids on a slow disk, also while the file is put back again and again."""
+    path = tmp_path / "ids"
+    np.arange(COUNT, dtype="<u4").tofile(path)
+    ids = FileTokens(path, 0, COUNT, np.dtype("<u4"))
+    assert ids.sha256(COUNT) == SHA256
+    read, delays = os.pread, random.Random(0)
+
+    def slow(descriptor: int, size: int, place: int) -> bytes:
+        if delays.random() < 0.05:
+            time.sleep(0)
+        return read(descriptor, min(size, 1 << 14), place)  # and short of what was asked for
+
+    monkeypatch.setattr(os, "pread", slow)
+    wrong: dict[str, int] = {}
+
+    def run(name: str) -> None:
+        wrong[name] = READERS[name](ids)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in (reader, "validation")]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        if touched:
+            os.utime(path, (1, 1))
+            os.utime(path)
+        time.sleep(0.002)
+    for thread in threads:
+        thread.join()
+    assert wrong == dict.fromkeys((reader, "validation"), 0)

@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -381,71 +383,98 @@ class _WatchedFile:
         self.expected_sha256 = ""
         self._offset = offset
         self._size = size
-        self._descriptor, self._stamp = self._open()
-
-    def __del__(self) -> None:
-        """Close the file; it is open as long as anything may be read."""
-        if "_descriptor" in self.__dict__:
-            os.close(self._descriptor)
-
-    def _open(self) -> tuple[int, tuple[int, ...]]:
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            return descriptor, _stamp(os.fstat(descriptor))
-        except OSError as error:
-            raise unreadable(self.path, error) from error
+        self._reopening = threading.Lock()
+        self._file = _OpenFile(path)
 
     def read_into(self, parts: list[memoryview], places: list[int]) -> None:
-        """Fill memory from places in the part.
+        """Fill memory from places in the part; any number of threads may read at once.
 
         Raises:
             DataError: the file is not what it was.
         """
         while True:
-            whole = True
-            for part, place in zip(parts, places, strict=True):
-                os.lseek(self._descriptor, self._offset + place, os.SEEK_SET)
-                while part.nbytes and (data := os.read(self._descriptor, part.nbytes)):
-                    part[: len(data)] = data
-                    part = part[len(data) :]
-                whole = whole and not part.nbytes
+            file = self._file  # another thread may put a new one in its place
+            whole = all(
+                file.fill(part, self._offset + place)
+                for part, place in zip(parts, places, strict=True)
+            )
             # After the reading: what was read before a change is sound, whatever came after.
-            if whole and self._unchanged():
+            if whole and self._unchanged(file):
                 return
-            self._accept_or_refuse()
+            with self._reopening:
+                if self._file is file:
+                    self._file = self._accept_or_refuse()
 
-    def _unchanged(self) -> bool:
+    def _unchanged(self, file: _OpenFile) -> bool:
         try:
-            return _stamp(self.path.stat()) == self._stamp
+            return _stamp(self.path.stat()) == file.stamp
         except OSError:
             return False
 
-    def _accept_or_refuse(self) -> None:
-        """Look at the file anew; go on with it if it holds the same."""
+    def _accept_or_refuse(self) -> _OpenFile:
+        """Open the path again and return the file if it holds the same."""
         try:
-            descriptor, stamp = self._open()
+            file = _OpenFile(self.path)
         except DataError as error:
             raise self._changed(error.what) from error
-        os.close(self._descriptor)
-        self._descriptor = descriptor
         digest = hashlib.sha256()
-        os.lseek(descriptor, self._offset, os.SEEK_SET)
-        left = self._size
-        while left and (data := os.read(descriptor, min(1 << 20, left))):
+        place, end = self._offset, self._offset + self._size
+        while place < end and (data := file.read(min(1 << 20, end - place), place)):
             digest.update(data)
-            left -= len(data)
-        if left or digest.hexdigest() != self.expected_sha256:
-            raise self._changed(f"{stamp[2]:,} bytes, other contents")
-        self._stamp = stamp
+            place += len(data)
+        if place < end or digest.hexdigest() != self.expected_sha256:
+            raise self._changed(f"{file.stamp[2]:,} bytes, other contents")
+        return file
 
     def _changed(self, got: str) -> DataError:
         return DataError(
             "the token file changed while it was in use",
             where=str(self.path),
             got=got,
-            expected=f"the file that was opened, {self._stamp[2]:,} bytes",
+            expected=f"the file that was opened, {self._file.stamp[2]:,} bytes",
             fix="put the file back; a run then goes on with the same command",
         )
+
+
+class _OpenFile:
+    """A file that is open as long as anyone refers to it.
+
+    A descriptor that was closed under a reader could have become that of another file.
+
+    Attributes:
+        stamp: what tells whether it is still the one at its path.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self.stamp = _stamp(os.fstat(self._descriptor))
+        except OSError as error:
+            raise unreadable(path, error) from error
+        self._seeking = threading.Lock()
+
+    def __del__(self) -> None:
+        """Close it."""
+        if "_descriptor" in self.__dict__:
+            os.close(self._descriptor)
+
+    def read(self, size: int, place: int) -> bytes:
+        """Return at most that many bytes from a place, without a position that readers share."""
+        if sys.platform != "win32":
+            return os.pread(self._descriptor, size, place)
+        with self._seeking:
+            os.lseek(self._descriptor, place, os.SEEK_SET)
+            return os.read(self._descriptor, size)
+
+    def fill(self, part: memoryview, place: int) -> bool:
+        """Fill memory from a place; return whether the file has that much."""
+        while part.nbytes and (data := self.read(part.nbytes, place)):
+            part[: len(data)] = data
+            part, place = part[len(data) :], place + len(data)
+        return not part.nbytes
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
