@@ -757,6 +757,44 @@ class TestLoading:
         assert load_config(path, ["handlers.samples.every=5"]).handlers == {"samples": {"every": 5}}
 
     @pytest.mark.parametrize(
+        ("override", "value"),
+        [
+            ("data.response_end=###", "###"),
+            ("data.response_end=\n\n", "\n\n"),
+            ("data.response_end=A #B", "A #B"),
+            ("data.response_end= END", " END"),
+            ("data.response_end=a: b", "a: b"),
+            ("data.response_end=- a", "- a"),
+            ("data.response_end=*", "*"),
+            ("data.response_end='", "'"),
+            ("data.response_end=a=b", "a=b"),
+            ("data.response_end='# '", "# "),
+            ('data.response_end="\\n"', "\n"),
+            ("data.response_end=null", None),
+            ("data.response_end=7", "7"),
+            ("data.source=notes #1.txt", "notes #1.txt"),
+            ("data.source=.inf", ".inf"),
+            ("data.source=[a, 'b #1']", ["a", "b #1"]),
+            ("training.checkpoint_dir=ck #2", "ck #2"),
+            ("name=2024", "2024"),
+            ("name=1e5", "1e5"),
+            ("name=true", "true"),
+            ("training.learning_rate= 1e-3 ", 1e-3),
+        ],
+    )
+    def test_what_stands_behind_the_first_equals_sign_is_the_value(self, write, override, value):
+        found = load_config(write("seed: 1\n"), [override])
+        for key in override.partition("=")[0].split("."):
+            found = getattr(found, key)
+        assert found == value
+
+    @pytest.mark.parametrize("override", ["data.source=[a] # b", "name='a' # 'b'", 'name="a" "b"'])
+    def test_nothing_stands_behind_a_closing_bracket_or_quote(self, write, override):
+        with pytest.raises(ConfigError) as caught:
+            load_config(write("seed: 1\n"), [override])
+        assert caught.value.where == f"command line: {override}"
+
+    @pytest.mark.parametrize(
         ("override", "what", "fix"),
         [
             ("training.learning_rate=-1", "out of range", ""),

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from fundamentallm.config.yaml.problems import problem, shown
+from fundamentallm.config.yaml.problems import problem, quoting_hint
 from fundamentallm.config.yaml.source import DEEPEST_NESTING
 from fundamentallm.errors import did_you_mean
 
@@ -61,7 +61,7 @@ class Component(BaseModel):
                 "a component is chosen by its name",
                 got=value["name"],
                 expected="text",
-                fix=f'put it in quotes: "{shown(value["name"])}"' if value["name"] else "",
+                fix=quoting_hint(value["name"]) if value["name"] else "",
             )
         if value.keys() <= {"name", "options"} and isinstance(value.get("options", {}), dict):
             return value

@@ -10,7 +10,7 @@ from typing import Any
 from fundamentallm.config.component import Component
 from fundamentallm.config.run import RunConfig
 from fundamentallm.config.yaml.key_path import KeyPath, dotted, excerpt
-from fundamentallm.config.yaml.problems import class_at, shown
+from fundamentallm.config.yaml.problems import class_at, shown, takes_text_only
 from fundamentallm.config.yaml.source import YamlDocument, parse_value, read_yaml
 from fundamentallm.errors import ConfigError
 
@@ -63,6 +63,8 @@ def _overridden(document: YamlDocument, text: str) -> YamlDocument:
     except ConfigError as error:
         error.where = origin  # an override has no lines
         raise
+    if isinstance(value, (bool, int, float)) and takes_text_only(path, RunConfig):
+        value = value_text.strip()  # name=2024: a shell takes the quotes that a file would need
     return replaced(document, path, value, origin)
 
 

@@ -54,6 +54,11 @@ def shown(value: Any) -> str:
     return excerpt(text)
 
 
+def quoting_hint(value: Any) -> str:
+    """Return the advice to write a value as text; a float may have been written in many ways."""
+    return "put it in quotes" + (f': "{shown(value)}"' if type(value) is not float else "")
+
+
 def to_config_error(
     error: ValidationError,
     root: type[BaseModel],
@@ -232,6 +237,13 @@ def _schema_at(path: KeyPath, root: type[BaseModel]) -> dict[str, Any]:
     return schema
 
 
+def takes_text_only(path: KeyPath, root: type[BaseModel]) -> bool:
+    """Tell whether the field at a path takes text and neither numbers nor true and false."""
+    schema = _schema_at(path, root)
+    kinds = {choice.get("type") for choice in schema.get("anyOf", [schema])}
+    return "string" in kinds and not kinds & {"integer", "number", "boolean"}
+
+
 def _type_in_words(value: Any) -> str:
     words = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
     return {**words, list: "a list", dict: "a mapping of keys"}.get(
@@ -249,7 +261,7 @@ def _spelling(value: Any, schema: dict[str, Any]) -> str:
     if kinds == {"array"} and isinstance(value, str):
         return f"write a list, as [{excerpt(value)}]"
     if "string" in kinds and isinstance(value, (bool, int, float)):
-        return f'put it in quotes: "{shown(value)}"'
+        return quoting_hint(value)
     return ""
 
 

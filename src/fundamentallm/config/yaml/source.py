@@ -114,12 +114,42 @@ def parse_yaml(text: str, name: str = "YAML text") -> YamlDocument:
 
 
 def parse_value(text: str, name: str) -> Any:
-    """Parse YAML text that holds one value of any kind, as `3e-4` or `[a, b]`.
+    """Return the value of one word, such as `3e-4`, `[a, b]` or `notes #1.txt`.
+
+    A list or mapping in brackets and text in quotes are YAML. Numbers, true, false and null are
+    what they are in YAML, and everything else is the text itself: a word has no comments, no
+    lines of its own, and no spaces that do not count.
 
     Raises:
-        ConfigError: as in `parse_yaml`, except that every top level will do.
+        ConfigError: as in `parse_yaml`, except that every top level will do; or something stands
+            behind a closing bracket or quote.
     """
-    return _parse(text, name).data
+    word = text.strip()
+    quoted = len(word) > 1 and word[0] in "'\"" and word[-1] == word[0]
+    if not quoted and word[:1] not in ("[", "{", "!"):
+        if len(text) > LARGEST_FILE:
+            raise too_large(name)
+        try:
+            value = scalar(word or text)
+        except ValueError:
+            raise ConfigError(f"a number of {len(word):,} digits", where=name) from None
+        return text if isinstance(value, str) else value
+    data = _parse(text, name).data
+    behind = text[max(event.end_mark.index for event in _contents(text)) :].strip()
+    if behind:
+        raise ConfigError(
+            "something stands behind the value",
+            where=name,
+            got=excerpt(behind),
+            fix="put the whole value in quotes, inside those of the shell: 'key=\"value\"'",
+        )
+    return data
+
+
+def _contents(text: str) -> Iterator[Any]:
+    """Yield the parse events that values come from."""
+    ends = (yaml.DocumentEndEvent, yaml.StreamEndEvent)
+    return (event for event in yaml.parse(text, Loader=_Parser) if not isinstance(event, ends))
 
 
 def scalar(text: str) -> str | int | float | bool | None:
