@@ -252,6 +252,8 @@ GPT2 = {"vocab_size": 50, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions"
         ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
         ("Llama", {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3}),
         ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        ("Llama", {"rope_parameters": {"type": "linear", "factor": 1.0, "rope_theta": 5e5}}),
+        ("Llama", {"rope_scaling": {"type": "linear", "factor": 1.0, "rope_theta": 5e5}}),
         ("GPT2", {}),
         ("GPT2", {"tie_word_embeddings": False, "n_inner": 40}),
         ("GPT2", {"activation_function": "gelu", "layer_norm_epsilon": 1e-3}),

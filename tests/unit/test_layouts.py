@@ -282,6 +282,14 @@ def test_every_obstacle_is_named_at_once() -> None:
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}),
         ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+        ("llama", {"rope_parameters": {"type": "linear", "factor": 4.0}}),
+        ("llama", {"rope_parameters": {"type": "llama3"}}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": None}}),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
+        ("llama", {"rope_scaling": {"type": "dynamic"}}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2}}),
+        ("llama", {"rope_scaling": ["linear"]}),
+        ("llama", {"partial_rotary_factor": 0.5}),
         ("llama", {"mlp_bias": True}),
         ("llama", {"head_dim": 16}),
         ("llama", {"hidden_size": None}),
@@ -305,9 +313,30 @@ def test_a_config_json_that_cannot_be_built_is_refused_by_its_key(
     values = {**layout_for(config).describe(config), **change}
     with pytest.raises(ConfigError) as caught:
         LAYOUTS.build(kind).fields(Described(values, "folder/config.json"))
-    key = list(next(iter(change.values())) if "rope_parameters" in change else change)[-1]
-    assert f"cannot be built here: {key}" in caught.value.what
+    key, value = next(iter(change.items()))
+    named = [f"{key}.{inside}" for inside in value] if isinstance(value, dict) else [key]
+    if "quantization" in key:
+        named = [key]
+    assert caught.value.what.rpartition("cannot be built here: ")[2] in named
     assert caught.value.where == "folder/config.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "base"),
+    [
+        ({"rope_scaling": {}}, 10_000.0),
+        ({"rope_scaling": None}, 10_000.0),
+        ({"rope_scaling": {"rope_type": "default"}}, 10_000.0),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0}}, 10_000.0),
+        ({"rope_scaling": {"type": "default", "rope_theta": 5e5}}, 5e5),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 1, "rope_theta": 2e4}}, 2e4),
+    ],
+)
+def test_what_scales_no_positions_is_accepted(change: dict[str, Any], base: float) -> None:
+    config = options()
+    values = {**layout_for(config).describe(config), **change}
+    fields = LAYOUTS.build("llama").fields(Described(values, ""))
+    assert fields["positions"].options == {"base": base}
 
 
 def test_keys_that_old_files_leave_out_have_their_defaults() -> None:

@@ -179,10 +179,12 @@ class Described:
     Attributes:
         values: the object.
         where: its path.
+        prefix: before the keys in messages, as "rope_parameters." for those of that section.
     """
 
     values: Mapping[str, Any]
     where: str
+    prefix: str = ""
 
     def count(self, key: str, default: int | None = None) -> int:
         """Return a whole number above 0; null and a missing key are the default.
@@ -226,7 +228,7 @@ class Described:
         value = self._value(key, {})
         if not isinstance(value, dict):
             raise self._fault(key, "an object")
-        return Described(value, self.where)
+        return Described(value, self.where, f"{self.prefix}{key}.")
 
     def choice(self, key: str, allowed: Sequence[Any], default: Any) -> Any:
         """Return one of the values that this package can express.
@@ -256,7 +258,7 @@ class Described:
     def _fault(self, key: str, expected: str) -> ConfigError:
         got = repr(self.values[key]) if key in self.values else "no such key"
         return ConfigError(
-            f"config.json describes a model that cannot be built here: {key}",
+            f"config.json describes a model that cannot be built here: {self.prefix}{key}",
             where=self.where,
             got=got if len(got) <= 200 else got[:200] + "...",
             expected=expected,

@@ -72,12 +72,7 @@ class LlamaLayout(Layout):
     def fields(self, described: Described) -> dict[str, Any]:
         """Return the fields of `TransformerConfig`."""
         described.choice("hidden_act", ["silu"], "silu")
-        described.absent("rope_scaling")
         described.absent("quantization_config")
-        rope = described.section("rope_parameters")
-        rope.choice("rope_type", ["default"], "default")
-        rope.choice("partial_rotary_factor", [1, 1.0], 1)
-        base = rope.number("rope_theta", described.number("rope_theta", 10_000.0))
         bias = described.flag("attention_bias", False)
         described.choice("mlp_bias", [bias], False)  # one switch is all that ours has
         width = described.count("hidden_size")
@@ -93,7 +88,7 @@ class LlamaLayout(Layout):
             "d_ff": described.count("intermediate_size"),
             "sequence_length": described.count("max_position_embeddings", 2048),
             "normalization": Component(name="rmsnorm", options={"eps": eps}),
-            "positions": Component(name="rotary", options={"base": base}),
+            "positions": Component(name="rotary", options={"base": _rotary_base(described)}),
             "feedforward": Component(name="swiglu"),
             "bias": bias,
             "qk_norm": False,
@@ -116,3 +111,19 @@ class LlamaLayout(Layout):
         yield Entry("model.norm.weight", ("norm.weight",))
         if not config.tie_embeddings:
             yield Entry("lm_head.weight", ("head.weight",))
+
+
+def _rotary_base(described: Described) -> float:
+    """Return the base of plain rotary positions; whatever scales or cuts them is refused.
+
+    As transformers reads it (`modeling_rope_utils`): `rope_scaling` stands in for `rope_parameters`
+    unless it is empty, and the older key `type` for `rope_type`. Linear scaling by 1 is none.
+    """
+    described.choice("partial_rotary_factor", [1, 1.0], 1)
+    scaling = described.section("rope_scaling")
+    rope = scaling if scaling.values else described.section("rope_parameters")
+    rope.choice("partial_rotary_factor", [1, 1.0], 1)
+    key = "type" if rope.values.get("rope_type") is None else "rope_type"
+    if rope.choice(key, ["default", "linear"], "default") == "linear":
+        rope.choice("factor", [1, 1.0], None)
+    return rope.number("rope_theta", described.number("rope_theta", 10_000.0))
