@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fundamentallm.errors import NumericalError
-from fundamentallm.models.generation.sampling import SamplingRules, draw, sample_next
+from fundamentallm.models.generation.sampling import SamplingRules, draw, probabilities, sample_next
 
 V = 6
 LOGITS = [2.0, -1.0, 0.5, 1.5, -math.inf, 0.0]
@@ -199,3 +199,29 @@ def test_a_token_of_probability_0_is_never_drawn(weights: list[float], uniform: 
         torch.tensor([weights], dtype=torch.float64), torch.tensor([uniform], dtype=torch.float64)
     )
     assert weights[int(token)] > 0
+
+
+@pytest.mark.parametrize("vocab_size", [50_257, 128_256])
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+def test_rules_that_keep_everything_change_nothing(vocab_size: int, spread: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, vocab_size) * spread
+    plain = probabilities(logits, SamplingRules())
+    for rules in (
+        SamplingRules(top_p=1.0),
+        SamplingRules(top_k=vocab_size),
+        SamplingRules(top_p=1.0, top_k=vocab_size, min_p=0.0),
+    ):
+        assert torch.equal(probabilities(logits, rules), plain)
+
+
+def test_a_nucleus_of_a_large_vocabulary_is_that_of_exact_sums() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(1, 128_256) * 3
+    exact = logits.double().softmax(dim=-1)[0]
+    ordered, indices = exact.sort(descending=True)
+    for top_p in (0.5, 0.99, 0.99999):
+        kept = probabilities(logits, SamplingRules(top_p=top_p))[0] > 0
+        count = int((ordered.cumsum(0) - ordered < top_p).sum())
+        assert abs(int(kept.sum()) - count) <= 1  # a rounding of the bound itself
+        assert kept[indices[: count - 1]].all()

@@ -109,7 +109,7 @@ def probabilities(logits: Tensor, rules: SamplingRules) -> Tensor:
     scores = (logits - logits.amax(dim=-1, keepdim=True)) / max(rules.temperature, tiny)
     if rules.top_k is not None:
         scores = _keep_top_k(scores, rules.top_k)
-    if rules.top_p is not None:
+    if rules.top_p is not None and rules.top_p < 1:
         scores = _keep_top_p(scores, rules.top_p)
     if rules.min_p:
         # The highest score is 0: a probability relative to the likeliest is exp(score).
@@ -150,7 +150,8 @@ def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:
 def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
     """Set the scores outside the nucleus of each row to -inf."""
     ordered, indices = scores.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)
+    # The sum of a large vocabulary reaches the bound too early in float32.
+    probabilities = ordered.softmax(dim=-1, dtype=torch.float64)
     reached_before = probabilities.cumsum(dim=-1) - probabilities >= top_p
     kept = ordered.masked_fill(reached_before, -torch.inf)
     return torch.empty_like(scores).scatter(-1, indices, kept)
