@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from fundamentallm.data.tokenizer import (
     subword,
     tokenizer_from_dict,
 )
+from fundamentallm.data.tokenizer.subword import out_of_reach
 from fundamentallm.data.tokenizer_json import read_tokenizer_json, token_name, tokenizer_json
 from fundamentallm.errors import ConfigError, DataError, MachineError
 
@@ -189,6 +191,80 @@ def test_no_text_is_a_special_token_whatever_the_model_is(kind: str) -> None:
         assert tokenizer.encode(text).tolist() == library.encode(text, add_special_tokens=False).ids
     ids = tokenizer.encode("the end").tolist()
     assert tokenizer.decode([*ids, 1]) == tokenizer.decode(ids) == library.decode(ids)
+
+
+def merging(special: bool) -> dict[str, Any]:
+    """A BPE whose merges make the end of a document out of its signs."""
+    names = ["</s>", "<", "/", "s", ">", "</", "s>", "a", "as"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": 0, "content": "</s>", **flags, "special": special}],
+        "model": {
+            "type": "BPE",
+            "vocab": {name: number for number, name in enumerate(names)},
+            "merges": [["<", "/"], ["s", ">"], ["</", "s>"], ["a", "s"]],
+        },
+    }
+
+
+def looked_up() -> dict[str, Any]:
+    """A byte-level BPE that takes a word whole where it is in the vocabulary."""
+    state = json.loads(json.dumps(BPE.json))
+    return {**state, "model": {**state["model"], "ignore_merges": True}, "pre_tokenizer": None}
+
+
+REACHING = {
+    **{
+        kind: lambda kind=kind: other_models()[kind] for kind in ("unigram", "words", "word pieces")
+    },
+    "merges": lambda: merging(special=True),
+    "an end that is not special": lambda: merging(special=False),
+    "lookup": looked_up,
+}
+
+
+@pytest.mark.parametrize("kind", REACHING)
+def test_no_text_of_any_origin_encodes_to_the_end(kind: str) -> None:
+    state = REACHING[kind]()
+    tokenizer = SubwordTokenizer(state)
+    end_id = tokenizer.end_id
+    assert end_id is not None
+    names = {token_name(state, end_id), token_name(out_of_reach(state), end_id), "a", "s"}
+    around = ["", "\0", " ", "\ufffd", "\0" * 2]
+    for name in names:
+        for before in around:
+            for behind in around:
+                text = f"{before}{name}{behind}"
+                assert end_id not in tokenizer.encode(text).tolist()
+                assert end_id not in tokenizer.encode(f"the {text} as").tolist()
+    assert tokenizer.decode([end_id]) == ""
+    again = tokenizer_from_dict(tokenizer.to_dict())
+    assert again.to_dict() == tokenizer.to_dict()
+
+
+def test_text_beside_a_merged_end_keeps_its_merges() -> None:
+    assert SubwordTokenizer(merging(special=True)).encode("as</s>a").tolist() == [8, 5, 6, 7]
+
+
+@pytest.mark.parametrize("dropout", [0.1, 1.0])
+def test_dropout_of_merges_is_left_out_and_said(
+    dropout: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = json.loads(json.dumps(BPE.json))
+    state["model"]["dropout"] = dropout
+    library = tokenizers.Tokenizer.from_str(json.dumps(state))
+    text = TRAINING[:200]
+    found = {tuple(library.encode(text).ids) for _ in range(4)}
+    tokenizer = SubwordTokenizer(state)
+    assert "at random" in caplog.text
+    assert found != {tuple(BPE.encode(text))}  # what is to be prevented
+    for _ in range(4):
+        assert tokenizer.encode(text).tolist() == BPE.encode(text).tolist()
+    assert tokenizer.json["model"]["dropout"] is None
+    caplog.clear()
+    tokenizer_from_dict(tokenizer.to_dict())
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("kind", ["unigram", "words", "word pieces"])

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,8 +31,13 @@ if TYPE_CHECKING:
 
 BATCH = 1 << 20  # characters encoded at once: the library needs some 100 bytes a token meanwhile
 END = "<|endoftext|>"
+logger = logging.getLogger(__name__)
+
 KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "<|end|>")
 """Names under which a tokenizer.json has the end of a document, as far as nobody says otherwise."""
+
+_MARK = 32  # hexadecimal digits
+_OUT_OF_REACH = re.compile(rf"\0(?:[0-9a-f]{{{_MARK}}})?(?P<name>.+)\0", re.DOTALL)
 
 UNUSED = ("truncation", "padding", "post_processor")
 """Keys of a tokenizer.json about what is cut off a text or put around it, which is never done."""
@@ -62,22 +69,22 @@ class SubwordTokenizer(Tokenizer):
 
     def __init__(self, state: Mapping[str, Any], end: str | None = None) -> None:
         try:
-            self.json = _within_reach(dict(state))
+            self.json = _without_dropout(_within_reach(dict(state)))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         self.end = end = None if end is None else _plain(end)
-        self._library = _from_json(self.json)
-        self._vocab_size = 1 + max(self._library.get_vocab().values(), default=-1)
+        library = _from_json(self.json, None)
+        self._vocab_size = 1 + max(library.get_vocab().values(), default=-1)
         if not self._vocab_size:
             raise ValueError("the vocabulary is empty")
-        names = KNOWN_ENDS if end is None else (end,)
         known = ids_by_name(self.json)
-        ids = [known[name] for name in names if name in known]
-        if end is not None and not ids:
+        names = [name for name in (KNOWN_ENDS if end is None else (end,)) if name in known]
+        if end is not None and not names:
             raise ConfigError(
                 "the tokenizer has no such token", key="end", got=end, fix="name one that it has"
             )
-        self._end_id = ids[0] if ids else None
+        self._end_id = known[names[0]] if names else None
+        self._library = _from_json(self.json, names[0]) if names else library
         self._cuts = _is_local(self.json)
         self._bytes, self._silent = _byte_ids(self.json), _special_ids(self.json)
 
@@ -157,8 +164,7 @@ class SubwordTokenizer(Tokenizer):
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of what is used of the tokenizer.json, wherever it came from."""
-        used = {key: value for key, value in self.json.items() if key not in UNUSED}
-        return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
+        return _digest(self.json)
 
     def to_json(self) -> str:
         """Return the tokenizer.json, which the library and all that use it open."""
@@ -236,10 +242,11 @@ def _library() -> Any:
     return tokenizers
 
 
-def _from_json(state: Mapping[str, Any]) -> LibraryTokenizer:
+def _from_json(state: Mapping[str, Any], end: str | None) -> LibraryTokenizer:
+    """Return the library's tokenizer, which makes no special token and no end of a text."""
     tokenizers = _library()
     try:
-        text = json.dumps(out_of_reach(state))
+        text = json.dumps(_unreachable(state, end))
         library: LibraryTokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises the base class
         raise ValueError(str(error)) from error
@@ -276,6 +283,11 @@ def _byte_ids(state: Mapping[str, Any]) -> frozenset[int]:
     return frozenset(found) - _special_ids(state)
 
 
+def _digest(state: Mapping[str, Any]) -> str:
+    used = {key: value for key, value in state.items() if key not in UNUSED}
+    return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
+
+
 def out_of_reach(state: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the special tokens that a model would find in a text by looking words up.
 
@@ -284,7 +296,57 @@ def out_of_reach(state: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "merges" in state["model"]:
         return dict(state)
-    return _renamed(state, lambda name: f"\0{name}\0")
+    mark = _digest(state)[:_MARK]  # the same in every export, and in no text by accident
+    return _renamed(state, lambda name: f"\0{mark}{name}\0")
+
+
+def _unreachable(state: Mapping[str, Any], end: str | None) -> dict[str, Any]:
+    """Rename special tokens, and the end where it is none, to what no text can spell.
+
+    A name that anybody can know could be written, with whatever signs around it; this one is drawn
+    anew in each process, is never stored, and does not change how anything else is encoded.
+
+    Args:
+        state: a tokenizer.json.
+        end: the token that ends a document.
+    """
+    secret = secrets.token_hex(_MARK // 2)
+    added = list(_added(state))
+    if end is not None and not any(one["content"] == end and one.get("special") for one in added):
+        number = ids_by_name(state)[end]
+        others = [token for token in added if token["content"] != end]
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added = [*others, {"id": number, "content": end, **flags, "special": True}]
+        added.sort(key=lambda token: token["id"])
+    special = {token["content"] for token in added if token.get("special")}
+    model = dict(state["model"])
+    if "merges" in model:
+        model["merges"] = _merges_without(model, special)
+    return _renamed({**state, "model": model, "added_tokens": added}, lambda n: f"\0{secret}{n}\0")
+
+
+def _merges_without(model: Mapping[str, Any], special: set[str]) -> list[Any]:
+    """Return the merges of a BPE that neither make nor use a special token."""
+    prefix = model.get("continuing_subword_prefix") or ""
+    kept = []
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if special.isdisjoint((left, right, left + right.removeprefix(prefix))):
+            kept.append(merge)
+    return kept
+
+
+def _without_dropout(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer.json that encodes a text in one way only."""
+    dropout = state["model"].get("dropout")
+    if not isinstance(dropout, (int, float)) or not dropout:
+        return state
+    logger.warning(
+        "the tokenizer.json draws its merges at random (dropout %g); that is left out, so that"
+        " equal texts have equal ids",
+        dropout,
+    )
+    return {**state, "model": {**state["model"], "dropout": None}}
 
 
 def _within_reach(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,7 +357,8 @@ def _within_reach(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(name: str) -> str:
-    return name[1:-1] if len(name) > 2 and name[0] == name[-1] == "\0" else name
+    found = _OUT_OF_REACH.fullmatch(name)
+    return found["name"] if found else name
 
 
 def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
