@@ -57,6 +57,20 @@ class Bigram(nn.Module):
         return self.scale * self.head(self.embedding(input_ids))
 
 
+@MODELS.register("test_reader")
+class Reader(Bigram):
+    """Reads the value of a tensor, which the meta device has not."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        self.norm = self.embedding.weight.norm().item()
+
+
+@ADAPTERS.register("test_forgetful")
+def forgetful(model: nn.Module) -> None:
+    """Return nothing."""
+
+
 @ADAPTERS.register("test_head_only")
 def head_only(model: nn.Module, *, scale: float = 1.0) -> nn.Module:
     """Freeze all but the head."""
@@ -208,6 +222,18 @@ class TestBuilding:
         with pytest.raises(ConfigError, match="leaves no parameter to train") as caught:
             build_model(config)
         assert caught.value.key == "adapter"
+
+    def test_an_adapter_that_forgets_to_return_the_model_is_told(self):
+        config = TransformerConfig(**{**TINY.to_dict(), "adapter": "test_forgetful"})
+        with pytest.raises(ConfigError, match="returned no model") as caught:
+            build_model(config)
+        assert caught.value.key == "adapter"
+
+    def test_a_family_that_reads_values_in_its_constructor_is_told(self):
+        with pytest.raises(ConfigError, match="cannot be built on the meta device") as caught:
+            check_model(FamilyConfig(family="test_reader"))
+        assert caught.value.key == "family"
+        assert "torch.nn.init" in caught.value.fix
 
     def test_checking_draws_no_random_number(self):
         before = torch.get_rng_state()

@@ -23,7 +23,7 @@ def check_abilities(config: RunConfig, model: nn.Module, loss_fn: Callable[..., 
     missing = {
         "data.packing": (
             config.data.packing == "document" and "document_ids" not in accepted,
-            "documents cannot be kept apart: its `forward` has no `document_ids`",
+            "documents cannot be masked from each other: its `forward` has no `document_ids`",
             "set data.packing to continuous",
         ),
         "training.loss": (

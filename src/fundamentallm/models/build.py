@@ -33,7 +33,7 @@ def build_model(config: ModelConfig, load: Callable[[nn.Module], None] | None = 
 
     Raises:
         ConfigError: an unknown name, an option that is unknown, of a wrong type or out of range, a
-            missing size, or an adapter that leaves nothing to train.
+            missing size, or an adapter that returns no model or leaves nothing to train.
     """
     model = build_base(config)
     if load is not None:
@@ -42,6 +42,12 @@ def build_model(config: ModelConfig, load: Callable[[nn.Module], None] | None = 
         return model
     with inside("adapter"):
         model = ADAPTERS.build(config.adapter.name, config.adapter.options, model=model)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"adapter '{config.adapter.name}' returned no model",
+                got=type(model).__name__,
+                fix="end it with: return model",
+            )
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(
                 f"adapter '{config.adapter.name}' leaves no parameter to train",
@@ -81,15 +87,18 @@ def check_model(config: ModelConfig) -> None:
     if check is not None:
         check(config)
         return
-    with torch.device("meta"):
-        build_base(
-            config.model_copy(
-                update={
-                    "vocab_size": config.vocab_size or 1,
-                    "sequence_length": config.sequence_length or 1,
-                }
-            )
-        )
+    sizes = {"vocab_size": config.vocab_size or 1, "sequence_length": config.sequence_length or 1}
+    try:
+        with torch.device("meta"):
+            build_base(config.model_copy(update=sizes))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"model family '{config.family}' cannot be built on the meta device",
+            key="family",
+            got=str(error).partition("\n")[0],
+            fix="choose smaller sizes; a constructor draws weights with torch.nn.init and reads no"
+            " value of a tensor",
+        ) from error
 
 
 def follows_weight_type(config: ModelConfig) -> bool:
@@ -108,8 +117,8 @@ def estimate_model(
 ) -> Estimate:
     """Estimate the cost of training a model; no memory is taken.
 
-    Of a family without `estimate`, parameters are counted, a token costs 6 FLOPs for each, and of
-    the activations the logits alone are known.
+    For a family without `estimate` the parameters are counted, a token costs 6 FLOPs for each of
+    them, and the logits are the only activations that are counted.
 
     Args:
         config: the model; `vocab_size` and `sequence_length` must be set.

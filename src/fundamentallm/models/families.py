@@ -9,8 +9,8 @@ class GRULanguageModel(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor: ...  # (B, T) int64 -> logits (B, T, V)
 ```
 
-and `model: {family: gru, hidden_size: 512}` works. Logits at position t depend on tokens 0 to t
-alone, and rows do not depend on each other. `vocab_size` and `sequence_length` are supplied to a
+and `model: {family: gru, hidden_size: 512}` works. Logits at position t depend only on tokens
+0 to t, and rows do not depend on each other. `vocab_size` and `sequence_length` are supplied to a
 constructor that has parameters of these names; all others are options. A model must also be
 buildable on the meta device: that is how shapes are checked without memory.
 
