@@ -402,6 +402,25 @@ def test_the_ways_on_that_a_finished_run_names_work(done, capsys):
     assert last("runs/tiny-2") == "step-00000012"
 
 
+def test_a_run_that_a_handler_terminated_says_so_and_goes_on_by_its_path(done, at_step, capsys):
+    at_step(6, lambda trainer: trainer.terminate())
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 0
+    assert last("cut") == "step-00000006"
+    at_step(10**6, press_ctrl_c)
+
+    capsys.readouterr()
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 0
+    out = capsys.readouterr().out
+    assert "stopped by <lambda> (test_run_command.py, line " in out
+    assert last("cut") == "step-00000006"
+
+    way = re.search(r"^  python -m fundamentallm.engine (.*)$", out, re.M)
+    assert way is not None
+    assert main(shlex.split(way[1])) == 0
+    assert last("cut") == "step-00000012"
+    assert weights("cut") == weights(done)
+
+
 def test_a_smaller_budget_is_no_way_on(done, place, capsys):
     before = listing(place)
 

@@ -23,6 +23,7 @@ from fundamentallm.engine.run_directory import RunDirectory
 from fundamentallm.errors import DataError, InterruptedRunError, MachineError
 from fundamentallm.files.lock import owning, refuse_if_owned
 from fundamentallm.files.run_layout import BEST, CONFIG, LOG, SAMPLES, TENSORBOARD
+from fundamentallm.training.decision import STOPPED_BY
 from fundamentallm.training.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
@@ -217,8 +218,12 @@ def _best_val_loss(directory: RunDirectory) -> float | None:
 
 def _tell_finished(directory: RunDirectory, again: str) -> None:
     say(f"The run in {directory.path} is finished: {directory.finished}.")
-    say("To train it further, give it a larger budget:")
-    say(f"  {again} {TOTAL_STEPS}N{_option('--resume', directory.path)}")
+    if directory.finished.startswith(STOPPED_BY):
+        say("To train it further:")
+        say(f"  {again}{_option('--resume', directory.path)}")
+    else:
+        say("To train it further, give it a larger budget:")
+        say(f"  {again} {TOTAL_STEPS}N{_option('--resume', directory.path)}")
     say("To train a fresh one:")
     say(f"  {again} --resume never")
 

@@ -23,6 +23,7 @@ from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.names import numbered
 from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint
 from fundamentallm.inference.load import named_checkpoint
+from fundamentallm.training.decision import STOPPED_BY
 from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.snapshot import check_usable
 from fundamentallm.training.store import CheckpointStore
@@ -169,7 +170,8 @@ def _continue_at(path: Path, config: RunConfig, run_dir: Path | None) -> RunDire
         )
     _refuse_drift(manifest, config, path)
     finished = str(manifest.metadata.get("finished", ""))
-    if _has_larger_budget(config, as_written(manifest)["training"]):
+    has_more_to_do = _has_larger_budget(config, as_written(manifest)["training"])
+    if has_more_to_do or finished.startswith(STOPPED_BY):
         finished = ""
     return RunDirectory(run, checkpoints, manifest, _note(run, manifest), finished)
 

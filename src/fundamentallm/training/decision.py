@@ -17,6 +17,8 @@ from enum import Enum
 
 from fundamentallm.config.training import TrainingConfig
 
+STOPPED_BY = "stopped by "  # begins the reason of a run that a handler has terminated
+
 
 class End(Enum):
     """How the run goes on after a step."""
@@ -93,11 +95,11 @@ class RollBack:
     reason: str
 
 
-@dataclass(slots=True)
 class StepFacts:
     """What handlers wish, what the ranks agreed on, and what was done, in one step.
 
-    It is new for each step. Wishes that are made between two steps are those of the second.
+    It is new for each step, so that it costs nothing until somebody writes into it. Wishes that
+    are made between two steps are those of the second.
 
     Attributes:
         finish: a wish to end the run for good, with its reason; empty if there is none.
@@ -130,23 +132,16 @@ class StepEnd:
         step: the step that ends here; 0 before the first.
         last_step: that of the budget; None where only the clock or the tokens end the run.
         cadence: when the run evaluates and saves.
-        finish, exhausted, leaving, data_fault, evaluated, saved: as `StepFacts`.
-        rolling_back: whether there is a wish to go back.
+        facts: what is wished, agreed on and done; `decide` changes nothing there.
         unmeasured: whether there is validation data and a handler to evaluate it, but no complete
-            evaluation of this step.
+            evaluation of this step. Of no account where none is due.
     """
 
     step: int
     last_step: int | None
     cadence: Cadence
-    finish: str = ""
-    rolling_back: bool = False
-    exhausted: bool = False
-    leaving: bool = False
-    data_fault: bool = False
-    evaluated: bool = False
-    saved: End | None = None
-    unmeasured: bool = False
+    facts: StepFacts
+    unmeasured: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +168,7 @@ class Decision:
         return self.end is End.STOP or self.end is End.FINISH
 
 
-GO_ON = Decision(End.GO_ON)
+GO_ON = Decision(End.GO_ON)  # what is decided about most steps
 ROLL_BACK = Decision(End.ROLL_BACK)
 
 
@@ -183,32 +178,31 @@ def decide(at: StepEnd) -> Decision:
     A rollback comes before everything else but a data fault, which ends the run at once. A run
     that is both to finish and to stop is evaluated first: it is finished if that was not cut off.
     """
-    if at.data_fault:
-        needs_save = at.saved is None and not at.rolling_back
+    facts, step = at.facts, at.step
+    if facts.data_fault:
+        needs_save = facts.saved is None and facts.roll_back is None
         return Decision(End.STOP, save=Save.FOR_A_STOP if needs_save else None)
-    if at.rolling_back:
+    if facts.roll_back is not None:
         return ROLL_BACK
-    reason = at.finish or _reason_of_budget(at)
-    due = at.step > 0 and (bool(reason) or at.cadence.evaluates_at(at.step))
-    scheduled = bool(reason) or at.cadence.saves_at(at.step, due)
-    if not (due or scheduled or at.leaving):
+    reason = facts.finish
+    if not reason and facts.exhausted:
+        reason = "the budget is used up"
+    elif not reason and step == at.last_step:
+        reason = "the last step is done"
+    due = step > 0 and (bool(reason) or at.cadence.evaluates_at(step))
+    scheduled = bool(reason) or at.cadence.saves_at(step, due)
+    if not (due or scheduled or facts.leaving):
         return GO_ON
     pending = due and at.unmeasured
-    evaluate = due and not at.evaluated and (bool(reason) or not at.leaving)
+    evaluate = due and not facts.evaluated and (bool(reason) or not facts.leaving)
     owed = pending and not evaluate
-    if at.leaving and owed:
+    if facts.leaving and owed:
         reason = ""
-    end = End.FINISH if reason else End.STOP if at.leaving else End.GO_ON
+    end = End.FINISH if reason else End.STOP if facts.leaving else End.GO_ON
     save = None
-    if at.saved is None or (end is End.FINISH and at.saved is not End.FINISH):
+    if facts.saved is None or (end is End.FINISH and facts.saved is not End.FINISH):
         if scheduled and not owed:
             save = Save.ON_SCHEDULE
-        elif scheduled or at.leaving:
+        elif scheduled or facts.leaving:
             save = Save.FOR_A_STOP
     return Decision(end, reason, evaluate, save, pending)
-
-
-def _reason_of_budget(at: StepEnd) -> str:
-    if at.exhausted:
-        return "the budget is used up"
-    return "the last step is done" if at.step == at.last_step else ""

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,8 @@ from fundamentallm.events import TrainingEvents
 from fundamentallm.training.buffers import StateBuffers
 from fundamentallm.training.decision import (
     GO_ON,
+    ROLL_BACK,
+    STOPPED_BY,
     Cadence,
     Decision,
     End,
@@ -213,7 +216,7 @@ class TrainingLoop(Dispatcher):
             self.notify(TrainingEvents.FLLM_RUN_STARTED)
             self._settle()
             while not self.stopping:
-                if self._decision.end is End.ROLL_BACK:
+                if self._decision is ROLL_BACK:
                     self._go_back()
                 try:
                     self._run_to_stop()
@@ -335,7 +338,7 @@ class TrainingLoop(Dispatcher):
             self._faults.raise_everywhere()
         self._facts.exhausted, self._facts.leaving = votes[0] > 0, votes[1] > 0
         if votes[2]:
-            self.finish(self._stopped_by or "stopped by a handler on another rank")
+            self.finish(self._stopped_by or STOPPED_BY + "a handler on another rank")
         return num_tokens, num_sequences
 
     def _attempt(self, window: Window, num_tokens: int, num_sequences: int) -> StepOutput:
@@ -401,14 +404,14 @@ class TrainingLoop(Dispatcher):
         if self.ranks.alone:
             facts.exhausted, facts.leaving = self._out_of_budget(), self._wants_to_leave()
         self._decision = self._decide()
-        if self._decision.end is not End.ROLL_BACK:
+        if self._decision is not ROLL_BACK:
             self.notify(TrainingEvents.FLLM_METRICS_MEASURED)
             self.history.record_step(self.state.iteration, self.state.metrics)
             self.notify(TrainingEvents.FLLM_METRICS_READY)
             if self._decision is not GO_ON or facts.finish or facts.roll_back is not None:
                 self._conclude()
         at_end_of_epoch = self.state.iteration % self.steps_per_epoch == 0
-        if not at_end_of_epoch or self._decision.end is End.ROLL_BACK:
+        if not at_end_of_epoch or self._decision is ROLL_BACK:
             self._end_step()
 
     def _after_epoch(self) -> None:
@@ -433,22 +436,13 @@ class TrainingLoop(Dispatcher):
                 return
 
     def _decide(self) -> Decision:
-        facts, state = self._facts, self.state
-        return decide(
-            StepEnd(
-                state.iteration,
-                self.limits.total_steps,
-                self._cadence,
-                facts.finish,
-                facts.roll_back is not None,
-                facts.exhausted,
-                facts.leaving,
-                facts.data_fault,
-                facts.evaluated,
-                facts.saved,
-                state.evaluated_step != state.iteration and self._is_evaluated(),
-            )
-        )
+        step = self.state.iteration
+        unmeasured = self.state.evaluated_step != step
+        at = StepEnd(step, self.limits.total_steps, self._cadence, self._facts, unmeasured)
+        decision = decide(at)
+        if decision.pending and not self._is_evaluated():
+            return decide(replace(at, unmeasured=False))
+        return decision
 
     def _save(self, why: Save) -> None:
         """Have the state saved; it counts its own save unless only a stop asked for it.
@@ -463,7 +457,7 @@ class TrainingLoop(Dispatcher):
 
     def _end_step(self) -> None:
         """Stop the inner run if this step was its last, else begin the next with no wishes."""
-        if self._decision.end is End.ROLL_BACK:
+        if self._decision is ROLL_BACK:
             super().terminate(skip_completed=True)
         elif not self._decision.ends_run:
             self._facts = StepFacts()
@@ -553,7 +547,7 @@ class TrainingLoop(Dispatcher):
         Wherever it is called, the step is completed, evaluated and saved. `finished` names the
         caller. On several ranks the call of one counts from the next step on.
         """
-        reason = f"stopped by {caller_name(sys._getframe(1))}"
+        reason = STOPPED_BY + caller_name(sys._getframe(1))
         if self.ranks.alone:
             self.finish(reason)
         else:
