@@ -210,7 +210,7 @@ def build(run_dir: Path, watch: Watch) -> Trainer:
     random.seed(7)  # Python seeds it by chance in every fork
     np.random.seed(7)
     tokens = tiny_tokens(1_000)
-    train = SlowWindows(tokens[:800], 8, 2, accumulation_steps=3, seed=5)
+    train = SlowWindows(tokens[:800], Batching(8, 2, accumulation_steps=3, seed=5))
     train.watch = watch
     model = tiny_model(dropout=0.2)
     model.register_forward_pre_hook(lambda *_: watch.linger(watch.word))

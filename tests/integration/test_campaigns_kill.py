@@ -43,7 +43,11 @@ def run(code: str) -> Any:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}",
+        },
     )
     assert result.returncode == 0, result.stderr[-3_000:]
     return json.loads(result.stdout)
