@@ -29,15 +29,18 @@ def forgetting(reference, tmp_path_factory) -> Forgetting:
 @pytest.mark.parametrize(
     "stops",
     [
-        [Stop(20)],  # the end of an epoch, where a validation is due as well
-        [Stop(FAULTY_STEP - 1)],  # the rollback must pass the stop's own checkpoint over
-        [Stop(20, "evaluation")],  # the rollback goes to a state that owes a sample
-        [Stop(FAULTY_STEP)],
-        [Stop(60)],
-        [Stop(30, "step"), Stop(30, "validation")],  # the validation that is made up for is cut
-        [Stop(30, "evaluation"), Stop(30, "start")],  # the sample that is made up for is cut
-        [Stop(40, "crash")],
-        [Stop(step) for step in (4, 24, 25, 36, 38, 59)],
+        [
+            Stop(20),  # the end of an epoch, where a validation is due as well
+            Stop(FAULTY_STEP - 1),  # the rollback must pass the stop's own checkpoint over
+            *(Stop(30, "step"), Stop(30, "validation")),  # a validation that is made up for is cut
+            Stop(40, "crash"),
+            Stop(60),
+        ],
+        [
+            Stop(20, "evaluation"),  # the rollback goes to a state that owes a sample
+            *(Stop(30, "evaluation"), Stop(30, "start")),  # a sample that is made up for is cut
+        ],
+        [Stop(step) for step in (4, 24, 25, FAULTY_STEP, 36, 38, 59)],
     ],
     ids=lambda stops: " ".join(f"{stop.instant}-{stop.step}" for stop in stops),
 )

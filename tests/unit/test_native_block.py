@@ -94,6 +94,24 @@ class Case:
         return found
 
 
+# Of the compiler's names for processors, which have other kernels: plain vectors, AVX-512 with
+# bfloat16, tiles.
+PROCESSORS = {"x86-64-v3": "avx2", "cooperlake": "avx512_bf16", "sapphirerapids": "amx_bf16"}
+
+
+def library_for(processor):
+    """Return the library with the kernels of a processor; kept from one test run to the next."""
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text().split() if cpu.exists() else []
+    if PROCESSORS[processor] not in flags:
+        pytest.skip(f"this processor has no {PROCESSORS[processor]}")
+    if processor == [name for name, needs in PROCESSORS.items() if needs in flags][-1]:
+        return library.load_library()  # what is compiled for this very processor has them
+    directory = library.default_cache_dir() / "native"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return build(find_compiler(), directory, f"-march={processor}")
+
+
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
@@ -554,19 +572,13 @@ def test_it_says_which_models_it_does_not_know(change, reason):
         assert caught.value.got == said
 
 
-# Of the compiler's names for processors, which have other kernels: plain vectors, AVX-512 with
-# bfloat16, tiles.
-@pytest.mark.parametrize(
-    ("processor", "needs"),
-    [("x86-64-v3", "avx2"), ("cooperlake", "avx512_bf16"), ("sapphirerapids", "amx_bf16")],
-)
-def test_the_kernels_of_all_processors_agree(processor, needs, tmp_path):
-    cpu = Path("/proc/cpuinfo")
-    if not cpu.exists() or needs not in cpu.read_text():
-        pytest.skip(f"this processor has no {needs}")
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_the_kernels_of_all_processors_agree(processor):
     case = Case("all", time=64)
     expected = case.gradients(case.native)
-    case.runner.library = build(find_compiler(), tmp_path, f"-march={processor}")
+    case.runner.library = library_for(processor)
+    if case.runner.library is library.load_library():
+        pytest.skip("the kernels of this processor are these")
     found = case.gradients(case.native)
     for name in expected:
         assert difference(found[name], expected[name]) < 4 * ROUNDING, name
@@ -574,16 +586,14 @@ def test_the_kernels_of_all_processors_agree(processor, needs, tmp_path):
 
 @pytest.mark.parametrize("processor", ["x86-64-v3", "native"])
 @pytest.mark.parametrize("feedforward", ["swiglu", "gelu"])
-def test_activations_far_from_zero(feedforward, processor, tmp_path):
-    cpu = Path("/proc/cpuinfo")
-    if processor != "native" and (not cpu.exists() or "avx2" not in cpu.read_text()):
-        pytest.skip("this processor has no avx2")
+def test_activations_far_from_zero(feedforward, processor):
     KINDS["far"] = {**PLAIN, "feedforward": feedforward}
     try:
         case = Case("far", batch=1, time=32)
     finally:
         del KINDS["far"]
-    case.runner.library = build(find_compiler(), tmp_path, f"-march={processor}")
+    if processor != "native":
+        case.runner.library = library_for(processor)
     first = getattr(case.block.feedforward, "gate", case.block.feedforward.input)
     first.weight.data *= 200
     found, exact = case.gradients(case.native), case.gradients(run_block)
@@ -613,7 +623,24 @@ class TestLibrary:
         yield
         library.load_library.cache_clear()
 
-    def test_it_is_compiled_once(self, tmp_path, monkeypatch):
+    @pytest.fixture
+    def calls(self, tmp_path_factory, monkeypatch):
+        """Have CXX copy what is compiled already and note its calls.
+
+        Asked is where the library lies and how often it is made; compiling takes ten seconds.
+        """
+        made = library.load_library()._name
+        library.load_library.cache_clear()
+        place = tmp_path_factory.mktemp("compiler")
+        script = place / "c++"
+        script.write_text(
+            f'#!/bin/sh\necho "$@" >> "{place}/calls"\nfor out; do :; done\ncp "{made}" "$out"\n'
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+        return lambda: len((place / "calls").read_text().splitlines())
+
+    def test_it_is_compiled_once(self, calls, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         library.load_library()
         (path,) = (tmp_path / "fundamentallm" / "native").iterdir()
@@ -622,12 +649,15 @@ class TestLibrary:
         library.load_library()
         assert [path] == list((tmp_path / "fundamentallm" / "native").iterdir())
         assert path.stat().st_mtime_ns == written
+        assert calls() == 1
 
+    @pytest.mark.usefixtures("calls")
     def test_without_a_place_of_its_own_it_is_compiled_for_the_process(self, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         (tmp_path / "file").write_text("no directory")
         assert library.load_library().fundamentallm_available()
 
+    @pytest.mark.usefixtures("calls")
     def test_a_directory_that_others_write_to_is_not_trusted(self, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         directory = tmp_path / "fundamentallm" / "native"
@@ -636,6 +666,7 @@ class TestLibrary:
         assert library.load_library().fundamentallm_available()
         assert not list(directory.iterdir())
 
+    @pytest.mark.usefixtures("calls")
     def test_a_directory_below_one_that_others_write_to_is_not_trusted(self, tmp_path, monkeypatch):
         shared = tmp_path / "shared"
         shared.mkdir()
@@ -644,6 +675,7 @@ class TestLibrary:
         assert library.load_library().fundamentallm_available()
         assert not list((shared / "fundamentallm" / "native").iterdir())
 
+    @pytest.mark.usefixtures("calls")
     def test_a_full_disk_costs_the_cache_alone(self, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         build_there = library.build
@@ -676,6 +708,7 @@ class TestLibrary:
         assert "too old" in caught.value.got
         assert not list((tmp_path / "fundamentallm" / "native").iterdir())
 
+    @pytest.mark.usefixtures("calls")
     def test_a_system_that_refuses_tiles_is_said(self, tmp_path, monkeypatch):
         names = ("packed_size", "forward", "backward", "normalize", "normalize_backward")
         functions = {f"fundamentallm_{name}": SimpleNamespace() for name in names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -164,28 +165,43 @@ def told(directory: Path, ledger: dict[str, Any], **options: Any) -> Trainer:
     return trainer
 
 
-# Within an epoch, at its first and last step, right after a checkpoint, at the run's ends.
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trainer]:
+    """Return a clean run that passes over the given steps; each is made once."""
+
+    @cache
+    def passing_over(*steps: int) -> Trainer:
+        return told(tmp_path_factory.mktemp("clean"), {"skipped": list(steps), "cuts": []})
+
+    return passing_over
+
+
+# Within an epoch, at its first and last step, right after a checkpoint, at the run's ends; each
+# with one of the values here, and with the two others in the long run.
 STEPS = [1, 5, 6, 10, 11, 14]
 FACTORS = [math.nan, math.inf, -math.inf]
+FAULTS = [
+    pytest.param(step, factor, marks=[] if place % 3 == number else pytest.mark.long)
+    for place, step in enumerate(STEPS)
+    for number, factor in enumerate(FACTORS)
+]
 
 
 # ------------------------------------------------------------------ verdicts and actions
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("factor", FACTORS)
-def test_a_transient_fault_leaves_no_trace_in_the_run(tmp_path, step, factor):
+@pytest.mark.parametrize(("step", "factor"), FAULTS)
+def test_a_transient_fault_leaves_no_trace_in_the_run(tmp_path, clean, step, factor):
     broken = make_trainer(tmp_path / "broken", Once(step, factor=factor))
     (incident,) = run(broken)
     assert incident.verdict == "transient"
     assert broken.ledger.skipped == set()
     assert broken.state.rollbacks == 0
-    assert_same_run(broken, told(tmp_path / "clean", {"skipped": [], "cuts": []}))
+    assert_same_run(broken, clean())
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("factor", FACTORS)
-def test_bad_data_is_passed_over_and_nothing_else(tmp_path, step, factor):
+@pytest.mark.parametrize(("step", "factor"), FAULTS)
+def test_bad_data_is_passed_over_and_nothing_else(tmp_path, clean, step, factor):
     broken = make_trainer(tmp_path / "broken", Data(step, factor=factor))
     (incident,) = run(broken)
     assert incident.verdict == "data"
@@ -193,7 +209,7 @@ def test_bad_data_is_passed_over_and_nothing_else(tmp_path, step, factor):
     assert broken.state.rollbacks == 0
     assert incident.diagnosis is not None
     assert [(bad.micro_batch, bad.row) for bad in incident.diagnosis.bad_rows] == [(0, 2)]
-    assert_same_run(broken, told(tmp_path / "told", broken.ledger.state_dict()))
+    assert_same_run(broken, clean(step))
 
 
 def test_two_bad_sequences_of_one_window_are_both_found(tmp_path):
@@ -204,11 +220,11 @@ def test_two_bad_sequences_of_one_window_are_both_found(tmp_path):
     assert [bad.row for bad in incident.diagnosis.bad_rows] == [0, 3]
 
 
-def test_data_that_is_bad_with_these_weights_alone_is_told_apart(tmp_path):
+def test_data_that_is_bad_with_these_weights_alone_is_told_apart(tmp_path, clean):
     broken = make_trainer(tmp_path / "broken", DataWithWeights(6))
     (incident,) = run(broken)
     assert incident.verdict == "data_with_weights"
-    assert_same_run(broken, told(tmp_path / "told", {"skipped": [6], "cuts": []}))
+    assert_same_run(broken, clean(6))
 
 
 def test_what_is_finite_in_float32_is_a_matter_of_precision(tmp_path):
