@@ -366,3 +366,46 @@ def test_examples_are_not_mixed_with_text(tmp_path: Path) -> None:
 def test_a_file_without_examples_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no example in the source"):
         read_source(str(write(tmp_path / "a.jsonl", "", " ")))
+
+
+PAIRS = [{"prompt": "a", "response": "one\n"}, {"prompt": "b", "response": "two\n"}]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "JSONL", "Jsonl", "ndjson", "NDJSON", "json", "JSON"])
+def test_every_spelling_of_json_lines_is_examples(suffix: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"train.{suffix}", *PAIRS)
+    source = read_source(str(path))
+    assert isinstance(source, ExampleSource)
+    assert [(one.prompt, one.response) for one in source.examples] == [
+        ("a", "one\n"),
+        ("b", "two\n"),
+    ]
+    assert source.examples[1].where == f"{path}:2"
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_of_records_is_examples(indent: int | None, tmp_path: Path) -> None:
+    lines = read_source(str(write(tmp_path / "a.jsonl", *PAIRS)))
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(PAIRS, indent=indent))
+    source = read_source(str(path))
+    assert isinstance(source, ExampleSource)
+    assert source.sha256 == lines.sha256
+    assert source.examples[1].where == f"{path}: record 2"
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "where"),
+    [
+        ('{"prompt": 1}', "no text under 'prompt'", "a.json:1"),
+        ('[{"prompt": "", "response": "a"}, 3]', "no JSON object", "a.json: record 2"),
+        ('[{"prompt": "", "response": "a"}', "this file is not JSON", "a.json"),
+        ("[" * 100_000, "this file is not JSON", "a.json"),
+        ("[]", "no example", "a.json"),
+    ],
+)
+def test_a_json_file_that_is_no_examples(text: str, what: str, where: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=what) as caught:
+        read_source(str(tmp_path / "a.json"))
+    assert caught.value.where.endswith(where)

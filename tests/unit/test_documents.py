@@ -250,3 +250,56 @@ def test_standard_input_is_copied(tmp_path: Path) -> None:
     assert source.name == "standard input"
     reader = InputReader(source, "text")
     assert ["".join(d.chunks) for d in reader.documents()] == ["one", "two\n", "dr\u00e9i"]
+
+
+@pytest.mark.usefixtures("any_chunk")
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["a.json", "a.JSON", "a.json.gz"])
+def test_an_array_of_records_is_a_document_each(
+    tmp_path: Path, name: str, indent: int | None
+) -> None:
+    records = [{"text": text} for text in ("one", "two\n", "dr\u00e9i")]
+    path = tmp_path / name
+    path.write_bytes(packed(json.dumps(records, indent=indent).encode(), path.suffix))
+    assert read(path) == [
+        (f"{path}: record {n}", text) for n, text in enumerate(("one", "two\n", "dr\u00e9i"), 1)
+    ]
+
+
+def test_lines_in_a_json_file_are_records(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(LINES)
+    assert texts(tmp_path / "a.json") == ["one", "two\n", "dr\u00e9i"]
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "where"),
+    [
+        ('[{"text": "a"}, {"body": 1}]', "no text under 'text'", "record 2"),
+        ('[{"text": "a"}', "file is not JSON", "a.json"),
+        ('{"text": ["a"]}', "no text under 'text'", "a.json:1"),
+    ],
+)
+def test_a_bad_array_is_told_with_its_place(
+    tmp_path: Path, text: str, what: str, where: str
+) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=what) as caught:
+        read(tmp_path / "a.json")
+    assert caught.value.where.endswith(where)
+
+
+def test_an_array_that_cannot_be_held_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents_module, "LARGEST_ARRAY", 10)
+    (tmp_path / "a.json").write_text('[{"text": "abcdef"}]')
+    with pytest.raises(DataError, match="too large") as caught:
+        read(tmp_path / "a.json")
+    assert "jq" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tokens", "a.NPY", "a.tsv.gz", "a.npz"])
+def test_data_that_is_not_read_is_never_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("a,b\n")
+    with pytest.raises(DataError, match="no text to learn"):
+        find_inputs([str(tmp_path / name)])

@@ -377,3 +377,19 @@ def test_a_python_without_its_documentation_says_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(DataError, match="documentation"):
         read_source("python-docs")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.parquet", "a.npz", "a.CSV.gz", "a.xlsx"])
+def test_data_that_is_not_read_is_never_text(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text("prompt,response\na,b\n")
+    with pytest.raises(DataError, match="no text to learn") as caught:
+        read_source(str(path))
+    assert caught.value.where == str(path)
+    assert ".txt" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["a", "a.py", "a.TXT", "a.log", "a.csv.txt", ".a", "notes #1.txt"])
+def test_any_other_file_that_is_named_is_text(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(TEXT)
+    assert read_source(str(tmp_path / name)).text == TEXT

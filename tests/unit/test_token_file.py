@@ -56,6 +56,13 @@ def test_a_token_file_is_opened_with_its_tokenizer(tmp_path: Path, dtype: str) -
     assert source.tokenizer.decode(source.tokens) == "acb"
 
 
+def test_a_token_file_in_capitals_is_one(tmp_path: Path) -> None:
+    path = Path(save_tokens(tmp_path, np.array([0, 2, 1], dtype=np.uint8)))
+    assert ids_of(str(path.rename(path.with_name("TRAIN.NPY")))).tolist() == [0, 2, 1]
+    path = write_tokens(tmp_path, [0, 1, 3])
+    assert ids_of(str(path.rename(path.with_name("ALL.Tokens")))).tolist() == [0, 1, 3]
+
+
 def test_token_files_of_other_contents_have_other_hashes(tmp_path: Path) -> None:
     files = [
         np.array([0, 1, 2], dtype=np.uint8),

@@ -19,16 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from fundamentallm.data.file_kinds import SUFFIXES, Kind, kind_of, refuse_other_data
 from fundamentallm.data.text_file import SIGNATURES, UTF8_BOM, check_regular, to_utf8, unreadable
 from fundamentallm.errors import DataError, MachineError
 
-TEXT_SUFFIXES = (".txt", ".md")
-LINES_SUFFIXES = (".jsonl", ".ndjson")
-PARQUET_SUFFIXES = (".parquet",)
-COMPRESSED_SUFFIXES = (".gz", ".zst")
+FOLDER_KINDS: tuple[Kind, ...] = ("text", "lines", "parquet")  # what is read of a folder
 CHUNK = 1 << 20  # bytes read at once
 ZSTANDARD_CHUNK = 1 << 11  # bytes decompressed at once: a block of 4 bytes may stand for 128 KiB
 LONGEST_LINE = 1 << 24  # bytes of JSON
+LARGEST_ARRAY = 1 << 28  # bytes of JSON that are one array
 STANDARD_INPUT = "-"
 _GZIP, _ZSTANDARD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 
@@ -40,12 +39,12 @@ class Input:
     Attributes:
         path: where it lies.
         name: what messages call it.
-        kind: "text", "lines" or "parquet".
+        kind: "text", "lines", "json" or "parquet".
     """
 
     path: Path
     name: str
-    kind: str
+    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,8 @@ def find_inputs(
             )
             continue
         for path in _paths(word):
-            found.setdefault(path.resolve(), Input(path, str(path), _kind(path)))
+            refuse_other_data(path, ("other data", "tokens"))
+            found.setdefault(path.resolve(), Input(path, str(path), kind_of(path) or "text"))
     return list(found.values())
 
 
@@ -170,27 +170,52 @@ class InputReader:
             )
         read = _decompressed(file, name)
         if kind == "lines":
-            yield from self._records(read)
+            yield from self._records(_lines(read, name))
+        elif kind == "json":
+            yield from self._array(read)
         else:
             yield Document(name, _decoded(read, name))
 
-    def _records(self, read: Read) -> Iterator[Document]:
-        for number, line in enumerate(_lines(read, self.source.name), start=1):
+    def _records(self, lines: Iterable[bytes]) -> Iterator[Document]:
+        for number, line in enumerate(lines, start=1):
             if line and not line.isspace():
                 where = f"{self.source.name}:{number}"
-                yield Document(where, [self._text_of(line, where)])
+                yield Document(where, [self._text_of(self._json(line, where, "line"), where)])
 
-    def _text_of(self, line: bytes, where: str) -> str:
+    def _array(self, read: Read) -> Iterator[Document]:
+        """Yield each record of an array; a file that is none is taken for JSON lines."""
+        name = self.source.name
+        data = b""
+        while part := read(CHUNK):
+            data += part
+            if len(data) > LARGEST_ARRAY:
+                raise DataError(
+                    "this JSON file is too large to be read at once",
+                    where=name,
+                    got=f"more than {LARGEST_ARRAY:,} bytes",
+                    fix="write one record a line, as with: jq -c '.[]' in.json > out.jsonl",
+                )
+        data = data.removeprefix(UTF8_BOM)
+        if not data.lstrip().startswith(b"["):
+            yield from self._records(data.split(b"\n"))
+            return
+        for number, record in enumerate(self._json(data, name, "file"), start=1):
+            where = f"{name}: record {number:,}"
+            yield Document(where, [self._text_of(record, where)])
+
+    def _json(self, data: bytes, where: str, what: str) -> Any:
         try:
-            record = json.loads(line.decode("utf-8"))
+            return json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise DataError(
-                "this line is not JSON",
+                f"this {what} is not JSON",
                 where=where,
                 got=str(error),
                 expected=f'{{"{self.field}": "...", ...}}',
-                fix="mend or remove the line",
+                fix=f"mend or remove the {what}",
             ) from error
+
+    def _text_of(self, record: Any, where: str) -> str:
         text = record.get(self.field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             keys = list(record) if isinstance(record, dict) else []
@@ -477,10 +502,11 @@ def _paths(word: str) -> list[Path]:
         found = [
             Path(at, name) for at, _, names in os.walk(path, onerror=_refuse) for name in names
         ]
-        known = sorted(file for file in found if _kind(file, "") and not _hidden(file, path))
-        expected = "files that end in " + ", ".join(
-            (*TEXT_SUFFIXES, *LINES_SUFFIXES, *PARQUET_SUFFIXES)
+        known = sorted(
+            file for file in found if kind_of(file) in FOLDER_KINDS and not _hidden(file, path)
         )
+        endings = [ending for kind in FOLDER_KINDS for ending in SUFFIXES[kind]]
+        expected = "files that end in " + ", ".join(endings)
         what = "there is nothing to read in this folder"
     else:
         known = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207 (absolute patterns)
@@ -497,15 +523,6 @@ def _hidden(file: Path, folder: Path) -> bool:
 
 def _refuse(error: OSError) -> None:
     raise unreadable(Path(error.filename or "."), error) from error
-
-
-def _kind(path: Path, otherwise: str = "text") -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
-        suffixes.pop()
-    last = suffixes[-1] if suffixes else ""
-    kinds = {"text": TEXT_SUFFIXES, "lines": LINES_SUFFIXES, "parquet": PARQUET_SUFFIXES}
-    return next((kind for kind, known in kinds.items() if last in known), otherwise)
 
 
 def copy_standard_input(stream: BinaryIO, write: Callable[[memoryview], object]) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ import numpy as np
 import torch
 
 from fundamentallm.data.batch import IGNORED, Batch
+from fundamentallm.data.file_kinds import kind_of
 from fundamentallm.data.text_file import read_text, to_utf8
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
 
-SUFFIX = ".jsonl"
 _FORM = '{"prompt": "...", "response": "..."}'
 
 
@@ -98,19 +98,31 @@ class EncodedExamples:
 def read_examples(path: Path, end: str | None = None) -> list[Example]:
     """Read the examples of a file; lines of white space are passed over, other keys too.
 
+    A .json file holds an array of records, or is read as lines.
+
     Args:
         path: the file.
         end: ends every response, added where it is not there; None adds nothing.
 
     Raises:
-        DataError: the file cannot be read, or a line is no example: `where` is file and line.
+        DataError: the file cannot be read, or a line is no example: `where` is file and
+            line, or record.
     """
-    examples = []
+    return [_ended(_example(value, where), end) for value, where in _values(path)]
+
+
+def _values(path: Path) -> Iterator[tuple[Any, str]]:
+    """Yield each record of a file and where it stands."""
+    text = read_text(path)
+    if kind_of(path) == "json" and text.lstrip().startswith("["):
+        for number, value in enumerate(_parsed(text, str(path), "file"), start=1):
+            yield value, f"{path}: record {number}"
+        return
     # JSON text may hold other line separators of Unicode than this one.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line and not line.isspace():
-            examples.append(_ended(_example(line, f"{path}:{number}"), end))
-    return examples
+            where = f"{path}:{number}"
+            yield _parsed(line, where, "line"), where
 
 
 def digest(examples: Sequence[Example]) -> str:
@@ -196,13 +208,16 @@ def _already_there(response: str, end: str) -> int:
     return next((n for n in range(blank, 0, -1) if response.endswith(end[:n])), 0)
 
 
-def _example(line: str, where: str) -> Example:
+def _parsed(text: str, where: str, what: str) -> Any:
     try:
-        value: Any = json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            "this line is not JSON", where=where, got=str(error), expected=_FORM
+            f"this {what} is not JSON", where=where, got=str(error), expected=_FORM
         ) from error
+
+
+def _example(value: Any, where: str) -> Example:
     if not isinstance(value, dict):
         raise DataError(
             "this line is no JSON object", where=where, got=type(value).__name__, expected=_FORM

@@ -273,7 +273,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer | None = None) -> ReadTokens:
     tokenizer = tokenizer or load_tokenizer(path.with_name("tokenizer.json"))
     fingerprint = tokenizer.fingerprint()
     header = None
-    if path.suffix == SUFFIX:
+    if path.suffix.lower() == SUFFIX:
         header = read_header(path)
         ids = FileTokens(path, HEADER_BYTES, header.count, np.dtype(header.dtype))
         end_id = header.end_id

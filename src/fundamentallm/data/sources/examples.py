@@ -10,13 +10,13 @@ from hashlib import blake2b
 import numpy as np
 
 from fundamentallm.data.examples import (
-    SUFFIX,
     EncodedExamples,
     Example,
     digest,
     encode_examples,
     read_examples,
 )
+from fundamentallm.data.file_kinds import kind_of
 from fundamentallm.data.loaders import Batching, ExampleLoader, ExampleValidationLoader
 from fundamentallm.data.sources.base import Loaders, Passage, Source, part_bounds, split_tokens
 from fundamentallm.data.sources.paths import existing
@@ -52,7 +52,7 @@ class ExampleSource(Source):
             raise DataError(
                 "examples cannot be joined with text, which has no prompts to mask",
                 where=", ".join(others),
-                fix=f"name {SUFFIX} files alone in data.source",
+                fix="name .jsonl files alone in data.source",
             )
         examples = [one for name in names for one in read_examples(existing(name), end)]
         if not examples:
@@ -113,4 +113,4 @@ class ExampleSource(Source):
 
 def is_examples(name: str) -> bool:
     """Tell whether a name is that of a file of examples."""
-    return name.endswith(SUFFIX)
+    return kind_of(name) in ("lines", "json")

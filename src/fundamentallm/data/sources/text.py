@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fundamentallm.data.file_kinds import SUFFIXES, kind_of, refuse_other_data
 from fundamentallm.data.sources.base import Passage, SequenceSource, part_bounds, split_tokens
 from fundamentallm.data.sources.built_in import SOURCES
 from fundamentallm.data.sources.paths import existing
@@ -22,7 +23,6 @@ from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
 from fundamentallm.files.run_layout import CORPUS, corpus_of
 
-SUFFIXES = (".txt", ".md")
 SHORTEST_PASSAGE = 400  # characters of a paragraph or line that is looked for in other parts
 
 _PARAGRAPHS = re.compile(r"\n\s*\n")
@@ -161,6 +161,7 @@ def _files(name: str) -> list[Path]:
     """Return the files that a path stands for, those of a folder sorted."""
     path = existing(name)
     if not path.is_dir():
+        refuse_other_data(path, ("other data", "parquet"))
         return [path]
 
     def refuse(error: OSError) -> None:
@@ -170,13 +171,13 @@ def _files(name: str) -> list[Path]:
         Path(parent, file)
         for parent, _, files in os.walk(path, onerror=refuse)
         for file in files
-        if Path(file).suffix.lower() in SUFFIXES
+        if kind_of(file) == "text"
     )
     if not found:
         raise DataError(
             "there is no text in this folder",
             where=name,
-            expected="files that end in " + " or ".join(SUFFIXES),
+            expected="files that end in " + " or ".join(SUFFIXES["text"]),
             fix="name the files themselves in data.source",
         )
     return found

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from fundamentallm.data.file_kinds import kind_of
 from fundamentallm.data.prepared import PARTS, WHOLE, is_prepared, read_prepared
 from fundamentallm.data.sources.base import Passage, SequenceSource, split_tokens
 from fundamentallm.data.sources.paths import existing, expanded
-from fundamentallm.data.token_file import SUFFIX, Tokens, read_tokens
+from fundamentallm.data.token_file import Tokens, read_tokens
 from fundamentallm.data.tokenizer import Tokenizer
 
-NUMPY_SUFFIX = ".npy"
 CHUNK = 1 << 20  # ids read at once
 
 
@@ -86,7 +86,7 @@ class SplitTokenSource(_Ids):
 
 def is_tokens(name: str) -> bool:
     """Tell whether a name stands for a token file or a folder that `prepare` wrote."""
-    return name.endswith((NUMPY_SUFFIX, SUFFIX)) or is_prepared(expanded(name))
+    return kind_of(name) == "tokens" or is_prepared(expanded(name))
 
 
 def read_token_source(name: str) -> TokenSource | SplitTokenSource:
