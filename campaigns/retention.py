@@ -43,6 +43,7 @@ from fundamentallm.data.loaders import TokenWindowLoader, ValidationLoader
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.run_layout import CORRUPT, MANIFEST, MODEL, SUPERSEDED
 from fundamentallm.testing import UniformModel, tiny_loaders
+from fundamentallm.training import snapshot
 from fundamentallm.training.handlers import Checkpointing
 from fundamentallm.training.store import CheckpointStore, step_name
 from fundamentallm.training.trainer import Trainer
@@ -274,7 +275,7 @@ class Retention(RuleBasedStateMachine):
     # The rest of a run's life
 
     def _resume_newest(self) -> None:
-        newest = self.handler.newest()
+        newest = CheckpointStore(self.directory).newest(snapshot.check_usable)
         expected = max(self.whole, default=None)
         assert (newest.step if newest else None) == expected
         if expected is not None:

@@ -44,6 +44,7 @@ from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_model, tiny_tokens
 from fundamentallm.training import snapshot, state_tree
 from fundamentallm.training import store as store_module
+from fundamentallm.training.checkpoint_catalogue import Survey
 from fundamentallm.training.decision import Save
 from fundamentallm.training.handlers import (
     Checkpointing,
@@ -313,9 +314,10 @@ def live(run_dir: Path, plan: Plan, tell: Tell) -> int:
         trainer._save = (  # type: ignore[method-assign]
             lambda why: save(why) if why is Save.ON_SCHEDULE else None
         )
-    newest = CheckpointStore(run_dir / "checkpoints").newest(snapshot.check_usable)
+    survey = Survey(CheckpointStore(run_dir / "checkpoints"), snapshot.check_usable)
+    newest = survey.newest()
     if newest is not None:
-        trainer.resume(run_dir / "checkpoints" / newest.name)
+        trainer.resume(run_dir / "checkpoints" / newest.name, survey)
         if not plan.rng_is_saved:
             torch.manual_seed(99)
         if not plan.position_is_saved:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,9 @@ from fundamentallm.engine.tuning import auto
 from fundamentallm.engine.tuning.measuring import Measurement
 from fundamentallm.errors import MachineError
 from fundamentallm.events import TrainingEvents
+from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.training import train
+from fundamentallm.training.checkpoint_directory import CONTENT_FILES
 from fundamentallm.training.manifest import parse_manifest, render_manifest
 from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
@@ -294,6 +297,27 @@ def test_an_interrupted_run_goes_on_to_the_same_end(done, at_step, capsys, step)
     state = store.read(store.directory / "step-00000012")
     expected = reference.read(reference.directory / "step-00000012")
     assert same(state["optimizer"], expected["optimizer"])
+
+
+def test_going_on_reads_each_checkpoint_once(at_step, monkeypatch):
+    at_step(7, press_ctrl_c)
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 130
+    at_step(10**6, press_ctrl_c)
+    saved = checkpoints("cut")
+    opened: Counter[Path] = Counter()
+    open_file = Filesystem.open
+    monkeypatch.setattr(
+        Filesystem,
+        "open",
+        lambda disk, path: (opened.update([path.absolute()]), open_file(disk, path))[1],
+    )
+
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 0
+
+    assert len(saved) == 3
+    for name in saved:
+        files = [Path("cut/checkpoints", name, file).absolute() for file in CONTENT_FILES]
+        assert [opened[file] for file in files] == [1, 1, 1]
 
 
 def test_the_way_on_that_an_interrupted_run_names_works(at_step, capsys):

@@ -29,6 +29,7 @@ from fundamentallm.data.batch import Window, count_valid
 from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
 from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
+from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_model, tiny_tokens
 from fundamentallm.training.handlers import Checkpointing, Evaluation, NaNRollback
 from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss, compute_loss
@@ -111,6 +112,7 @@ def make_trainer(
     loss_fn: Callable[..., Tensor] | None = None,
     directory: Path | None = None,
     val_loader: Any = None,
+    slow: bool = False,
 ) -> Trainer:
     """A run over 41 sequences an epoch: three steps of 12 and a tail of 5."""
     tokens = tiny_tokens(42 * LENGTH + 3, VOCABULARY)
@@ -130,8 +132,19 @@ def make_trainer(
     if val_loader is not None:
         Evaluation().attach(trainer)
     if directory is not None:
-        Checkpointing(directory).attach(trainer)
+        checkpointing = Checkpointing(directory, asynchronous=slow)
+        if slow and ranks.is_writer:
+            checkpointing.store.filesystem = SlowFilesystem()
+        checkpointing.attach(trainer)
     return trainer
+
+
+class SlowFilesystem(Filesystem):
+    """Takes longer for a save than the run for a few steps."""
+
+    def make_directory(self, path: Path) -> None:
+        time.sleep(0.4)
+        super().make_directory(path)
 
 
 def run_and_report(trainer: Trainer) -> dict[str, Any]:
@@ -222,11 +235,18 @@ def fault(
     return run_and_report(trainer)
 
 
-def part_of_one_rank(ranks: Ranks, directory: Path, part: str) -> dict[str, Any]:
+def part_of_one_rank(
+    ranks: Ranks, directory: Path, part: str, slow: bool = False
+) -> dict[str, Any]:
     """On rank 1 alone something goes wrong that the sum of loss and gradient does not show."""
-    trainer = make_trainer(ranks, directory=directory)
+    trainer = make_trainer(ranks, directory=directory, slow=slow)
     NaNRollback().attach(trainer)
     incidents = []
+    answers = []
+
+    @trainer.on(Events.ITERATION_STARTED | Events.ITERATION_COMPLETED)
+    def ask() -> None:
+        answers.append((trainer.state.iteration, trainer.restore_step(), trainer.restore_step(2)))
 
     @trainer.on(TrainingEvents.FLLM_INCIDENT_DETECTED)
     def note() -> None:
@@ -250,7 +270,7 @@ def part_of_one_rank(ranks: Ranks, directory: Path, part: str) -> dict[str, Any]
             else:
                 parameter.data.view(-1)[0] += 1e-9
 
-    return {**run_and_report(trainer), "incidents": incidents}
+    return {**run_and_report(trainer), "incidents": incidents, "answers": answers}
 
 
 def told_to_skip(ranks: Ranks) -> dict[str, Any]:
@@ -319,10 +339,12 @@ class Unreadable:
             yield batch
 
 
-def unreadable(ranks: Ranks, directory: Path, faulty: int, step: int | None) -> dict[str, Any]:
+def unreadable(
+    ranks: Ranks, directory: Path, faulty: int, step: int | None, slow: bool = False
+) -> dict[str, Any]:
     """One rank cannot read its data, for a step or (None) for the second evaluation."""
     val_loader = Unreadable(ranks, faulty if step is None else -1)
-    trainer = make_trainer(ranks, directory=directory, val_loader=val_loader)
+    trainer = make_trainer(ranks, directory=directory, val_loader=val_loader, slow=slow)
     loader = trainer.train_loader
     window_at = loader.window_at
     if ranks.rank == faulty and step is not None:
@@ -338,6 +360,7 @@ def unreadable(ranks: Ranks, directory: Path, faulty: int, step: int | None) -> 
         trainer.run()
     except DataError as error:
         said = str(error)
+    ranks.barrier()  # the writer has ended its save
     again = make_trainer(ranks, directory=directory, val_loader=Unreadable(ranks, -1))
     again.resume(directory / f"step-{trainer.state.iteration:08d}")
     evaluations = trainer.state.evaluations
@@ -424,6 +447,12 @@ def all_scenarios(ranks: Ranks, place: Path) -> Iterator[tuple[str, Any]]:
             yield f"{kind} fault on {rank}, rolled back", fault(ranks, directory, rank, inside)
     for part in ("learning rate", "moment", "weight"):
         yield f"{part} of one rank", part_of_one_rank(ranks, place / part, part)
+    for part in ("learning rate", "moment"):
+        name = f"{part} of one rank, slow saves"
+        yield name, part_of_one_rank(ranks, place / name.replace(" ", "-"), part, slow=True)
+    for step in (5, 6):
+        name = f"unreadable on 1 at {step}, slow saves"
+        yield name, unreadable(ranks, place / name.replace(" ", "-"), 1, step, slow=True)
     yield "veto", veto(ranks)
     for event in (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED):
         yield f"stop at {event.name}", stop(ranks, place / event.name, event)
@@ -598,6 +627,26 @@ def test_what_goes_wrong_on_one_rank_without_a_trace_in_the_loss_is_healed_on_bo
     assert first["incidents"] == second["incidents"] == [[noticed, "state"]]
     assert first["rollbacks"] == second["rollbacks"] == 1
     assert first["weights"] == second["weights"] == both[0]["whole"]["weights"]
+
+
+@pytest.mark.parametrize("part", ["learning rate", "moment"])
+def test_ranks_agree_on_the_way_back_at_every_moment_of_a_background_save(both, part):
+    first, second = (results[f"{part} of one rank, slow saves"] for results in both)
+    assert first == second
+    assert first["rollbacks"] == 1
+    assert first["weights"] == both[0]["whole"]["weights"]
+    # From the step after it was asked for, the save of step 4 counts.
+    assert [5, 4, 0] in first["answers"]
+    assert [4, 0, 0] in first["answers"]
+
+
+@pytest.mark.parametrize("step", [5, 6])
+def test_data_that_cannot_be_read_during_a_background_save_ends_both(both, step):
+    first, second = (results[f"unreadable on 1 at {step}, slow saves"] for results in both)
+    assert first == second
+    assert first["iteration"] == step - 1
+    for key in ("iteration", "weights", "finished", "saved"):
+        assert first["resumed"][key] == both[0]["evaluated"][key], key
 
 
 def test_a_veto_on_one_rank_holds_on_both(both):

@@ -93,13 +93,18 @@ def agree_on_directory(
     """Let the first rank choose, and every rank use its choice."""
     if ranks.alone:
         return run_directory.choose(config, resume, run_dir)
+    chosen: list[RunDirectory] = []
 
     def decide() -> list[str]:
-        chosen = run_directory.choose(config, resume, run_dir)
-        name = chosen.checkpoint.name if chosen.checkpoint else ""
-        return [str(chosen.path), str(chosen.checkpoints), name, chosen.note, chosen.finished]
+        directory = run_directory.choose(config, resume, run_dir)
+        chosen.append(directory)
+        name = directory.checkpoint.name if directory.checkpoint else ""
+        place = [str(directory.path), str(directory.checkpoints)]
+        return [*place, name, directory.note, directory.finished]
 
     path, checkpoints, name, note, finished = ranks.first_decides(decide)
+    if ranks.is_writer:
+        return chosen[0]  # with what it has read
     manifest = CheckpointStore(checkpoints).manifest(Path(checkpoints) / name) if name else None
     return RunDirectory(Path(path), Path(checkpoints), manifest, note, finished)
 
@@ -120,7 +125,7 @@ def _train(config: RunConfig, directory: RunDirectory, machine: Machine, again: 
             _announce(run)
         if directory.checkpoint is not None:
             tell_other_circumstances(directory.checkpoint, machine)
-            trainer.resume(directory.checkpoints / directory.checkpoint.name)
+            trainer.resume(directory.checkpoints / directory.checkpoint.name, directory.survey)
         trainer.run()
         if trainer.interrupted_by is not None and not trainer.finished:
             raise InterruptedRunError(

@@ -22,7 +22,7 @@ from fundamentallm.config.yaml.difference import (
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.names import numbered
 from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint
-from fundamentallm.inference.load import named_checkpoint
+from fundamentallm.training.checkpoint_catalogue import Survey
 from fundamentallm.training.decision import STOPPED_BY
 from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.snapshot import check_usable
@@ -39,6 +39,7 @@ class RunDirectory:
         path: the directory.
         checkpoints: where the run's checkpoints lie.
         checkpoint: what to go on from, None to begin.
+        survey: what was read of the checkpoints, None on a rank that has read none.
         note: what to tell the user about the choice; may be empty.
         finished: why the run there is complete; empty if it is not.
     """
@@ -48,6 +49,7 @@ class RunDirectory:
     checkpoint: Manifest | None = None
     note: str = ""
     finished: str = ""
+    survey: Survey | None = None
 
 
 def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory:
@@ -82,12 +84,15 @@ def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory
                 config.checkpoints_in(candidate),
                 note=note if candidate != base else "",
             )
-        newest = newest_checkpoint(config.checkpoints_in(candidate))
-        if newest is None or resume == "never":
+        if resume == "never":
+            continue
+        survey = survey_of(config.checkpoints_in(candidate))
+        newest = newest_checkpoint(survey)
+        if newest is None:
             continue
         differences = drift(newest, config)
         if not differences:
-            return _going_on(candidate, newest, config)
+            return _going_on(candidate, newest, survey)
         differing = differing or f"{candidate} has another configuration ({differences[0]})"
 
 
@@ -112,18 +117,23 @@ def as_written(manifest: Manifest) -> dict[str, Any]:
     return with_defaults(manifest.metadata.get("config_as_written", {}), RunConfig)
 
 
-def newest_checkpoint(checkpoints: Path) -> Manifest | None:
-    """Return the newest checkpoint of a run that is whole and finite.
+def survey_of(checkpoints: Path) -> Survey:
+    """Return a survey of a run's checkpoints; none of them is read yet."""
+    return Survey(CheckpointStore(checkpoints), check_usable)
+
+
+def newest_checkpoint(survey: Survey, pointer: str = "") -> Manifest | None:
+    """Return the checkpoint that a pointer names, else the newest that is whole and finite.
 
     Raises:
         CheckpointError: there are checkpoints, and none of them is.
     """
-    newest, faults = CheckpointStore(checkpoints).find_newest(check_usable)
-    if newest is None and faults:
+    newest = survey.newest(pointer)
+    if newest is None and survey.faults:
         raise CheckpointError(
             "no checkpoint here can be gone on from",
-            where=str(checkpoints),
-            got="\n            ".join(str(fault).splitlines()[0] for fault in faults),
+            where=str(survey.store.directory),
+            got="\n            ".join(str(f).splitlines()[0] for f in survey.faults.values()),
             fix="restore a copy, or start a fresh run with --resume never",
         )
     return newest
@@ -132,7 +142,8 @@ def newest_checkpoint(checkpoints: Path) -> Manifest | None:
 def _at(path: Path, config: RunConfig, resume: str) -> RunDirectory:
     if _is_free(path, config):
         return RunDirectory(path, config.checkpoints_in(path))
-    newest = newest_checkpoint(config.checkpoints_in(path))
+    survey = survey_of(config.checkpoints_in(path))
+    newest = newest_checkpoint(survey)
     if newest is None:
         raise CheckpointError(
             "the directory is not empty and holds no run",
@@ -146,18 +157,17 @@ def _at(path: Path, config: RunConfig, resume: str) -> RunDirectory:
             fix="choose a new directory with --run-dir, or leave out --resume never",
         )
     _refuse_drift(newest, config, path)
-    return _going_on(path, newest, config)
+    return _going_on(path, newest, survey)
 
 
 def _continue_at(path: Path, config: RunConfig, run_dir: Path | None) -> RunDirectory:
     named = RunOrCheckpoint.parse(path, config.checkpoints_in)
-    checkpoints = named.checkpoints
-    run = path if named.is_run else config.run_of(checkpoints)
-    chosen = named_checkpoint(named)
+    run = path if named.is_run else config.run_of(named.checkpoints)
+    survey = survey_of(named.checkpoints)
     manifest = (
-        newest_checkpoint(checkpoints)
-        if chosen is None
-        else CheckpointStore(checkpoints).verify(chosen)
+        survey.open(named.checkpoint)
+        if named.checkpoint
+        else newest_checkpoint(survey, named.pointer)
     )
     if manifest is None:
         raise CheckpointError("there is no checkpoint in this run", where=str(path))
@@ -173,7 +183,7 @@ def _continue_at(path: Path, config: RunConfig, run_dir: Path | None) -> RunDire
     has_more_to_do = _has_larger_budget(config, as_written(manifest)["training"])
     if has_more_to_do or finished.startswith(STOPPED_BY):
         finished = ""
-    return RunDirectory(run, checkpoints, manifest, _note(run, manifest), finished)
+    return RunDirectory(run, named.checkpoints, manifest, _note(run, manifest), finished, survey)
 
 
 def _has_larger_budget(config: RunConfig, saved: Mapping[str, Any]) -> bool:
@@ -192,10 +202,10 @@ def _refuse_drift(manifest: Manifest, config: RunConfig, path: Path) -> None:
         )
 
 
-def _going_on(path: Path, newest: Manifest, config: RunConfig) -> RunDirectory:
+def _going_on(path: Path, newest: Manifest, survey: Survey) -> RunDirectory:
     finished = str(newest.metadata.get("finished", ""))
-    checkpoints = config.checkpoints_in(path)
-    return RunDirectory(path, checkpoints, newest, _note(path, newest), finished)
+    note = _note(path, newest)
+    return RunDirectory(path, survey.store.directory, newest, note, finished, survey)
 
 
 def _note(path: Path, manifest: Manifest) -> str:

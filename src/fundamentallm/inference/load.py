@@ -107,8 +107,7 @@ def load_trained(path: Path, device: torch.device) -> Trained:
     """
     checkpoint = find_checkpoint(path)
     store = CheckpointStore(checkpoint.parent)
-    manifest = store.verify(checkpoint)
-    state = store.read(checkpoint)
+    manifest, state = store.load(checkpoint)
     try:
         config = RunConfig.model_validate(manifest.metadata["config"])
         tokenizer = tokenizer_from_dict(manifest.metadata["tokenizer"])

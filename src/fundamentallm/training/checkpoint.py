@@ -313,9 +313,8 @@ def _read(path: Path) -> dict[str, Any]:
             raise CheckpointError("this is neither a checkpoint nor a pointer", where=str(path))
         path = target
     path = path.resolve()  # a link that the caller names is the caller's wish
-    store = CheckpointStore(path.parent)
-    tree = store.read(path)
-    tree.setdefault("step", store.manifest(path).step)
+    manifest, tree = CheckpointStore(path.parent).load(path)
+    tree.setdefault("step", manifest.step)
     return tree
 
 

@@ -33,6 +33,7 @@ from fundamentallm.data.loaders import as_window_loader, batch_shape_of
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.buffers import StateBuffers
+from fundamentallm.training.checkpoint_catalogue import Survey
 from fundamentallm.training.decision import (
     GO_ON,
     ROLL_BACK,
@@ -72,11 +73,13 @@ class RestorePoint(Protocol):
     def restore_before(self, trainer: TrainingLoop, before: int | None = None) -> None:
         """Load that state into the trainer."""
 
-    def weights_before(self, before: int | None = None) -> Mapping[str, Tensor] | None:
-        """Return that state's model, None if there is none."""
+    def weights_before(
+        self, trainer: TrainingLoop, before: int | None = None
+    ) -> Mapping[str, Tensor] | None:
+        """Return that state's model, None if there is none; every rank must call it."""
 
-    def restore(self, trainer: TrainingLoop, path: Path) -> None:
-        """Load the state at `path` into the trainer."""
+    def restore(self, trainer: TrainingLoop, path: Path, survey: Survey | None = None) -> None:
+        """Load the state at `path` into the trainer; `survey` has read it already."""
 
 
 class TrainingLoop(Dispatcher):
@@ -590,7 +593,11 @@ class TrainingLoop(Dispatcher):
         return self.restore_point.step_to_restore(before) if self.restore_point else None
 
     def weights_before(self, before: int | None = None) -> Mapping[str, Tensor] | None:
-        """Return that state's model, None if there is none."""
+        """Return the model's state in the newest checkpoint that is at most `before`, or None.
+
+        Every rank must call it.
+        """
+        return self.restore_point.weights_before(self, before) if self.restore_point else None
 
     @property
     def finished(self) -> str:

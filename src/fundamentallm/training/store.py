@@ -178,13 +178,30 @@ class CheckpointStore:
         check_hashes(self.filesystem, location, manifest)
         return manifest
 
-    def read(self, path: str | Path) -> dict[str, Any]:
-        """Return the saved tree, with tensors on the CPU, after every byte of it is verified.
+    def load(self, path: str | Path) -> tuple[Manifest, dict[str, Any]]:
+        """Return a checkpoint's manifest and its tree, read once and verified to the last byte.
 
         Raises:
             CheckpointError: as `verify`; nothing is returned of a checkpoint that is not whole.
         """
-        return read_checkpoint(self.filesystem, *self._located(Path(path)))
+        location, manifest = self._located(Path(path))
+        return manifest, read_checkpoint(self.filesystem, location, manifest)
+
+    def read(self, path: str | Path) -> dict[str, Any]:
+        """Return the saved tree, with tensors on the CPU, after every byte of it is verified.
+
+        Raises:
+            CheckpointError: as `load`.
+        """
+        return self.load(path)[1]
+
+    def trust(self, manifest: Manifest) -> None:
+        """Take a checkpoint for whole while it has this manifest: its hashes were just checked."""
+        self._known_whole[manifest.name] = manifest.hash
+
+    def known_hash(self, name: str) -> str:
+        """Return the manifest's hash of a checkpoint that this object saw whole, else ""."""
+        return self._known_whole.get(name, "")
 
     def manifest(self, path: str | Path) -> Manifest:
         """Return a checkpoint's manifest, checking names and sizes of its files, not their hashes.
@@ -236,37 +253,12 @@ class CheckpointStore:
         Args:
             check: raises CheckpointError for a whole state that is of no use.
         """
-        return self.find_newest(check)[0]
-
-    def usable(self, check: Check = no_check) -> Iterator[Manifest]:
-        """Yield the manifests of the checkpoints that can be gone on from, newest first."""
         for name in self.step_names():
             with contextlib.suppress(CheckpointError):
-                yield self._usable(name, check)
-
-    def find_newest(
-        self, check: Check = no_check
-    ) -> tuple[Manifest | None, Sequence[CheckpointError]]:
-        """Find the newest checkpoint that can be gone on from.
-
-        Args:
-            check: raises CheckpointError for a whole state that is of no use.
-
-        Returns:
-            Its manifest, None if there is none, and what is wrong with each newer one.
-        """
-        passed_over: list[CheckpointError] = []
-        for name in self.step_names():
-            try:
-                return self._usable(name, check), passed_over
-            except CheckpointError as error:
-                passed_over.append(error)
-        return None, passed_over
-
-    def _usable(self, name: str, check: Check) -> Manifest:
-        path = self.directory / name
-        check(self.read(path), str(path))
-        return self.manifest(path)
+                manifest, state = self.load(self.directory / name)
+                check(state, str(self.directory / name))
+                return manifest
+        return None
 
     def _located(self, path: Path) -> tuple[Path, Manifest]:
         """Return where the checkpoint called `path` lies now, and its manifest.
@@ -391,26 +383,13 @@ class CheckpointStore:
         self._move(later, self.directory / SUPERSEDED)
         return later
 
-    def quarantine(self, check: Check = no_check) -> Sequence[CheckpointError]:
-        """Move every checkpoint that is damaged or of no use to `corrupt/`.
-
-        Args:
-            check: as for `newest`.
-
-        Returns:
-            What is wrong with each of them.
+    def quarantine(self, names: Iterable[str]) -> None:
+        """Move checkpoints that are damaged or of no use to `corrupt/`.
 
         Raises:
             CheckpointError: the disk refuses.
         """
-        faults = []
-        for name in self.step_names():
-            try:
-                self._usable(name, check)
-            except CheckpointError as error:
-                faults.append(error)
-                self._move([name], self.directory / CORRUPT)
-        return faults
+        self._move(names, self.directory / CORRUPT)
 
     def _move(self, names: Iterable[str], place: Path) -> None:
         with saving_to(place):

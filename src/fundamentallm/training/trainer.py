@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config.training import TrainingConfig
+from fundamentallm.training.checkpoint_catalogue import Survey
 from fundamentallm.training.dispatch import timeline
 from fundamentallm.training.handlers.base import Handler
 from fundamentallm.training.handlers.defaults import default_handlers
@@ -105,13 +106,14 @@ class Trainer(TrainingLoop):
         self.run()
         return self.history
 
-    def resume(self, path: str | Path) -> None:
+    def resume(self, path: str | Path, survey: Survey | None = None) -> None:
         """Stand where a checkpoint left off; `train` then goes on from its step.
 
         Attach handlers first: those with state take theirs back.
 
         Args:
             path: a checkpoint directory; new checkpoints go beside it.
+            survey: what was read of the directory that it lies in; None reads it.
 
         Raises:
             CheckpointError: it is damaged, or of another model, optimizer or data.
@@ -122,7 +124,7 @@ class Trainer(TrainingLoop):
         self.attach_defaults()
         if self.restore_point is None:
             raise ValueError("a handler switched checkpoints off: there is nothing to resume with")
-        self.restore_point.restore(self, path)
+        self.restore_point.restore(self, path, survey)
 
     def train_epoch(self) -> float:
         """Train to the end of the current epoch; return its mean loss in nats per token."""

@@ -33,6 +33,12 @@ class HeldFilesystem(Filesystem):
         self.gate = threading.Event()
         self.reached = threading.Event()
         self.committed: list[str] = []
+        self.fails = False
+
+    def sync(self, file: FileIO) -> None:
+        if self.fails and self.held in str(file.name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().sync(file)
 
     def create(self, path: Path) -> FileIO:
         if self.held in str(path):
@@ -297,3 +303,27 @@ def test_a_rollback_waits_for_the_save_under_way(tmp_path):
     trainer.train()
     assert went_to == [6]
     assert trainer.state.iteration == 12
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_counts_from_when_it_was_asked_for_until_it_has_failed(tmp_path, fails):
+    """However fast the disk is, the same question has the same answer at the same step."""
+    filesystem = HeldFilesystem(6)
+    checkpointing = saving_on(filesystem, tmp_path, on_error="continue")
+    trainer = make_trainer(checkpointing)
+    answers = {}
+
+    def open_the_gate() -> None:
+        filesystem.fails = fails
+        filesystem.gate.set()
+        checkpointing._background.join()
+
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=9), open_the_gate)
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_METRICS_READY,
+        lambda engine: answers.update({engine.state.iteration: engine.restore_step()}),
+    )
+    trainer.train()
+    assert {step: answers[step] for step in (6, 7, 8, 9, 10)} == {
+        **{6: 3, 7: 6, 8: 6, 9: 3 if fails else 6, 10: 9}
+    }

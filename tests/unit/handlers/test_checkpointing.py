@@ -233,5 +233,5 @@ def test_the_way_back_passes_a_damaged_checkpoint_over(tmp_path):
     for path in (tmp_path / "step-00000006").iterdir():
         if path.suffix != ".json":
             path.write_bytes(path.read_bytes()[:-1] + b"\x00")
-    fresh = Checkpointing(tmp_path)
-    assert fresh.step_to_restore() == 4
+    handler.restore_before(trainer)
+    assert trainer.state.iteration == handler.step_to_restore() == 4

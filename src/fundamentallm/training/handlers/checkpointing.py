@@ -6,31 +6,27 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ignite.engine import Events
 from ignite.handlers import Checkpoint
-from ignite.handlers.checkpoint import BaseSaveHandler
 from torch import Tensor
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.run_layout import BEST, CORRUPT, LAST, SUPERSEDED
 from fundamentallm.training import snapshot
+from fundamentallm.training.checkpoint_catalogue import FOR_A_STOP, Catalogue, Entry, Survey
 from fundamentallm.training.finite import DamagedStateError, bit_sum
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
-from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.state_tree import Stateful, copied
-from fundamentallm.training.store import CheckpointStore, step_name
+from fundamentallm.training.store import STEP_NAME, CheckpointStore, step_name, step_of
 
 logger = logging.getLogger(__name__)
-
-
-FOR_A_STOP = "for_a_stop"  # in the metadata of a checkpoint that no schedule asked for
 
 
 def negative_val_loss(trainer: TrainingLoop) -> float | None:
@@ -41,42 +37,28 @@ def negative_val_loss(trainer: TrainingLoop) -> float | None:
     return -float(loss)
 
 
-class StoreSaver(BaseSaveHandler):
-    """A `CheckpointStore` as Ignite's save handler."""
-
-    def __init__(self, store: CheckpointStore) -> None:
-        self.store = store
-
-    def __call__(
-        self,
-        checkpoint: Mapping[str, Any],
-        filename: str,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Commit a state under a step's name, durably."""
-        step = int(filename.removeprefix("step-"))
-        self.store.write(filename, checkpoint, metadata, step=step)
-
-    def remove(self, filename: str) -> None:
-        """Delete a checkpoint."""
-        self.store.retire([filename])
-
-
 class BackgroundSave:
     """One save, in this thread or in one of its own, and how it ended.
 
     Args:
-        step: the step that is saved.
+        entry: what the catalogue says of it while it is being written.
+        replaced: what the catalogue said of its step before, and says again if the save fails.
         best_before: best score and step that hold again if the save fails.
 
     Attributes:
         committed: whether the checkpoint is on the disk; what fails after that loses nothing.
+        pruned: the names of the checkpoints that were deleted for it.
     """
 
-    def __init__(self, step: int, best_before: tuple[float, int | None]) -> None:
-        self.step = step
+    def __init__(
+        self, entry: Entry, replaced: Entry | None, best_before: tuple[float, int | None]
+    ) -> None:
+        self.step, self.name = entry.step, entry.name
+        self.entry = entry
+        self.replaced = replaced
         self.best_before = best_before
         self.committed = False
+        self.pruned: Sequence[str] = ()
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
 
@@ -111,6 +93,11 @@ class BackgroundSave:
         self.join()
         return self._failure
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing was committed, once it has ended."""
+        return self.wait() is not None and not self.committed
+
 
 @HANDLERS.register("checkpointing")
 class Checkpointing(Checkpoint):
@@ -120,6 +107,10 @@ class Checkpointing(Checkpoint):
     the new checkpoint is committed, never counts a score that is not finite, and holds no pickle
     (ignite#1117, #1008, #1986 tell what its own saver loses). `best` and `last` are pointer files
     beside the checkpoints; a checkpoint that any such file names is never deleted.
+
+    A save counts for every rank from the moment that all of them have asked for it; if it fails,
+    all of them take it back at the same moment. So no question about the way back depends on how
+    fast a disk is, or on the rank that asks.
 
     Args:
         checkpoint_dir: the directory of the checkpoints.
@@ -134,6 +125,9 @@ class Checkpointing(Checkpoint):
             always written before training ends.
         on_error: "stop" ends the run where a save fails, "continue" says so and trains on. Earlier
             checkpoints stay whole either way.
+
+    Attributes:
+        catalogue: the checkpoints that training can go on from.
     """
 
     def __init__(
@@ -154,7 +148,7 @@ class Checkpointing(Checkpoint):
         self.store = CheckpointStore(checkpoint_dir)
         super().__init__(
             to_save=dict(to_save or {}),
-            save_handler=StoreSaver(self.store),
+            save_handler=self.store.write,
             n_saved=n_saved,
         )
         self.score = score_function or negative_val_loss
@@ -163,6 +157,7 @@ class Checkpointing(Checkpoint):
         self.on_error = on_error
         self.best_score = -math.inf
         self.best_step: int | None = None
+        self.catalogue = Catalogue()
         self._is_ours = False
         self._background: BackgroundSave | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -196,7 +191,9 @@ class Checkpointing(Checkpoint):
             self.best_score, self.best_step = score, step
         state = snapshot.capture(trainer)
         state["objects"] = {name: thing.state_dict() for name, thing in self.to_save.items()}
-        save = self._background = BackgroundSave(step, before)
+        entry = Entry(step, "", trainer.run_id, trainer.saving_for_a_stop)
+        save = self._background = BackgroundSave(entry, self.catalogue.get(step), before)
+        self.catalogue = self.catalogue.including(entry)
         if (damage := self._damage_somewhere(trainer, state)) is not None:
             save.fail(damage)
             self._finish_background(trainer)
@@ -251,9 +248,9 @@ class Checkpointing(Checkpoint):
         }
 
     def _save(self, save: BackgroundSave, state: dict[str, Any], metadata: dict[str, Any]) -> None:
-        step, name = save.step, step_name(save.step)
+        step, passing = save.step, self.catalogue.names(for_a_stop=True)
         snapshot.check_usable(state, f"step {step}")
-        self.save_handler(state, name, metadata)
+        self.store.write(save.name, state, metadata, step=step)
         save.committed = True
         self._point_at(step)
         if self.best_step == step:
@@ -261,19 +258,10 @@ class Checkpointing(Checkpoint):
         else:
             logger.debug("step %d: saved", step)
         assert self.n_saved is not None
-        self.store.prune(self.n_saved, self._best_name(), self._for_stops())
+        save.pruned = self.store.prune(self.n_saved, self._best_name(), passing)
 
     def _best_name(self) -> set[str]:
         return {step_name(self.best_step)} if self.best_step is not None else set()
-
-    def _for_stops(self) -> set[str]:
-        """Return the checkpoints that only a stop asked for."""
-        found = set()
-        for name in self.store.step_names():
-            with suppress(CheckpointError):
-                if self.store.manifest(self.store.directory / name).metadata.get(FOR_A_STOP):
-                    found.add(name)
-        return found
 
     def _point_at(self, step: int) -> None:
         """Let the pointers say what this object knows, whatever a crash has left them saying."""
@@ -298,11 +286,18 @@ class Checkpointing(Checkpoint):
         failure = save.wait()
         lost, trouble, damaged = trainer.ranks.sum_counts(
             [
-                failure is not None and not save.committed,
+                save.is_lost,
                 failure is not None,
                 isinstance(failure, DamagedStateError),
             ]
         )
+        self.catalogue = self.catalogue.without([save.name, *save.pruned])
+        entry = (
+            save.replaced if lost else replace(save.entry, hash=self.store.known_hash(save.name))
+        )
+        if entry is not None:
+            self.catalogue = self.catalogue.including(entry)
+        self._tell_catalogue(trainer)
         if trouble:
             if lost:
                 self.best_score, self.best_step = save.best_before
@@ -327,103 +322,161 @@ class Checkpointing(Checkpoint):
 
     # ------------------------------------------------------------------ whose directory it is
 
-    def _take_over(self, trainer: TrainingLoop) -> None:
+    def _take_over(self, trainer: TrainingLoop, survey: Survey | None = None) -> None:
         """Before the first save: never mix two runs in one directory, and clean up after a crash.
+
+        Args:
+            trainer: of the run.
+            survey: what was read of the directory already.
 
         Raises:
             CheckpointError: it holds another run's checkpoints.
         """
         if self._is_ours:
             return
-        newest = self.newest()
-        if newest is not None and newest.metadata.get("run_id") != trainer.run_id:
-            raise CheckpointError(
-                "the checkpoints here belong to another run",
-                where=str(self.store.directory),
-                fix="choose another checkpoint directory, or continue that run with"
-                " trainer.resume(path)",
+        survey = survey or Survey(self.store, snapshot.check_usable)
+
+        def look_over() -> None:
+            for manifest in survey.manifests():
+                self.store.trust(manifest)
+            self.catalogue = Catalogue.of(map(Entry.of, survey.usable.values()))
+            newest = self.catalogue.newest
+            if newest is not None and newest.run_id != trainer.run_id:
+                raise CheckpointError(
+                    "the checkpoints here belong to another run",
+                    where=str(self.store.directory),
+                    fix="choose another checkpoint directory, or continue that run with"
+                    " trainer.resume(path)",
+                )
+            if self.store.directory.exists():
+                self.store.recover()  # what a killed process left half done
+            self._set_aside(
+                {name: survey.faults[name] for name in survey.faults if self.store.holds(name)}
             )
-        if trainer.ranks.is_writer and self.store.directory.exists():
-            self.store.recover()  # what a killed process left half done
-            for fault in self.store.quarantine(snapshot.check_usable):
-                logger.warning("moved to %s: %s", self.store.directory / CORRUPT, fault)
-        trainer.ranks.barrier()
+
+        trainer.ranks.first_decides(look_over)
+        self._tell_catalogue(trainer)
         self._is_ours = True
+
+    def _set_aside(self, faults: Mapping[str, CheckpointError]) -> None:
+        """Move damaged checkpoints out of the way; say what is wrong with each."""
+        for name in sorted(filter(STEP_NAME.fullmatch, faults), key=step_of, reverse=True):
+            self.store.quarantine([name])
+            logger.warning("moved to %s: %s", self.store.directory / CORRUPT, faults[name])
+
+    def _tell_catalogue(self, trainer: TrainingLoop) -> None:
+        told = trainer.ranks.first_decides(self.catalogue.to_json)
+        self.catalogue = Catalogue.from_json(told)
 
     @property
     def last_checkpoint(self) -> Path | None:
         """The path of the newest checkpoint, None before the first."""
-        newest = self.newest()
+        newest = self.catalogue.newest
         return self.store.directory / newest.name if newest is not None else None
 
     # ------------------------------------------------------------------ the way back
 
-    def newest(self) -> Manifest | None:
-        """Return the manifest of the newest checkpoint that training can go on from."""
-        return self.store.newest(snapshot.check_usable)
-
     def step_to_restore(self, before: int | None = None) -> int | None:
         """Return the step of the newest checkpoint that is at most `before`, else of the oldest."""
-        found = self._to_restore(before)
+        found = self._to_restore(self.catalogue, before)
         return found.step if found is not None else None
 
     def restore_before(self, trainer: TrainingLoop, before: int | None = None) -> None:
-        """Load that checkpoint into the trainer."""
+        """Load that checkpoint into the trainer; of damaged ones, the next older one.
+
+        Raises:
+            CheckpointError: there is none, or it is of another run.
+        """
         self._finish_background(trainer)
-        found = self._to_restore(before)
-        assert found is not None
-        self.restore(trainer, self.store.directory / found.name)
+        for entry, state, fault in self._readings(trainer, before):
+            if fault is None:
+                self._load(trainer, state, self.store.directory / entry.name)
+                self._leave_later_ones(trainer)
+                return
+            trainer.ranks.first_decides(functools.partial(self._set_aside, {entry.name: fault}))
+            self.catalogue = self.catalogue.without([entry.name])
+        raise CheckpointError(
+            "there is no checkpoint left to go back to", where=str(self.store.directory)
+        )
 
-    def weights_before(self, before: int | None = None) -> Mapping[str, Tensor] | None:
+    def weights_before(
+        self, trainer: TrainingLoop, before: int | None = None
+    ) -> Mapping[str, Tensor] | None:
         """Return the model's state in the newest checkpoint that is at most `before`, or None."""
-        found = self._to_restore(before)
-        if found is None or (before is not None and found.step > before):
-            return None
-        model: Mapping[str, Tensor] = self.store.read(self.store.directory / found.name)["model"]
-        return model
-
-    def _to_restore(self, before: int | None) -> Manifest | None:
-        if self._background is not None:
-            self._background.join()
-        # A run that was stopped on its way must go back to where one that never was would go: not
-        # to what a stop alone has left, nor to what a kill has kept from being pruned.
-        best, num_scheduled = self._best_name(), 0
-        oldest = only_for_a_stop = None
-        assert self.n_saved is not None
-        for manifest in self.store.usable(snapshot.check_usable):
-            if manifest.metadata.get(FOR_A_STOP):
-                only_for_a_stop = only_for_a_stop or manifest
-                continue
-            num_scheduled += 1
-            if num_scheduled > self.n_saved and manifest.name not in best:
-                continue
-            oldest = manifest
-            if before is None or manifest.step <= before:
+        for entry, state, fault in self._readings(trainer, before):
+            if before is not None and entry.step > before:
                 break
-        return oldest or only_for_a_stop
+            if fault is None:
+                model: Mapping[str, Tensor] = state["model"]
+                return model
+        return None
 
-    def restore(self, trainer: TrainingLoop, path: Path) -> None:
+    def _to_restore(self, catalogue: Catalogue, before: int | None) -> Entry | None:
+        assert self.n_saved is not None
+        return catalogue.to_restore(before, self.n_saved, self.best_step)
+
+    def _readings(
+        self, trainer: TrainingLoop, before: int | None
+    ) -> Iterator[tuple[Entry, dict[str, Any], CheckpointError | None]]:
+        """Read the checkpoint to restore, then the next older one, and so on, on every rank.
+
+        Yields:
+            The entry, the state, and what is wrong with it on this or on another rank.
+        """
+        catalogue, save = self.catalogue, self._background
+        if save is not None and trainer.ranks.any(save.is_lost):  # or wait until it is written
+            catalogue = catalogue.without([save.name])
+        while (entry := self._to_restore(catalogue, before)) is not None:
+            path = self.store.directory / entry.name
+            state: dict[str, Any] = {}
+            fault: CheckpointError | None = None
+            try:
+                manifest, state = self.store.load(path)
+                if manifest.hash != entry.hash and entry.hash:
+                    raise CheckpointError(
+                        "another checkpoint lies here than the run has saved", where=str(path)
+                    )
+            except CheckpointError as error:
+                fault = error
+            if trainer.ranks.any(fault is not None):
+                fault = fault or CheckpointError("another rank cannot read it", where=str(path))
+            yield entry, state, fault
+            catalogue = catalogue.without([entry.name])
+
+    def restore(self, trainer: TrainingLoop, path: Path, survey: Survey | None = None) -> None:
         """Load a checkpoint into the trainer; later ones of its run are set aside.
+
+        Args:
+            trainer: of the run.
+            path: the checkpoint.
+            survey: what was read of its directory already.
 
         Raises:
             CheckpointError: it is damaged or of another run; nothing was changed.
         """
-        state = self.store.read(path)
+        survey = survey or Survey(
+            CheckpointStore(path.parent, self.store.filesystem), snapshot.check_usable
+        )
+        self._load(trainer, survey.take(path.name), path)
+        if path.parent.resolve() == self.store.directory.resolve():
+            self._is_ours = False
+            self._take_over(trainer, survey)
+            self._leave_later_ones(trainer)
+
+    def _load(self, trainer: TrainingLoop, state: Mapping[str, Any], path: Path) -> None:
         snapshot.restore(trainer, state)
         for name, thing in self.to_save.items():
             thing.load_state_dict(state["objects"][name])
         trainer.state.last_checkpoint = path
-        if path.parent.resolve() == self.store.directory.resolve():
-            self._is_ours = False  # not before it was looked over once more
-            self._take_over(trainer)
-            self._leave_later_ones(trainer)
 
     def _leave_later_ones(self, trainer: TrainingLoop) -> None:
         """Make the restored state the newest, and the best what is best among those left."""
         step = trainer.state.iteration
-        if self.best_step is not None and not self.store.holds(step_name(self.best_step)):
+        self.catalogue = self.catalogue.until(step)
+        if self.catalogue.get(self.best_step) is None:
             self.best_score, self.best_step = -math.inf, None
-        if trainer.ranks.is_writer:
+
+        def set_later_ones_aside() -> None:
             superseded = self.store.supersede(step)
             self._point_at(step)
             if superseded:
@@ -433,7 +486,8 @@ class Checkpointing(Checkpoint):
                     ", ".join(superseded),
                     self.store.directory / SUPERSEDED,
                 )
-        trainer.ranks.barrier()
+
+        trainer.ranks.first_decides(set_later_ones_aside)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Return the best score and its step."""

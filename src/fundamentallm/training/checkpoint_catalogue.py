@@ -1,0 +1,191 @@
+"""What a run knows of its checkpoints, so that no question about them reads one.
+
+When a run starts, a `Survey` reads and hashes each checkpoint once. From then on the rank that
+writes keeps a `Catalogue` in memory and tells it to the others whenever a save has ended, so every
+rank gives the same answer at every moment.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+from fundamentallm.errors import CheckpointError
+from fundamentallm.training.manifest import Manifest
+from fundamentallm.training.store import Check, CheckpointStore, no_check, step_name
+
+FOR_A_STOP = "for_a_stop"  # in the metadata of a checkpoint that no schedule asked for
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint that training can go on from.
+
+    Attributes:
+        step: the optimizer step of its state.
+        hash: its manifest's; empty while it is being written.
+        run_id: of the run that saved it.
+        for_a_stop: whether only a stop asked for it, and no schedule.
+    """
+
+    step: int
+    hash: str
+    run_id: str | None
+    for_a_stop: bool
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Entry:
+        """Return the entry of a checkpoint that was read."""
+        metadata = manifest.metadata
+        return cls(
+            manifest.step, manifest.hash, metadata.get("run_id"), bool(metadata.get(FOR_A_STOP))
+        )
+
+    @property
+    def name(self) -> str:
+        """The name of its directory."""
+        return step_name(self.step)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The checkpoints that training can go on from, newest first."""
+
+    entries: tuple[Entry, ...] = ()
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> Catalogue:
+        """Sort entries into a catalogue."""
+        return cls(tuple(sorted(entries, key=lambda entry: entry.step, reverse=True)))
+
+    @classmethod
+    def from_json(cls, text: str) -> Catalogue:
+        """Return what another rank has told with `to_json`."""
+        return cls(tuple(Entry(*fields) for fields in json.loads(text)))
+
+    def to_json(self) -> str:
+        """Return the catalogue as text."""
+        return json.dumps([astuple(entry) for entry in self.entries])
+
+    @property
+    def newest(self) -> Entry | None:
+        """The entry of the highest step."""
+        return self.entries[0] if self.entries else None
+
+    def get(self, step: int | None) -> Entry | None:
+        """Return the entry of a step, None if there is none."""
+        return next((entry for entry in self.entries if entry.step == step), None)
+
+    def names(self, *, for_a_stop: bool) -> set[str]:
+        """Return the names of those that only a stop asked for, or of the others."""
+        return {entry.name for entry in self.entries if entry.for_a_stop is for_a_stop}
+
+    def including(self, entry: Entry) -> Catalogue:
+        """Return the catalogue with one more entry, in place of that of the same step."""
+        return Catalogue.of((entry, *self.without([entry.name]).entries))
+
+    def without(self, names: Collection[str]) -> Catalogue:
+        """Return the catalogue without some checkpoints."""
+        return replace(self, entries=tuple(e for e in self.entries if e.name not in names))
+
+    def until(self, step: int) -> Catalogue:
+        """Return the catalogue without the checkpoints of later steps."""
+        return replace(self, entries=tuple(e for e in self.entries if e.step <= step))
+
+    def to_restore(self, before: int | None, n_saved: int, best_step: int | None) -> Entry | None:
+        """Return the newest checkpoint that is at most `before`, else the oldest.
+
+        A run that was stopped on its way must go back to where one that never was would go. So a
+        checkpoint that only a stop asked for counts only where there is no other, and one that a
+        kill has kept from being pruned does not count.
+
+        Args:
+            before: a step; None for the newest of all.
+            n_saved: how many of the newest are kept, besides the best.
+            best_step: the step of the best, None if there is none.
+        """
+        scheduled = [entry for entry in self.entries if not entry.for_a_stop]
+        kept = [e for n, e in enumerate(scheduled) if n < n_saved or e.step == best_step]
+        early_enough = (entry for entry in kept if before is None or entry.step <= before)
+        return next(early_enough, kept[-1] if kept else self.newest)
+
+
+class Survey:
+    """Reads each checkpoint of a store once: some of them when they are asked for, then the rest.
+
+    The state that was asked for last is held until it is taken, so that whoever chooses what to go
+    on from has read it for whoever loads it.
+
+    Args:
+        store: where the checkpoints lie; nothing there is changed.
+        check: raises CheckpointError for a whole state that is of no use.
+
+    Attributes:
+        usable: the manifests of those that training can go on from, by name.
+        faults: what is wrong with the others, by name.
+    """
+
+    def __init__(self, store: CheckpointStore, check: Check = no_check) -> None:
+        self.store = store
+        self.usable: dict[str, Manifest] = {}
+        self.faults: dict[str, CheckpointError] = {}
+        self._check = check
+        self._held: tuple[str, dict[str, Any]] | None = None
+
+    def newest(self, pointer: str = "") -> Manifest | None:
+        """Return the manifest of the newest usable checkpoint; hold its state.
+
+        It reads from the newest on until one is usable.
+
+        Args:
+            pointer: a pointer file; the checkpoint that it names comes first.
+        """
+        pointed = self.store.pointed(pointer) if pointer else None
+        for name in [*filter(None, [pointed]), *self.store.step_names()]:
+            if self._is_usable(name, hold=True):
+                return self.usable[name]
+        return None
+
+    def open(self, name: str) -> Manifest:
+        """Return the manifest of a checkpoint; hold its state.
+
+        Raises:
+            CheckpointError: it is damaged or of no use.
+        """
+        if not self._is_usable(name, hold=True):
+            raise self.faults[name]
+        return self.usable[name]
+
+    def take(self, name: str) -> dict[str, Any]:
+        """Return the state of a checkpoint, and hold it no longer.
+
+        Raises:
+            CheckpointError: it is damaged or of no use.
+        """
+        self.open(name)
+        held, self._held = self._held, None
+        if held is not None and held[0] == name:
+            return held[1]
+        return self.store.read(self.store.directory / name)
+
+    def manifests(self) -> Iterator[Manifest]:
+        """Read the checkpoints that nobody asked for; yield the manifests of all usable ones."""
+        for name in self.store.step_names():
+            if self._is_usable(name, hold=False):
+                yield self.usable[name]
+
+    def _is_usable(self, name: str, hold: bool) -> bool:
+        if name not in self.usable and name not in self.faults:
+            path = self.store.directory / name
+            try:
+                manifest, state = self.store.load(path)
+                self._check(state, str(path))
+            except CheckpointError as error:
+                self.faults[name] = error
+            else:
+                self.usable[name] = manifest
+                if hold:
+                    self._held = name, state
+        return name in self.usable
