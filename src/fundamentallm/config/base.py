@@ -14,6 +14,7 @@ from fundamentallm.config.component import Component
 from fundamentallm.config.yaml.problems import to_config_error
 from fundamentallm.config.yaml.source import FLOAT, YamlDocument, parse_yaml, read_yaml
 from fundamentallm.errors import MachineError
+from fundamentallm.files.private import narrow
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,7 +83,8 @@ class BaseConfig(BaseModel):
         text = dump_yaml(self.to_dict())
         if path is not None:
             try:
-                Path(path).write_text(text, encoding="utf-8")
+                with open(path, "w", encoding="utf-8", opener=narrow) as file:
+                    file.write(text)
             except OSError as error:
                 raise MachineError(
                     f"the configuration cannot be written: {error.strerror or error}",

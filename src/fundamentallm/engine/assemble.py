@@ -35,6 +35,8 @@ from fundamentallm.engine.tuning.auto import choose_auto
 from fundamentallm.engine.tuning.fit import refuse_what_cannot_fit
 from fundamentallm.engine.wiring.conflicts import settle_kept_checkpoints, unread_settings
 from fundamentallm.errors import ConfigError, DataError, MachineError
+from fundamentallm.files.filesystem import Filesystem, replace_file
+from fundamentallm.files.private import check_file
 from fundamentallm.files.run_layout import CORPUS
 from fundamentallm.models.build import build_model, check_model, uses_attention
 from fundamentallm.models.native.library import find_compiler, load_library
@@ -302,6 +304,7 @@ def read_run_source(data: DataConfig, run: Path) -> Source:
         DataError: as `read_source`.
     """
     copy = run / CORPUS
+    check_file(copy, writing=False)
     return read_source(
         str(copy) if copy.exists() else data.chosen_sources,
         kept=run,
@@ -497,4 +500,4 @@ def keep_texts(run: Run) -> None:
     for name, text in run.source.kept_texts().items():
         path = run.directory.path / name
         if not path.exists():
-            path.write_text(text, encoding="utf-8", newline="")
+            replace_file(Filesystem(), path, [text.encode()])

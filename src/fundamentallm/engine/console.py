@@ -6,7 +6,10 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
+
+from fundamentallm.files.private import open_to_append
 
 ROOT = "fundamentallm"
 
@@ -57,11 +60,12 @@ def speaking(quiet: bool = False) -> Iterator[None]:
 def logging_to(path: Path) -> Iterator[None]:
     """Send the package's log lines to a file as well, with their times."""
     try:
-        handler = logging.FileHandler(path, encoding="utf-8")
+        file = TextIOWrapper(BufferedWriter(open_to_append(path)), "utf-8")
     except OSError as error:
         logging.getLogger(ROOT).warning("log.txt cannot be written, the run goes on: %s", error)
         yield
         return
+    handler = logging.StreamHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     # A disk that fills up must not end the run by way of its log.
     handler.handleError = lambda record: None  # type: ignore[method-assign]
@@ -72,7 +76,7 @@ def logging_to(path: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         with contextlib.suppress(OSError):
-            handler.close()
+            file.close()
 
 
 def printable(text: str) -> str:

@@ -21,7 +21,9 @@ from fundamentallm.engine.exactness import refuse_other_versions, tell_other_cir
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.run_directory import RunDirectory
 from fundamentallm.errors import DataError, InterruptedRunError, MachineError
+from fundamentallm.files.filesystem import Filesystem, replace_file
 from fundamentallm.files.lock import owning, refuse_if_owned
+from fundamentallm.files.private import make_directory, open_to_read
 from fundamentallm.files.run_layout import BEST, CONFIG, LOG, SAMPLES, TENSORBOARD
 from fundamentallm.training.decision import STOPPED_BY
 from fundamentallm.training.store import CheckpointStore
@@ -115,9 +117,11 @@ def _train(config: RunConfig, directory: RunDirectory, machine: Machine, again: 
     trainer, ranks = run.trainer, machine.ranks
     with contextlib.ExitStack() as held:
         if ranks.is_writer:
-            directory.path.mkdir(parents=True, exist_ok=True)
+            if not directory.path.is_dir():  # the user may have linked it to another disk
+                make_directory(directory.path)
             held.enter_context(owning(directory.path))
-            run.config.to_yaml(directory.path / CONFIG)
+            text = run.config.to_yaml()
+            replace_file(Filesystem(), directory.path / CONFIG, [text.encode()])
             keep_texts(run)
             held.enter_context(logging_to(directory.path / LOG))
         ranks.barrier()
@@ -192,7 +196,8 @@ def _conclude(run: Run, again: str) -> None:
         )
     samples = run.directory.path / SAMPLES
     if samples.exists():
-        lines = samples.read_text(encoding="utf-8").splitlines()
+        with open_to_read(samples) as file:
+            lines = file.readall().decode().splitlines()
         if lines:
             say()
             say("It writes:")

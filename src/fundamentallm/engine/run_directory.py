@@ -21,7 +21,7 @@ from fundamentallm.config.yaml.difference import (
 )
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.names import numbered
-from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint
+from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint, check_entries
 from fundamentallm.training.checkpoint_catalogue import Survey
 from fundamentallm.training.decision import STOPPED_BY
 from fundamentallm.training.manifest import Manifest
@@ -73,7 +73,11 @@ def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory
     candidates = numbered(base)
     while True:
         candidate = next(candidates)
-        if _is_free(candidate, config):
+        is_free = _is_free(candidate, config)
+        if resume == "never" and not is_free:
+            continue
+        check_entries(candidate, config.checkpoints_in(candidate))
+        if is_free:
             note = f"the run is a new one, in {candidate}"
             if differing:
                 note += f": {differing}"
@@ -84,8 +88,6 @@ def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory
                 config.checkpoints_in(candidate),
                 note=note if candidate != base else "",
             )
-        if resume == "never":
-            continue
         survey = survey_of(config.checkpoints_in(candidate))
         newest = newest_checkpoint(survey)
         if newest is None:
@@ -140,6 +142,7 @@ def newest_checkpoint(survey: Survey, pointer: str = "") -> Manifest | None:
 
 
 def _at(path: Path, config: RunConfig, resume: str) -> RunDirectory:
+    check_entries(path, config.checkpoints_in(path))
     if _is_free(path, config):
         return RunDirectory(path, config.checkpoints_in(path))
     survey = survey_of(config.checkpoints_in(path))
@@ -163,6 +166,7 @@ def _at(path: Path, config: RunConfig, resume: str) -> RunDirectory:
 def _continue_at(path: Path, config: RunConfig, run_dir: Path | None) -> RunDirectory:
     named = RunOrCheckpoint.parse(path, config.checkpoints_in)
     run = path if named.is_run else config.run_of(named.checkpoints)
+    check_entries(run, named.checkpoints)
     survey = survey_of(named.checkpoints)
     manifest = (
         survey.open(named.checkpoint)

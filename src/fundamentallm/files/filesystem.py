@@ -19,10 +19,17 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
 
 from fundamentallm.errors import CheckpointError
+from fundamentallm.files.private import (
+    PRIVATE_DIRECTORY,
+    PRIVATE_FILE,
+    READABLE_DIRECTORY,
+    READABLE_FILE,
+)
 
 READ_CHUNK_BYTES = 1 << 20
 
@@ -37,15 +44,22 @@ REASONS = {
 
 
 class Filesystem:
-    """The disk operations, one system call each. All raise OSError."""
+    """The disk operations, one system call each. All raise OSError.
+
+    Attributes:
+        file_mode, directory_mode: of what is made; private, since it may hold the user's text.
+    """
+
+    file_mode = PRIVATE_FILE
+    directory_mode = PRIVATE_DIRECTORY
 
     def make_directory(self, path: Path) -> None:
         """Create one directory whose parent exists."""
-        path.mkdir()
+        path.mkdir(self.directory_mode)
 
     def create(self, path: Path) -> FileIO:
-        """Open a new file for writing, without a buffer; one of that name must not exist."""
-        return path.open("xb", buffering=0)
+        """Open a new file for writing, without a buffer; nothing of that name may exist."""
+        return FileIO(path, "xb", opener=partial(os.open, mode=self.file_mode))
 
     def write(self, file: FileIO, data: memoryview) -> int:
         """Write and return how many bytes the system took, which may be fewer than given."""
@@ -95,6 +109,13 @@ class Filesystem:
     def free_bytes(self, directory: Path) -> int:
         """Return the bytes that this user may still write on the directory's volume."""
         return shutil.disk_usage(directory).free
+
+
+class ReadableFilesystem(Filesystem):
+    """A `Filesystem` for what is made to be handed on: others may read it, never write."""
+
+    file_mode = READABLE_FILE
+    directory_mode = READABLE_DIRECTORY
 
 
 @dataclass(frozen=True)

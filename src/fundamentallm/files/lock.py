@@ -14,10 +14,11 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from fundamentallm.errors import MachineError
+from fundamentallm.files.private import open_to_update
 from fundamentallm.files.run_layout import LOCK
 
 logger = logging.getLogger(__name__)
@@ -31,13 +32,14 @@ def owning(run: Path) -> Iterator[None]:
         run: the run's directory, which exists.
 
     Raises:
+        CheckpointError: the lock is no plain file.
         MachineError: another process holds it; the message has its pid and host.
     """
-    with (run / LOCK).open("a+", encoding="utf-8") as file:
+    with open_to_update(run / LOCK) as file:
         _take(file, run)
         file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
-        file.flush()
+        owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        file.write(f"{owner}\n".encode())
         yield
 
 
@@ -47,11 +49,11 @@ def refuse_if_owned(run: Path) -> None:
     Raises:
         MachineError: one does.
     """
-    with contextlib.suppress(OSError), (run / LOCK).open("r+", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), open_to_update(run / LOCK, create=False) as file:
         _take(file, run)
 
 
-def _take(file: IO[str], run: Path) -> None:
+def _take(file: FileIO, run: Path) -> None:
     try:
         _lock(file)
     except OSError as error:
@@ -68,7 +70,7 @@ def _take(file: IO[str], run: Path) -> None:
         ) from error
 
 
-def _owner(file: IO[str]) -> str:
+def _owner(file: FileIO) -> str:
     try:
         file.seek(0)
         said = json.loads(file.read(1_000))
@@ -80,7 +82,7 @@ def _owner(file: IO[str]) -> str:
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(file: IO[str]) -> None:
+    def _lock(file: FileIO) -> None:
         # A byte beyond what is written, so that the owner's name can be read.
         file.seek(1 << 20)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -88,5 +90,5 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _lock(file: IO[str]) -> None:
+    def _lock(file: FileIO) -> None:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

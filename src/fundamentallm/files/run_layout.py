@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fundamentallm.errors import CheckpointError
+from fundamentallm.files.private import check_directory, check_file
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -51,6 +52,31 @@ BEFORE_A_CHECKPOINT = frozenset({CONFIG, LOG, METRICS, TENSORBOARD, LOCK})
 def corpus_of(source: str) -> str:
     """Return the name of the file with the text of a built-in source in a mixture."""
     return f"corpus-{source}.txt"
+
+
+def check_entries(run: Path, checkpoints: Path) -> None:
+    """Refuse a run whose files are something else, before anything is read or written there.
+
+    Args:
+        run: its directory, which need not exist; it may be a link itself, for the user named it.
+        checkpoints: where its checkpoints lie. At a place of its own that may be a link too.
+
+    Raises:
+        CheckpointError: a file is a link, a pipe, a device or a directory, or a directory is a
+            link; the message says how to go on.
+    """
+    for name in (CONFIG, METRICS, SAMPLES, LOG, LOCK, STOP):
+        check_file(run / name)
+    for path in run.glob("corpus*.txt"):
+        check_file(path)
+    for name in (TENSORBOARD, INCIDENTS):
+        check_directory(run / name)
+    if checkpoints.is_relative_to(run):
+        for path in reversed((checkpoints, *checkpoints.parents)):
+            if path != run and path.is_relative_to(run):
+                check_directory(path, f"rm {path}, then set training.checkpoint_dir={{target}}")
+    for name in (SUPERSEDED, CORRUPT):
+        check_directory(checkpoints / name)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from fundamentallm.data.tokenizer_json import token_name, tokenizer_json
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import (
     Filesystem,
+    ReadableFilesystem,
     make_directories,
     random_suffix,
     write_file,
@@ -142,7 +143,7 @@ def write_folder(
     Raises:
         OSError: the disk refuses, or something is at the path; nothing new is left there.
     """
-    filesystem = filesystem or Filesystem()
+    filesystem = filesystem or ReadableFilesystem()
     make_directories(filesystem, path.absolute().parent)
     staging = path.with_name(f".{path.name}.tmp-{random_suffix()}")
     filesystem.make_directory(staging)

@@ -12,6 +12,7 @@ from torch import nn
 from fundamentallm.config import RunConfig
 from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fundamentallm.errors import CheckpointError
+from fundamentallm.files.private import check_file
 from fundamentallm.files.run_layout import BEST, CONFIG, RunOrCheckpoint
 from fundamentallm.models.build import build_model
 from fundamentallm.training.checkpoint import check_model_state
@@ -91,7 +92,8 @@ def named_checkpoint(named: RunOrCheckpoint) -> Path | None:
 
 def checkpoints_in(run: Path) -> Path:
     """Return where a run keeps its checkpoints; the directory itself if it is no run."""
-    if (run / CONFIG).is_file():
+    check_file(run / CONFIG, writing=False)
+    if (run / CONFIG).exists():
         return RunConfig.from_yaml(run / CONFIG).checkpoints_in(run)
     return run
 

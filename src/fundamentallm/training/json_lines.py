@@ -10,6 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fundamentallm.errors import CheckpointError
+from fundamentallm.files.filesystem import Filesystem, replace_file
+from fundamentallm.files.private import open_to_append, open_to_read
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,12 +41,12 @@ class JsonLines:
             # Opened for each line: a line is then on its way to the disk when it is written, and
             # a file that was moved or a disk that was full for a while is no lasting harm. Without
             # a buffer a line is written in half the time.
-            with self.path.open("ab", buffering=0) as file:
+            with open_to_append(self.path) as file:
                 end = file.tell()
                 if file.write(line) != len(line):
                     file.truncate(end)  # or the next line would be joined to the torn one
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             self._give_up(error)
 
     def cut_back(self, step: int, evaluation_pending: bool) -> None:
@@ -54,15 +58,14 @@ class JsonLines:
                 records go as well.
         """
         try:
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(True)
+            with open_to_read(self.path) as file:
+                lines = file.readall().decode(errors="replace").splitlines(True)
             kept = [line for line in lines if self._is_kept(line, step, evaluation_pending)]
             if kept != lines:
-                temporary = self.path.with_name(self.path.name + ".tmp")
-                temporary.write_text("".join(kept), encoding="utf-8", newline="\n")
-                temporary.replace(self.path)
+                replace_file(Filesystem(), self.path, ["".join(kept).encode()])
         except FileNotFoundError:
             return
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             self._give_up(error)
 
     def _is_kept(self, line: str, step: int, evaluation_pending: bool) -> bool:
@@ -76,7 +79,7 @@ class JsonLines:
             return False
         return not (repeated and self._of_evaluation(record))
 
-    def _give_up(self, error: OSError) -> None:
+    def _give_up(self, error: Exception) -> None:
         if not self._failed:
             logger.warning("%s cannot be written, training goes on: %s", self.path.name, error)
         self._failed = True

@@ -34,6 +34,7 @@ from fundamentallm.files.filesystem import (
     saving_to,
 )
 from fundamentallm.files.names import numbered
+from fundamentallm.files.private import check_directory
 from fundamentallm.files.run_layout import CORRUPT, MANIFEST, SUPERSEDED
 from fundamentallm.training.checkpoint_directory import (
     ALL_FILES,
@@ -394,6 +395,7 @@ class CheckpointStore:
     def _move(self, names: Iterable[str], place: Path) -> None:
         with saving_to(place):
             make_directories(self.filesystem, place)
+            check_directory(place)
             for name in names:  # newest first: after a crash in between, what is left is older
                 self._known_whole.pop(name, None)
                 while self.holds(name):  # once more for a version that a killed save set aside

@@ -24,6 +24,7 @@ RESUME_MAY_DIFFER = frozenset(
         "training.stop_after_seconds",
         "training.log_steps",
         "training.keep_last",
+        "training.checkpoint_dir",
         "training.checkpoint_steps",
         "handlers.progress",
         "handlers.logs",
@@ -31,7 +32,8 @@ RESUME_MAY_DIFFER = frozenset(
         "handlers.samples",
     }
 )
-"""Keys, with all below them, that may change when a run is resumed: budgets, logging, retention."""
+"""Keys, with all below them, that may change when a run is resumed: budgets, logging, retention,
+the place of the checkpoints."""
 
 
 def may_differ_on_resume(key: str) -> bool:

@@ -21,6 +21,7 @@ from fundamentallm.data.text_file import read_text, to_utf8, unreadable
 from fundamentallm.data.token_file import Tokens
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
+from fundamentallm.files.private import check_file
 from fundamentallm.files.run_layout import CORPUS, corpus_of
 
 SHORTEST_PASSAGE = 400  # characters of a paragraph or line that is looked for in other parts
@@ -149,6 +150,7 @@ def _texts(name: str, cache_dir: Path | None, kept: Path | None) -> Iterator[tup
     """Yield name and text of everything that a source stands for."""
     if name in SOURCES:
         if kept is not None and (copy := kept / corpus_of(name)).exists():
+            check_file(copy, writing=False)
             yield name, read_text(copy)
             return
         yield name, SOURCES.build(name, {}, cache_dir=cache_dir)

@@ -13,6 +13,7 @@ import numpy as np
 
 from fundamentallm.data.text_file import read_text
 from fundamentallm.errors import DataError, FundamentaLLMError
+from fundamentallm.files.private import narrow
 from fundamentallm.registry import Registry
 
 FORMAT = 1
@@ -149,7 +150,8 @@ class Tokenizer(ABC):
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON that `load` reads."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        with open(path, "w", encoding="utf-8", opener=narrow) as file:
+            file.write(self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> Tokenizer:

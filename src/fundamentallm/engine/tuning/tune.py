@@ -32,6 +32,7 @@ from fundamentallm.engine.tuning.measuring import Measurement, measure_apart, ro
 from fundamentallm.engine.tuning.search import Space, batch_sizes, search, thread_counts
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.files.names import numbered
+from fundamentallm.files.private import narrow
 from fundamentallm.models.build import uses_attention
 from fundamentallm.models.layers.attention import KERNELS
 from fundamentallm.models.native.library import find_compiler
@@ -307,7 +308,7 @@ def _write(
     others = [tuple(word.partition("=")[0].strip().split(".")) for word in overrides]
     text = edited(read_yaml_text(config_path), document, [*others, *changes])
     try:
-        with target.open("x", encoding="utf-8") as file:
+        with open(target, "x", encoding="utf-8", opener=narrow) as file:
             file.write(text)
     except OSError as error:
         raise MachineError(

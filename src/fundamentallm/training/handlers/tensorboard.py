@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fundamentallm.files.filesystem import Filesystem
+from fundamentallm.files.private import make_directory
 from fundamentallm.files.run_layout import TENSORBOARD
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.handlers.metrics_writer import MetricsWriter, Record
@@ -65,11 +67,12 @@ class TensorBoard(MetricsWriter):
         from tensorboardX.proto.event_pb2 import SessionLog
         from tensorboardX.record_writer import RecordWriter
 
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         # Numbered, since files within one second would overwrite each other, and since readers
         # take them in the order of their names.
         number = len(list(self.directory.iterdir()))
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{number:04d}"
+        Filesystem().create(self.directory / name).close()  # private, and nobody's link
         self._writer = RecordWriter(str(self.directory / name))
         self._add(step, file_version="brain.Event:2")
         self._add(step, session_log=SessionLog(status=SessionLog.START))

@@ -24,7 +24,9 @@ import torch
 
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import CheckpointError
+from fundamentallm.files.filesystem import Filesystem, write_file
 from fundamentallm.files.names import numbered
+from fundamentallm.files.private import make_directory
 from fundamentallm.files.run_layout import EVIDENCE, INCIDENTS, REPORT
 from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.recovery.diagnosis import SPIKE, TRANSIENT, Diagnosis, Incident, Reading
@@ -58,8 +60,9 @@ def write_incident(
         OSError, CheckpointError: the disk refuses.
     """
     named = run_dir / INCIDENTS / f"{incident.step:08d}-{incident.verdict}"
-    directory = next(path for path in numbered(named) if not path.exists())
-    directory.mkdir(parents=True)
+    directory = next(path for path in numbered(named) if not os.path.lexists(path))
+    make_directory(directory.parent)
+    make_directory(directory)
     # Those without weights may come often. What a machine did once no evidence can show again, and
     # a finite step has no bad module.
     has_weights = incident.verdict not in (TRANSIENT, SPIKE)
@@ -89,7 +92,7 @@ def write_incident(
         "description": trainer.description,
     }
     text = json.dumps(plain(report), indent=2, allow_nan=False)
-    (directory / REPORT).write_text(text + "\n", encoding="utf-8")
+    write_file(Filesystem(), directory / REPORT, [f"{text}\n".encode()])
     return directory
 
 

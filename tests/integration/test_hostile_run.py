@@ -1,0 +1,187 @@
+"""A run directory from somebody else writes nothing outside itself, hangs nobody, runs nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fundamentallm.engine.cli import main
+
+CONFIG = """
+name: c
+data: {source: python-docs, tokenizer: byte, sequence_length: 32, batch_size: 4}
+model: {d_model: 32, num_layers: 1, num_heads: 2}
+training: {total_steps: 2, eval_steps: 2, threads: 1}
+handlers: {tensorboard: false}
+"""
+PRECIOUS = "echo mine\n"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, with everything that a run writes."""
+    place = tmp_path_factory.mktemp("trained")
+    (place / "c.yaml").write_text(CONFIG)
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        assert main(["run", "c.yaml", "handlers.tensorboard=true"]) == 0
+    finally:
+        os.chdir(before)
+    return place
+
+
+@pytest.fixture
+def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    shutil.copytree(trained, tmp_path / "here")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / ".bashrc").write_text(PRECIOUS)
+    monkeypatch.chdir(tmp_path / "here")
+    yield tmp_path
+    assert (tmp_path / "outside" / ".bashrc").read_text() == PRECIOUS
+    assert [path.name for path in (tmp_path / "outside").iterdir()] == [".bashrc"]
+
+
+def link(path: Path, outside: Path) -> None:
+    path.symlink_to(outside / ".bashrc")
+
+
+def dangling(path: Path, outside: Path) -> None:
+    path.symlink_to(outside / "new")
+
+
+def relative(path: Path, outside: Path) -> None:
+    path.symlink_to(os.path.relpath(outside / ".bashrc", path.parent))
+
+
+def hard_link(path: Path, outside: Path) -> None:
+    path.hardlink_to(outside / ".bashrc")
+
+
+def pipe(path: Path, outside: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path, outside: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def folder(path: Path, outside: Path) -> None:
+    path.mkdir()
+
+
+def listening(path: Path, outside: Path) -> None:
+    before = Path.cwd()
+    os.chdir(path.parent)  # the path of a socket may not be long
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+    finally:
+        os.chdir(before)
+
+
+def linked_folder(path: Path, outside: Path) -> None:
+    path.symlink_to(outside)
+
+
+Kind = Callable[[Path, Path], None]
+OF_A_FILE = [link, dangling, relative, hard_link, pipe, device, folder, listening, linked_folder]
+OF_A_FOLDER = [link, dangling, relative, pipe, device, listening, linked_folder]
+FILES = ["metrics.jsonl", "samples.jsonl", "log.txt", "config.yaml", ".lock", "corpus.txt", "STOP"]
+FOLDERS = [
+    "tensorboard",
+    "incidents",
+    "checkpoints",
+    "checkpoints/superseded",
+    "checkpoints/corrupt",
+]
+
+CASES = [(name, kind) for name in FILES for kind in OF_A_FILE]
+CASES += [(name, kind) for name in FOLDERS for kind in OF_A_FOLDER]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_run_refuses_what_is_not_its_own(
+    place: Path, name: str, kind: Kind, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("runs/c") / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    kind(path, place / "outside")
+    code = main(["run", "c.yaml", "training.total_steps=4", "--resume", "runs/c"])
+    said = capsys.readouterr().err
+    assert code == 4, said
+    assert str(path) in said
+    assert f"rm {path}" in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
+def test_a_linked_folder_of_checkpoints_goes_on_as_the_message_says(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = place / "disk"
+    Path("runs/c/checkpoints").rename(disk)
+    Path("runs/c/checkpoints").symlink_to(disk)
+    arguments = ["run", "c.yaml", "training.total_steps=4", "--resume", "runs/c"]
+    assert main(arguments) == 4
+    fix = capsys.readouterr().err.rpartition("fix:")[2].split()
+    assert fix[:2] == ["rm", "runs/c/checkpoints,"]
+    Path("runs/c/checkpoints").unlink()
+    assert main([*arguments, fix[-1]]) == 0
+    assert "going on" in capsys.readouterr().err
+    assert (disk / "step-00000004").is_dir()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "verify"])
+@pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
+@pytest.mark.parametrize("kind", [link, pipe, device, folder, linked_folder])
+def test_reading_refuses_a_configuration_that_is_no_file(
+    place: Path, kind: Kind, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("runs/c/config.yaml").unlink()
+    kind(Path("runs/c/config.yaml"), place / "outside")
+    assert main([command, "runs/c"]) == 4
+    said = capsys.readouterr()
+    assert "runs/c/config.yaml" in said.err
+    assert "mine" not in said.err + said.out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs modes")
+def test_what_a_run_writes_is_its_owners_alone(tmp_path: Path, trained: Path) -> None:
+    paths = [trained / "runs" / "c", *(trained / "runs" / "c").rglob("*")]
+    modes = {
+        str(path.relative_to(trained)): stat.S_IMODE(path.stat().st_mode)
+        for path in paths
+        if stat.S_IMODE(path.stat().st_mode) != (0o700 if path.is_dir() else 0o600)
+    }
+    assert modes == {}
+    names = {path.name for path in paths}
+    assert {"metrics.jsonl", "samples.jsonl", "log.txt", "corpus.txt", "tensorboard"} <= names
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs modes")
+def test_nothing_is_ever_writable_by_everybody(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    (tmp_path / "text.txt").write_text("A text. " * 100)
+    before = os.umask(0)
+    try:
+        assert main(["run", "c.yaml"]) == 0
+        assert main(["prepare", "text.txt", "--out", "prepared/text"]) == 0
+        assert main(["export", "runs/c", "--format", "torch", "--out", "exported/c.pt"]) == 0
+    finally:
+        os.umask(before)
+    made = [path for path in tmp_path.rglob("*") if path.name not in ("c.yaml", "text.txt")]
+    assert {"tokenizer.json", "c.pt", "corpus.txt"} <= {path.name for path in made}
+    assert not [path for path in made if path.stat().st_mode & 0o022]
