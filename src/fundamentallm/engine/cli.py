@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fundamentallm.engine.commands import COMMANDS
+from fundamentallm.engine.console import discard, open_closed_streams, printable
 from fundamentallm.errors import FundamentaLLMError, InterruptedRunError, MachineError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -39,6 +40,7 @@ def exit_process(code: int) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code (see `errors.py` for the codes)."""
+    open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parse(arguments)
     try:
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:
         # Whoever read our output has enough; the interpreter would complain at its exit flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 0
     except KeyboardInterrupt:
         if options.debug:
@@ -104,11 +106,10 @@ def is_override(word: str) -> bool:
 
 def report(error: FundamentaLLMError) -> None:
     """Print an error the way every command does."""
-    from fundamentallm.engine.console import printable
-
     rank = os.environ.get("RANK", "0")
     prefix = "error" if rank == "0" else f"error on rank {rank}"
-    print(f"{prefix}: {printable(str(error))}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+        print(f"{prefix}: {printable(str(error))}", file=sys.stderr, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
+from typing import TextIO
 
 from fundamentallm.files.private import open_to_append
 
@@ -88,6 +91,41 @@ def printable(text: str) -> str:
 
 
 def say(text: str = "", end: str = "\n") -> None:
-    """Print results to standard output; what its encoding lacks is escaped."""
+    """Print results to standard output; what its encoding lacks is escaped.
+
+    A terminal that has gone takes nothing with it: what is said from then on is lost.
+    """
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EBADF):
+            raise
+        discard(sys.stdout)
+
+
+def discard(stream: TextIO) -> None:
+    """Let a stream whose reader has gone lead nowhere, so that its last flush does not fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def open_closed_streams() -> None:
+    """Give each standard stream that the parent had closed a place that leads nowhere.
+
+    Python has None for such a stream, and its number would go to the next file that is opened:
+    whatever a library then writes to number 2 would land in a checkpoint.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 (it stays)
+            setattr(sys, name, stream)

@@ -116,8 +116,7 @@ def evaluate(options: argparse.Namespace) -> int:
             about["documents_too_short"] = num_left_out
         say(json.dumps(about))
         return 0
-    weights = ", averaged weights" if trained.averaged else ""
-    say(f"checkpoint          {trained.checkpoint} (step {trained.manifest.step}{weights})")
+    say(f"checkpoint          {trained.origin}")
     say(f"data                {what}")
     if stride != context:
         say(f"windows             of {context} tokens, {stride} apart")

@@ -26,6 +26,7 @@ from fundamentallm.files.lock import owning, refuse_if_owned
 from fundamentallm.files.private import make_directory, open_to_read
 from fundamentallm.files.run_layout import BEST, CONFIG, LOG, SAMPLES, TENSORBOARD
 from fundamentallm.training.decision import STOPPED_BY
+from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
@@ -188,11 +189,12 @@ def _conclude(run: Run, again: str) -> None:
         f" in {trainer.elapsed_seconds():.0f} s ({trainer.finished})."
         + (f" Updates refused: {state.skipped_steps:,}." if state.skipped_steps else "")
     )
+    best = _best(run.directory)
     if "val/loss" in state.metrics:
-        best = _best_val_loss(run.directory)
+        best_loss = best.metadata.get("val_loss") if best is not None else None
         say(
             f"Validation loss {state.metrics['val/loss']:.4f}"
-            + (f" (best {best:.4f})." if best is not None else ".")
+            + (f" (best {best_loss:.4f})." if best_loss is not None else ".")
         )
     samples = run.directory.path / SAMPLES
     if samples.exists():
@@ -200,8 +202,13 @@ def _conclude(run: Run, again: str) -> None:
             lines = file.readall().decode().splitlines()
         if lines:
             say()
+            sample = json.loads(lines[-1])
             say("It writes:")
-            say(printable(json.loads(lines[-1])["text"]))
+            say(printable(sample["text"]))
+            origin = f"by the weights of step {sample['step']:,}"
+            if best is not None and best.step != sample["step"]:
+                origin += f"; `generate` takes the best checkpoint, of step {best.step:,}"
+            say(f"({origin})")
     say()
     say("Next:")
     say(f"  {_command('generate', path)}{_option('--prompt', _prompt_for(run))}")
@@ -219,11 +226,11 @@ def _prompt_for(run: Run) -> str:
     return "The "
 
 
-def _best_val_loss(directory: RunDirectory) -> float | None:
-    """Return the validation loss of the best checkpoint, of whichever process of the run."""
+def _best(directory: RunDirectory) -> Manifest | None:
+    """Return the manifest of the best checkpoint, of whichever process of the run."""
     store = CheckpointStore(directory.checkpoints)
     best = store.resolve(BEST)
-    return store.manifest(best).metadata.get("val_loss") if best is not None else None
+    return store.manifest(best) if best is not None else None
 
 
 def _tell_finished(directory: RunDirectory, again: str) -> None:

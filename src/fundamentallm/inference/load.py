@@ -53,6 +53,12 @@ class Trained:
         return [] if end is None else [end]
 
     @property
+    def origin(self) -> str:
+        """The checkpoint in words, for whoever looks at what the model does."""
+        weights = ", averaged weights" if self.averaged else ""
+        return f"{self.checkpoint} (step {self.manifest.step}{weights})"
+
+    @property
     def run_dir(self) -> Path:
         """The run that the checkpoint lies in."""
         return self.config.run_of(self.checkpoint.parent)

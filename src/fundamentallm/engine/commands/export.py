@@ -44,7 +44,6 @@ def execute(options: argparse.Namespace) -> int:
         load_plugins(options.plugins, "--plugins")
         trained = load_trained(options.model, torch.device("cpu"))
         export(trained, options.format, options.out)
-    weights = ", averaged weights" if trained.averaged else ""
-    say(f"{trained.checkpoint} (step {trained.manifest.step}{weights})")
+    say(trained.origin)
     say(f"written to {options.out} for {READERS[options.format]}")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from fundamentallm.inference.load import Trained
 
 SUMMARY = "let a trained model write"
+logger = logging.getLogger(__name__)
+
 HISTORY_LENGTH = 1000  # prompts
 SAMPLES_AT_ONCE = 16
 
@@ -89,6 +92,9 @@ def execute(options: argparse.Namespace) -> int:
     with speaking():
         load_plugins(options.plugins, "--plugins")
         trained = load_trained(options.model, Machine.open(options.device).device)
+        loss = trained.manifest.metadata.get("val_loss")
+        measured = f"; validation loss {loss:.4f}" if isinstance(loss, float) else ""
+        logger.info("from %s%s", trained.origin, measured)
         if options.num_samples < 1:
             raise ConfigError(
                 "num_samples is out of range", got=str(options.num_samples), expected="at least 1"

@@ -38,7 +38,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.min_interval = min_interval
-        self._stream = stream if stream is not None else sys.stderr
+        self._stream = stream if stream is not None else sys.stderr  # None where it is closed
         self._clock = clock
         self._bar: tqdm[Any] | None = None
         self._shown_at = -math.inf
@@ -53,7 +53,7 @@ class Progress:
 
     def open(self, trainer: TrainingLoop) -> None:
         """Put up the bar at the run's current step; after a rollback, move it back."""
-        if not self._stream.isatty():
+        if self._stream is None or not self._stream.isatty():
             return
         if self._bar is None:
             self._bar = tqdm(

@@ -20,8 +20,9 @@ class Signals:
     """Controls: SIGINT, SIGTERM, SIGHUP and SIGUSR1 end the run after the step, saved.
 
     The signal's own handler only sets a flag, which the Trainer reads between steps and during an
-    evaluation. A second signal ends the process at once, with the exit code 128 + n. A handler
-    that somebody else has installed is put back at the run's end.
+    evaluation. A second signal ends the process at once, with the exit code 128 + n. A signal that
+    the process was started to ignore, as under `nohup`, stays ignored. A handler that somebody
+    else has installed is put back at the run's end.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,8 @@ class Signals:
             return
         for name in SIGNALS:
             number = getattr(signal, name, None)  # Windows lacks some
-            if number is not None:
+            # Ignored from the start is somebody's wish: of nohup, or of a shell in the background.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._receive)
 
     def restore(self) -> None:
