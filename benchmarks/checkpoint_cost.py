@@ -34,10 +34,10 @@ import torch
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.testing import tiny_loaders, tiny_model
-from fundamentallm.training import snapshot
+from fundamentallm.training.checkpoint import snapshot
+from fundamentallm.training.checkpoint.tree import flatten
 from fundamentallm.training.decision import GO_ON
 from fundamentallm.training.handlers import Checkpointing
-from fundamentallm.training.state_tree import flatten
 from fundamentallm.training.trainer import Trainer
 
 SIZES = {1: (64, 2), 25: (192, 5), 150: (512, 4)}  # megabytes -> d_model, layers

@@ -25,9 +25,9 @@ from engine_overhead import BareLoop, bare_loop_of
 from ignite.engine import Events
 
 from fundamentallm.config import load_config
-from fundamentallm.engine import run_directory
-from fundamentallm.engine.assemble import assemble, open_machine
 from fundamentallm.engine.console import logging_to
+from fundamentallm.engine.wiring import run_directory
+from fundamentallm.engine.wiring.assemble import assemble, open_machine
 from fundamentallm.testing import TINY_TEXT
 from fundamentallm.training.trainer import Trainer
 

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 
 from fundamentallm.config import RunConfig
 from fundamentallm.data.batch import Window
-from fundamentallm.engine.assemble import assemble, open_machine
 from fundamentallm.engine.console import logging_to
-from fundamentallm.engine.run_directory import RunDirectory
+from fundamentallm.engine.wiring.assemble import assemble, open_machine
+from fundamentallm.engine.wiring.run_directory import RunDirectory
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.testing import TINY_TEXT
 from fundamentallm.training.trainer import Trainer

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 from fundamentallm.compute.peak import measured_peak
 from fundamentallm.config import load_config
-from fundamentallm.engine import assemble, run_directory
 from fundamentallm.engine.console import logging_to
+from fundamentallm.engine.wiring import assemble, run_directory
 from fundamentallm.training.trainer import Trainer
 
 SHAPES = {

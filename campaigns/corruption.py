@@ -39,12 +39,12 @@ from fundamentallm.config import TrainingConfig
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.run_layout import MANIFEST
 from fundamentallm.testing import tiny_loaders, tiny_model
-from fundamentallm.training import snapshot
-from fundamentallm.training.checkpoint_directory import ALL_FILES
-from fundamentallm.training.finite import LEARNED
+from fundamentallm.training.checkpoint import snapshot
+from fundamentallm.training.checkpoint.directory import ALL_FILES
+from fundamentallm.training.checkpoint.finite import LEARNED
+from fundamentallm.training.checkpoint.store import CheckpointStore, step_name
+from fundamentallm.training.checkpoint.tree import copied, flatten
 from fundamentallm.training.handlers import Checkpointing, WeightEMA
-from fundamentallm.training.state_tree import copied, flatten
-from fundamentallm.training.store import CheckpointStore, step_name
 from fundamentallm.training.trainer import Trainer
 
 PAGE = 4096

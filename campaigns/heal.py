@@ -46,8 +46,9 @@ from fundamentallm.engine.cli import main as command_line
 from fundamentallm.errors import NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
-from fundamentallm.training import snapshot
-from fundamentallm.training.finite import nonfinite_tensors
+from fundamentallm.training.checkpoint import snapshot
+from fundamentallm.training.checkpoint.finite import nonfinite_tensors
+from fundamentallm.training.checkpoint.tree import flatten
 from fundamentallm.training.handlers import (
     Checkpointing,
     Evaluation,
@@ -58,7 +59,6 @@ from fundamentallm.training.handlers import (
     WeightEMA,
 )
 from fundamentallm.training.recovery.diagnosis import Incident
-from fundamentallm.training.state_tree import flatten
 from fundamentallm.training.trainer import Trainer
 
 STEPS = 14
@@ -752,8 +752,8 @@ TEXT = "the rare letter stands at a few places only; this is one of them: q. the
 def make_incident(directory: Path, seed: int) -> tuple[Path, str]:
     """Run a YAML whose weights overflow, by themselves or for one letter; return its incident."""
     from fundamentallm.config import load_config
-    from fundamentallm.engine import run_directory
-    from fundamentallm.engine.assemble import assemble, open_machine
+    from fundamentallm.engine.wiring import run_directory
+    from fundamentallm.engine.wiring.assemble import assemble, open_machine
 
     chance = random.Random(f"bundle {seed}")
     text, config = directory / "text.txt", directory / "run.yaml"

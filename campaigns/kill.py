@@ -38,7 +38,7 @@ from campaigns.victim import (
     steps_told,
     undisturbed,
 )
-from fundamentallm.training.store import CheckpointStore, step_name, step_of
+from fundamentallm.training.checkpoint.store import CheckpointStore, step_name, step_of
 
 # What a kill aims at, and how often.
 AIMS = {"operation of a save": 45, "moment in a save": 25, "resume": 10, "moment": 20}

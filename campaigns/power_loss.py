@@ -45,7 +45,7 @@ from campaigns.faults import (
 )
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.run_layout import SUPERSEDED
-from fundamentallm.training.store import HIDDEN_NAME, CheckpointStore, step_name
+from fundamentallm.training.checkpoint.store import HIDDEN_NAME, CheckpointStore, step_name
 
 PAGE = 4096
 MODELS = ("ordered", "reordered")

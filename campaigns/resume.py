@@ -39,7 +39,8 @@ from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.errors import FundamentaLLMError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_model, tiny_tokens
-from fundamentallm.training import snapshot
+from fundamentallm.training.checkpoint import snapshot
+from fundamentallm.training.checkpoint.tree import flatten
 from fundamentallm.training.handlers import (
     AdaptiveClip,
     Checkpointing,
@@ -57,7 +58,6 @@ from fundamentallm.training.handlers import (
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.schedulers import CosineAnnealingScheduler
-from fundamentallm.training.state_tree import flatten
 from fundamentallm.training.trainer import Trainer
 
 STEPS = 60

@@ -43,9 +43,9 @@ from fundamentallm.data.loaders import TokenWindowLoader, ValidationLoader
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.run_layout import CORRUPT, MANIFEST, MODEL, SUPERSEDED
 from fundamentallm.testing import UniformModel, tiny_loaders
-from fundamentallm.training import snapshot
+from fundamentallm.training.checkpoint import snapshot
+from fundamentallm.training.checkpoint.store import CheckpointStore, step_name
 from fundamentallm.training.handlers import Checkpointing
-from fundamentallm.training.store import CheckpointStore, step_name
 from fundamentallm.training.trainer import Trainer
 
 STEPS_A_COURSE = 50

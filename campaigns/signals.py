@@ -27,7 +27,7 @@ from typing import Any
 from campaigns.faults import scratch_directory
 from campaigns.kill import difference
 from campaigns.victim import RESULT, STEPS, Child, Plan, result_of, steps_told, undisturbed
-from fundamentallm.training.store import CheckpointStore
+from fundamentallm.training.checkpoint.store import CheckpointStore
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # Where to send one, and how many times the run comes there while it takes ten steps.

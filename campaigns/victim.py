@@ -42,9 +42,11 @@ from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_model, tiny_tokens
-from fundamentallm.training import snapshot, state_tree
-from fundamentallm.training import store as store_module
-from fundamentallm.training.checkpoint_catalogue import Survey
+from fundamentallm.training.checkpoint import snapshot
+from fundamentallm.training.checkpoint import store as store_module
+from fundamentallm.training.checkpoint import tree as state_tree
+from fundamentallm.training.checkpoint.catalogue import Survey
+from fundamentallm.training.checkpoint.store import CheckpointStore, step_of
 from fundamentallm.training.decision import Save
 from fundamentallm.training.handlers import (
     Checkpointing,
@@ -58,7 +60,6 @@ from fundamentallm.training.handlers import (
 from fundamentallm.training.handlers.checkpointing import negative_val_loss
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.schedulers import CosineAnnealingScheduler
-from fundamentallm.training.store import CheckpointStore, step_of
 from fundamentallm.training.trainer import Trainer
 
 STEPS = 24

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from fundamentallm.config import RunConfig
-from fundamentallm.engine.assemble import assemble, open_machine
-from fundamentallm.engine.run_directory import RunDirectory
+from fundamentallm.engine.wiring.assemble import assemble, open_machine
+from fundamentallm.engine.wiring.run_directory import RunDirectory
 from fundamentallm.testing import TINY_TEXT
 from fundamentallm.training.trainer import Trainer
 

@@ -10,8 +10,8 @@ from campaigns import heal, quiet
 from campaigns.heal import Tally
 
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training import snapshot
 from fundamentallm.training import trainer as trainer_module
+from fundamentallm.training.checkpoint import snapshot
 from fundamentallm.training.handlers import NaNRollback
 from fundamentallm.training.recovery.diagnosis import Laboratory
 from fundamentallm.training.step import TrainStep

@@ -15,9 +15,10 @@ from campaigns.faults import scratch_directory
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import read_chunks
-from fundamentallm.training import checkpoint_directory, manifest
+from fundamentallm.training.checkpoint import directory as checkpoint_directory
+from fundamentallm.training.checkpoint import manifest
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import checkpointing
-from fundamentallm.training.store import CheckpointStore
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from fundamentallm.inference.load import load_trained
 from fundamentallm.models.layouts.pretrained import Pretrained
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.training.store import CheckpointStore
+from fundamentallm.training.checkpoint.store import CheckpointStore
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
 GPT2 = {"normalization": "layernorm", "positions": "learned", "feedforward": "gelu"}

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from fundamentallm.compute.plan import Plan
 from fundamentallm.config import RunConfig, TransformerConfig, load_config
-from fundamentallm.engine.assemble import check_names
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.tuning.measuring import measure_apart
 from fundamentallm.engine.tuning.tune import _space
+from fundamentallm.engine.wiring.assemble import check_names
 from fundamentallm.models.build import build_model
 
 ROOT = Path(__file__).resolve().parents[2]

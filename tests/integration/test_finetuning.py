@@ -13,7 +13,7 @@ import yaml
 
 from fundamentallm.engine.cli import main
 from fundamentallm.inference.load import load_trained
-from fundamentallm.training.store import CheckpointStore
+from fundamentallm.training.checkpoint.store import CheckpointStore
 
 CONFIG: dict[str, Any] = {
     "name": "tuned",

@@ -15,8 +15,8 @@ import pytest
 
 from fundamentallm.data.prepared import read_prepared
 from fundamentallm.engine.cli import main
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import HANDLERS
-from fundamentallm.training.store import CheckpointStore
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
 CONFIG = """\

@@ -12,9 +12,9 @@ from campaigns.heal import CONFIG, TEXT, make_incident
 from ignite.engine import Events
 
 from fundamentallm.config import load_config
-from fundamentallm.engine import run_directory
-from fundamentallm.engine.assemble import assemble, open_machine
 from fundamentallm.engine.cli import main
+from fundamentallm.engine.wiring import run_directory
+from fundamentallm.engine.wiring.assemble import assemble, open_machine
 
 
 @pytest.fixture(scope="module")

@@ -24,18 +24,18 @@ from ignite.engine import Events
 from fundamentallm.compute import compilation
 from fundamentallm.compute import plan as compute_plan
 from fundamentallm.config import RunConfig
-from fundamentallm.engine import assemble as assembly
 from fundamentallm.engine import run as run_module
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.tuning import auto
 from fundamentallm.engine.tuning.measuring import Measurement
+from fundamentallm.engine.wiring import assemble as assembly
 from fundamentallm.errors import MachineError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.training import train
-from fundamentallm.training.checkpoint_directory import CONTENT_FILES
-from fundamentallm.training.manifest import parse_manifest, render_manifest
-from fundamentallm.training.store import CheckpointStore
+from fundamentallm.training.checkpoint.directory import CONTENT_FILES
+from fundamentallm.training.checkpoint.manifest import parse_manifest, render_manifest
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"

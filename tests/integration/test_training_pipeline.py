@@ -20,6 +20,7 @@ from fundamentallm.data.tokenizer import CharacterTokenizer, load_tokenizer
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.checkpoint import CheckpointManager
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import LossEMA, Perplexity
 from fundamentallm.training.losses import LanguageModelingLoss
 from fundamentallm.training.optimizers import OptimizerBuilder
@@ -28,7 +29,6 @@ from fundamentallm.training.schedulers import (
     ExponentialDecayScheduler,
     LearningRateScheduler,
 )
-from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
 EXCERPT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"

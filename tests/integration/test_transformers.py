@@ -24,14 +24,14 @@ from fundamentallm.data.tokenizer import (
     SubwordTokenizer,
     Tokenizer,
 )
-from fundamentallm.engine.run_directory import RunDirectory
-from fundamentallm.engine.starting_point import starting_point
+from fundamentallm.engine.wiring.run_directory import RunDirectory
+from fundamentallm.engine.wiring.starting_point import starting_point
 from fundamentallm.inference.export import export
 from fundamentallm.inference.generate import stream_text, stream_texts
 from fundamentallm.inference.load import Trained
 from fundamentallm.models.layouts.pretrained import Pretrained
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training.manifest import Manifest
+from fundamentallm.training.checkpoint.manifest import Manifest
 
 pytestmark = [
     pytest.mark.long,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fundamentallm.compute.plan import Machine
-from fundamentallm.engine import exactness
 from fundamentallm.engine.cli import main
-from fundamentallm.training.store import CheckpointStore
+from fundamentallm.engine.wiring import exactness
+from fundamentallm.training.checkpoint.store import CheckpointStore
 
 EXCERPT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
 CONFIG = f"""

@@ -16,7 +16,7 @@ from fundamentallm.training.checkpoint import (
     check_model_state,
     check_optimizer_state,
 )
-from fundamentallm.training.store import CheckpointStore, step_name
+from fundamentallm.training.checkpoint.store import CheckpointStore, step_name
 
 LOCATIONS = ["out/start", "start.pt"]
 

@@ -17,11 +17,11 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_loaders, tiny_model
-from fundamentallm.training import snapshot
-from fundamentallm.training.checkpoint_catalogue import Catalogue, Entry, Survey
-from fundamentallm.training.checkpoint_directory import CONTENT_FILES
+from fundamentallm.training.checkpoint import snapshot
+from fundamentallm.training.checkpoint.catalogue import Catalogue, Entry, Survey
+from fundamentallm.training.checkpoint.directory import CONTENT_FILES
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import Checkpointing, Evaluation
-from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
 

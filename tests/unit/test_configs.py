@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fundamentallm.config import load_config
-from fundamentallm.engine.assemble import check_names
+from fundamentallm.engine.wiring.assemble import check_names
 from fundamentallm.models.estimate import estimate
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fundamentallm.config.data import SourceConfig
-from fundamentallm.data import download as download_module
-from fundamentallm.data.download import download
 from fundamentallm.data.sources import TextSource, built_in, read_source
 from fundamentallm.errors import DataError
+from fundamentallm.files import download as download_module
+from fundamentallm.files.download import download
 
 TEXT = "To be, or not to be.\nThat is the question: \N{GREEK SMALL LETTER ALPHA}\n"
 

@@ -21,8 +21,8 @@ from fundamentallm.config import (
     load_config,
 )
 from fundamentallm.config.yaml.difference import with_defaults
-from fundamentallm.engine.abilities import check_abilities
-from fundamentallm.engine.assemble import check_names
+from fundamentallm.engine.wiring.abilities import check_abilities
+from fundamentallm.engine.wiring.assemble import check_names
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.build import (
     build_model,

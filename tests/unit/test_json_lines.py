@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fundamentallm.training.json_lines import JsonLines
+from fundamentallm.files.json_lines import JsonLines
 
 
 @pytest.fixture

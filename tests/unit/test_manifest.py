@@ -8,7 +8,12 @@ import pytest
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import FileRecord
-from fundamentallm.training.manifest import Manifest, parse_json, parse_manifest, render_manifest
+from fundamentallm.training.checkpoint.manifest import (
+    Manifest,
+    parse_json,
+    parse_manifest,
+    render_manifest,
+)
 
 FILES = {"model.safetensors": FileRecord(10, "ab" * 32), "state.json": FileRecord(2, "cd" * 32)}
 

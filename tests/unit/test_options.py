@@ -15,9 +15,14 @@ import yaml
 import fundamentallm
 from fundamentallm.config import RunConfig
 from fundamentallm.data.tokenizer import TOKENIZERS
-from fundamentallm.engine.assemble import DEFAULT_HANDLERS, assemble, check_names, open_machine
-from fundamentallm.engine.run_directory import RunDirectory, choose, nowhere
+from fundamentallm.engine.wiring.assemble import (
+    DEFAULT_HANDLERS,
+    assemble,
+    check_names,
+    open_machine,
+)
 from fundamentallm.engine.wiring.conflicts import settle_kept_checkpoints
+from fundamentallm.engine.wiring.run_directory import RunDirectory, choose, nowhere
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.families import ADAPTERS, MODELS
 from fundamentallm.models.layers.feedforward import FEEDFORWARDS

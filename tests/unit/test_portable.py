@@ -11,7 +11,7 @@ import torch
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import Filesystem
-from fundamentallm.training.portable import load_portable, save_portable
+from fundamentallm.training.checkpoint.portable import load_portable, save_portable
 
 
 def test_a_state_survives(tmp_path: Path) -> None:

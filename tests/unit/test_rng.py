@@ -11,7 +11,7 @@ import torch
 
 from fundamentallm.compute.rng import capture_rng, restore_rng
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.state_tree import flatten, unflatten
+from fundamentallm.training.checkpoint.tree import flatten, unflatten
 
 
 @pytest.fixture(autouse=True)

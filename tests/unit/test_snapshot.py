@@ -16,7 +16,7 @@ from torch import Tensor
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.errors import CheckpointError
 from fundamentallm.testing import tiny_loaders, tiny_model
-from fundamentallm.training import snapshot
+from fundamentallm.training.checkpoint import snapshot
 from fundamentallm.training.handlers import (
     EarlyStopping,
     Evaluation,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.state_tree import flatten, unflatten
+from fundamentallm.training.checkpoint.tree import flatten, unflatten
 
 
 class Shard(torch.Tensor):

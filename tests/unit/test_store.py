@@ -17,9 +17,9 @@ from campaigns.faults import CHANGES, Crash, FaultyFilesystem
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import FileRecord, Filesystem
 from fundamentallm.files.run_layout import MANIFEST
-from fundamentallm.training.checkpoint_directory import ALL_FILES
-from fundamentallm.training.manifest import render_manifest
-from fundamentallm.training.store import CheckpointStore, checked_name, step_name
+from fundamentallm.training.checkpoint.directory import ALL_FILES
+from fundamentallm.training.checkpoint.manifest import render_manifest
+from fundamentallm.training.checkpoint.store import CheckpointStore, checked_name, step_name
 
 
 def tree_of(value: float) -> dict[str, Any]:

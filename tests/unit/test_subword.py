@@ -30,7 +30,11 @@ from fundamentallm.data.tokenizer import (
     tokenizer_from_dict,
 )
 from fundamentallm.data.tokenizer.subword import out_of_reach
-from fundamentallm.data.tokenizer_json import read_tokenizer_json, token_name, tokenizer_json
+from fundamentallm.data.tokenizer.tokenizer_json import (
+    read_tokenizer_json,
+    token_name,
+    tokenizer_json,
+)
 from fundamentallm.errors import ConfigError, DataError, MachineError
 
 EXCERPT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"

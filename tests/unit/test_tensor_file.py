@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.tensor_file import (
+from fundamentallm.training.checkpoint.tensor_file import (
     DTYPE_NAMES,
     num_bytes,
     parse_tensor_file,

@@ -16,7 +16,7 @@ from fundamentallm.data.tokenizer import (
     FileTokenizer,
     Tokenizer,
 )
-from fundamentallm.data.tokenizer_json import (
+from fundamentallm.data.tokenizer.tokenizer_json import (
     byte_characters,
     read_tokenizer_json,
     tokenizer_json,

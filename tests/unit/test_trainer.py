@@ -24,10 +24,10 @@ from fundamentallm.testing import (
     tiny_model,
     tiny_tokens,
 )
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import LossEMA, NaNRollback, Perplexity, WeightEMA
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.schedulers import CosineAnnealingScheduler, LinearWarmup
-from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
 

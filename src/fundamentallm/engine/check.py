@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from fundamentallm.config import load_config
-from fundamentallm.engine.assemble import Run, assemble, check_names, open_machine
 from fundamentallm.engine.console import say, speaking
 from fundamentallm.engine.plugins import load_plugins
-from fundamentallm.engine.run_directory import nowhere
 from fundamentallm.engine.tuning.fit import estimate_run, gib, memory_limit
 from fundamentallm.engine.tuning.measuring import measure
+from fundamentallm.engine.wiring.assemble import Run, assemble, check_names, open_machine
+from fundamentallm.engine.wiring.run_directory import nowhere
 from fundamentallm.training.handlers.progress import format_seconds
 
 

@@ -23,9 +23,9 @@ from fundamentallm.data.sources import (
     split_bounds,
 )
 from fundamentallm.data.tokenizer import Tokenizer
-from fundamentallm.engine.assemble import read_run_source
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
+from fundamentallm.engine.wiring.assemble import read_run_source
 from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.inference.evaluate import (
     Document,

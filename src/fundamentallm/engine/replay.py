@@ -20,7 +20,8 @@ from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import CheckpointError, ConfigError, NumericalError
 from fundamentallm.files.run_layout import EVIDENCE, REPORT
 from fundamentallm.models.build import build_model
-from fundamentallm.training.checkpoint import check_model_state
+from fundamentallm.training.checkpoint.manager import check_model_state
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.losses import LOSSES
 from fundamentallm.training.recovery.diagnosis import (
     SPIKE,
@@ -31,7 +32,6 @@ from fundamentallm.training.recovery.diagnosis import (
     Replay,
 )
 from fundamentallm.training.recovery.incident import first_bad
-from fundamentallm.training.store import CheckpointStore
 
 MAX_REPORT_BYTES = 64 << 20
 ROWS_SHOWN = 12

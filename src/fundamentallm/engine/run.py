@@ -14,17 +14,24 @@ import torch.distributed as dist
 from fundamentallm.compute.distributed import Ranks, leave_ranks
 from fundamentallm.compute.plan import Machine
 from fundamentallm.config import RunConfig, load_config
-from fundamentallm.engine import run_directory
-from fundamentallm.engine.assemble import Run, assemble, check_names, keep_texts, open_machine
 from fundamentallm.engine.console import logging_to, printable, say, speaking
-from fundamentallm.engine.exactness import refuse_other_versions, tell_other_circumstances
 from fundamentallm.engine.plugins import load_plugins
-from fundamentallm.engine.run_directory import RunDirectory
+from fundamentallm.engine.wiring import run_directory
+from fundamentallm.engine.wiring.assemble import (
+    Run,
+    assemble,
+    check_names,
+    keep_texts,
+    open_machine,
+)
+from fundamentallm.engine.wiring.exactness import refuse_other_versions, tell_other_circumstances
+from fundamentallm.engine.wiring.run_directory import RunDirectory
 from fundamentallm.errors import DataError, InterruptedRunError, MachineError
 from fundamentallm.files.filesystem import Filesystem, replace_file
 from fundamentallm.files.lock import owning, refuse_if_owned
 from fundamentallm.files.private import make_directory, open_to_read
 from fundamentallm.files.run_layout import BEST, CONFIG, LOG, SAMPLES, TENSORBOARD
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.decision import STOPPED_BY
 from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.store import CheckpointStore

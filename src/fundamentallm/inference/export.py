@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fundamentallm.data.tokenizer_json import token_name, tokenizer_json
+from fundamentallm.data.tokenizer.tokenizer_json import token_name, tokenizer_json
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import (
     Filesystem,
@@ -28,8 +28,8 @@ from fundamentallm.files.filesystem import (
 from fundamentallm.inference.load import Trained
 from fundamentallm.models.layouts import layout_for, require_transformer
 from fundamentallm.registry import Registry
-from fundamentallm.training.checkpoint import save_weights
-from fundamentallm.training.tensor_file import tensor_file_chunks
+from fundamentallm.training.checkpoint.manager import save_weights
+from fundamentallm.training.checkpoint.tensor_file import tensor_file_chunks
 
 EXPORTS: Registry[Callable[[Trained, Path], None]] = Registry("export format")
 

@@ -15,9 +15,9 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.files.private import check_file
 from fundamentallm.files.run_layout import BEST, CONFIG, RunOrCheckpoint
 from fundamentallm.models.build import build_model
-from fundamentallm.training.checkpoint import check_model_state
-from fundamentallm.training.manifest import Manifest
-from fundamentallm.training.store import CheckpointStore
+from fundamentallm.training.checkpoint.manager import check_model_state
+from fundamentallm.training.checkpoint.manifest import Manifest
+from fundamentallm.training.checkpoint.store import CheckpointStore
 
 
 @dataclass(frozen=True)

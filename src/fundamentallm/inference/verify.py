@@ -14,10 +14,10 @@ from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.run_layout import RunOrCheckpoint
 from fundamentallm.inference.load import checkpoints_in, named_checkpoint
 from fundamentallm.models.build import build_model
-from fundamentallm.training.checkpoint import check_model_state
-from fundamentallm.training.snapshot import check_usable
-from fundamentallm.training.state_tree import flatten
-from fundamentallm.training.store import CheckpointStore
+from fundamentallm.training.checkpoint.manager import check_model_state
+from fundamentallm.training.checkpoint.snapshot import check_usable
+from fundamentallm.training.checkpoint.store import CheckpointStore
+from fundamentallm.training.checkpoint.tree import flatten
 
 
 @dataclass(frozen=True)

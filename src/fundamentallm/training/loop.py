@@ -33,7 +33,7 @@ from fundamentallm.data.loaders import as_window_loader, batch_shape_of
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.buffers import StateBuffers
-from fundamentallm.training.checkpoint_catalogue import Survey
+from fundamentallm.training.checkpoint.catalogue import Survey
 from fundamentallm.training.decision import (
     GO_ON,
     ROLL_BACK,

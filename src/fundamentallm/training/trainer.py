@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config.training import TrainingConfig
-from fundamentallm.training.checkpoint_catalogue import Survey
+from fundamentallm.training.checkpoint.catalogue import Survey
 from fundamentallm.training.dispatch import timeline
 from fundamentallm.training.handlers.base import Handler
 from fundamentallm.training.handlers.defaults import default_handlers

@@ -18,10 +18,10 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_loaders, tiny_model
-from fundamentallm.training import snapshot
+from fundamentallm.training.checkpoint import snapshot
+from fundamentallm.training.checkpoint.store import CheckpointStore
+from fundamentallm.training.checkpoint.tree import flatten
 from fundamentallm.training.handlers import Checkpointing, Evaluation, LossEMA, WeightEMA
-from fundamentallm.training.state_tree import flatten
-from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
 

@@ -18,6 +18,7 @@ from fundamentallm.config.training import TrainingConfig
 from fundamentallm.errors import NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import (
     Checkpointing,
     Evaluation,
@@ -28,7 +29,6 @@ from fundamentallm.training.handlers import (
 )
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.recovery.diagnosis import Incident
-from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
 Loss = Callable[..., Tensor]

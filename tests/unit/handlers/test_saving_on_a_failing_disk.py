@@ -12,8 +12,8 @@ from campaigns.faults import Crash, FaultyFilesystem
 from fundamentallm.config import TrainingConfig
 from fundamentallm.errors import CheckpointError
 from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import Checkpointing
-from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES]

@@ -14,10 +14,10 @@ from fundamentallm.config.training import TrainingConfig
 from fundamentallm.errors import ConfigError, NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import RecordingHandler, tiny_loaders, tiny_model
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import Checkpointing, NaNRollback, Spikes, WeightEMA
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.recovery.diagnosis import Incident
-from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
 OPTIONS: dict[str, Any] = {"window": 16, "needed": 8, "threshold": 8.0, "patience": 3}

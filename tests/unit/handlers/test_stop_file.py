@@ -6,8 +6,8 @@ from ignite.engine import Events
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import StopFile
-from fundamentallm.training.store import CheckpointStore
 from fundamentallm.training.trainer import Trainer
 
 

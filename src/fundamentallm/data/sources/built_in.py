@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fundamentallm.data.download import download
 from fundamentallm.data.text_file import read_text
 from fundamentallm.errors import DataError
 from fundamentallm.files.cache_directory import default_cache_dir
+from fundamentallm.files.download import download
 from fundamentallm.registry import Registry
 
 SOURCES: Registry[str] = Registry("data source", supplied=("cache_dir",))

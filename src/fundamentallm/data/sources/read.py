@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fundamentallm.config.data import SourceConfig
-from fundamentallm.data.download import download, sha256_of
 from fundamentallm.data.sources.base import Source
 from fundamentallm.data.sources.examples import ExampleSource, is_examples
 from fundamentallm.data.sources.mixture import MixtureSource
@@ -17,6 +16,7 @@ from fundamentallm.data.sources.tokens import is_tokens, read_token_source
 from fundamentallm.data.text_file import check_regular
 from fundamentallm.errors import DataError
 from fundamentallm.files.cache_directory import default_cache_dir
+from fundamentallm.files.download import download, sha256_of
 
 
 def read_source(

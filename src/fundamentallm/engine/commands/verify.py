@@ -15,7 +15,7 @@ from fundamentallm.files.run_layout import BEST, LAST
 
 if TYPE_CHECKING:
     from fundamentallm.inference.verify import Verdict
-    from fundamentallm.training.store import CheckpointStore
+    from fundamentallm.training.checkpoint.store import CheckpointStore
 
 SUMMARY = "prove a run's checkpoints whole, or one"
 

@@ -34,9 +34,9 @@ from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.compute.rng import capture_rng, restore_rng
 from fundamentallm.config import RunConfig
 from fundamentallm.data.batch import Batch, Window, count_valid
-from fundamentallm.engine.abilities import check_abilities
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.tuning.fit import refuse_what_cannot_fit
+from fundamentallm.engine.wiring.abilities import check_abilities
 from fundamentallm.errors import ConfigError, FundamentaLLMError
 from fundamentallm.models.build import build_model
 from fundamentallm.training.losses import LOSSES

@@ -22,14 +22,14 @@ from fundamentallm.config.yaml.file import read_yaml_text
 from fundamentallm.config.yaml.key_path import KeyPath
 from fundamentallm.config.yaml.source import YamlDocument, read_yaml
 from fundamentallm.data.batch import Batch
-from fundamentallm.engine.assemble import check_names, open_machine, read_inputs, resolve
 from fundamentallm.engine.console import say, speaking
 from fundamentallm.engine.plugins import load_plugins
-from fundamentallm.engine.run_directory import nowhere
 from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.engine.tuning.fit import gib
 from fundamentallm.engine.tuning.measuring import Measurement, measure_apart, rows_of
 from fundamentallm.engine.tuning.search import Space, batch_sizes, search, thread_counts
+from fundamentallm.engine.wiring.assemble import check_names, open_machine, read_inputs, resolve
+from fundamentallm.engine.wiring.run_directory import nowhere
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.files.names import numbered
 from fundamentallm.files.private import narrow

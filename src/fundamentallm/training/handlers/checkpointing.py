@@ -18,13 +18,13 @@ from torch import Tensor
 from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.run_layout import BEST, CORRUPT, LAST, SUPERSEDED
-from fundamentallm.training import snapshot
-from fundamentallm.training.checkpoint_catalogue import FOR_A_STOP, Catalogue, Entry, Survey
-from fundamentallm.training.finite import DamagedStateError, bit_sum
+from fundamentallm.training.checkpoint import snapshot
+from fundamentallm.training.checkpoint.catalogue import FOR_A_STOP, Catalogue, Entry, Survey
+from fundamentallm.training.checkpoint.finite import DamagedStateError, bit_sum
+from fundamentallm.training.checkpoint.store import STEP_NAME, CheckpointStore, step_name, step_of
+from fundamentallm.training.checkpoint.tree import Stateful, copied
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
-from fundamentallm.training.state_tree import Stateful, copied
-from fundamentallm.training.store import STEP_NAME, CheckpointStore, step_name, step_of
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from fundamentallm.files.json_lines import JsonLines
 from fundamentallm.files.run_layout import METRICS
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.handlers.metrics_writer import MetricsWriter, Record
-from fundamentallm.training.json_lines import JsonLines
 
 
 @HANDLERS.register("logs")

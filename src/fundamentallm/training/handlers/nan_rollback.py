@@ -16,7 +16,7 @@ from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import CheckpointError, NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.run_layout import INCIDENTS
-from fundamentallm.training.finite import nonfinite_tensors
+from fundamentallm.training.checkpoint.finite import nonfinite_tensors
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.recovery.diagnosis import (

@@ -6,15 +6,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.data.permutation import derive_key
+from fundamentallm.data.loaders.permutation import derive_key
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
+from fundamentallm.files.json_lines import JsonLines
 from fundamentallm.files.run_layout import SAMPLES
 from fundamentallm.models.generation.batch import generate_tokens
 from fundamentallm.models.generation.sampling import SamplingRules
 from fundamentallm.training.handlers.base import HANDLERS
-from fundamentallm.training.json_lines import JsonLines
 from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.step import undisturbed
 

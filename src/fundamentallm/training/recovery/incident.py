@@ -28,9 +28,9 @@ from fundamentallm.files.filesystem import Filesystem, write_file
 from fundamentallm.files.names import numbered
 from fundamentallm.files.private import make_directory
 from fundamentallm.files.run_layout import EVIDENCE, INCIDENTS, REPORT
+from fundamentallm.training.checkpoint.store import CheckpointStore, step_name
 from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.recovery.diagnosis import SPIKE, TRANSIENT, Diagnosis, Incident, Reading
-from fundamentallm.training.store import CheckpointStore, step_name
 
 MAX_TOKENS_SHOWN = 1 << 18
 # Named, not filtered: whatever else the environment holds may be a secret.

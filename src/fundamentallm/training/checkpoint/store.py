@@ -36,7 +36,7 @@ from fundamentallm.files.filesystem import (
 from fundamentallm.files.names import numbered
 from fundamentallm.files.private import check_directory
 from fundamentallm.files.run_layout import CORRUPT, MANIFEST, SUPERSEDED
-from fundamentallm.training.checkpoint_directory import (
+from fundamentallm.training.checkpoint.directory import (
     ALL_FILES,
     check_hashes,
     pack,
@@ -44,7 +44,7 @@ from fundamentallm.training.checkpoint_directory import (
     read_manifest,
     write_checkpoint,
 )
-from fundamentallm.training.manifest import Manifest
+from fundamentallm.training.checkpoint.manifest import Manifest
 
 FREE_SPACE_FACTOR = 1.2
 MAX_POINTER_BYTES = 256

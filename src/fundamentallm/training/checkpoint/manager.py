@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.run_layout import LAST
-from fundamentallm.training.state_tree import Stateful
-from fundamentallm.training.store import CheckpointStore, step_name, step_of
+from fundamentallm.training.checkpoint.store import CheckpointStore, step_name, step_of
+from fundamentallm.training.checkpoint.tree import Stateful
 
 MAX_NAMED_DIFFERENCES = 6
 
@@ -81,7 +81,7 @@ class CheckpointManager:
             "step": step,
         }
         if path.suffix == ".pt":
-            from fundamentallm.training.portable import save_portable
+            from fundamentallm.training.checkpoint.portable import save_portable
 
             save_portable(path, tree)
         else:
@@ -227,7 +227,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], **facts: Any) -> Non
     Raises:
         CheckpointError: the disk is full or refuses; what was at the path is untouched.
     """
-    from fundamentallm.training.portable import save_portable
+    from fundamentallm.training.checkpoint.portable import save_portable
 
     save_portable(path, {"model": dict(weights), **facts})
 
@@ -304,7 +304,7 @@ def _is_number(score: float | None) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     if path.suffix == ".pt":
-        from fundamentallm.training.portable import load_portable
+        from fundamentallm.training.checkpoint.portable import load_portable
 
         return load_portable(path)
     if path.is_file():

@@ -22,7 +22,7 @@ from fundamentallm.files.filesystem import (
     replace_file,
     saving_to,
 )
-from fundamentallm.training.state_tree import flatten, unflatten
+from fundamentallm.training.checkpoint.tree import flatten, unflatten
 
 
 def save_portable(

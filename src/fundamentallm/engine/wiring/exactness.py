@@ -12,7 +12,7 @@ import torch
 import fundamentallm
 from fundamentallm.compute.plan import Machine
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.manifest import Manifest
+from fundamentallm.training.checkpoint.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 

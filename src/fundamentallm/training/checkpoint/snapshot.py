@@ -19,10 +19,10 @@ import torch
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.rng import capture_rng, restore_rng
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.checkpoint import check_model_state, check_optimizer_state
-from fundamentallm.training.finite import check_finite
+from fundamentallm.training.checkpoint.finite import check_finite
+from fundamentallm.training.checkpoint.manager import check_model_state, check_optimizer_state
+from fundamentallm.training.checkpoint.tree import copied
 from fundamentallm.training.loop import TrainingLoop
-from fundamentallm.training.state_tree import copied
 
 logger = logging.getLogger(__name__)
 

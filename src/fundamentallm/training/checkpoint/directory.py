@@ -33,9 +33,18 @@ from fundamentallm.files.filesystem import (
     write_file,
 )
 from fundamentallm.files.run_layout import MANIFEST, MODEL, STATE, STATE_TENSORS
-from fundamentallm.training.manifest import Manifest, parse_json, parse_manifest, render_manifest
-from fundamentallm.training.state_tree import flatten, unflatten
-from fundamentallm.training.tensor_file import num_bytes, parse_tensor_file, tensor_file_chunks
+from fundamentallm.training.checkpoint.manifest import (
+    Manifest,
+    parse_json,
+    parse_manifest,
+    render_manifest,
+)
+from fundamentallm.training.checkpoint.tensor_file import (
+    num_bytes,
+    parse_tensor_file,
+    tensor_file_chunks,
+)
+from fundamentallm.training.checkpoint.tree import flatten, unflatten
 
 CONTENT_FILES = frozenset({MODEL, STATE_TENSORS, STATE})
 ALL_FILES = CONTENT_FILES | {MANIFEST}

@@ -15,11 +15,11 @@ from torch import nn
 from fundamentallm.config import RunConfig, TransformerConfig
 from fundamentallm.data.text_file import read_text
 from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
-from fundamentallm.data.tokenizer_json import read_tokenizer_json
-from fundamentallm.engine.run_directory import RunDirectory
+from fundamentallm.data.tokenizer.tokenizer_json import read_tokenizer_json
+from fundamentallm.engine.wiring.run_directory import RunDirectory
 from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.models.layouts.pretrained import Pretrained
-from fundamentallm.training.manifest import Manifest
+from fundamentallm.training.checkpoint.manifest import Manifest
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

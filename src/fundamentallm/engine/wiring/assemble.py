@@ -17,8 +17,8 @@ from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import DataConfig, RunConfig
 from fundamentallm.config.training import TrainingConfig, resolve_warmup
 from fundamentallm.data.loaders import Batching
+from fundamentallm.data.loaders.permutation import derive_key
 from fundamentallm.data.overlap import overlap
-from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.sources import ExampleSource, Loaders, Source, read_source
 from fundamentallm.data.tokenizer import (
     TOKENIZERS,
@@ -26,25 +26,25 @@ from fundamentallm.data.tokenizer import (
     build_tokenizer,
     tokenizer_from_dict,
 )
-from fundamentallm.data.tokenizer_json import tokenizer_json
-from fundamentallm.engine.abilities import check_abilities
-from fundamentallm.engine.exactness import versions
-from fundamentallm.engine.run_directory import RunDirectory, describe
-from fundamentallm.engine.starting_point import StartingPoint, starting_point
+from fundamentallm.data.tokenizer.tokenizer_json import tokenizer_json
 from fundamentallm.engine.tuning.auto import choose_auto
 from fundamentallm.engine.tuning.fit import refuse_what_cannot_fit
+from fundamentallm.engine.wiring.abilities import check_abilities
 from fundamentallm.engine.wiring.conflicts import settle_kept_checkpoints, unread_settings
+from fundamentallm.engine.wiring.exactness import versions
+from fundamentallm.engine.wiring.run_directory import RunDirectory, describe
+from fundamentallm.engine.wiring.starting_point import StartingPoint, starting_point
 from fundamentallm.errors import ConfigError, DataError, MachineError
 from fundamentallm.files.filesystem import Filesystem, replace_file
 from fundamentallm.files.private import check_file
 from fundamentallm.files.run_layout import CORPUS
 from fundamentallm.models.build import build_model, check_model, uses_attention
 from fundamentallm.models.native.library import find_compiler, load_library
+from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.clock import seconds_since_start
 from fundamentallm.training.handlers import HANDLERS
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import LOSSES
-from fundamentallm.training.manifest import Manifest
 from fundamentallm.training.optimizers import OPTIMIZERS, OptimizerBuilder
 from fundamentallm.training.schedulers import SCHEDULERS
 from fundamentallm.training.trainer import Trainer

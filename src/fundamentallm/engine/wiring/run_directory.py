@@ -23,10 +23,12 @@ from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.names import numbered
 from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint, check_entries
 from fundamentallm.training.checkpoint_catalogue import Survey
+from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint
+from fundamentallm.training.checkpoint.catalogue import Survey
+from fundamentallm.training.checkpoint.manifest import Manifest
+from fundamentallm.training.checkpoint.snapshot import check_usable
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.decision import STOPPED_BY
-from fundamentallm.training.manifest import Manifest
-from fundamentallm.training.snapshot import check_usable
-from fundamentallm.training.store import CheckpointStore
 
 BUDGET_FIELDS = ("num_epochs", "total_steps", "max_tokens", "max_seconds")
 

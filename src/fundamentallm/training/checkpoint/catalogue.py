@@ -13,8 +13,8 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.manifest import Manifest
-from fundamentallm.training.store import Check, CheckpointStore, no_check, step_name
+from fundamentallm.training.checkpoint.manifest import Manifest
+from fundamentallm.training.checkpoint.store import Check, CheckpointStore, no_check, step_name
 
 FOR_A_STOP = "for_a_stop"  # in the metadata of a checkpoint that no schedule asked for
 
