@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from campaigns.faults import Crash, FaultyFilesystem
+from fault_injection.faults import Crash, FaultyFilesystem
 from safetensors.torch import load_file, save_file
 
 from fundamentallm.config import RunConfig, TransformerConfig

@@ -1,11 +1,11 @@
 """The present code goes on with runs that an older revision saved, and reads them, as it did then.
 
 `tests/data/old_runs/` holds runs that ended at step 150 of 200, made by `python -m
-campaigns.old_runs`; the revision stands in each expected.json, beside what it made of the run
+fault_injection.old_runs`; the revision stands in each expected.json, beside what it made of the run
 itself. Exact are the order of the data, the exit codes and, with the same torch on x86-64, every
 double of the metrics, of `evaluate`, every generated character and every byte of the exported and
 the final weights. The last bits of a float32 sum depend on the kernels that a processor gets, so
-both sides pin them (`campaigns.old_runs.PINS`). Another torch or another architecture has other
+both sides pin them (`fault_injection.old_runs.PINS`). Another torch or architecture has other
 kernels all the same: there the numbers need only agree as far as 50 steps of training let rounding
 grow. A run that ends by the clock has other learning rates in each process: of what it trains after
 the resume, only the data is compared.
@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 import torch
-from campaigns.old_runs import KINDS, SAVED, use
-from campaigns.revisions import ROOT
+from fault_injection.old_runs import KINDS, SAVED, use
+from fault_injection.revisions import ROOT
 
 STORED = Path(__file__).parents[1] / "data" / "old_runs"
 ROUNDING = 0.02  # relative, of a loss after 50 steps that were rounded in another way

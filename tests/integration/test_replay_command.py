@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from campaigns.heal import CONFIG, TEXT, make_incident
+from fault_injection.heal import CONFIG, TEXT, make_incident
 from ignite.engine import Events
 
 from fundamentallm.config import load_config
@@ -90,7 +90,7 @@ def test_an_incident_of_a_script_says_how_to_go_on(incident, capsys):
     path = incident / "report.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "description": {}}))
     assert main(["replay", str(incident)]) == 4
-    assert "Laboratory" in capsys.readouterr().err
+    assert "StepReplayer" in capsys.readouterr().err
 
 
 BAD_REPORTS = {

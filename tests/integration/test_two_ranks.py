@@ -165,7 +165,7 @@ def run_and_report(trainer: Trainer) -> dict[str, Any]:
         "finished": trainer.finished,
         "rollbacks": trainer.state.rollbacks,
         "skipped": trainer.state.skipped_steps,
-        "ledger": sorted(trainer.ledger.skipped),
+        "ledger": sorted(trainer.interventions.skipped),
         "weights": flat(trainer.model.parameters()),
         "saved": trainer.state.checkpoints,
     }
@@ -275,7 +275,7 @@ def part_of_one_rank(
 
 def told_to_skip(ranks: Ranks) -> dict[str, Any]:
     trainer = make_trainer(ranks)
-    trainer.ledger.skip([FAULT_AT])
+    trainer.interventions.skip([FAULT_AT])
     return run_and_report(trainer)
 
 

@@ -26,7 +26,7 @@ from fundamentallm.models.layers.attention import use_kernel
 from fundamentallm.models.transformer import Transformer, run_block
 from fundamentallm.testing import UniformModel, tiny_model
 from fundamentallm.training.losses import LanguageModelingLoss
-from fundamentallm.training.recovery.diagnosis import Diagnosis, Laboratory
+from fundamentallm.training.recovery.diagnosis import Diagnosis, StepReplayer
 from fundamentallm.training.recovery.incident import first_bad
 
 # Torch hides this one from users while it traces, by way of showwarning, which pytest has replaced.
@@ -143,14 +143,14 @@ def test_a_replay_sees_into_compiled_blocks() -> None:
     fast, _, counter = pair()
     ids = tokens()
     window = Window([{"input_ids": ids, "target_ids": ids}], ids.numel())
-    laboratory = Laboratory(
+    replayer = StepReplayer(
         fast, LanguageModelingLoss(), Precision("fp32", torch.device("cpu")), Ranks()
     )
-    assert laboratory.replay(window).is_finite
+    assert replayer.replay(window).is_finite
     assert counter.frame_count == 1
     with torch.no_grad():
         fast.blocks[1].feedforward.input.weight[0, 0] = torch.nan
-    found = first_bad(Diagnosis("", laboratory.replay(window, watch=True)))
+    found = first_bad(Diagnosis("", replayer.replay(window, watch=True)))
     assert found["forward"]["module"] == "blocks.1.feedforward.input"
 
 

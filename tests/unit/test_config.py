@@ -540,7 +540,7 @@ class TestWarmup:
 
     def test_set_and_too_long_names_both_values_and_the_line(self):
         config = RunConfig.from_yaml("training:\n  eval_steps: 1\n  warmup_steps: 500\n")
-        with pytest.raises(ConfigError) as caught, config.blame("training"):
+        with pytest.raises(ConfigError) as caught, config.locating_errors("training"):
             resolve_warmup(config.training, 500)
         assert caught.value.where == "YAML text:3: training.warmup_steps"
         assert "warmup_steps 500" in caught.value.what
@@ -884,19 +884,19 @@ class TestBlame:
             return object()
 
         optimizer = run.training.optimizer
-        with pytest.raises(ConfigError) as caught, run.blame("training.optimizer"):
+        with pytest.raises(ConfigError) as caught, run.locating_errors("training.optimizer"):
             optimizers.check(optimizer.name, optimizer.options)
         assert caught.value.where == f"{path}:4: training.optimizer.betas"
-        with pytest.raises(ConfigError) as caught, run.blame("training.loss"):
+        with pytest.raises(ConfigError) as caught, run.locating_errors("training.loss"):
             optimizers.get(run.training.loss.name)
         assert caught.value.where == "command line: training.loss=focal"
 
     def test_a_known_place_is_kept_and_other_errors_pass(self, config):
         _, run = config
-        with pytest.raises(ConfigError) as caught, run.blame("training"):
+        with pytest.raises(ConfigError) as caught, run.locating_errors("training"):
             raise ConfigError("x", where="elsewhere", key="a")
         assert (caught.value.where, caught.value.key) == ("elsewhere", "a")
-        with pytest.raises(KeyError), run.blame("training"):
+        with pytest.raises(KeyError), run.locating_errors("training"):
             raise KeyError("x")
 
     def test_where_it_was_written_is_no_part_of_what_it_says(self, config):

@@ -18,7 +18,7 @@ from fundamentallm.models.layers.attention import own_document, places_in_docume
 from fundamentallm.models.layers.positions import POSITIONS, Positions
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss
-from fundamentallm.training.recovery.diagnosis import Laboratory
+from fundamentallm.training.recovery.diagnosis import StepReplayer
 from fundamentallm.training.step import evaluate_batch
 
 END = 0
@@ -147,18 +147,18 @@ def test_a_replay_keeps_documents_apart_as_the_step_does(loss_fn: LanguageModeli
     loader = TokenWindowLoader(generator.integers(0, 7, 200), Batching(16, 4), end_id=END)
     window = loader.window_at(0, 0)
     precision = Precision("fp32", torch.device("cpu"))
-    laboratory = Laboratory(transformer, loss_fn, precision, Ranks())
+    replayer = StepReplayer(transformer, loss_fn, precision, Ranks())
     nll = evaluate_batch(transformer, window.micro_batches[0], precision)[0]
-    replay = laboratory.replay(window)
+    replay = replayer.replay(window)
     assert replay.loss == pytest.approx(float(nll) / window.num_tokens, rel=1e-12)
     by_itself = max(
         (float(evaluate_batch(transformer, _row(window, row), precision)[0]), row)
         for row in range(4)
     )
-    assert laboratory.worst_rows(window, 1)[0].row == by_itself[1]
+    assert replayer.worst_rows(window, 1)[0].row == by_itself[1]
     for batch in window.micro_batches:
         del batch["document_ids"]
-    assert laboratory.replay(window).loss != pytest.approx(replay.loss, rel=1e-3)
+    assert replayer.replay(window).loss != pytest.approx(replay.loss, rel=1e-3)
 
 
 def _row(window: Window, row: int) -> Batch:

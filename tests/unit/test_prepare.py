@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from campaigns.faults import Crash, FaultyFilesystem
+from fault_injection.faults import Crash, FaultyFilesystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

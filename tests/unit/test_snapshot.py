@@ -51,7 +51,7 @@ def make_trainer(**options: Any) -> Trainer:
             NaNRollback(),
         ],
     )
-    trainer.ledger.skip({3, 8})
+    trainer.interventions.skip({3, 8})
     Schedule(LinearWarmup(trainer.optimizer, warmup_steps=20)).attach(trainer)
     trainer.run()
     return trainer
@@ -117,7 +117,7 @@ def spoil(trainer: Trainer) -> None:
     trainer.state.iteration = 0
     trainer.state.tokens_seen = trainer.state.optimizer_steps = trainer.state.evaluations = 0
     trainer.state.epoch_nll, trainer.state.epoch_tokens = math.nan, 0
-    trainer.ledger.skip({1})
+    trainer.interventions.skip({1})
     trainer.run_id = "another"
     trainer.model.eval()
     torch.manual_seed(0)
@@ -152,7 +152,7 @@ def test_restores_into_a_fresh_trainer():
     spoil(fresh)
     snapshot.restore(fresh, state)
     assert fresh.run_id == trainer.run_id
-    assert fresh.ledger.skipped == {3, 8}
+    assert fresh.interventions.skipped == {3, 8}
     for (name, a), b in zip(
         fresh.model.named_parameters(), trainer.model.parameters(), strict=True
     ):

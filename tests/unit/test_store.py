@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from campaigns.faults import CHANGES, Crash, FaultyFilesystem
+from fault_injection.faults import CHANGES, Crash, FaultyFilesystem
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import FileRecord, Filesystem

@@ -546,9 +546,9 @@ def test_a_healed_run_equals_a_clean_run_that_was_given_the_ledger(tmp_path: Pat
     healed = make_trainer(tmp_path / "healed", handlers=(NaNRollback(), InjectNaN(7)))
     healed.train(num_epochs=2)
     assert healed.state.rollbacks == 1
-    assert healed.ledger.skipped == {7}
+    assert healed.interventions.skipped == {7}
     clean = make_trainer(tmp_path / "clean", handlers=(NaNRollback(),))
-    clean.ledger.skip({7})
+    clean.interventions.skip({7})
     clean.train(num_epochs=2)
     assert_equal_weights(weights(healed), weights(clean))
     # The loss of the window that was passed over is unknown in both.
@@ -560,7 +560,7 @@ def test_a_healed_run_equals_a_clean_run_that_was_given_the_ledger(tmp_path: Pat
 def test_without_checkpoints_the_bad_window_alone_is_skipped() -> None:
     trainer = make_trainer(handlers=(NaNRollback(), InjectNaN(3)))
     trainer.train(num_epochs=1)
-    assert trainer.ledger.skipped == {3}
+    assert trainer.interventions.skipped == {3}
     assert trainer.state.rollbacks == 0
     assert trainer.state.iteration == len(trainer.train_loader)
 

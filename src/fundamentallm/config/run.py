@@ -111,7 +111,7 @@ class RunConfig(BaseConfig):
         return checkpoints.parents[len(inside.parts) - 1] if inside.parts else checkpoints
 
     @contextmanager
-    def blame(self, key: str) -> Iterator[None]:
+    def locating_errors(self, key: str) -> Iterator[None]:
         """Let each ConfigError that arises inside say where `key` was written.
 
         An error's own `key` is taken as relative to this one; an error that has a `where` already

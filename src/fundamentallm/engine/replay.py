@@ -28,8 +28,8 @@ from fundamentallm.training.recovery.diagnosis import (
     TRANSIENT,
     VERDICTS,
     Diagnosis,
-    Laboratory,
     Replay,
+    StepReplayer,
 )
 from fundamentallm.training.recovery.incident import first_bad
 
@@ -145,7 +145,7 @@ def replay_incident(incident: Path, report: dict[str, Any], device: str) -> Repl
     machine = Machine.open(device, training.threads)
     facts = ModelFacts.of(config.model)
     plan = Plan.again(training, facts, machine, fp16_elsewhere="bf16")
-    laboratory = Laboratory(
+    replayer = StepReplayer(
         plan.prepare(plan.place(model)),
         LOSSES.build(training.loss.name, training.loss.options),
         plan.build_precision(),
@@ -165,7 +165,7 @@ def replay_incident(incident: Path, report: dict[str, Any], device: str) -> Repl
             where=str(store.directory),
             got=f"{type(error).__name__}: {error}",
         ) from error
-    return laboratory.replay(window, generators, watch=True)
+    return replayer.replay(window, generators, watch=True)
 
 
 def _build(values: Any, state: Mapping[str, Any], where: str) -> tuple[RunConfig, nn.Module]:
@@ -202,13 +202,13 @@ def _first_fault(error: Exception) -> str:
 
 def _print_modules(result: Replay) -> None:
     """Show what passed by around the first bad place."""
-    first = next((i for i, reading in enumerate(result.readings) if reading.is_bad), None)
+    first = next((i for i, statistic in enumerate(result.statistics) if statistic.is_bad), None)
     if first is None:
         return
     begin = max(0, first - ROWS_SHOWN // 2)
     say()
-    for number, reading in enumerate(result.readings[begin : begin + ROWS_SHOWN], begin):
-        say(printable(f"{'>' if number == first else ' '} {reading}"))
+    for number, statistic in enumerate(result.statistics[begin : begin + ROWS_SHOWN], begin):
+        say(printable(f"{'>' if number == first else ' '} {statistic}"))
     say()
 
 

@@ -49,10 +49,10 @@ from fundamentallm.training.decision import (
 )
 from fundamentallm.training.dispatch import Dispatcher, caller_name
 from fundamentallm.training.history import History
-from fundamentallm.training.ledger import Ledger
+from fundamentallm.training.interventions import Interventions
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.recovery.data_faults import DataFaults
-from fundamentallm.training.recovery.diagnosis import Laboratory
+from fundamentallm.training.recovery.diagnosis import StepReplayer
 from fundamentallm.training.schedulers import LearningRateScheduler
 from fundamentallm.training.state import COUNTERS, IRREVERSIBLE, TrainingState
 from fundamentallm.training.step import StepOutput, TrainStep, evaluate
@@ -100,7 +100,7 @@ class TrainingLoop(Dispatcher):
         history: the course of the run so far.
         plan: how the steps are computed.
         limits: the resolved budgets.
-        ledger: what the run was told to do differently: windows to pass over, lower rates.
+        interventions: what the run was told to do differently: windows to skip, lower rates.
         description: plain JSON about the run (its configuration, tokenizer, data) that every
             checkpoint carries in its manifest.
         evaluation_weights: a context in which the model holds the weights to evaluate and sample
@@ -149,7 +149,7 @@ class TrainingLoop(Dispatcher):
         self.run_id = uuid.uuid4().hex
         self.description: dict[str, Any] = {}
         self.history = History()
-        self.ledger = Ledger()
+        self.interventions = Interventions()
         self.evaluation_weights: Callable[[], AbstractContextManager[None]] = nullcontext
         self.restore_point: RestorePoint | None = None
         self.interrupted_by: int | None = None
@@ -291,12 +291,12 @@ class TrainingLoop(Dispatcher):
         self._facts, self._decision = StepFacts(), GO_ON
         broke_at = self.state.iteration
         kept = {name: getattr(self.state, name) for name in IRREVERSIBLE}
-        ledger = self.ledger.state_dict()
+        interventions = self.interventions.state_dict()
         self.ranks.barrier()  # the writer may still be writing what the others want to read
         self.restore_point.restore_before(self, wish.before)
         for name, value in kept.items():
             setattr(self.state, name, value)
-        self.ledger.load_state_dict(ledger)
+        self.interventions.load_state_dict(interventions)
         self.history.cut_back(self.state.iteration)
         logger.warning(
             "went back from step %d to step %d (%s)", broke_at, self.state.iteration, wish.reason
@@ -315,7 +315,7 @@ class TrainingLoop(Dispatcher):
             num_tokens, num_sequences = window.num_tokens, sequences
         else:
             num_tokens, num_sequences = self._agree_on(window, sequences)
-        if self.state.iteration in self.ledger.skipped:
+        if self.state.iteration in self.interventions.skipped:
             output = StepOutput(math.nan, math.nan, num_tokens, num_sequences, "ledger")
             self.state.output = output
             self.notify(TrainingEvents.FLLM_STEP_REJECTED)
@@ -524,8 +524,8 @@ class TrainingLoop(Dispatcher):
     def roll_back(self, reason: str, before: int | None = None) -> None:
         """Go back to an earlier checkpoint after this step.
 
-        What the run is to do differently then, the caller writes into the ledger, which a rollback
-        does not take back. Without a checkpoint the run goes on from the weights that it has: a
+        The caller writes what the run shall do differently then into the interventions, which a
+        rollback keeps. Without a checkpoint the run goes on from the weights that it has: a
         refused update has left them clean.
 
         Args:
@@ -584,9 +584,9 @@ class TrainingLoop(Dispatcher):
         """The norm of the current window's gradient, as `window_loss`."""
         return self._step.norm
 
-    def laboratory(self) -> Laboratory:
+    def step_replayer(self) -> StepReplayer:
         """Return what replays of the current step need."""
-        return Laboratory(self.model, self.loss_fn, self.precision, self.ranks)
+        return StepReplayer(self.model, self.loss_fn, self.precision, self.ranks)
 
     def restore_step(self, before: int | None = None) -> int | None:
         """Return the step that a rollback would go to, None if there is none."""
@@ -696,14 +696,14 @@ class TrainingLoop(Dispatcher):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return the position, the counters, the ledger and the run's id."""
+        """Return the position, the counters, the interventions and the run's id."""
         state = {name: getattr(self.state, name) for name in COUNTERS}
         state["elapsed_before"] = self.elapsed_seconds()
         state["checkpoints"] += self._saving is Save.ON_SCHEDULE
         return {
             "iteration": self.state.iteration,
             "epoch_length": self.steps_per_epoch,
-            "ledger": self.ledger.state_dict(),
+            "ledger": self.interventions.state_dict(),
             "finished": self.finished,
             "run_id": self.run_id,
             **state,
@@ -726,5 +726,5 @@ class TrainingLoop(Dispatcher):
         position = {"iteration": state_dict["iteration"], "epoch_length": self.steps_per_epoch}
         counters = {name: state_dict.get(name, value) for name, value in COUNTERS.items()}
         super().load_state_dict({**position, "max_iters": None, **counters})
-        self.ledger.load_state_dict(state_dict["ledger"])
+        self.interventions.load_state_dict(state_dict["ledger"])
         self.run_id = state_dict["run_id"]

@@ -137,7 +137,7 @@ def test_a_rollback_leaves_one_history(tmp_path):
     trainer.run()
     assert trainer.state.rollbacks == 1
     other = make_trainer(told, NaNRollback(), Checkpointing(tmp_path / "two"), log_steps=1)
-    other.ledger.skip({7})
+    other.interventions.skip({7})
     other.run()
     assert untimed(read(broken)) == untimed(read(told))
     assert steps(read(broken), "train/loss") == list(range(1, 13))

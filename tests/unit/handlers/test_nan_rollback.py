@@ -143,7 +143,7 @@ def assert_same_run(one: Trainer, other: Trainer) -> None:
     # A window that was passed over has a loss of NaN, which equals nothing.
     seen = [
         [
-            0.0 if step in t.ledger.skipped else loss
+            0.0 if step in t.interventions.skipped else loss
             for step, loss in enumerate(t.history.train_loss, 1)
         ]
         for t in (one, other)
@@ -160,7 +160,7 @@ def assert_same_run(one: Trainer, other: Trainer) -> None:
 def told(directory: Path, ledger: dict[str, Any], **options: Any) -> Trainer:
     """A clean run that is given a ledger."""
     trainer = make_trainer(directory, **options)
-    trainer.ledger.load_state_dict(ledger)
+    trainer.interventions.load_state_dict(ledger)
     assert run(trainer) == []
     return trainer
 
@@ -195,7 +195,7 @@ def test_a_transient_fault_leaves_no_trace_in_the_run(tmp_path, clean, step, fac
     broken = make_trainer(tmp_path / "broken", Once(step, factor=factor))
     (incident,) = run(broken)
     assert incident.verdict == "transient"
-    assert broken.ledger.skipped == set()
+    assert broken.interventions.skipped == set()
     assert broken.state.rollbacks == 0
     assert_same_run(broken, clean())
 
@@ -205,7 +205,7 @@ def test_bad_data_is_passed_over_and_nothing_else(tmp_path, clean, step, factor)
     broken = make_trainer(tmp_path / "broken", Data(step, factor=factor))
     (incident,) = run(broken)
     assert incident.verdict == "data"
-    assert broken.ledger.state_dict() == {"skipped": [step], "cuts": []}
+    assert broken.interventions.state_dict() == {"skipped": [step], "cuts": []}
     assert broken.state.rollbacks == 0
     assert incident.diagnosis is not None
     assert [(bad.micro_batch, bad.row) for bad in incident.diagnosis.bad_rows] == [(0, 2)]
@@ -263,12 +263,12 @@ def test_a_divergence_goes_back_to_where_the_run_was_healthy(tmp_path, step):
     # The newest checkpoint with four good steps behind it, the first one if there is none.
     restored = max((c for c in (0, 4, 8, 10, 12) if c + 4 < step), default=0)
     assert went_to == [restored]
-    assert broken.ledger.state_dict() == {
+    assert broken.interventions.state_dict() == {
         "skipped": [step - 1, step, step + 1],
         "cuts": [[restored + 1, step + 2, 0.25]],
     }
     assert broken.history.lr[step] == pytest.approx(0.25e-2)
-    assert_same_run(broken, told(tmp_path / "told", broken.ledger.state_dict()))
+    assert_same_run(broken, told(tmp_path / "told", broken.interventions.state_dict()))
 
 
 def test_a_way_back_passes_over_what_only_a_stop_has_saved(tmp_path):
@@ -288,7 +288,7 @@ def test_a_way_back_passes_over_what_only_a_stop_has_saved(tmp_path):
     diverge(resumed, 12)
     (incident,) = run(resumed)
     assert "going back to step 8" in incident.decision
-    assert resumed.ledger.state_dict() == whole.ledger.state_dict()
+    assert resumed.interventions.state_dict() == whole.interventions.state_dict()
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -299,8 +299,8 @@ def test_distance_and_neighbourhood_double_with_each_retry(tmp_path):
     diverge(trainer, 10, 13)  # the second one in the region of the first
     incidents = run(trainer)
     assert [incident.verdict for incident in incidents] == ["divergence", "divergence"]
-    assert trainer.ledger.skipped == {9, 10, 11} | {11, 12, 13, 14, 15}
-    assert [cut.first for cut in trainer.ledger.cuts] == [5, 9]
+    assert trainer.interventions.skipped == {9, 10, 11} | {11, 12, 13, 14, 15}
+    assert [cut.first for cut in trainer.interventions.cuts] == [5, 9]
 
 
 def went_to_after(directory: Path, *faults: int) -> list[int]:
@@ -514,9 +514,9 @@ def test_a_fault_that_no_replay_shows_takes_the_run_back(tmp_path):
     broken.add_event_handler(TrainingEvents.FLLM_MICRO_BATCH_COMPLETED, spoil)
     incidents = run(broken)
     assert [incident.verdict for incident in incidents] == ["transient", "unexplained"]
-    assert broken.ledger.skipped == {6}
+    assert broken.interventions.skipped == {6}
     assert broken.state.rollbacks == 1
-    assert_same_run(broken, told(tmp_path / "told", broken.ledger.state_dict()))
+    assert_same_run(broken, told(tmp_path / "told", broken.interventions.state_dict()))
 
 
 def test_without_checkpoints_the_window_alone_is_skipped():
@@ -554,7 +554,7 @@ def test_lasting_bad_data_ends_within_the_bounds_of_a_run(tmp_path):
     trainer = make_trainer(tmp_path, Data(*range(2, 15)), NaNRollback(max_rollbacks=4))
     with pytest.raises(NumericalError, match="after 4 incidents"):
         trainer.run()
-    assert len(trainer.ledger.skipped) == 4
+    assert len(trainer.interventions.skipped) == 4
 
 
 def test_a_machine_that_errs_at_every_step_is_given_up(tmp_path):
@@ -598,7 +598,7 @@ def test_a_controllers_own_refusal_is_no_fault(tmp_path):
     )
     assert run(trainer) == []
     assert trainer.state.skipped_steps == 1
-    assert trainer.ledger.skipped == set()
+    assert trainer.interventions.skipped == set()
 
 
 # ------------------------------------------------------------------ evidence

@@ -175,7 +175,7 @@ def test_a_rollback_takes_samples_back(tmp_path):
             Checkpointing(tmp_path / name / "checkpoints"),
             checkpoint_steps=4,  # so that the sample of step 6 has to go
         )
-        trainer.ledger.skip(ledger)
+        trainer.interventions.skip(ledger)
         trainer.run()
         results.append(read(tmp_path / name))
     assert [record["step"] for record in results[0]] == [2, 4, 6, 8]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from campaigns.faults import Crash, FaultyFilesystem
+from fault_injection.faults import Crash, FaultyFilesystem
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.errors import CheckpointError

@@ -156,9 +156,9 @@ def test_a_rejected_spike_leaves_weights_moments_and_averages_alone(tmp_path):
     (incident,) = run(trainer)
     assert incident.verdict == "spike"
     assert all(map(torch.equal, *before))
-    assert trainer.ledger.skipped == {12}
+    assert trainer.interventions.skipped == {12}
     told = make_trainer(Spiking(12), Spikes("reject", **OPTIONS), NaNRollback(), WeightEMA())
-    told.ledger.skip([12])
+    told.interventions.skip([12])
     assert run(told) == []
     assert all(map(torch.equal, weights(trainer), weights(told)))
 
@@ -243,7 +243,7 @@ def test_rejections_in_a_row_lead_back(tmp_path):
     assert [i.verdict for i in incidents] == ["spike"] * 3 + ["divergence"]
     assert trainer.state.rollbacks == 1
     assert trainer.finished
-    assert trainer.ledger.skipped == {13, 14, 15, 16}
+    assert trainer.interventions.skipped == {13, 14, 15, 16}
 
 
 def test_the_policy_rollback_goes_back_at_once_and_ends_within_its_bounds(tmp_path):
@@ -257,7 +257,7 @@ def test_the_policy_rollback_goes_back_at_once_and_ends_within_its_bounds(tmp_pa
     told = make_trainer(
         Spiking(13), Spikes("rollback", **OPTIONS), NaNRollback(), Checkpointing(tmp_path / "told")
     )
-    told.ledger.load_state_dict(trainer.ledger.state_dict())
+    told.interventions.load_state_dict(trainer.interventions.state_dict())
     assert run(told) == []
     assert all(map(torch.equal, weights(trainer), weights(told)))
 
@@ -281,7 +281,7 @@ def test_a_run_whose_data_spike_for_ever_is_given_up():
     )
     with pytest.raises(NumericalError, match="after 4 spikes"):
         run(trainer)
-    assert trainer.ledger.skipped == {10, 13, 16, 19}
+    assert trainer.interventions.skipped == {10, 13, 16, 19}
 
 
 def test_a_resumed_run_remembers_what_was_usual(tmp_path):

@@ -39,5 +39,5 @@ def check_abilities(config: RunConfig, model: nn.Module, loss_fn: Callable[..., 
     }
     for key, (is_missing, what, fix) in missing.items():
         if is_missing:
-            with config.blame(key):
+            with config.locating_errors(key):
                 raise ConfigError(what, got=f"model.family {config.model.family}", fix=fix)

@@ -147,7 +147,7 @@ def assemble(
     # the plan says how
     config, plan, notes = resolve(inputs, directory, machine)
     notes += unread_settings(written)
-    with config.blame("model"):
+    with config.locating_errors("model"):
         refuse_what_cannot_fit(config, plan.device)
     if measuring and begins:
         plan, chosen = choose_auto(written, config, plan, train_loader)
@@ -157,16 +157,16 @@ def assemble(
 
     # models compute; the ranks share the weights, and then each draws its own dropout
     torch.manual_seed(config.seed)
-    with config.blame("model"):
+    with config.locating_errors("model"):
         model = build_model(config.model, inputs.start.load_into)
     model = plan.place(model)
     if not ranks.alone:
         torch.manual_seed(derive_key(config.seed, ranks.rank) % 2**63)
 
     # training steps
-    with config.blame("training.optimizer"):
+    with config.locating_errors("training.optimizer"):
         optimizer = OptimizerBuilder.from_config(training, model)
-    with config.blame("training.scheduler"):
+    with config.locating_errors("training.scheduler"):
         scheduler = SCHEDULERS.build(
             training.scheduler.name,
             training.scheduler.options,
@@ -177,7 +177,7 @@ def assemble(
             min_lr=training.min_learning_rate,
             steps_per_epoch=len(train_loader),
         )
-    with config.blame("training.loss"):
+    with config.locating_errors("training.loss"):
         loss_fn = LOSSES.build(training.loss.name, training.loss.options)
     check_abilities(config, model, loss_fn)
     trainer = Trainer(
@@ -201,7 +201,7 @@ def assemble(
 
     # handlers listen
     for name, options in chosen_handlers(config).items():
-        with config.blame(f"handlers.{name}"):
+        with config.locating_errors(f"handlers.{name}"):
             handler = HANDLERS.build(
                 name,
                 options,
@@ -249,7 +249,7 @@ def check_names(config: RunConfig) -> None:
         ConfigError: with the file and line of the fault.
     """
     training = config.training
-    with config.blame("model"):
+    with config.locating_errors("model"):
         check_model(config.model)
     for key, registry, component in (
         ("data.tokenizer", TOKENIZERS, config.data.tokenizer),
@@ -257,10 +257,10 @@ def check_names(config: RunConfig) -> None:
         ("training.scheduler", SCHEDULERS, training.scheduler),
         ("training.loss", LOSSES, training.loss),
     ):
-        with config.blame(key):
+        with config.locating_errors(key):
             registry.check(component.name, component.options)
     for name, options in config.handlers.items():
-        with config.blame(f"handlers.{name}"):
+        with config.locating_errors(f"handlers.{name}"):
             HANDLERS.check(name, options if isinstance(options, dict) else {})
 
 
@@ -270,7 +270,7 @@ def open_machine(config: RunConfig, join: bool = False) -> Machine:
     Raises:
         ConfigError, MachineError: as `Machine.open`.
     """
-    with config.blame("training.device"):
+    with config.locating_errors("training.device"):
         return Machine.open(config.training.device, config.training.threads, join)
 
 
@@ -340,7 +340,7 @@ def choose_tokenizer(
     if directory.checkpoint is not None:
         return tokenizer_from_dict(directory.checkpoint.metadata["tokenizer"])
     chosen = config.data.tokenizer
-    with config.blame("data.tokenizer"):
+    with config.locating_errors("data.tokenizer"):
         return build_tokenizer(chosen.name, chosen.options, source.text)
 
 
@@ -404,7 +404,7 @@ def end_of_documents(config: RunConfig, source: Source) -> int | None:
     if config.data.packing == "continuous" or isinstance(source, ExampleSource):
         return None  # an example is a row by itself
     if source.end_id is None:
-        with config.blame("data.packing"):
+        with config.locating_errors("data.packing"):
             raise ConfigError(
                 "nothing in this source marks where a document ends",
                 got="packing: document",
@@ -425,7 +425,7 @@ def resolve(
     training = config.training
     notes = [*inputs.start.notes, *without_effect(config, inputs.source)]
     limits = Limits.resolve(training, len(loader), loader.tokens_per_step)
-    with config.blame("training.warmup_steps"):
+    with config.locating_errors("training.warmup_steps"):
         warmup, note = resolve_warmup(training, limits.total_steps)
     if note and getattr(SCHEDULERS.get(training.scheduler.name), "uses_warmup", False):
         notes.append(note)
@@ -437,7 +437,7 @@ def resolve(
     )
     assert model.vocab_size is not None
     if tokenizer.vocab_size > model.vocab_size:
-        with config.blame("model.vocab_size"):
+        with config.locating_errors("model.vocab_size"):
             raise ConfigError(
                 "the tokenizer has more tokens than the model",
                 got=f"model.vocab_size {model.vocab_size}",
@@ -452,7 +452,7 @@ def resolve(
         notes += lost
     if training.compile == "native" and config.data.packing == "document":
         training = training.model_copy(update={"compile": False})  # as `without_effect` tells
-    with config.blame("training"):
+    with config.locating_errors("training"):
         plan = Plan.resolve(training, facts, machine, config.data.batch_size)
     steps = {"warmup_steps": warmup, "total_steps": limits.total_steps}
     completed = config.model_copy(

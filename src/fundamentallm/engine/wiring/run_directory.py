@@ -22,8 +22,6 @@ from fundamentallm.config.yaml.difference import (
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.names import numbered
 from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint, check_entries
-from fundamentallm.training.checkpoint_catalogue import Survey
-from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint
 from fundamentallm.training.checkpoint.catalogue import Survey
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.snapshot import check_usable

@@ -58,7 +58,7 @@ class StartingPoint:
         path = self.pretrained.folder / TOKENIZER
         if path.exists():
             return read_tokenizer_json(path, _end_of_text(path.with_name(TOKENIZER_CONFIG)))
-        with self.written.blame("data.tokenizer"):
+        with self.written.locating_errors("data.tokenizer"):
             raise ConfigError(
                 "the folder to start from has no tokenizer, and a new one would give the ids"
                 " other meanings",
@@ -96,7 +96,7 @@ def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
             update={"model": began_with.model, "data": config.data.model_copy(update=data)}
         )
         return StartingPoint(completed, config, checkpoint=directory.checkpoint)
-    with config.blame("model"):
+    with config.locating_errors("model"):
         pretrained = Pretrained.open(folder)
         model = pretrained.adopt(model)
     notes = [f"the weights start from {folder}"]
@@ -105,7 +105,7 @@ def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
     if "sequence_length" not in config.left_to_init_from:
         length = config.data.sequence_length
         in_data = "sequence_length" in config.data.model_fields_set
-        with config.blame("data" if in_data else "model"):
+        with config.locating_errors("data" if in_data else "model"):
             pretrained.check_length(length)
         if length < model.sequence_length:
             notes.append(f"the context length is {length} in place of {model.sequence_length}")

@@ -1,7 +1,7 @@
 """The whole state of a training run as one tree of plain values and tensors, and back.
 
 ```
-trainer     position, counters, ledger                 random      every generator, per rank
+trainer     position, counters, interventions                 random      every generator, per rank
 model       weights and buffers                        handlers    by name: what each declares
 optimizer   moments and group values
 precision   the loss scale                             buffers     names of the model's buffers

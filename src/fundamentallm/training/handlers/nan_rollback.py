@@ -56,8 +56,8 @@ class NaNRollback:
     - state (a moment or the learning rate is not finite): back to the newest checkpoint.
     - unexplained (transient, but twice at the same step): back, without this window.
 
-    What is done enters the ledger, so that the healed run is, bit for bit, the run that a person
-    would have got by giving a clean one that ledger. An fp16 overflow is expected now and then and
+    What is done enters the interventions, so that the healed run is, bit for bit, a clean run that
+    was given these interventions. An fp16 overflow is expected now and then and
     only counts when `max_overflows` come in a row.
 
     Args:
@@ -186,11 +186,11 @@ class NaNRollback:
             diagnosis = self._look(trainer, SPIKE, 3)
             if self.spikes > self.max_spikes:
                 self._give_up(trainer, f"{fault} after {self.max_spikes} spikes", SPIKE, diagnosis)
-            trainer.ledger.skip([step])
+            trainer.interventions.skip([step])
             self._report(trainer, fault, SPIKE, "its window is passed over", diagnosis)
         elif output.rejection == "nonfinite":
             if self._redone == step:
-                trainer.ledger.skip([step])
+                trainer.interventions.skip([step])
                 self._go_back(trainer, fault, UNEXPLAINED, self._look(trainer, UNEXPLAINED))
             else:
                 self._act(trainer, fault, self._diagnose(trainer))
@@ -207,9 +207,9 @@ class NaNRollback:
 
     def _look(self, trainer: TrainingLoop, verdict: str, num_worst: int = 0) -> Diagnosis:
         """Replay a step whose verdict is known: what every module gave, and the worst sequences."""
-        laboratory = trainer.laboratory()
-        replay = laboratory.replay(trainer.window, trainer.generators_before, watch=True)
-        rows = laboratory.worst_rows(trainer.window, num_worst) if num_worst else ()
+        replayer = trainer.step_replayer()
+        replay = replayer.replay(trainer.window, trainer.generators_before, watch=True)
+        rows = replayer.worst_rows(trainer.window, num_worst) if num_worst else ()
         return Diagnosis(verdict, replay, rows)
 
     def _diagnose(self, trainer: TrainingLoop) -> Diagnosis:
@@ -229,7 +229,7 @@ class NaNRollback:
             finally:
                 trainer.model.load_state_dict(kept)
 
-        return trainer.laboratory().diagnose(
+        return trainer.step_replayer().diagnose(
             trainer.window, trainer.generators_before, self._known_good(trainer), earlier_weights
         )
 
@@ -262,7 +262,7 @@ class NaNRollback:
         else:
             self._blamed += diagnosis.verdict == DATA_WITH_WEIGHTS
             self._count(trainer, fault, diagnosis.verdict, diagnosis)
-            trainer.ledger.skip([step])
+            trainer.interventions.skip([step])
             self._report(trainer, fault, diagnosis.verdict, "its window is passed over", diagnosis)
 
     # ------------------------------------------------------------------ acting
@@ -287,8 +287,8 @@ class NaNRollback:
         first = (target if target is not None else step - 1) + 1
         if verdict == DIVERGENCE:
             near = self.neighbours * doubled
-            trainer.ledger.skip(s for s in range(step - near, step + near + 1) if s >= first)
-            trainer.ledger.cut_rate(first, self.rate_steps + step - first, self.rate_factor)
+            trainer.interventions.skip(s for s in range(step - near, step + near + 1) if s >= first)
+            trainer.interventions.cut_rate(first, self.rate_steps + step - first, self.rate_factor)
             decision += (
                 f", without the windows of steps {max(first, step - near)} to {step + near},"
                 f" learning rate x {self.rate_factor:g} for {self.rate_steps} steps"
@@ -349,11 +349,11 @@ class NaNRollback:
 
     def _write_evidence(self, trainer: TrainingLoop, incident: Incident) -> None:
         diagnosis = incident.diagnosis
-        for reading in (
+        for statistic in (
             (diagnosis.first_bad_forward, diagnosis.first_bad_backward) if diagnosis else ()
         ):
-            if reading is not None:
-                logger.warning("  first bad %s", reading)
+            if statistic is not None:
+                logger.warning("  first bad %s", statistic)
         if self.run_dir is None:
             return
         try:

@@ -35,12 +35,12 @@ class Schedule(ParamScheduler):
         trainer.add_event_handler(Events.ITERATION_STARTED, self.apply)
 
     def apply(self, trainer: TrainingLoop) -> None:
-        """Write the rates for step `state.iteration`, cut as the ledger says; note `train/lr`."""
+        """Write the rates for step `state.iteration`, lowered by interventions; note `train/lr`."""
         # Ignite counts events from 0 and would count on after a rollback; the step knows better.
         step = self.event_index = trainer.state.iteration
         self.progress = trainer.clock_progress()
         multiplier = self.scheduler.multiplier(step, self.progress)
-        factor = trainer.ledger.rate_factor(step) if trainer.ledger.cuts else 1.0
+        factor = trainer.interventions.rate_factor(step) if trainer.interventions.cuts else 1.0
         groups = self.optimizer.param_groups
         for group, base in zip(groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = base * multiplier * factor

@@ -62,7 +62,7 @@ unexplained         transient, but twice at the same step
 
 
 @dataclass(frozen=True)
-class Reading:
+class TensorStatistics:
     """One tensor as it passed by.
 
     Attributes:
@@ -106,25 +106,25 @@ class Replay:
     Attributes:
         loss: nats per valid token of this rank's share.
         grad_norm: of this rank's gradient.
-        readings: every module's output and gradient in the order in which they came, if asked for.
+        statistics: of every module's output and gradient, in the order of the passes, if asked for.
     """
 
     loss: float = math.nan
     grad_norm: float = math.nan
-    readings: list[Reading] = field(default_factory=list)
+    statistics: list[TensorStatistics] = field(default_factory=list)
 
     @property
     def is_finite(self) -> bool:
         """Whether both figures are."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
-    def first_bad(self, *kinds: str) -> Reading | None:
-        """Return the first reading of these kinds that is not finite."""
-        return next((r for r in self.readings if r.is_bad and r.kind in kinds), None)
+    def first_bad(self, *kinds: str) -> TensorStatistics | None:
+        """Return the first statistic of these kinds that is not finite."""
+        return next((r for r in self.statistics if r.is_bad and r.kind in kinds), None)
 
     def table(self) -> list[dict[str, Any]]:
-        """Return the readings as plain values."""
-        return [asdict(reading) for reading in self.readings]
+        """Return the statistics as plain values."""
+        return [asdict(statistic) for statistic in self.statistics]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Diagnosis:
 
     Attributes:
         verdict: one of the verdicts above.
-        replay: the first replay, with its readings.
+        replay: the first replay, with its statistics.
         bad_rows: sequences that are bad on their own, on this rank; of a spike the worst.
     """
 
@@ -157,12 +157,12 @@ class Diagnosis:
     bad_rows: Sequence[BadRow] = ()
 
     @property
-    def first_bad_forward(self) -> Reading | None:
+    def first_bad_forward(self) -> TensorStatistics | None:
         """The first output of the forward pass that is not finite."""
         return self.replay.first_bad("output")
 
     @property
-    def first_bad_backward(self) -> Reading | None:
+    def first_bad_backward(self) -> TensorStatistics | None:
         """The first gradient of the backward pass that is not finite."""
         return self.replay.first_bad("gradient", "parameter")
 
@@ -191,7 +191,7 @@ class Incident:
 
 
 @dataclass(frozen=True)
-class Laboratory:
+class StepReplayer:
     """All that a replay needs.
 
     Attributes:
@@ -240,11 +240,11 @@ class Laboratory:
             # Compiled code calls no hook, and in another precision it would be compiled again.
             with (
                 uncompiled(model) if watch or not narrow else nullcontext(),
-                watched(model, result.readings) if watch else nullcontext(),
+                watched(model, result.statistics) if watch else nullcontext(),
             ):
-                nll = self._accumulate(model, window, precision, result.readings, watch)
+                nll = self._accumulate(model, window, precision, result.statistics, watch)
             if watch:
-                result.readings += _parameter_readings(model, result.readings)
+                result.statistics += _parameter_statistics(model, result.statistics)
             gradients = [p.grad for p in parameters if p.grad is not None]
             result.grad_norm = float(nn.utils.get_total_norm(gradients))
             result.loss = nll / max(window.num_tokens, 1)
@@ -261,7 +261,7 @@ class Laboratory:
         model: nn.Module,
         window: Window,
         precision: Precision,
-        readings: list[Reading],
+        statistics: list[TensorStatistics],
         watch: bool,
     ) -> float:
         total = 0.0
@@ -271,7 +271,7 @@ class Laboratory:
                 with precision.autocast():
                     objective = self._objective(model, moved)
                 if watch:
-                    readings.append(read("loss", "output", objective.detach()))
+                    statistics.append(read("loss", "output", objective.detach()))
                 # The loss scale of fp16 is left out: what it alone breaks is an overflow, no fault.
                 (objective / max(window.num_tokens, 1)).backward()  # type: ignore[no-untyped-call]
             total += float(objective.detach())
@@ -374,11 +374,11 @@ def window_of(batch: Batch) -> Window:
     return Window([batch], int((batch["target_ids"] >= 0).sum()))
 
 
-def read(module: str, kind: str, tensor: Tensor) -> Reading:
+def read(module: str, kind: str, tensor: Tensor) -> TensorStatistics:
     """Take down what matters of a tensor."""
     values = tensor.detach()
     finite = values[torch.isfinite(values)].float()
-    return Reading(
+    return TensorStatistics(
         module,
         kind,
         tuple(values.shape),
@@ -391,7 +391,7 @@ def read(module: str, kind: str, tensor: Tensor) -> Reading:
 
 
 @contextmanager
-def watched(model: nn.Module, readings: list[Reading]) -> Iterator[None]:
+def watched(model: nn.Module, statistics: list[TensorStatistics]) -> Iterator[None]:
     """Record each module's output as it is made, and the gradient that comes back to it.
 
     A module's hook runs after those of the modules inside it, so the first bad output in the list
@@ -402,10 +402,10 @@ def watched(model: nn.Module, readings: list[Reading]) -> Iterator[None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 return
-            readings.append(read(name, "output", output))
+            statistics.append(read(name, "output", output))
             if output.requires_grad:
                 output.register_hook(  # type: ignore[no-untyped-call]
-                    lambda gradient: readings.append(read(name, "gradient", gradient))
+                    lambda gradient: statistics.append(read(name, "gradient", gradient))
                 )
 
         return hook
@@ -421,15 +421,17 @@ def watched(model: nn.Module, readings: list[Reading]) -> Iterator[None]:
             handle.remove()
 
 
-def _parameter_readings(model: nn.Module, readings: Sequence[Reading]) -> list[Reading]:
+def _parameter_statistics(
+    model: nn.Module, statistics: Sequence[TensorStatistics]
+) -> list[TensorStatistics]:
     """Return the bad gradients that only weights have: no gradient that passed by shows them."""
-    if any(reading.is_bad for reading in readings):
+    if any(statistic.is_bad for statistic in statistics):
         return []
     return [
-        reading
+        statistic
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
-        and (reading := read(name.rpartition(".")[0], "parameter", parameter.grad)).is_bad
+        and (statistic := read(name.rpartition(".")[0], "parameter", parameter.grad)).is_bad
     ]
 
 

@@ -30,7 +30,13 @@ from fundamentallm.files.private import make_directory
 from fundamentallm.files.run_layout import EVIDENCE, INCIDENTS, REPORT
 from fundamentallm.training.checkpoint.store import CheckpointStore, step_name
 from fundamentallm.training.loop import TrainingLoop
-from fundamentallm.training.recovery.diagnosis import SPIKE, TRANSIENT, Diagnosis, Incident, Reading
+from fundamentallm.training.recovery.diagnosis import (
+    SPIKE,
+    TRANSIENT,
+    Diagnosis,
+    Incident,
+    TensorStatistics,
+)
 
 MAX_TOKENS_SHOWN = 1 << 18
 # Named, not filtered: whatever else the environment holds may be a secret.
@@ -86,7 +92,7 @@ def write_incident(
         "window": [] if bad else window_sequences(trainer, tokenizer),
         "modules": incident.diagnosis.replay.table() if incident.diagnosis else [],
         "metrics": list(metrics),
-        "ledger": trainer.ledger.state_dict(),
+        "ledger": trainer.interventions.state_dict(),
         "checkpoint": _checkpoint_before(trainer),
         "environment": environment(),
         "description": trainer.description,
@@ -184,10 +190,10 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _place(reading: Reading | None) -> dict[str, Any] | None:
-    if reading is None:
+def _place(statistic: TensorStatistics | None) -> dict[str, Any] | None:
+    if statistic is None:
         return None
-    return {"module": reading.module, "kind": reading.kind, "what": str(reading)}
+    return {"module": statistic.module, "kind": statistic.kind, "what": str(statistic)}
 
 
 def _checkpoint_before(trainer: TrainingLoop) -> dict[str, Any] | None:

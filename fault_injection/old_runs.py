@@ -1,6 +1,6 @@
 """Runs that an older revision has saved, and what it made of them: the present code does the same.
 
-    python -m campaigns.old_runs --revision REVISION --out tests/data/old_runs [--kind NAME ...]
+    python -m fault_injection.old_runs --revision REVISION --out tests/data/old_runs [--kind ...]
 
 Takes the revision out of git and trains small runs with it that end at step 150 of 200, by a signal
 or by a kill. Each is stored with its configuration and its text, and beside it, in expected.json,
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from campaigns.revisions import ROOT, read_outcome, take_out
+from fault_injection.revisions import ROOT, read_outcome, take_out
 
 SAVED, KILLED, STEPS, STEPS_BY_CLOCK = 150, 158, 200, 170
 SECONDS = 300  # until a process counts as hanging
@@ -182,7 +182,7 @@ def work(tree: Path, place: Path, steps: Sequence[Mapping[str, Any]]) -> list[di
     inherited = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
     paths = [place / "builtin", tree / "src", ROOT]
     result = subprocess.run(
-        [sys.executable, "-m", "campaigns.old_runs", "--commands", json.dumps(list(steps))],
+        [sys.executable, "-m", "fault_injection.old_runs", "--commands", json.dumps(list(steps))],
         cwd=place,
         env={
             **inherited,

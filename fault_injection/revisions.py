@@ -1,6 +1,6 @@
 """Two revisions compute the same numbers: the same runs under both, compared to the last bit.
 
-    python -m campaigns.revisions --base REVISION [--head REVISION] [--case NAME ...] [--quick]
+    python -m fault_injection.revisions --base REVISION [--head REVISION] [--case ...] [--quick]
 
 Takes the base revision out of git into a temporary directory and runs each case under it and under
 the head (default: the working tree as it is), at the same time, each in processes of its own with
@@ -322,7 +322,7 @@ def compare(case: Case, name: str, sides: Sequence[Side], quick: bool) -> tuple[
     return base, base.differences(head)
 
 
-def campaign(base: str, head: str | None, names: Iterable[str], quick: bool) -> bool:
+def run_trials(base: str, head: str | None, names: Iterable[str], quick: bool) -> bool:
     """Compare two revisions case by case, print what comes out, and tell whether all is equal."""
     equal = True
     with tempfile.TemporaryDirectory(prefix="revisions-") as scratch:
@@ -357,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     options = parser.parse_args(arguments)
-    return 0 if campaign(options.base, options.head, options.case, options.quick) else 1
+    return 0 if run_trials(options.base, options.head, options.case, options.quick) else 1
 
 
 if __name__ == "__main__":

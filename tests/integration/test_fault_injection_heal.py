@@ -1,4 +1,4 @@
-"""Samples of `python -m campaigns.heal` and `quiet`, and guards taken out that they must notice."""
+"""Samples of `fault_injection.heal` and `.false_alarms`, and mutants that they must notice."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 from collections import Counter
 
 import pytest
-from campaigns import heal, quiet
-from campaigns.heal import Tally
+from fault_injection import false_alarms, heal
+from fault_injection.heal import Tally
 
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.training import trainer as trainer_module
 from fundamentallm.training.checkpoint import snapshot
 from fundamentallm.training.handlers import NaNRollback
-from fundamentallm.training.recovery.diagnosis import Laboratory
+from fundamentallm.training.recovery.diagnosis import StepReplayer
 from fundamentallm.training.step import TrainStep
 
 
@@ -53,7 +53,7 @@ def test_some_bundles_are_reproduced():
 
 
 def test_a_few_clean_steps_are_left_alone(capsys):
-    assert quiet.main(["--seeds", "1", "--steps", "120"]) == 0
+    assert false_alarms.main(["--seeds", "1", "--steps", "120"]) == 0
     assert json.loads(capsys.readouterr().out)["alarms"] == []
 
 
@@ -96,7 +96,7 @@ def test_a_store_that_takes_damaged_states_is_noticed(monkeypatch):
 
 @pytest.mark.long
 def test_replays_that_see_nothing_are_noticed(monkeypatch):
-    monkeypatch.setattr(Laboratory, "_any_bad", lambda self, replay: False)
+    monkeypatch.setattr(StepReplayer, "_any_bad", lambda self, replay: False)
     assert wrong(heal.verdicts(5, seed=1))
 
 
@@ -127,13 +127,13 @@ def test_a_replay_that_forgets_the_weights_is_noticed(monkeypatch):
     assert wrong(heal.bundles(1, seed=1))
 
 
-class Wary(quiet.Nearest):
+class Wary(false_alarms.Nearest):
     """Calls every second step a spike."""
 
 
 def test_a_threshold_that_is_too_low_is_noticed(monkeypatch, capsys):
-    monkeypatch.setattr(quiet, "Nearest", lambda: Wary(threshold=0.5))
-    assert quiet.main(["--seeds", "1", "--steps", "120"]) == 1
+    monkeypatch.setattr(false_alarms, "Nearest", lambda: Wary(threshold=0.5))
+    assert false_alarms.main(["--seeds", "1", "--steps", "120"]) == 1
     assert json.loads(capsys.readouterr().out)["alarms"]
 
 
@@ -149,4 +149,4 @@ def test_the_whole_campaign(capsys):
 
 @pytest.mark.long
 def test_twenty_seeds_are_left_alone(capsys):
-    assert quiet.main([]) == 0
+    assert false_alarms.main([]) == 0

@@ -1,6 +1,7 @@
-"""What a run was told to do differently: windows to pass over, and lower learning rates.
+"""What a run was told to do differently: data to skip, and lower learning rates.
 
-A run that healed and a clean run that is given the healed one's ledger are the same run.
+A run that healed and a clean run that is given the same interventions are the same run. Stored
+runs keep them under the key `ledger`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class RateCut:
 
 
 @dataclass
-class Ledger:
+class Interventions:
     """The exceptions of a run.
 
     Attributes:

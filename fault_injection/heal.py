@@ -1,6 +1,6 @@
 """Numerical faults on purpose: noticed in time, judged rightly, healed exactly, within bounds.
 
-    python -m campaigns.heal [--only detection state verdicts bounds bundles] [--verdicts 200]
+    python -m fault_injection.heal [--only detection state verdicts bounds bundles] [--verdicts 200]
         [--plans 100] [--bundles 20] [--seed 0]
 
 detection  NaN, +inf and -inf in every module's output and output gradient, every weight's gradient,
@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from ignite.engine import Events
 from torch import Tensor, nn
 
-from campaigns.faults import Crash, FaultyFilesystem, scratch_directory, silent
+from fault_injection.faults import Crash, FaultyFilesystem, scratch_directory, silent
 from fundamentallm.compute.precision import Precision
 from fundamentallm.config import TrainingConfig
 from fundamentallm.engine.cli import main as command_line
@@ -572,7 +572,7 @@ def judge(cause: str, seed: int, tally: Tally, confusion: Counter[str]) -> None:
         if cause == "transient" and "data" in verdict:
             tally.fail(name, "was called", verdict)
         clean = build(directory / "clean", seed, **options)
-        clean.ledger.load_state_dict(broken.ledger.state_dict())
+        clean.interventions.load_state_dict(broken.interventions.state_dict())
         clean.run()
         tally.counts["healed runs compared"] += 1
         if differences := unequal(broken, clean):
@@ -831,7 +831,7 @@ def bundles(count: int, seed: int) -> dict[str, Any]:
     return tally.report()
 
 
-# ---------------------------------------------------------------------- the campaign
+# ---------------------------------------------------------------------- the trials
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "detection": lambda o: detection(o.seed, o.share),
@@ -843,7 +843,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign and print its counts."""
+    """Run the trials and print its counts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Samples of the campaigns on the checkpoint store, and the mutants that each must catch."""
+"""Samples of the trials on the checkpoint store, and the mutants that each must catch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from campaigns import corruption, power_loss, retention
-from campaigns.faults import scratch_directory
+from fault_injection import corruption, power_loss, retention
+from fault_injection.faults import scratch_directory
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import read_chunks
@@ -31,7 +31,7 @@ def scratch() -> Iterator[Path]:
 
 
 def test_what_was_saved_survives_a_loss_of_power(scratch: Path) -> None:
-    result = power_loss.Campaign(scratch).run(50)
+    result = power_loss.Trials(scratch).run(50)
 
     assert result.failures == []
     assert result.states["ordered"] >= 50
@@ -42,7 +42,7 @@ def test_what_was_saved_survives_a_loss_of_power(scratch: Path) -> None:
 
 @pytest.mark.parametrize("forgotten", ["sync", "sync_directory"])
 def test_a_store_that_does_not_sync_is_caught(scratch: Path, forgotten: str) -> None:
-    result = power_loss.Campaign(scratch, forget=[forgotten]).run(20)
+    result = power_loss.Trials(scratch, forget=[forgotten]).run(20)
 
     assert result.violations["ordered"] > 0
     assert result.violations["reordered"] > 0
@@ -64,7 +64,7 @@ def test_a_store_that_deletes_before_it_commits_is_caught(
         power_loss, "COURSES", {"overwrite": [power_loss.save(1), power_loss.save(1, 2.0)]}
     )
 
-    assert power_loss.Campaign(scratch).run(40).violations.total() > 0
+    assert power_loss.Trials(scratch).run(40).violations.total() > 0
 
 
 # Corruption
@@ -72,7 +72,7 @@ def test_a_store_that_deletes_before_it_commits_is_caught(
 
 @pytest.fixture
 def damaged(scratch: Path) -> corruption.Campaign:
-    return corruption.Campaign(scratch)
+    return corruption.Trials(scratch)
 
 
 def test_every_injection_is_detected_and_every_sound_one_loads(

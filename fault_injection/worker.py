@@ -1,6 +1,6 @@
 """A small real run to be killed or stopped: it goes on from what it finds, and tells where it is.
 
-    python -m campaigns.victim RUN_DIR [PLAN as JSON]
+    python -m fault_injection.worker RUN_DIR [PLAN as JSON]
 
 It is forked rather than started: a fork of a process that has imported torch, and has run nothing
 with it, costs milliseconds. The command is for trials with processes of their own.
@@ -34,7 +34,7 @@ import torch
 import torch._dynamo  # the first optimizer imports it, which takes most of a second a fork
 from ignite.engine import Events
 
-from campaigns.faults import Crash, FaultyFilesystem
+from fault_injection.faults import Crash, FaultyFilesystem
 from fundamentallm.config import TrainingConfig
 from fundamentallm.data.batch import Window
 from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
@@ -68,14 +68,14 @@ N_SAVED = 2
 BEST_LOSS = 2.15  # the score is best near it: in the middle of the run, not always at its end
 UNREPEATABLE = ("elapsed_seconds", "train/tokens_per_second", "train/samples_per_second")
 RESULT = "result.json"
-LONGEST_SECONDS = 120  # of a process; one that hangs is a failed trial, not a hanging campaign
+LONGEST_SECONDS = 120  # of a process; one that hangs is a failed trial, not a series that hangs
 ROOT = Path(__file__).resolve().parents[1]
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the victim runs.
+    """How the worker runs.
 
     Args:
         asynchronous: save in a thread.
@@ -283,10 +283,10 @@ def _watch_the_disk(store: CheckpointStore, watch: Watch) -> None:
         return write(name, tree, metadata, step=step)
 
     def watched_prune(*arguments: Any) -> Any:
-        victims = prune(*arguments)
+        retired = prune(*arguments)
         watch.tell("written")
         watch.writing = False
-        return victims
+        return retired
 
     store.write, store.prune = watched_write, watched_prune  # type: ignore[method-assign]
 
@@ -358,7 +358,7 @@ def digest(tree: Mapping[str, Any]) -> str:
 
 
 class Child:
-    """A forked victim and what it tells.
+    """A forked worker and what it tells.
 
     Args:
         run_dir: of the run.
@@ -408,11 +408,17 @@ class Child:
 
 
 class ColdChild(Child):
-    """A victim in a process that was started, as a user's run is."""
+    """A worker in a process that was started, as a user's run is."""
 
     def _begin(self, run_dir: Path, plan: Plan) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "campaigns.victim", str(run_dir), json.dumps(asdict(plan))],
+            [
+                sys.executable,
+                "-m",
+                "fault_injection.worker",
+                str(run_dir),
+                json.dumps(asdict(plan)),
+            ],
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,

@@ -1,6 +1,6 @@
 """Power loss: the store on disks that kept only part of what was not yet synced.
 
-    python -m campaigns.power_loss [--states 2000] [--seed 0]
+    python -m fault_injection.power_loss [--states 2000] [--seed 0]
 
 Every operation of a few courses of a run (first save, retention, best and last, replaced saves,
 a course left behind) is recorded. From the record come the states that a disk may be in after a
@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from campaigns.faults import (
+from fault_injection.faults import (
     Crash,
     FaultyFilesystem,
     Operation,
@@ -495,7 +495,7 @@ def faults_of_reading(place: Path, allowed: tuple[Expected, Expected], who: str)
 
 @dataclass
 class Result:
-    """Counts of a campaign, and the first failures."""
+    """Counts of the trials, and the first failures."""
 
     states: Counter[str] = field(default_factory=Counter)
     checks: int = 0
@@ -506,7 +506,7 @@ class Result:
     operations: int = 0
 
 
-class Campaign:
+class Trials:
     """Checks states of all courses until there are enough of each model.
 
     Args:
@@ -591,16 +591,16 @@ class Campaign:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign, print its counts as JSON, and return 1 if a promise was broken."""
+    """Run the trials, print its counts as JSON, and return 1 if a promise was broken."""
     parser = argparse.ArgumentParser(description="The store after a loss of power.")
     parser.add_argument("--states", type=int, default=2000, help="distinct states of each model")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     start = time.monotonic()
     with scratch_directory() as scratch:
-        result = Campaign(scratch, options.seed).run(options.states)
+        result = Trials(scratch, options.seed).run(options.states)
     report = {
-        "campaign": "power_loss",
+        "series": "power_loss",
         "seed": options.seed,
         "recorded_operations": result.operations,
         "power_cuts": len(result.power_cuts),

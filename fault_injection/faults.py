@@ -28,7 +28,7 @@ CHANGES = (
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Keep the program from saying thousands of times what a campaign counts."""
+    """Keep the program from saying thousands of times what a series of trials counts."""
     logger = logging.getLogger("fundamentallm")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fundamentallm.training.ledger import Ledger
+from fundamentallm.training.interventions import Interventions
 
 CUTS = st.lists(
     st.tuples(st.integers(1, 50), st.integers(1, 20), st.sampled_from([0.5, 0.25, 0.1]))
@@ -16,7 +16,7 @@ CUTS = st.lists(
 
 @given(CUTS, st.integers(0, 80))
 def test_the_rate_is_multiplied_by_every_cut_that_holds(cuts, step):
-    ledger = Ledger()
+    ledger = Interventions()
     expected = 1.0
     for first, num_steps, factor in cuts:
         ledger.cut_rate(first, num_steps, factor)
@@ -27,11 +27,11 @@ def test_the_rate_is_multiplied_by_every_cut_that_holds(cuts, step):
 
 @given(CUTS, st.sets(st.integers(1, 100)))
 def test_a_ledger_survives_json(cuts, skipped):
-    ledger = Ledger()
+    ledger = Interventions()
     ledger.skip(skipped)
     for cut in cuts:
         ledger.cut_rate(*cut)
-    other = Ledger({7}, [])
+    other = Interventions({7}, [])
     other.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
     assert other == ledger
     assert other.skipped == skipped

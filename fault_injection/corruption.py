@@ -1,6 +1,6 @@
 """Corruption: damaged checkpoints are refused before anything live changes; sound ones load whole.
 
-    python -m campaigns.corruption [--injections 5000] [--clean 500] [--seed 0]
+    python -m fault_injection.corruption [--injections 5000] [--clean 500] [--seed 0]
 
 The checkpoints are those of a small trainer with optimizer, weight EMA and random generators. Each
 injection damages one of them on the disk. `store.read` and `Trainer.resume` must both refuse it
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from campaigns.faults import Crash, FaultyFilesystem, scratch_directory
+from fault_injection.faults import Crash, FaultyFilesystem, scratch_directory
 from fundamentallm.config import TrainingConfig
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.run_layout import MANIFEST
@@ -347,12 +347,12 @@ def shape_of(directory: Path) -> list[tuple[str, int, int]]:
     ]
 
 
-# The campaign
+# The trials
 
 
 @dataclass
 class Result:
-    """Counts of a campaign, and the first failures."""
+    """Counts of the trials, and the first failures."""
 
     injections: Counter[str] = field(default_factory=Counter)
     detected: int = 0
@@ -366,7 +366,7 @@ class Result:
     failures: list[str] = field(default_factory=list)
 
 
-class Campaign:
+class Trials:
     """A trained trainer, its checkpoints, and everything that is done to them.
 
     Args:
@@ -546,7 +546,7 @@ def refuses(act: Callable[[], Any]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign, print its counts as JSON, and return 1 if a promise was broken."""
+    """Run the trials, print its counts as JSON, and return 1 if a promise was broken."""
     parser = argparse.ArgumentParser(description="Damaged checkpoints, and sound ones.")
     parser.add_argument("--injections", type=int, default=5000)
     parser.add_argument("--clean", type=int, default=500)
@@ -554,14 +554,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     start = time.monotonic()
     with scratch_directory() as scratch:
-        campaign = Campaign(scratch, options.seed)
-        campaign.inject(options.injections)
-        campaign.refuse_nonfinite()
-        campaign.refuse_unfit()
-        campaign.accept(options.clean)
-    result = campaign.result
+        trials = Trials(scratch, options.seed)
+        trials.inject(options.injections)
+        trials.refuse_nonfinite()
+        trials.refuse_unfit()
+        trials.accept(options.clean)
+    result = trials.result
     report = {
-        "campaign": "corruption",
+        "series": "corruption",
         "seed": options.seed,
         "injections": sum(result.injections.values()),
         "detected": result.detected,

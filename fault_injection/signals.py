@@ -1,6 +1,6 @@
 """A signal at any instant: saved at the exact step, the right exit code, and on bit for bit.
 
-    python -m campaigns.signals [--trials 200] [--seed 0]
+    python -m fault_injection.signals [--trials 200] [--seed 0]
 
 SIGTERM, SIGINT, SIGHUP or SIGUSR1 comes in a step, in a wait for data, in an evaluation, in a
 sample, in a save or right after the start; where it was received is what the run itself tells. The
@@ -24,9 +24,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from campaigns.faults import scratch_directory
-from campaigns.kill import difference
-from campaigns.victim import RESULT, STEPS, Child, Plan, result_of, steps_told, undisturbed
+from fault_injection.faults import scratch_directory
+from fault_injection.kill import difference
+from fault_injection.worker import RESULT, STEPS, Child, Plan, result_of, steps_told, undisturbed
 from fundamentallm.training.checkpoint.store import CheckpointStore
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -41,7 +41,7 @@ MOST_SECONDS_OF_A_SECOND = 1.0
 
 @dataclass
 class Counts:
-    """What a campaign has seen.
+    """What a series of trials has seen.
 
     Attributes:
         received: trials, by the moment at which the run received the signal.
@@ -157,7 +157,7 @@ def stop_a_run(
         counts.faults.append(f"run {run_dir.name}: {difference(result_of(run_dir), expected)}")
 
 
-def campaign(trials: int, seed: int = 0, plan: Plan | None = None) -> dict[str, Any]:
+def run_trials(trials: int, seed: int = 0, plan: Plan | None = None) -> dict[str, Any]:
     """Send so many signals and return the counts."""
     plan = plan or Plan()
     chance = random.Random(seed)
@@ -170,7 +170,7 @@ def campaign(trials: int, seed: int = 0, plan: Plan | None = None) -> dict[str, 
             stops = min(STOPS_OF_A_RUN, left)
             stop_a_run(top / str(counts.runs), how, chance, expected, counts, stops)
     return {
-        "campaign": "signals",
+        "series": "signals",
         "seed": seed,
         "trials": counts.received.total(),
         "received": dict(counts.received),
@@ -185,12 +185,12 @@ def campaign(trials: int, seed: int = 0, plan: Plan | None = None) -> dict[str, 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign; return the exit code."""
+    """Run the trials; return the exit code."""
     parser = argparse.ArgumentParser(description="A signal at any instant.")
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    report = campaign(options.trials, options.seed)
+    report = run_trials(options.trials, options.seed)
     print(json.dumps(report, indent=2))
     return 1 if report["faults"] else 0
 

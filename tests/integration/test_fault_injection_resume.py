@@ -1,11 +1,11 @@
-"""A sample of `python -m campaigns.resume`, which stops everywhere; the whole of it is `long`."""
+"""A sample of `fault_injection.resume`, which stops everywhere; the whole of it is `long`."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from campaigns.resume import (
+from fault_injection.resume import (
     FAULTY_STEP,
     ITEMS,
     Forgetting,

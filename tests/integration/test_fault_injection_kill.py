@@ -1,4 +1,4 @@
-"""Samples of the campaigns that kill and stop a run, and proof that they can fail."""
+"""Samples of the trials that kill and stop a run, and proof that they can fail."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SAMPLES = """
 import json
-from campaigns import kill, signals
-from campaigns.victim import Plan
+from fault_injection import kill, signals
+from fault_injection.worker import Plan
 
 print(json.dumps({
-    "kill": kill.campaign(12, 1),
-    "random numbers": kill.campaign(12, 1, Plan(rng_is_saved=False)),
-    "position": kill.campaign(12, 1, Plan(position_is_saved=False)),
-    "in place": kill.campaign(12, 2, Plan(is_staged=False)),
-    "signals": signals.campaign(8, 2),
-    "unsaved": signals.campaign(6, 1, Plan(is_saved_at_stop=False)),
+    "kill": kill.run_trials(12, 1),
+    "random numbers": kill.run_trials(12, 1, Plan(rng_is_saved=False)),
+    "position": kill.run_trials(12, 1, Plan(position_is_saved=False)),
+    "in place": kill.run_trials(12, 2, Plan(is_staged=False)),
+    "signals": signals.run_trials(8, 2),
+    "unsaved": signals.run_trials(6, 1, Plan(is_saved_at_stop=False)),
 }))
 """
 
 LARGER_SAMPLES = """
 import json
-from campaigns import kill, signals
+from fault_injection import kill, signals
 
-print(json.dumps({"kill": kill.campaign(60, 2, cold=4), "signals": signals.campaign(40, 3)}))
+print(json.dumps({"kill": kill.run_trials(60, 2, cold=4), "signals": signals.run_trials(40, 3)}))
 """
 
 
 def run(code: str) -> Any:
-    """Run Python in a process of its own: victims are forked, and a test process has threads."""
+    """Run Python in a process of its own: workers are forked, and a test process has threads."""
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -55,7 +55,7 @@ def run(code: str) -> Any:
 
 @pytest.fixture(scope="module")
 def reports() -> Any:
-    return run(SAMPLES)  # in one process: importing torch takes longer than a campaign
+    return run(SAMPLES)  # in one process: importing torch takes longer than the trials
 
 
 def check_kills(report: dict[str, Any], trials: int) -> None:
@@ -93,7 +93,7 @@ def test_a_stop_that_is_not_saved_is_noticed(reports: Any) -> None:
 
 
 @pytest.mark.long
-def test_the_campaigns_hold_in_larger_samples() -> None:
+def test_the_trials_hold_in_larger_samples() -> None:
     larger = run(LARGER_SAMPLES)
     check_kills(larger["kill"], 60)
     check_signals(larger["signals"], 40)

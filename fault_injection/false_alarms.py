@@ -1,10 +1,10 @@
 """A clean run is left alone: no incident in many seeds of real training.
 
-    python -m campaigns.quiet [--data SOURCE] [--seeds 20] [--steps 500]
+    python -m fault_injection.false_alarms [--data SOURCE] [--seeds 20] [--steps 500]
 
 Trains a small model on a text with the guard, the spikes' default threshold and weight averages,
 once a seed, and counts incidents. For each figure that is watched it tells how near the nearest
-step came to the threshold. Then the same with a threshold that must be met, so that a campaign that
+step came to the threshold. Then the same with a threshold that must be met, so that a series that
 listens to nothing would show. Prints one JSON object; exits with 1 after any false alarm.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from campaigns.faults import silent
+from fault_injection.faults import silent
 from fundamentallm.config import TrainingConfig, TransformerConfig
 from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.data.sources import read_source, split_tokens
@@ -81,7 +81,7 @@ def train(tokens: Any, vocab_size: int, seed: int, steps: int, spikes: Spikes) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign and print its counts."""
+    """Run the trials and print its counts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

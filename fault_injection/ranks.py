@@ -1,6 +1,6 @@
 """Two ranks, a fault on one of them: both act on the same step, at once, and nobody hangs.
 
-    python -m campaigns.ranks [--cases 60] [--seed 0]
+    python -m fault_injection.ranks [--cases 60] [--seed 0]
 
 Starts two processes with torchrun, over gloo. In each case both train the same small model; one of
 them meets a fault at a random step: a machine's error in the loss or in a gradient, a sequence
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from campaigns.faults import scratch_directory, silent
+from fault_injection.faults import scratch_directory, silent
 from fundamentallm.compute.distributed import Ranks, join_ranks, leave_ranks
 from fundamentallm.config import TrainingConfig
 from fundamentallm.data.loaders import Batching, TokenWindowLoader
@@ -172,7 +172,7 @@ def carry_out(
         "exit code": code,
         "incidents": incidents,
         "refused": refused,
-        "ledger": trainer.ledger.state_dict(),
+        "ledger": trainer.interventions.state_dict(),
         "rollbacks": trainer.state.rollbacks,
         "weights": weights.tolist(),
         "seconds": (acted[0] if acted and not code else end) - (fault.struck or end),
@@ -201,7 +201,7 @@ def run_both(place: Path, count: int, seed: int) -> list[list[dict[str, Any]]]:
         subprocess.CalledProcessError: one failed.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "campaigns.ranks", "--place", str(place)]
+    command += ["-m", "fault_injection.ranks", "--place", str(place)]
     subprocess.run(
         [*command, "--cases", str(count), "--seed", str(seed)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -231,7 +231,7 @@ def violations(kind: str, first: dict[str, Any], second: dict[str, Any]) -> Iter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign and print its counts."""
+    """Run the trials and print its counts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

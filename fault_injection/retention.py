@@ -1,6 +1,6 @@
 """Retention: a run that saves, dies, goes back and is damaged at random, against a simple model.
 
-    python -m campaigns.retention [--operations 10000] [--seed 0]
+    python -m fault_injection.retention [--operations 10000] [--seed 0]
 
 A Hypothesis state machine drives a `Checkpointing` handler over a real directory: saves with all
 sorts of scores, pins, damage, a kill or a disk error at any operation of a save, restarts, going
@@ -37,7 +37,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from campaigns.faults import Crash, FaultyFilesystem, scratch_directory
+from fault_injection.faults import Crash, FaultyFilesystem, scratch_directory
 from fundamentallm.config import TrainingConfig
 from fundamentallm.data.loaders import TokenWindowLoader, ValidationLoader
 from fundamentallm.errors import CheckpointError
@@ -418,7 +418,7 @@ def run(operations: int, first_seed: int = 0) -> Counter[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign, print its counts as JSON, and return 1 if a promise was broken."""
+    """Run the trials, print its counts as JSON, and return 1 if a promise was broken."""
     parser = argparse.ArgumentParser(description="Which checkpoints stay.")
     parser.add_argument("--operations", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -433,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         notes = getattr(error, "__notes__", [])
         failure += "\n" + "\n".join(notes)
     report = {
-        "campaign": "retention",
+        "series": "retention",
         "seed": options.seed,
         "operations": Retention.counts.total(),
         "kinds": dict(sorted(Retention.counts.items())),

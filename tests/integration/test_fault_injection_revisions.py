@@ -1,4 +1,4 @@
-"""`python -m campaigns.revisions` sees any difference between two runs, and only differences."""
+"""`fault_injection.revisions` sees any difference between two runs, and only differences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from campaigns.revisions import ROOT, Case, Side, compare, main, read_outcome, write_texts
+from fault_injection.revisions import ROOT, Case, Side, compare, main, read_outcome, write_texts
 from safetensors.torch import save_file
 
 LINES: list[dict[str, Any]] = [

@@ -1,6 +1,6 @@
 """A resumed run equals the run that nobody stopped: stop everywhere, and forget everything once.
 
-    python -m campaigns.resume [--precisions fp16 fp32] [--chains 4] [--seed 0]
+    python -m fault_injection.resume [--precisions fp16 fp32] [--chains 4] [--seed 0]
 
 The run has 60 steps in 3 epochs, accumulation with a short last window, dropout, a loss scale,
 every stateful handler, a group value that changes on the way, and one window that breaks it.
@@ -31,7 +31,7 @@ import torch
 from ignite.engine import Events
 from torch import Tensor
 
-from campaigns.faults import Crash, FaultyFilesystem, silent
+from fault_injection.faults import Crash, FaultyFilesystem, silent
 from fundamentallm.compute.precision import Precision
 from fundamentallm.config import TrainingConfig
 from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
@@ -489,7 +489,7 @@ class Forgetting:
         store.write(name, state, manifest.metadata, step=manifest.step)
 
 
-# ---------------------------------------------------------------------- the campaign
+# ---------------------------------------------------------------------- the trials
 
 
 def chain(generator: random.Random, length: int) -> list[Stop]:
@@ -515,7 +515,7 @@ def plans(precision: str, chains: int, seed: int) -> dict[str, list[Stop]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign and print its counts."""
+    """Run the trials and print its counts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

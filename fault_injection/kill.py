@@ -1,6 +1,6 @@
 """kill -9 at any instant: nothing committed is lost, and the run goes on bit for bit.
 
-    python -m campaigns.kill [--trials 500] [--seed 0] [--cold 20]
+    python -m fault_injection.kill [--trials 500] [--seed 0] [--cold 20]
 
 A run is killed again and again until it ends by itself: inside a save, at a chosen operation on
 the disk or a random moment after the save has begun; in the tidying up of a resume; and at random
@@ -26,8 +26,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from campaigns.faults import scratch_directory
-from campaigns.victim import (
+from fault_injection.faults import scratch_directory
+from fault_injection.worker import (
     N_SAVED,
     RESULT,
     Child,
@@ -50,7 +50,7 @@ KILLS_OF_A_RUN = 9
 
 @dataclass
 class Counts:
-    """What a campaign has seen.
+    """What a series of trials has seen.
 
     Attributes:
         trials: processes that were killed.
@@ -209,7 +209,9 @@ def difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     return f"{', '.join(unequal)} differ; {len(got['lines'])} of {len(expected['lines'])} lines"
 
 
-def campaign(trials: int, seed: int = 0, plan: Plan | None = None, cold: int = 0) -> dict[str, Any]:
+def run_trials(
+    trials: int, seed: int = 0, plan: Plan | None = None, cold: int = 0
+) -> dict[str, Any]:
     """Kill so many times, and of those `cold` times a started process; return the counts."""
     plan = plan or Plan()
     chance = random.Random(seed)
@@ -229,7 +231,7 @@ def campaign(trials: int, seed: int = 0, plan: Plan | None = None, cold: int = 0
             kills = min(KILLS_OF_A_RUN, forked + cold - counts.trials)
             kill_a_run(run_dir, plan, chance, expected, counts, kills, ColdChild)
     return {
-        "campaign": "kill",
+        "series": "kill",
         "seed": seed,
         "trials": counts.trials,
         "of started processes": counts.trials - forked,
@@ -253,7 +255,7 @@ def is_sound(report: Mapping[str, Any]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign; return the exit code."""
+    """Run the trials; return the exit code."""
     parser = argparse.ArgumentParser(description="kill -9 at any instant.")
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
@@ -261,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--cold", type=int, default=20, help="trials of started, not forked, processes"
     )
     options = parser.parse_args(arguments)
-    report = campaign(options.trials, options.seed, cold=options.cold)
+    report = run_trials(options.trials, options.seed, cold=options.cold)
     print(json.dumps(report, indent=2))
     return 0 if is_sound(report) else 1
 
