@@ -390,6 +390,18 @@ def out_of_time(ranks: Ranks) -> dict[str, Any]:
     return run_and_report(trainer)
 
 
+def terminated(ranks: Ranks) -> dict[str, Any]:
+    """A handler of rank 1 alone calls Ignite's terminate() in its sixth step."""
+    trainer = make_trainer(ranks)
+    if ranks.rank == 1:
+
+        @trainer.on(Events.ITERATION_COMPLETED(once=FAULT_AT))
+        def enough() -> None:
+            trainer.terminate()
+
+    return run_and_report(trainer)
+
+
 def evaluation(ranks: Ranks) -> dict[str, Any]:
     # Five batches: three for the first rank, two for the second.
     loader = ValidationLoader(
@@ -462,6 +474,7 @@ def all_scenarios(ranks: Ranks, place: Path) -> Iterator[tuple[str, Any]]:
             name = f"unreadable on {rank} at {step}"
             yield name, unreadable(ranks, place / name.replace(" ", "-"), rank, step)
     yield "out of time", out_of_time(ranks)
+    yield "terminated", terminated(ranks)
     yield "evaluation", evaluation(ranks)
 
 
@@ -704,6 +717,14 @@ def test_one_rank_out_of_time_finishes_both(both):
     first, second = (results["out of time"] for results in both)
     assert first["iteration"] == second["iteration"] == FAULT_AT
     assert first["finished"] == second["finished"] == "the budget is used up"
+    assert first["weights"] == second["weights"]
+
+
+def test_a_handler_of_one_rank_that_terminates_ends_both_at_the_next_step(both):
+    first, second = (results["terminated"] for results in both)
+    assert first["iteration"] == second["iteration"] == FAULT_AT + 1
+    assert first["finished"] == "stopped by a handler on another rank"
+    assert second["finished"].startswith("stopped by enough (test_two_ranks.py, line ")
     assert first["weights"] == second["weights"]
 
 
