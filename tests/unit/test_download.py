@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import random
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -322,3 +327,115 @@ def test_a_path_with_a_hash_is_checked(tmp_path: Path) -> None:
     bad = SourceConfig(path=str(path), sha256="0" * 64)
     with pytest.raises(DataError, match="not the one that the configuration names"):
         read_source([bad])
+
+
+STARTS = int(os.environ.get("FUNDAMENTALLM_TEST_STARTS", "6"))
+DOWNLOADS = """
+import sys, time
+from pathlib import Path
+from fundamentallm.data.download import download
+from fundamentallm.errors import FundamentaLLMError
+for line in sys.stdin:
+    url, sha256, path, delay = line.split()
+    time.sleep(float(delay))
+    try:
+        print("kept", download(url, sha256, Path(path)).read_bytes()[:9].hex(), flush=True)
+    except FundamentaLLMError as error:
+        print("refused", error.what, flush=True)
+"""
+
+
+class SlowServer:
+    """Answers several at once, a piece at a time, and knows ranges."""
+
+    def __init__(self) -> None:
+        self.body = b""
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                wanted = self.headers.get("Range")
+                body = server.body
+                begin = int(wanted[len("bytes=") : -1]) if wanted else 0
+                self.send_response(206 if begin else 200)
+                self.send_header("Content-Length", str(len(body) - begin))
+                self.end_headers()
+                step = max(1, len(body) // 7)
+                for place in range(begin, len(body), step):
+                    self.wfile.write(body[place : place + step])
+                    self.wfile.flush()
+                    time.sleep(random.random() * 0.01)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/input.txt"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+def test_two_runs_that_start_at_once_with_one_address_get_the_right_file(tmp_path: Path) -> None:
+    """Random delays and sizes; some find what an earlier one left, or something else."""
+    server = SlowServer()
+    drawn = random.Random(7)
+    environment = {**os.environ, "no_proxy": "127.0.0.1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", DOWNLOADS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for _ in range(2)
+    ]
+    try:
+        for number in range(STARTS):
+            server.body = drawn.randbytes(drawn.choice([1, 1_000, 100_000, 3_000_000]))
+            path = tmp_path / str(number) / "file"
+            path.parent.mkdir()
+            begun = drawn.randrange(3)
+            if begun:
+                left = server.body[: len(server.body) // 2] if begun == 1 else b"other"
+                path.with_name("file.part").write_bytes(left)
+            for worker in workers:
+                assert worker.stdin is not None
+                delay = drawn.choice([0, drawn.random() * 0.05])
+                worker.stdin.write(f"{server.url} {sha256(server.body)} {path} {delay}\n")
+                worker.stdin.flush()
+            for worker in workers:
+                assert worker.stdout is not None
+                assert worker.stdout.readline().split() == ["kept", server.body[:9].hex()]
+            assert path.read_bytes() == server.body
+            assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+        server.close()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "pipe"])
+def test_what_lies_where_a_download_begins_is_not_followed(
+    kind: str, ranges: RangeServer, tmp_path: Path
+) -> None:
+    part, victim = tmp_path / "file.part", tmp_path / "victim"
+    if kind == "link":
+        victim.write_bytes(b"precious")
+    if "link" in kind:
+        part.symlink_to(victim)
+    elif kind == "folder":
+        part.mkdir()
+    else:
+        os.mkfifo(part)
+    path = download(ranges.url, sha256(ranges.body), tmp_path / "file")
+    assert path.read_bytes() == ranges.body
+    assert not path.is_symlink()
+    assert victim.exists() == (kind == "link")
+    assert kind != "link" or victim.read_bytes() == b"precious"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http
 import http.client
+import os
+import stat
+import sys
+import tempfile
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fundamentallm.errors import DataError
+from fundamentallm.files.lock import lock_file
 
 TIMEOUT = 60  # seconds of silence
 CHUNK = 1 << 20  # bytes
@@ -23,7 +28,8 @@ def download(url: str, sha256: str, path: Path) -> Path:
     """Return a file by its hash: at `path` if it is there and whole, else from the network.
 
     What a broken connection leaves, `path` with `.part` behind it, is gone on with by the next
-    call, if the server knows how to send the rest. The file appears whole or not at all.
+    call, if the server knows how to send the rest. The file appears whole or not at all,
+    and any number of processes may ask for it at once.
 
     Args:
         url: an http or https address.
@@ -40,25 +46,25 @@ def download(url: str, sha256: str, path: Path) -> Path:
         return path
     if not url.startswith(("https://", "http://")):
         raise DataError("a download needs an http or https address", got=url)
-    part = path.with_name(path.name + ".part")
-    found = _fetch(url, part, path)
-    if found.resumed and found.sha256 != sha256:
-        part.unlink()  # it began as another version, or the server sent something else
-        found = _fetch(url, part, path)
-    if found.sha256 != sha256:
-        part.unlink()
-        raise DataError(
-            "the download is not the file that it should be",
-            where=url,
-            got=f"SHA-256 {found.sha256}",
-            expected=f"SHA-256 {sha256}",
-            fix=f"put a good copy at {path}",
-        )
-    try:
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise _unkept(path, error) from error
+    with _Partial(path) as part:
+        if _whole(path, sha256):  # another process has been faster
+            return path
+        resumed = _fetch(url, part)
+        found = part.sha256()
+        if resumed and found != sha256:
+            part.file.truncate(0)  # it began as another version, or the server sent something else
+            _fetch(url, part)
+            found = part.sha256()
+        if found != sha256:
+            part.remove()
+            raise DataError(
+                "the download is not the file that it should be",
+                where=url,
+                got=f"SHA-256 {found}",
+                expected=f"SHA-256 {sha256}",
+                fix=f"put a good copy at {path}",
+            )
+        part.keep()
     return path
 
 
@@ -72,12 +78,6 @@ def sha256_of(path: Path) -> str:
         return str(_hash_of(file).hexdigest())
 
 
-@dataclass(frozen=True)
-class _Fetched:
-    sha256: str
-    resumed: bool
-
-
 def _whole(path: Path, sha256: str) -> bool:
     """Whether the file is there; one that cannot be read is not."""
     try:
@@ -86,53 +86,120 @@ def _whole(path: Path, sha256: str) -> bool:
         return False
 
 
-def _fetch(url: str, part: Path, path: Path) -> _Fetched:
-    try:
-        return _append(url, part, path)
-    except DataError:
-        with contextlib.suppress(OSError):
-            if not part.stat().st_size:  # there is nothing to go on with
-                part.unlink()
-        raise
+class _Partial:
+    """What there is of a file that is being downloaded; this process alone writes to it.
 
+    It is `path` with `.part` behind it, locked. Where another process has that, or it is a link or
+    no plain file, it is a new file of this process, which goes when the block ends.
 
-def _append(url: str, part: Path, path: Path) -> _Fetched:
-    """Download to `part`, behind what it holds already if the server can; `path` for messages."""
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        file = part.open("a+b")
-    except OSError as error:
-        raise _unkept(path, error) from error
-    with file:
-        file.seek(0)
-        digest = _hash_of(file)
-        begun = file.tell()
+    Raises:
+        DataError: the disk refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.place = path.with_name(path.name + ".part")
+        self._private = False
         try:
-            request = urllib.request.Request(url)  # noqa: S310 (the caller looked)
-            if begun:
-                request.add_header("Range", f"bytes={begun}-")
-            with _open(request) as response:
-                if begun and response.status != http.HTTPStatus.PARTIAL_CONTENT:
-                    begun, digest = 0, hashlib.sha256()
-                    file.truncate(0)
-                size = begun
-                promised = response.headers.get("Content-Length")
-                expected = begun + int(promised) if promised else None
-                while size < LARGEST_DOWNLOAD and (
-                    data := response.read(min(CHUNK, LARGEST_DOWNLOAD - size))
-                ):
-                    digest.update(data)
-                    _write(file, data, path)
-                    size += len(data)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if isinstance(error, urllib.error.HTTPError):
-                error.close()  # it is the response, with its connection
-                if begun and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                    return _Fetched(digest.hexdigest(), True)  # nothing is missing
-            raise _failed(url, str(error), path) from error
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = self._shared()
+            self._private = file is None
+            if file is None:
+                descriptor, name = tempfile.mkstemp(".part", path.name + ".", path.parent)
+                self.place, file = Path(name), os.fdopen(descriptor, "r+b")
+        except OSError as error:
+            raise _unkept(path, error) from error
+        self.file = file
+
+    def __enter__(self) -> _Partial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            if self._private or not os.fstat(self.file.fileno()).st_size:  # nothing to go on with
+                self.remove()
+        self.file.close()
+
+    def _shared(self) -> BinaryIO | None:
+        """Return the file that everybody knows, open and locked, or None if it cannot be had."""
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            descriptor = os.open(self.place, flags, 0o666)
+        except OSError as error:
+            if self.place.is_symlink() or error.errno in (errno.EISDIR, errno.ENXIO):
+                return None
+            raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            return None
+        file = os.fdopen(descriptor, "r+b")
+        with contextlib.suppress(OSError):
+            lock_file(file)
+            if self._is_ours(file):  # not moved away before it was locked
+                return file
+        file.close()
+        return None
+
+    def _is_ours(self, file: BinaryIO) -> bool:
+        own, there = os.fstat(file.fileno()), self.place.lstat()
+        return (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino)
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of all that the file holds."""
+        self.file.seek(0)
+        return str(_hash_of(self.file).hexdigest())
+
+    def keep(self) -> None:
+        """Put the file where it belongs."""
+        try:
+            self.file.flush()
+            if not self._is_ours(self.file):
+                raise OSError(errno.ESTALE, "the file was replaced while it was written")
+            if sys.platform == "win32":
+                self.file.close()  # an open file cannot be moved there
+            self.place.replace(self.path)
+            self._private = False
+        except OSError as error:
+            self.remove()
+            raise _unkept(self.path, error) from error
+
+    def remove(self) -> None:
+        """Remove the file, if it is still there."""
+        with contextlib.suppress(OSError):
+            if self._is_ours(self.file):
+                self.place.unlink()
+
+
+def _fetch(url: str, part: _Partial) -> bool:
+    """Download behind what the file holds already; return whether that was gone on with."""
+    file, path = part.file, part.path
+    begun = file.seek(0, os.SEEK_END)
+    try:
+        request = urllib.request.Request(url)  # noqa: S310 (the caller looked)
+        if begun:
+            request.add_header("Range", f"bytes={begun}-")
+        with _open(request) as response:
+            if begun and response.status != http.HTTPStatus.PARTIAL_CONTENT:
+                begun = file.seek(0)
+                file.truncate()
+            size = begun
+            promised = response.headers.get("Content-Length")
+            expected = begun + int(promised) if promised else None
+            while size < LARGEST_DOWNLOAD and (
+                data := response.read(min(CHUNK, LARGEST_DOWNLOAD - size))
+            ):
+                _write(file, data, path)
+                size += len(data)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the response, with its connection
+            if begun and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return True  # nothing is missing
+        raise _failed(url, str(error), path) from error
     if expected is not None and size < min(expected, LARGEST_DOWNLOAD):
         raise _failed(url, f"the connection ended after {size:,} of {expected:,} bytes", path)
-    return _Fetched(digest.hexdigest(), begun > 0)
+    return begun > 0
 
 
 def _open(request: urllib.request.Request) -> http.client.HTTPResponse:
@@ -152,6 +219,7 @@ def _hash_of(file: BinaryIO) -> Any:
 def _write(file: BinaryIO, data: bytes, path: Path) -> None:
     try:
         file.write(data)
+        file.flush()
     except OSError as error:
         raise _unkept(path, error) from error
 

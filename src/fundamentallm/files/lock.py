@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
+from typing import IO
 
 from fundamentallm.errors import MachineError
 from fundamentallm.files.private import open_to_update
@@ -55,7 +56,7 @@ def refuse_if_owned(run: Path) -> None:
 
 def _take(file: FileIO, run: Path) -> None:
     try:
-        _lock(file)
+        lock_file(file)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             # A network file system without locks: better no guard than no run.
@@ -82,7 +83,8 @@ def _owner(file: FileIO) -> str:
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(file: FileIO) -> None:
+    def lock_file(file: IO[bytes]) -> None:
+        """Take the system's lock on an open file, which ends with it; OSError: it is taken."""
         # A byte beyond what is written, so that the owner's name can be read.
         file.seek(1 << 20)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -90,5 +92,6 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _lock(file: FileIO) -> None:
+    def lock_file(file: IO[bytes]) -> None:
+        """Take the system's lock on an open file, which ends with it; OSError: it is taken."""
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
