@@ -333,7 +333,7 @@ STARTS = int(os.environ.get("FUNDAMENTALLM_TEST_STARTS", "6"))
 DOWNLOADS = """
 import sys, time
 from pathlib import Path
-from fundamentallm.data.download import download
+from fundamentallm.files.download import download
 from fundamentallm.errors import FundamentaLLMError
 for line in sys.stdin:
     url, sha256, path, delay = line.split()
