@@ -66,7 +66,7 @@ def final_val_loss(run: Path) -> float:
 def test_there_is_a_test_for_every_script():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
 
-    assert scripts == {"compose_handlers", *PLUGINS}
+    assert scripts == {"compose_handlers", "plot_run", *PLUGINS}
 
 
 @pytest.mark.parametrize("name", [*PLUGINS])
@@ -138,6 +138,19 @@ def test_yaml_script_and_notebook_give_the_same_numbers(tmp_path):
     )
     assert from_script == from_yaml
     assert printed == f"{from_yaml:.4f}"
+
+
+@pytest.mark.long
+def test_a_run_is_drawn_from_its_files(tmp_path):
+    run = run_train_yaml(tmp_path, "training.total_steps=20", "training.eval_steps=10")
+    picture = tmp_path / "run.svg"
+
+    result = python(str(EXAMPLES / "plot_run.py"), str(run), "--out", str(picture), cwd=tmp_path)
+
+    assert result.returncode == 0, result.stderr
+    drawn = picture.read_text(encoding="utf-8")
+    assert "<!-- optimizer step -->" in drawn
+    assert "<!-- step 20 -->" in drawn  # a sample's title
 
 
 @pytest.mark.long

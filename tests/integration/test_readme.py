@@ -1,4 +1,4 @@
-"""What the README tells a reader to type works."""
+"""What the README and the pages under docs/ tell a reader to type works."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
+from fundamentallm.config import RunConfig
 from fundamentallm.engine.cli import parse
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: Path = PAGES[0]) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    bash = [block for page in PAGES for block in blocks("bash", page)]
+    lines = [line for block in bash for line in block.splitlines() if line.strip()]
     parts = [part.strip() for line in lines for part in line.split("&&")]
     return [shlex.split(part, comments=True) for part in parts]
 
@@ -49,14 +54,31 @@ def test_a_command_is_understood(command):
 
 def test_every_file_of_the_tree_exists():
     (tree,) = re.findall(r"## The tree\n\n```\n(.*?)```", README, flags=re.DOTALL)
-    package = ROOT / "src" / "fundamentallm"
+    folders: list[Path] = []
     for line in tree.splitlines():
-        name = line.split()[0]
-        folders = (ROOT, package, package / "training")
-        assert any((folder / name).exists() for folder in folders), line
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = re.findall(r"^\s*(\S+)", line)
+        if re.fullmatch(r"\s*\S+\.py(  \S+\.py)+", line):
+            names = line.split()
+        for name in names:
+            path = Path(ROOT, *folders[:depth], name)
+            assert path.exists(), line
+        folders[depth:] = [Path(names[0])]
 
 
-def test_every_link_leads_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_yaml_block_is_a_valid_part_of_a_configuration(page):
+    for block in blocks("yaml", page):
+        overrides = yaml.safe_load(block.replace("9f86d081884c7d65...", "9f86d081884c7d65" * 4))
+        base = {"name": "page", "data": {"source": "python-docs"}}
+        merged = {**base, **overrides}
+        if "sources" in merged["data"]:
+            merged["data"].pop("source", None)
+        RunConfig.model_validate(merged)
