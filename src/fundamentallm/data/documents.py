@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from fundamentallm.data.file_kinds import SUFFIXES, Kind, kind_of, refuse_other_data
-from fundamentallm.data.text_file import SIGNATURES, UTF8_BOM, check_regular, to_utf8, unreadable
+from fundamentallm.data.text_file import (
+    SIGNATURES,
+    UTF8_BOM,
+    check_regular,
+    encoding_fix,
+    to_utf8,
+    unreadable,
+)
 from fundamentallm.errors import DataError, MachineError
 
 FOLDER_KINDS: tuple[Kind, ...] = ("text", "lines", "parquet")  # what is read of a folder
@@ -348,7 +355,9 @@ def refuse_signature(first: bytes, name: str) -> None:
                 f"this is a {kind} file, not UTF-8 text",
                 where=name,
                 got=f"first bytes {first[:4].hex(' ')}",
-                fix="unpack or convert it to UTF-8 text first",
+                fix=encoding_fix(first)
+                if kind == "UTF-16"
+                else "unpack or convert it to UTF-8 text first",
             )
 
 
@@ -439,7 +448,7 @@ def _decoded(read: Read, name: str) -> Iterator[str]:
                 where=f"{name}: byte {begin + error.start:,}",
                 got=f"byte 0x{error.object[error.start]:02x}: {error.reason}",
                 expected="UTF-8",
-                fix="convert it, as with: iconv -f LATIN1 -t UTF-8",
+                fix=encoding_fix(error.object),
             ) from error
         if "\0" in text:
             before = len(text[: text.index("\0")].encode())
@@ -447,7 +456,7 @@ def _decoded(read: Read, name: str) -> Iterator[str]:
                 "the file holds a NUL character: it is binary, or UTF-16 or UTF-32 text",
                 where=f"{name}: byte {begin + before:,}",
                 expected="UTF-8 text",
-                fix="convert it to UTF-8 text first",
+                fix=encoding_fix(data),
             )
         if begin == 0:
             text = text.removeprefix("\ufeff")

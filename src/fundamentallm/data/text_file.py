@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fundamentallm.errors import DataError
@@ -19,6 +20,7 @@ SIGNATURES = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
+MOST_NAMED = 20  # files in one message
 UTF8_BOM = b"\xef\xbb\xbf"
 
 
@@ -40,7 +42,9 @@ def read_text(path: Path) -> str:
                 f"this is a {kind} file, not UTF-8 text",
                 where=where,
                 got=f"first bytes {data[:4].hex(' ')}",
-                fix="`prepare` reads gzip, Zstandard and Parquet; unpack or convert anything else",
+                fix=encoding_fix(data)
+                if kind == "UTF-16"
+                else "`prepare` reads gzip, Zstandard and Parquet; unpack or convert anything else",
             )
     try:
         text = data.removeprefix(UTF8_BOM).decode("utf-8")
@@ -51,16 +55,62 @@ def read_text(path: Path) -> str:
             where=f"{where}: byte {offset:,}",
             got=f"byte 0x{data[offset]:02x}: {error.reason}",
             expected="UTF-8",
-            fix="convert it, as with: iconv -f LATIN1 -t UTF-8",
+            fix=encoding_fix(data),
         ) from error
     if "\0" in text:
         raise DataError(
             "the file holds a NUL character: it is binary, or UTF-16 or UTF-32 text",
             where=f"{where}: byte {data.index(0):,}",
             expected="UTF-8 text",
-            fix="convert it to UTF-8 text first",
+            fix=encoding_fix(data),
         )
     return text
+
+
+def read_texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    """Yield name and text of files; what is wrong with any of them is told at once, at the end.
+
+    Raises:
+        DataError: as `read_text`; of several files, the message has a line for each.
+    """
+    faults: list[DataError] = []
+    for path in paths:
+        try:
+            yield str(path), read_text(path)
+        except DataError as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        more = len(faults) - MOST_NAMED
+        lines = [str(fault).splitlines()[0] for fault in faults[:MOST_NAMED]]
+        raise DataError(
+            f"{len(faults):,} of {len(paths):,} files are no text",
+            got="\n            ".join(lines + [f"and {more:,} more"] * (more > 0)),
+            fix="\n            ".join(dict.fromkeys(fault.fix for fault in faults)),
+        )
+
+
+def encoding_fix(data: bytes) -> str:
+    """Return how to convert a text that is not UTF-8, judged by its bytes or some of them.
+
+    Western European text is called Windows-1252, which is Latin-1 but for the 32 bytes from 0x80:
+    there Latin-1 has control characters, which no text holds.
+    """
+    head = data[:4096]
+    zeros = [head[start::2].count(0) for start in (0, 1)]
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "UTF-16"
+    elif max(zeros) > max(4 * min(zeros), len(head) // 20):  # every other byte, or nearly
+        encoding = "UTF-16LE" if zeros[1] > zeros[0] else "UTF-16BE"
+    elif 0 in data:
+        return "this looks like binary data; name a text, or convert it to UTF-8 first"
+    else:
+        encoding = "WINDOWS-1252"
+    command = f"iconv -f {encoding} -t UTF-8 OLD > NEW"
+    return f"convert it: {command}" + (
+        " (if it is Western European text)" if encoding == "WINDOWS-1252" else ""
+    )
 
 
 def to_utf8(text: str) -> bytes:

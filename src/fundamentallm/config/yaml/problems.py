@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fundamentallm.config.yaml.key_path import KeyPath, dotted, excerpt
+from fundamentallm.config.yaml.other_names import OTHER_NAMES
 from fundamentallm.errors import ConfigError, did_you_mean
 from fundamentallm.registry import in_words
 
@@ -152,7 +153,12 @@ def _unknown_key(path: KeyPath, root: type[BaseModel]) -> ConfigError:
     key = str(path[-1])
     own = class_at(path[:-1], root)
     known = list(own.model_fields) if own else []
-    fix = _elsewhere(key, own, root) or did_you_mean(key, known) or _near_elsewhere(key, root)
+    fix = (
+        _elsewhere(key, own, root)
+        or _of_another_tool(key, path[:-1], root)
+        or did_you_mean(key, known)
+        or _near_elsewhere(key, root)
+    )
     return ConfigError(
         f"unknown key '{excerpt(key)}'",
         expected="" if fix else "one of " + ", ".join(known),
@@ -168,6 +174,14 @@ def _elsewhere(key: str, own: type[BaseModel] | None, root: type[BaseModel]) -> 
         if key in known:
             return f"this key belongs under {section}:"
     return ""
+
+
+def _of_another_tool(key: str, path: KeyPath, root: type[BaseModel]) -> str:
+    """Return what a key of another tool is called here; of the run's own sections alone."""
+    ours = OTHER_NAMES.get(key.lower())
+    if ours is None or len(path) > 1 or "training" not in root.model_fields:
+        return ""
+    return f"did you mean {ours}?"
 
 
 def _near_elsewhere(key: str, root: type[BaseModel]) -> str:

@@ -17,7 +17,7 @@ from fundamentallm.data.file_kinds import SUFFIXES, kind_of, refuse_other_data
 from fundamentallm.data.sources.base import Passage, SequenceSource, part_bounds, split_tokens
 from fundamentallm.data.sources.built_in import SOURCES
 from fundamentallm.data.sources.paths import existing
-from fundamentallm.data.text_file import read_text, to_utf8, unreadable
+from fundamentallm.data.text_file import read_text, read_texts, to_utf8, unreadable
 from fundamentallm.data.token_file import Tokens
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
@@ -155,8 +155,7 @@ def _texts(name: str, cache_dir: Path | None, kept: Path | None) -> Iterator[tup
             return
         yield name, SOURCES.build(name, {}, cache_dir=cache_dir)
         return
-    for path in _files(name):
-        yield str(path), read_text(path)
+    yield from read_texts(_files(name))
 
 
 def _files(name: str) -> list[Path]:
