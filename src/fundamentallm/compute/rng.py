@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -65,6 +66,24 @@ def restore_generators(state: Mapping[str, Any]) -> None:
             torch.set_rng_state(value)
         else:
             torch.cuda.set_rng_state(value, int(name.removeprefix(CUDA)))
+
+
+def check_generators(state: Any) -> None:
+    """Check a state that comes from a file; no generator is changed.
+
+    Raises:
+        CheckpointError: `capture_generators` cannot have returned it.
+    """
+    try:
+        torch.Generator().set_state(state["torch"])
+        for name in state:
+            if name != "torch" and not re.fullmatch(rf"{CUDA}\d{{1,4}}", name):
+                raise ValueError(f"'{name}' is not a generator")
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            "the saved state of the random generators is unusable",
+            got=f"{type(error).__name__}: {error}",
+        ) from error
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 IGNORED = -100  # the target of a token that counts for nothing
@@ -75,3 +76,42 @@ def add_documents(batch: Batch, end_id: int | None) -> Batch:
 def count_valid(targets: Tensor) -> int:
     """Return the number of targets that count: those not below 0."""
     return int((targets >= 0).sum())
+
+
+def check_batch(batch: Any, vocab_size: int, sequence_length: int) -> None:
+    """Check a batch that comes from a file: its form, its sizes and each id.
+
+    Args:
+        batch: what should be a `Batch`.
+        vocab_size: V, above every id.
+        sequence_length: T at most.
+
+    Raises:
+        ValueError: a key that is missing or unknown, a tensor that is not int64 (B, T), or an id
+            that no model of this vocabulary takes.
+    """
+    known = {*_REQUIRED, *_OPTIONAL}
+    if not isinstance(batch, Mapping) or not set(_REQUIRED) <= batch.keys() <= known:
+        raise ValueError(f"a micro-batch has the keys {', '.join(_REQUIRED)}")
+    shapes = set()
+    for name, tensor in batch.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tensor.ndim != 2:
+            raise ValueError(f"{name} is not an int64 tensor (B, T)")
+        shapes.add(tuple(tensor.shape))
+    if len(shapes) != 1:
+        raise ValueError(f"the tensors have different shapes: {sorted(shapes)}")
+    rows, time = shapes.pop()
+    if not rows or not 1 <= time <= sequence_length:
+        raise ValueError(
+            f"{rows} rows of {time} tokens, where a row has 1 to {sequence_length} tokens"
+        )
+    inputs, targets = batch["input_ids"], batch["target_ids"]
+    if bool(((inputs < 0) | (inputs >= vocab_size)).any()):
+        raise ValueError(f"input_ids has an id outside 0 to {vocab_size - 1}")
+    if bool((((targets < 0) & (targets != IGNORED)) | (targets >= vocab_size)).any()):
+        raise ValueError(f"target_ids has an id outside 0 to {vocab_size - 1}")
+    documents = batch.get("document_ids")
+    if documents is not None and (
+        bool((documents < 0).any()) or bool((documents.diff(dim=1) < 0).any())
+    ):
+        raise ValueError("document_ids does not rise along a row from 0")

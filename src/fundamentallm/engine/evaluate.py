@@ -182,7 +182,7 @@ def _source(trained: Trained, data: str | None) -> Source:
     if data is None:
         own = read_run_source(trained.config.data, trained.run_dir)
         own.require_unchanged(
-            trained.manifest.metadata["data"]["sha256"],
+            trained.data_sha256,
             fix="restore the text, or name one with --data",
         )
         return own

@@ -8,19 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import ValidationError
-from torch import nn
-
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
+from fundamentallm.compute.rng import check_generators
 from fundamentallm.config import RunConfig
-from fundamentallm.data.batch import Window, count_valid
+from fundamentallm.data.batch import Window, check_batch, count_valid
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
-from fundamentallm.errors import CheckpointError, ConfigError, NumericalError
+from fundamentallm.errors import CheckpointError, NumericalError
 from fundamentallm.files.run_layout import EVIDENCE, REPORT
-from fundamentallm.models.build import build_model
-from fundamentallm.training.checkpoint.manager import check_model_state
+from fundamentallm.inference.stored_model import stored_config, stored_model
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.losses import LOSSES
 from fundamentallm.training.recovery.diagnosis import (
@@ -138,9 +134,13 @@ def replay_incident(incident: Path, report: dict[str, Any], device: str) -> Repl
         raise CheckpointError(
             "the incident is of a script's run, which alone can build its model",
             where=str(incident),
-            fix="build the model there and use fundamentallm.training.recovery.diagnosis",
+            fix="build the model there and use StepReplayer of"
+            " fundamentallm.training.recovery.diagnosis",
         )
-    config, model = _build(report["description"]["config"], state, str(store.directory))
+    where = str(store.directory)
+    config = stored_config(report["description"]["config"], where)
+    window = _window(state, config, where)
+    model = stored_model(config.model, state["model"], where)
     training = config.training
     machine = Machine.open(device, training.threads)
     facts = ModelFacts.of(config.model)
@@ -152,52 +152,39 @@ def replay_incident(incident: Path, report: dict[str, Any], device: str) -> Repl
         plan.ranks,
     )
     try:
-        batches = state["window"]
-        window = Window(batches, sum(count_valid(batch["target_ids"]) for batch in batches))
-        generators = {
-            name: value
-            for name, value in state["generators"].items()
-            if name == "torch" or plan.device.type == "cuda"
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            "the evidence lacks the window or the random generators",
-            where=str(store.directory),
-            got=f"{type(error).__name__}: {error}",
-        ) from error
+        check_generators(state.get("generators"))
+    except CheckpointError as error:
+        error.where = error.where or where
+        raise
+    generators = {
+        name: value
+        for name, value in state["generators"].items()
+        if name == "torch" or plan.device.type == "cuda"
+    }
     return replayer.replay(window, generators, watch=True)
 
 
-def _build(values: Any, state: Mapping[str, Any], where: str) -> tuple[RunConfig, nn.Module]:
-    """Build the model that an incident's configuration describes, with the weights of its evidence.
+def _window(state: Mapping[str, Any], config: RunConfig, where: str) -> Window:
+    """Return the window of the evidence, once it is known to be one of the run's.
 
     Raises:
-        CheckpointError: the configuration is no one's, or describes another model.
-        ConfigError: a part is not registered (a plugin's).
+        CheckpointError: it has more micro-batches or rows than the run's, longer rows, or ids that
+            its model does not take.
     """
+    batches = state.get("window")
+    most, rows = config.training.accumulation_steps, config.data.batch_size
     try:
-        config = RunConfig.model_validate(values)
-        with torch.device("meta"):  # shapes alone: a damaged one may be of any size
-            check_model_state(build_model(config.model), state["model"], where)
-        model = build_model(config.model)
-    except (ConfigError, CheckpointError):
-        raise
-    except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        if not isinstance(batches, list) or not 1 <= len(batches) <= most:
+            raise ValueError(f"a step of this run has 1 to {most} micro-batches")
+        for batch in batches:
+            check_batch(batch, config.model.vocab_size or 0, config.model.sequence_length or 0)
+            if len(batch["input_ids"]) > rows:
+                raise ValueError(f"{len(batch['input_ids'])} rows, where the run has {rows}")
+    except ValueError as error:
         raise CheckpointError(
-            "the configuration in the incident's report cannot be built",
-            where=where,
-            got=_first_fault(error),
-            fix="use the report as `run` wrote it",
+            "the evidence holds no window of this run", where=f"{where}: window", got=str(error)
         ) from error
-    model.load_state_dict(state["model"])
-    return config, model
-
-
-def _first_fault(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-    return str(error).partition("\n")[0] or type(error).__name__
+    return Window(batches, sum(count_valid(batch["target_ids"]) for batch in batches))
 
 
 def _print_modules(result: Replay) -> None:

@@ -14,10 +14,11 @@ from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.private import check_file
 from fundamentallm.files.run_layout import BEST, CONFIG, RunOrCheckpoint
-from fundamentallm.models.build import build_model
-from fundamentallm.training.checkpoint.manager import check_model_state
+from fundamentallm.inference.stored_model import stored_config, stored_model
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.store import CheckpointStore
+from fundamentallm.training.manifest import Manifest
+from fundamentallm.training.store import CheckpointStore
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Trained:
     checkpoint: Path
     manifest: Manifest
     averaged: bool
+
+    @property
+    def data_sha256(self) -> str:
+        """The hash of the text that it was trained on; empty if nobody knows."""
+        return self.manifest.metadata.get("data", {}).get("sha256") or ""
 
     @property
     def stop(self) -> list[str]:
@@ -116,33 +122,64 @@ def load_trained(path: Path, device: torch.device) -> Trained:
     checkpoint = find_checkpoint(path)
     store = CheckpointStore(checkpoint.parent)
     manifest, state = store.load(checkpoint)
-    try:
-        config = RunConfig.model_validate(manifest.metadata["config"])
-        tokenizer = tokenizer_from_dict(manifest.metadata["tokenizer"])
-    except KeyError as error:
+    where = str(checkpoint)
+    for part in ("config", "tokenizer"):
+        if part not in manifest.metadata:
+            raise CheckpointError(
+                "the checkpoint does not say what it was trained with",
+                where=where,
+                got=f"no {part} in its manifest",
+                fix="name a checkpoint that `run` wrote",
+            )
+    config = stored_config(manifest.metadata["config"], where)
+    tokenizer = tokenizer_from_dict(manifest.metadata["tokenizer"], where)
+    weights, averaged = weights_of(state, where)
+    model = stored_model(config.model, weights, where)
+    if tokenizer.vocab_size > (config.model.vocab_size or 0):
         raise CheckpointError(
-            "the checkpoint does not say what it was trained with",
-            where=str(checkpoint),
-            got=f"no {error.args[0]} in its manifest",
-            fix="name a checkpoint that `run` wrote",
-        ) from error
-    model = build_model(config.model)
-    weights, averaged = weights_of(state)
-    check_model_state(model, weights, str(checkpoint))
-    model.load_state_dict(weights)
+            "the checkpoint's tokenizer has more tokens than its model",
+            where=where,
+            got=f"a tokenizer of {tokenizer.vocab_size:,} tokens",
+            expected=f"at most {config.model.vocab_size:,}",
+            fix="use another checkpoint",
+        )
     return Trained(model.to(device).eval(), tokenizer, config, checkpoint, manifest, averaged)
 
 
-def weights_of(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], bool]:
-    """Return the weights to use, and whether they are averages."""
+def weights_of(state: dict[str, Any], where: str = "") -> tuple[dict[str, torch.Tensor], bool]:
+    """Return the weights to use, and whether they are averages.
+
+    Raises:
+        CheckpointError: the averages are not those of these weights; `where` names the checkpoint.
+    """
     weights = dict(state["model"])
-    averages = state.get("handlers", {}).get("weight_ema", {}).get("averages", {})
+    averages = _averages(state, where)
     # A tied weight stands in the state under each of its names and in the averages under one.
     for name, average in averages.items():
         for other, weight in state["model"].items():
             if other == name or (
-                weight.shape == average.shape
+                isinstance(weight, torch.Tensor)
+                and weight.shape == average.shape
                 and weight.data_ptr() == state["model"][name].data_ptr()
             ):
                 weights[other] = average
     return weights, bool(averages)
+
+
+def _averages(state: dict[str, Any], where: str) -> dict[str, torch.Tensor]:
+    """Return the averaged weights of a state by name, none where weight EMA was off."""
+    found: Any = state
+    for key in ("handlers", "weight_ema", "averages"):
+        if not isinstance(found, dict):
+            break
+        found = found.get(key, {})
+    if not isinstance(found, dict) or not all(
+        isinstance(average, torch.Tensor) and isinstance(state["model"].get(name), torch.Tensor)
+        for name, average in found.items()
+    ):
+        raise CheckpointError(
+            "the averaged weights in the checkpoint are not those of its model",
+            where=f"{where}: handlers.weight_ema.averages",
+            fix="use another checkpoint",
+        )
+    return found

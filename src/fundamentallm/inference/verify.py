@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fundamentallm.config import RunConfig
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.run_layout import RunOrCheckpoint
 from fundamentallm.inference.load import checkpoints_in, named_checkpoint
-from fundamentallm.models.build import build_model
-from fundamentallm.training.checkpoint.manager import check_model_state
+from fundamentallm.inference.stored_model import stored_config, stored_shapes
 from fundamentallm.training.checkpoint.snapshot import check_usable
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.checkpoint.tree import flatten
+from fundamentallm.training.snapshot import check_usable
+from fundamentallm.training.state_tree import flatten
+from fundamentallm.training.store import CheckpointStore
 
 
 @dataclass(frozen=True)
@@ -84,15 +83,13 @@ def _check_shapes(state: dict[str, Any], metadata: Any, where: str) -> None:
     """Compare with the model of the configuration that the checkpoint carries, if it does."""
     if "config" not in metadata:
         return  # saved by a script: there is nothing to compare with
+    config = stored_config(metadata["config"], where)
     try:
-        config = RunConfig.model_validate(metadata["config"])
-        with torch.device("meta"):  # shapes alone
-            model = build_model(config.model)
-    except (ConfigError, ValueError) as error:
+        stored_shapes(config.model, state["model"], where)
+    except ConfigError as error:
         raise CheckpointError(
             "the checkpoint's configuration cannot be built",
             where=where,
             got=str(error).splitlines()[0],
             fix="name the module that registers its parts with --plugins",
         ) from error
-    check_model_state(model, state["model"], where)

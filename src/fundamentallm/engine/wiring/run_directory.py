@@ -22,10 +22,12 @@ from fundamentallm.config.yaml.difference import (
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.names import numbered
 from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint, check_entries
+from fundamentallm.inference.stored_model import stored_config
 from fundamentallm.training.checkpoint.catalogue import Survey
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.snapshot import check_usable
 from fundamentallm.training.checkpoint.store import CheckpointStore
+from fundamentallm.training.checkpoint_catalogue import Survey
 from fundamentallm.training.decision import STOPPED_BY
 
 BUDGET_FIELDS = ("num_epochs", "total_steps", "max_tokens", "max_seconds")
@@ -184,6 +186,7 @@ def _continue_at(path: Path, config: RunConfig, run_dir: Path | None) -> RunDire
         )
     _refuse_drift(manifest, config, path)
     finished = str(manifest.metadata.get("finished", ""))
+    _check_resumable(manifest)
     has_more_to_do = _has_larger_budget(config, as_written(manifest)["training"])
     if has_more_to_do or finished.startswith(STOPPED_BY):
         finished = ""
@@ -207,9 +210,33 @@ def _refuse_drift(manifest: Manifest, config: RunConfig, path: Path) -> None:
 
 
 def _going_on(path: Path, newest: Manifest, survey: Survey) -> RunDirectory:
+    _check_resumable(newest)
     finished = str(newest.metadata.get("finished", ""))
     note = _note(path, newest)
     return RunDirectory(path, survey.store.directory, newest, note, finished, survey)
+
+
+def _check_resumable(manifest: Manifest) -> None:
+    """Refuse a checkpoint that lacks what a run has to be told to go on from it.
+
+    Raises:
+        CheckpointError: so it is, or its configuration is not one of this version.
+    """
+    for part in ("config", "tokenizer", "data"):
+        if part not in manifest.metadata:
+            raise CheckpointError(
+                "the checkpoint does not say what its run was trained with",
+                where=manifest.name,
+                got=f"no {part} in its manifest",
+                fix="name a checkpoint that `run` wrote, or start a fresh run with --resume never",
+            )
+    if "sha256" not in manifest.metadata["data"]:
+        raise CheckpointError(
+            "the checkpoint does not say which text its run was trained on",
+            where=manifest.name,
+            fix="start a fresh run with --resume never",
+        )
+    stored_config(manifest.metadata["config"], manifest.name)
 
 
 def _note(path: Path, manifest: Manifest) -> str:

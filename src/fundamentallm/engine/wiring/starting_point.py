@@ -18,6 +18,7 @@ from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fundamentallm.data.tokenizer.tokenizer_json import read_tokenizer_json
 from fundamentallm.engine.wiring.run_directory import RunDirectory
 from fundamentallm.errors import ConfigError, DataError
+from fundamentallm.inference.stored_model import stored_config
 from fundamentallm.models.layouts.pretrained import Pretrained
 from fundamentallm.training.checkpoint.manifest import Manifest
 
@@ -90,7 +91,8 @@ def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
         return StartingPoint(config, config)
     folder = model.init_from
     if directory.checkpoint is not None:
-        began_with = RunConfig.model_validate(directory.checkpoint.metadata["config"])
+        stored = directory.checkpoint
+        began_with = stored_config(stored.metadata["config"], stored.name)
         data = {"sequence_length": began_with.data.sequence_length}
         completed = config.model_copy(
             update={"model": began_with.model, "data": config.data.model_copy(update=data)}

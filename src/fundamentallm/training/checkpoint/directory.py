@@ -194,6 +194,8 @@ def read_checkpoint(filesystem: Filesystem, path: Path, manifest: Manifest) -> d
         raise CheckpointError("the saved state is malformed", where=where[STATE])
     tensors = parse_tensor_file(contents(STATE_TENSORS), where[STATE_TENSORS])
     state = _restored(skeletons["state"], tensors, where[STATE])
+    if "model" in state:
+        raise CheckpointError("the saved state is malformed", where=where[STATE], got="two models")
     weights = parse_tensor_file(contents(MODEL), where[MODEL])
     return {"model": _restored(skeletons["model"], weights, where[STATE]), **state}
 

@@ -19,11 +19,11 @@ class DamagedStateError(CheckpointError):
     """Weights, moments or averages hold NaN or infinity, or the ranks hold different weights."""
 
 
-def nonfinite_tensors(tree: Any, path: str = "") -> Iterator[str]:
-    """Yield the dotted path of each floating-point tensor in a tree that holds NaN or infinity."""
+def nonfinite_tensors(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield each floating-point tensor in a tree that holds NaN or infinity, with its path."""
     if isinstance(tree, torch.Tensor):
         if tree.is_floating_point() and not all_finite(tree):
-            yield path
+            yield path, tree
     elif isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from nonfinite_tensors(value, f"{path}.{key}" if path else str(key))
@@ -34,6 +34,8 @@ def nonfinite_tensors(tree: Any, path: str = "") -> Iterator[str]:
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """Tell whether no element is NaN or infinite."""
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # torch adds no 8-bit floats up
     # One such element makes the sum one, at a fifth of the time of looking at each; a sum of finite
     # elements may overflow, and then each is looked at.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
@@ -70,11 +72,13 @@ def check_finite(
         DamagedStateError: naming the first tensors that are not.
     """
     learned = {part: state[part] for part in LEARNED if part in state}
+    if not isinstance(constant_buffers, Collection):
+        raise CheckpointError("the names of the model's buffers are no list", where=where)
     allowed = {f"model.{name}" for name in constant_buffers}
     found = [
         name
-        for name in nonfinite_tensors(learned)
-        if name not in allowed or _has_nan(learned["model"][name.removeprefix("model.")])
+        for name, tensor in nonfinite_tensors(learned)
+        if name not in allowed or _has_nan(tensor)
     ]
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""

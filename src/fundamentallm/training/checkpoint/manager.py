@@ -233,10 +233,21 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], **facts: Any) -> Non
 
 
 def validation_loss(metrics: Mapping[str, Any]) -> float | None:
-    """Return `val_loss` or `val/loss` of some metrics as a float, or None without either."""
+    """Return `val_loss` or `val/loss` of some metrics as a float, or None without either.
+
+    Raises:
+        CheckpointError: it is not a number.
+    """
     for key in ("val_loss", "val/loss"):
         if key in metrics:
-            return float(metrics[key])
+            try:
+                return float(metrics[key])
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"the validation loss '{key}' is not a number",
+                    got=repr(metrics[key])[:80],
+                    expected="nats per token",
+                ) from error
     return None
 
 
@@ -273,6 +284,14 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any, where: s
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
         raise CheckpointError("the checkpoint holds no optimizer", where=where)
     saved, own = state["param_groups"], optimizer.param_groups
+    if not isinstance(saved, list) or not all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in saved
+    ):
+        raise CheckpointError(
+            "the checkpoint's optimizer has no list of parameter groups",
+            where=where,
+            got=repr(saved)[:80],
+        )
     saved_sizes = [len(group["params"]) for group in saved]
     own_sizes = [len(group["params"]) for group in own]
     if saved_sizes != own_sizes:
@@ -288,7 +307,7 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any, where: s
         raise CheckpointError(
             "the checkpoint is of another optimizer",
             where=where,
-            got=f"options {', '.join(sorted(set(saved[0]) - {'params'}))}",
+            got=f"options {', '.join(sorted(map(str, set(saved[0]) - {'params'})))}",
             expected=f"also {', '.join(sorted(missing))}, as {type(optimizer).__name__} has",
         )
 

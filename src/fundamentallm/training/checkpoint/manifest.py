@@ -16,6 +16,29 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import FileRecord
 
 SCHEMA = 1
+OPTIONAL_TEXT = (str, type(None))
+OPTIONAL_NUMBER = (int, float, type(None))
+METADATA_FORMS: dict[tuple[str, ...], tuple[type, ...]] = {
+    ("config",): (dict,),
+    ("config", "training"): (dict,),
+    ("config_as_written",): (dict,),
+    ("config_as_written", "training"): (dict,),
+    ("tokenizer",): (dict,),
+    ("data",): (dict,),
+    ("data", "sha256"): OPTIONAL_TEXT,
+    ("data", "response_end"): OPTIONAL_TEXT,
+    ("versions",): (dict,),
+    ("circumstances",): (dict,),
+    ("val_loss",): OPTIONAL_NUMBER,
+    **{
+        ("config_as_written", "training", budget): OPTIONAL_NUMBER
+        for budget in ("num_epochs", "total_steps", "max_tokens", "max_seconds")
+    },
+    ("finished",): (str,),
+    ("run_id",): OPTIONAL_TEXT,
+}
+"""What this program reads of a checkpoint's metadata, by the keys that lead there, and the types
+that it may have there. All of it may be absent."""
 FIELDS = {"schema", "step", "files", "metadata", "hash"}
 
 
@@ -87,9 +110,31 @@ def parse_manifest(data: bytes, name: str, where: str) -> Manifest:
         raise _damaged(where, "its contents do not match its own hash")
     if type(fields["step"]) is not int or not isinstance(fields["metadata"], dict):
         raise _damaged(where, "the step or the metadata has the wrong type")
+    for path, types in METADATA_FORMS.items():
+        _check_form(fields["metadata"], path, types, where)
     return Manifest(
         name, fields["step"], _records(fields["files"], where), fields["metadata"], fields["hash"]
     )
+
+
+def _check_form(
+    metadata: Mapping[str, Any], path: tuple[str, ...], types: tuple[type, ...], where: str
+) -> None:
+    """Refuse metadata that has something else than one of these types at a path."""
+    value: Any = metadata
+    for key in path:
+        if not isinstance(value, dict) or key not in value:
+            return
+        value = value[key]
+    if type(value) not in types:
+        expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+        raise CheckpointError(
+            f"'{'.'.join(path)}' in the checkpoint's metadata is not of the expected type",
+            where=where,
+            got=repr(value)[:80],
+            expected=expected,
+            fix="use another checkpoint, or the version of fundamentallm that wrote this one",
+        )
 
 
 def parse_json(data: bytes, where: str) -> Any:

@@ -394,14 +394,15 @@ class NaNRollback:
 
 def _damage(trainer: TrainingLoop) -> str:
     """Name what is not finite on this rank, for the end of a sentence; nothing if all is."""
-    names = list(
-        nonfinite_tensors(
+    names = [
+        name
+        for name, _ in nonfinite_tensors(
             {
                 "model": dict(trainer.model.named_parameters()),
                 "optimizer": trainer.optimizer.state_dict(),
                 "handlers": {name: it.state_dict() for name, it in trainer.attached.items()},
             }
         )
-    )
+    ]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f": {', '.join(names[:3])}{more}" if names else ""
