@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.training.manifest import render_manifest
-from fundamentallm.training.tensor_file import tensor_file_chunks
 from safetensors.torch import load
 from torch import Tensor
 
 from fundamentallm.files.filesystem import FileRecord
 from fundamentallm.files.run_layout import MANIFEST, MODEL, STATE, STATE_TENSORS
+from fundamentallm.training.checkpoint.manifest import render_manifest
+from fundamentallm.training.checkpoint.tensor_file import tensor_file_chunks
 
 
 @dataclass

@@ -17,8 +17,6 @@ from fundamentallm.files.run_layout import BEST, CONFIG, RunOrCheckpoint
 from fundamentallm.inference.stored_model import stored_config, stored_model
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.store import CheckpointStore
-from fundamentallm.training.manifest import Manifest
-from fundamentallm.training.store import CheckpointStore
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from fundamentallm.config.yaml.key_path import dotted
 from fundamentallm.config.yaml.problems import to_config_error
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.models.build import build_model
-from fundamentallm.training.checkpoint import check_model_state
+from fundamentallm.training.checkpoint.manager import check_model_state
 
 MOST_COMPUTED_BYTES = 256 << 20
 """What tables that are computed from a configuration may take beside as much as the weights do."""

@@ -14,9 +14,6 @@ from fundamentallm.inference.stored_model import stored_config, stored_shapes
 from fundamentallm.training.checkpoint.snapshot import check_usable
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.checkpoint.tree import flatten
-from fundamentallm.training.snapshot import check_usable
-from fundamentallm.training.state_tree import flatten
-from fundamentallm.training.store import CheckpointStore
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from fundamentallm.training.checkpoint.catalogue import Survey
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.snapshot import check_usable
 from fundamentallm.training.checkpoint.store import CheckpointStore
-from fundamentallm.training.checkpoint_catalogue import Survey
 from fundamentallm.training.decision import STOPPED_BY
 
 BUDGET_FIELDS = ("num_epochs", "total_steps", "max_tokens", "max_seconds")
