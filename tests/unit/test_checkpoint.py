@@ -11,11 +11,8 @@ import torch
 from torch import nn
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.checkpoint import (
-    CheckpointManager,
-    check_model_state,
-    check_optimizer_state,
-)
+from fundamentallm.training.checkpoint import CheckpointManager
+from fundamentallm.training.checkpoint.manager import check_model_state, check_optimizer_state
 from fundamentallm.training.checkpoint.store import CheckpointStore, step_name
 
 LOCATIONS = ["out/start", "start.pt"]
