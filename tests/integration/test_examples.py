@@ -34,7 +34,7 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(EXAMPLES),
+        "PYTHONPATH": f"{EXAMPLES}{os.pathsep}{ROOT / 'src'}",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     return subprocess.run(

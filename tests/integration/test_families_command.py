@@ -231,6 +231,15 @@ def test_a_setting_of_attention_without_effect_is_told(plugins, tmp_path, monkey
     assert "no effect" not in capsys.readouterr().out
 
 
+# The family with its adapter here; each of the two by itself in the long run.
+@pytest.mark.parametrize(
+    "finished",
+    [
+        pytest.param(name, marks=[] if name == "gru_low_rank" else pytest.mark.long)
+        for name in MODELS
+    ],
+    indirect=True,
+)
 def test_a_process_of_its_own_measures_it(finished, plugins, monkeypatch):
     monkeypatch.chdir(finished)
     path = f"{plugins}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"

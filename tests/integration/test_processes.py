@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tests import forked
 
 from fundamentallm.engine.cli import main
 
@@ -76,10 +77,10 @@ def whole(tmp_path_factory) -> Path:
     return folder / "runs" / "tiny"
 
 
-def run(arguments: Sequence[str], cwd: Path | None = None, **variables: str):
+def run(arguments: Sequence[str], **variables: str):
+    """Start Python itself; `forked.run` saves the seconds of its imports."""
     return subprocess.run(
         [*ENGINE, *arguments],
-        cwd=cwd,
         env={**os.environ, **variables},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -144,8 +145,8 @@ SIGNALS = [
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_saves_the_step_and_the_run_goes_on_to_the_same_end(whole, capsys, number):
-    result = run(["run", "tiny.yaml"], AT_STEP="6", SIGNALS=str(int(number)))
+def test_a_signal_saves_the_step_and_the_run_goes_on_to_the_same_end(whole, place, capsys, number):
+    result = forked.run(["run", "tiny.yaml"], place, AT_STEP="6", SIGNALS=str(int(number)))
 
     assert result.returncode == 128 + number
     assert f"stopped by signal {int(number)} at step 6; the state is saved" in result.stderr
@@ -159,8 +160,8 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_to_the_same_end(whole, caps
     assert timeless("runs/tiny") == timeless(whole)
 
 
-def test_a_second_signal_ends_the_process_at_once(whole):
-    result = run(["run", "tiny.yaml"], AT_STEP="6", SIGNALS="2,15")
+def test_a_second_signal_ends_the_process_at_once(whole, place):
+    result = forked.run(["run", "tiny.yaml"], place, AT_STEP="6", SIGNALS="2,15")
 
     assert result.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in result.stderr
@@ -258,13 +259,8 @@ def in_terminal(
     """
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    process = subprocess.Popen(
-        [*ENGINE, *arguments],
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        env={**os.environ, "TERM": "dumb", "XDG_STATE_HOME": str(Path("state").resolve())},
-    )
+    variables = {"TERM": "dumb", "XDG_STATE_HOME": str(Path("state").resolve())}
+    process = forked.Forked(arguments, [slave] * 3, {**os.environ, **variables})
     os.close(slave)
     rest = list(dialogue)
     seen, answered = b"", 0

@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tests import forked
 
 from fundamentallm.compute.compilation import find_compiler
 from fundamentallm.compute.plan import Plan
@@ -297,20 +296,17 @@ def test_ranks_are_refused(machine, monkeypatch, capsys):
 def test_nothing_is_left_of_a_tune_that_was_stopped(stop, tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    command = [sys.executable, "-m", "fundamentallm.engine", "tune", "tiny.yaml"]
-    with subprocess.Popen(
-        command,
-        env={**os.environ, "TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        # These tests may run under nohup, whose children ignore a hangup, and rightly so.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-    ) as process:
+    with Path(os.devnull).open("r+") as nothing:
+        streams = [nothing.fileno()] * 3
+        environment = {**os.environ, "TMPDIR": str(scratch)}
+        process = forked.Forked(["tune", "tiny.yaml"], streams, environment)
+    try:
         wait_until(lambda: children(process.pid))
         (child,) = children(process.pid)
         process.send_signal(stop)
         process.wait(timeout=30)
+    finally:
+        process.kill()
     wait_until(lambda: not Path(f"/proc/{child}").exists())
     if stop != signal.SIGKILL:
         assert process.returncode == 128 + stop

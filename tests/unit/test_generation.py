@@ -42,8 +42,16 @@ def texts(*arguments: Any, **options: Any) -> list[list[int]]:
     return torch.stack(list(generate_tokens(*arguments, **options)), dim=1).tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("fields", COMBINATIONS, ids=str)
+# Each combination in one of the types here, and in the other in the long run.
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        pytest.param(fields, dtype, marks=pytest.mark.long if (number + turn) % 2 else [])
+        for number, fields in enumerate(COMBINATIONS)
+        for turn, dtype in enumerate((torch.float64, torch.float32))
+    ],
+    ids=str,
+)
 def test_greedy_text_equals_whole_forward_passes_far_past_the_context(
     fields: dict[str, Any], dtype: torch.dtype
 ) -> None:

@@ -593,22 +593,31 @@ def test_reject_step_refuses_the_update_with_its_reason() -> None:
 # ------------------------------------------------------------------ resume
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 9, 10, 11, 14])
-def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(tmp_path: Path, stop: int) -> None:
-    def trainer_at(place: str) -> Trainer:
-        handlers = (LossEMA(), Perplexity(), WeightEMA(0.9))
-        return make_trainer(tmp_path / place, handlers=handlers, accumulation_steps=2)
+def averaging_trainer(place: Path) -> Trainer:
+    handlers = (LossEMA(), Perplexity(), WeightEMA(0.9))
+    return make_trainer(place, handlers=handlers, accumulation_steps=2)
 
-    whole = trainer_at("whole")
-    whole.train(num_epochs=3)
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A run that nobody stopped."""
+    trainer = averaging_trainer(tmp_path_factory.mktemp("whole"))
+    trainer.train(num_epochs=3)
+    return trainer
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 9, 10, 11, 14])
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
+    whole: Trainer, tmp_path: Path, stop: int
+) -> None:
     total = whole.state.iteration
-    first = trainer_at("parts")
+    first = averaging_trainer(tmp_path / "parts")
     first.add_event_handler(Events.ITERATION_COMPLETED(once=stop), lambda e: e.interrupt_run(15))
     first.train(num_epochs=3)
     assert first.state.iteration == stop
     assert not first.finished
     torch.manual_seed(99)
-    second = trainer_at("parts")
+    second = averaging_trainer(tmp_path / "parts")
     second.resume(tmp_path / "parts" / f"step-{stop:08d}")
     history = second.train(num_epochs=3)
     assert second.state.iteration == total

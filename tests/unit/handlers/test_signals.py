@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import forked
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.events import TrainingEvents
@@ -147,13 +146,9 @@ print("not reached")
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    program = tmp_path / "child.py"
+    program.write_text(CHILD)
+    result = forked.run([str(tmp_path)], tmp_path, program=str(program))
     assert result.returncode == 128 + signal.SIGINT, result.stderr
     assert result.stdout == ""
     assert sorted(path.name for path in Path(tmp_path).glob("step-*")) == ["step-00000000"]
