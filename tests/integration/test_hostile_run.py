@@ -185,3 +185,22 @@ def test_nothing_is_ever_writable_by_everybody(
     made = [path for path in tmp_path.rglob("*") if path.name not in ("c.yaml", "text.txt")]
     assert {"tokenizer.json", "c.pt", "corpus.txt"} <= {path.name for path in made}
     assert not [path for path in made if path.stat().st_mode & 0o022]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
+@pytest.mark.parametrize("kind", [link, pipe, device, folder, linked_folder])
+@pytest.mark.parametrize("name", ["report.json", "evidence"])
+def test_an_incident_that_is_no_files_is_refused(
+    place: Path, name: str, kind: Kind, capsys: pytest.CaptureFixture[str]
+) -> None:
+    incident = Path("runs/c/incidents/00000001-data")
+    incident.mkdir(parents=True)
+    (incident / "report.json").write_text(
+        '{"step": 1, "fault": "", "verdict": "data", "decision": "",'
+        ' "first_bad": {"forward": null, "backward": null}, "description": {}}'
+    )
+    path = incident / name
+    path.unlink(missing_ok=True)
+    kind(path, place / "outside")
+    assert main(["replay", str(incident)]) == 4
+    assert "mine" not in capsys.readouterr().err

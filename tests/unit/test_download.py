@@ -91,6 +91,18 @@ def test_the_users_cache_is_where_the_system_says(
     assert (tmp_path / "home/.cache/fundamentallm/tinyshakespeare.txt").is_file()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs modes")
+def test_what_is_kept_is_its_owners_alone(server: Server, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        read_source("tinyshakespeare", cache_dir=tmp_path / "deep" / "cache")
+    finally:
+        os.umask(before)
+    (path,) = (tmp_path / "deep" / "cache").iterdir()
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert not path.parent.parent.stat().st_mode & 0o022
+
+
 def test_another_text_is_refused_and_not_kept(server: Server, tmp_path: Path) -> None:
     server.body = TEXT.encode() + b"one line more\n"
     with pytest.raises(DataError) as caught:

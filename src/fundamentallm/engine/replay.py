@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from fundamentallm.data.batch import Window, check_batch, count_valid
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import CheckpointError, NumericalError
+from fundamentallm.errors import CheckpointError, ConfigError, NumericalError
+from fundamentallm.files.private import open_to_read
 from fundamentallm.files.run_layout import EVIDENCE, REPORT
 from fundamentallm.inference.stored_model import stored_config, stored_model
 from fundamentallm.training.checkpoint.store import CheckpointStore
@@ -84,9 +87,10 @@ def read_report(incident: Path) -> dict[str, Any]:
     """
     path = incident / REPORT
     try:
-        if path.stat().st_size > MAX_REPORT_BYTES:
-            raise CheckpointError("the report is too large", where=str(path))
-        report = json.loads(path.read_text(encoding="utf-8"))
+        with open_to_read(path) as file:
+            if os.fstat(file.fileno()).st_size > MAX_REPORT_BYTES:
+                raise CheckpointError("the report is too large", where=str(path))
+            report = json.loads(file.readall().decode())
         _check_report(report)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(

@@ -124,8 +124,7 @@ def _train(config: RunConfig, directory: RunDirectory, machine: Machine, again: 
     trainer, ranks = run.trainer, machine.ranks
     with contextlib.ExitStack() as held:
         if ranks.is_writer:
-            if not directory.path.is_dir():  # the user may have linked it to another disk
-                make_directory(directory.path)
+            make_directory(directory.path)
             held.enter_context(owning(directory.path))
             text = run.config.to_yaml()
             replace_file(Filesystem(), directory.path / CONFIG, [text.encode()])

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from fundamentallm.errors import DataError
 from fundamentallm.files.lock import lock_file
+from fundamentallm.files.private import PRIVATE_FILE, make_directory
 
 TIMEOUT = 60  # seconds of silence
 CHUNK = 1 << 20  # bytes
@@ -101,7 +102,7 @@ class _Partial:
         self.place = path.with_name(path.name + ".part")
         self._private = False
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             file = self._shared()
             self._private = file is None
             if file is None:
@@ -125,7 +126,7 @@ class _Partial:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         try:
-            descriptor = os.open(self.place, flags, 0o666)
+            descriptor = os.open(self.place, flags, PRIVATE_FILE)
         except OSError as error:
             if self.place.is_symlink() or error.errno in (errno.EISDIR, errno.ENXIO):
                 return None

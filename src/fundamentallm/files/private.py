@@ -100,13 +100,11 @@ def check_directory(path: Path, fix: str = "") -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a private directory; missing parents may be read by others.
+    """Make a private directory, unless there is one; missing parents may be read by others.
 
     Raises:
-        CheckpointError: something else lies there.
-        OSError: the system refuses.
+        OSError: something else lies there, or the system refuses.
     """
-    check_directory(path)
     missing = [parent for parent in path.parents if not parent.exists()]
     for parent in reversed(missing):
         parent.mkdir(READABLE_DIRECTORY, exist_ok=True)
@@ -133,10 +131,11 @@ def _opened(path: Path, flags: int) -> int:
 def _check_status(path: Path, status: os.stat_result, writing: bool) -> None:
     if stat.S_ISREG(status.st_mode) and not (writing and status.st_nlink > 1):
         return
+    names = f" with {status.st_nlink} names (hard links)" if stat.S_ISREG(status.st_mode) else ""
     raise CheckpointError(
         "this is not a plain file of the run's own",
         where=str(path),
-        got=_kind(path, status.st_mode),
+        got=_kind(path, status.st_mode) + names,
         expected="a file, with one name",
         fix=f"look at it, and remove it if it is not yours: rm {path}",
     )
@@ -146,7 +145,7 @@ def _kind(path: Path, mode: int) -> str:
     if stat.S_ISLNK(mode):
         return f"a link to {path.readlink()}"
     kinds = {
-        stat.S_IFREG: "a file with several names (hard links)",
+        stat.S_IFREG: "a file",
         stat.S_IFDIR: "a directory",
         stat.S_IFIFO: "a pipe",
         stat.S_IFSOCK: "a socket",

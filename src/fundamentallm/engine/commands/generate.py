@@ -15,6 +15,7 @@ from fundamentallm.engine.arguments import add_model
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.stopping import loading
 from fundamentallm.errors import ConfigError, FundamentaLLMError
+from fundamentallm.files.private import make_directory
 
 if TYPE_CHECKING:
     from fundamentallm.inference.load import Trained
@@ -142,7 +143,7 @@ def _history() -> Iterator[None]:
     finally:
         readline.set_history_length(HISTORY_LENGTH)
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             # Prompts are the user's own affair.
             path.touch(mode=0o600)
             readline.write_history_file(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.files.filesystem import Filesystem
-from fundamentallm.files.private import make_directory
+from fundamentallm.files.private import check_directory, make_directory
 from fundamentallm.files.run_layout import TENSORBOARD
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.handlers.metrics_writer import MetricsWriter, Record
@@ -67,6 +67,7 @@ class TensorBoard(MetricsWriter):
         from tensorboardX.proto.event_pb2 import SessionLog
         from tensorboardX.record_writer import RecordWriter
 
+        check_directory(self.directory)
         make_directory(self.directory)
         # Numbered, since files within one second would overwrite each other, and since readers
         # take them in the order of their names.

@@ -26,7 +26,7 @@ from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import Filesystem, write_file
 from fundamentallm.files.names import numbered
-from fundamentallm.files.private import make_directory
+from fundamentallm.files.private import check_directory, make_directory
 from fundamentallm.files.run_layout import EVIDENCE, INCIDENTS, REPORT
 from fundamentallm.training.checkpoint.store import CheckpointStore, step_name
 from fundamentallm.training.loop import TrainingLoop
@@ -67,6 +67,7 @@ def write_incident(
     """
     named = run_dir / INCIDENTS / f"{incident.step:08d}-{incident.verdict}"
     directory = next(path for path in numbered(named) if not os.path.lexists(path))
+    check_directory(directory.parent)
     make_directory(directory.parent)
     make_directory(directory)
     # Those without weights may come often. What a machine did once no evidence can show again, and
