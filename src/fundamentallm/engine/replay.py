@@ -16,7 +16,6 @@ from fundamentallm.data.batch import Window, check_batch, count_valid
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import CheckpointError, NumericalError
-from fundamentallm.errors import CheckpointError, ConfigError, NumericalError
 from fundamentallm.files.private import open_to_read
 from fundamentallm.files.run_layout import EVIDENCE, REPORT
 from fundamentallm.inference.stored_model import stored_config, stored_model
