@@ -63,11 +63,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         said = json.loads(read_text(path))
         if said["format"] != FORMAT:
             raise ValueError(f"format {said['format']}, not {FORMAT}")
+        if not isinstance(said["files"], dict):
+            raise ValueError("files are no table")
         names = list(said["files"])
         if names != [WHOLE] and not set(names) <= set(PARTS):
             raise ValueError(f"files {names}")
         _check_types(said)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             "this is not what `prepare` writes",
             where=str(path),

@@ -107,6 +107,8 @@ class TokenHeader:
             raise ValueError("a count that is no number from 0")
         if type(self.tokenizer) is not str or type(self.sha256) is not str:
             raise ValueError("a hash that is no text")
+        if self.vocab_size > 1 + np.iinfo(self.dtype).max:
+            raise ValueError(f"ids of a vocabulary of {self.vocab_size} do not fit {self.dtype}")
         if self.end_id is not None and self.end_id >= self.vocab_size:
             raise ValueError(f"end_id {self.end_id} in a vocabulary of {self.vocab_size}")
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from fundamentallm.engine.commands import COMMANDS
 from fundamentallm.engine.console import discard, open_closed_streams, printable
-from fundamentallm.errors import FundamentaLLMError, InterruptedRunError, MachineError
+from fundamentallm.errors import ConfigError, FundamentaLLMError, InterruptedRunError, MachineError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_SPACE = "free some space, or write to another disk; then do the same again"
@@ -50,6 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         report(error)
         return error.exit_code
+    except SystemExit as error:
+        # A command returns its code; what ends the program without one is part of a plugin, and a
+        # run that was cut short must not look like one that is done.
+        if options.debug or error.code not in (None, 0):
+            raise
+        report(
+            ConfigError(
+                "a part of a plugin ended the program with sys.exit",
+                got=f"exit code {error.code}",
+                fix="let it raise an error; --debug shows where it happened",
+            )
+        )
+        return ConfigError.exit_code
     except BrokenPipeError:
         # Whoever read our output has enough; the interpreter would complain at its exit flush.
         discard(sys.stdout)

@@ -47,7 +47,7 @@ def load_plugins(modules: Sequence[str], where: str) -> None:
                 got=str(error),
                 fix="run from the folder that holds it, or install it",
             ) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(
                 f"the plugin '{name}' failed while it was imported",
                 where=where,

@@ -193,7 +193,14 @@ def tokenizer_from_dict(state: Any, where: str = "") -> Tokenizer:
     except FundamentaLLMError as error:
         error.where = error.where or where
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         raise DataError(
             "this does not describe a tokenizer",
             where=where,
@@ -261,3 +268,15 @@ def checked_ids(ids: Iterable[int] | np.ndarray, vocab_size: int) -> np.ndarray:
             expected=f"0 to {vocab_size - 1}",
         )
     return array
+
+
+def checked_end(state: Mapping[str, Any]) -> bool:
+    """Return whether a stored tokenizer of characters or bytes has an end.
+
+    Raises:
+        ValueError: it says something else than true or false.
+    """
+    end = state.get("end", False)
+    if not isinstance(end, bool):
+        raise ValueError(f"'end' is true or false, not {end!r:.50}")
+    return end

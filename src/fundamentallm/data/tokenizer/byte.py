@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fundamentallm.data.text_file import to_utf8
-from fundamentallm.data.tokenizer.base import TOKENIZERS, Tokenizer, checked_ids
+from fundamentallm.data.tokenizer.base import TOKENIZERS, Tokenizer, checked_end, checked_ids
 
 
 @TOKENIZERS.register("byte")
@@ -62,4 +62,4 @@ class ByteTokenizer(Tokenizer):
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> ByteTokenizer:
         """Make a tokenizer from `to_dict`."""
-        return cls(end=state.get("end", False))
+        return cls(end=checked_end(state))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fundamentallm.data.text_file import to_utf8
-from fundamentallm.data.tokenizer.base import TOKENIZERS, Tokenizer, checked_ids
+from fundamentallm.data.tokenizer.base import TOKENIZERS, Tokenizer, checked_end, checked_ids
 from fundamentallm.errors import DataError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -124,7 +124,7 @@ class CharacterTokenizer(Tokenizer):
         Raises:
             ValueError: the vocabulary is not as `to_dict` writes it, so its ids would shift.
         """
-        tokenizer = cls(state["vocabulary"], state["unknown"], end=state.get("end", False))
+        tokenizer = cls(state["vocabulary"], state["unknown"], end=checked_end(state))
         if "".join(tokenizer.vocabulary) != state["vocabulary"]:
             raise ValueError("the vocabulary is not a string of distinct characters in order")
         return tokenizer

@@ -10,13 +10,16 @@ are those of the whole. Only where a whole piece holds no such place is a text c
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
+import math
 import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +38,12 @@ logger = logging.getLogger(__name__)
 
 KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "<|end|>")
 """Names under which a tokenizer.json has the end of a document, as far as nobody says otherwise."""
+
+MOST_GROWTH = 64
+"""How many times longer a tokenizer.json may make a text; SentencePiece's own rules reach 33."""
+
+MOST_HOLES = 1 << 20  # ids that no token has cost a row of the embedding each
+WIDEST_CHARACTER = 3  # bytes that a rule for one character replaces, nearly always
 
 _MARK = 32  # hexadecimal digits
 _OUT_OF_REACH = re.compile(rf"\0(?:[0-9a-f]{{{_MARK}}})?(?P<name>.+)\0", re.DOTALL)
@@ -69,15 +78,22 @@ class SubwordTokenizer(Tokenizer):
 
     def __init__(self, state: Mapping[str, Any], end: str | None = None) -> None:
         try:
-            self.json = _without_dropout(_within_reach(dict(state)))
-        except (KeyError, TypeError, AttributeError) as error:
+            self._open(state, end)
+        except (LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
+
+    def _open(self, state: Mapping[str, Any], end: str | None) -> None:
+        self.json = _without_dropout(_within_reach(dict(state)))
+        check_growth(self.json)
+        if end is not None and not isinstance(end, str):
+            raise ValueError(f"the end of a document is the name of a token, not {end!r:.50}")
         self.end = end = None if end is None else _plain(end)
         library = _from_json(self.json, None)
         self._vocab_size = 1 + max(library.get_vocab().values(), default=-1)
         if not self._vocab_size:
             raise ValueError("the vocabulary is empty")
         known = ids_by_name(self.json)
+        _check_ids(set(library.get_vocab().values()), set(known.values()))
         names = [name for name in (KNOWN_ENDS if end is None else (end,)) if name in known]
         if end is not None and not names:
             raise ConfigError(
@@ -136,11 +152,13 @@ class SubwordTokenizer(Tokenizer):
         """Return the ids of each text, on all cores.
 
         Raises:
-            DataError: one holds half of a surrogate pair.
+            DataError: one holds half of a surrogate pair, or the tokenizer.json has no way to
+                encode it.
         """
         try:
-            encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):
+            with _faults_of_the_library("encode this text"):
+                encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        except DataError:
             for text in texts:
                 to_utf8(text)  # says which character
             raise
@@ -148,7 +166,9 @@ class SubwordTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Return the text; special tokens have none, bytes that are no UTF-8 become U+FFFD."""
-        return str(self._library.decode(checked_ids(ids, self.vocab_size).tolist()))
+        checked = checked_ids(ids, self.vocab_size).tolist()
+        with _faults_of_the_library("decode these tokens"):
+            return str(self._library.decode(checked))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the type, the object of the tokenizer.json, and the end if it was chosen."""
@@ -242,14 +262,82 @@ def _library() -> Any:
     return tokenizers
 
 
+@contextmanager
+def _faults_of_the_library(doing: str) -> Iterator[None]:
+    """Turn what the library `tokenizers` raises into a DataError.
+
+    It raises the base class of exceptions, and where its own code panics (a regular expression that
+    gives up, say) an exception that only `BaseException` is the base of.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(
+            f"the tokenizer.json cannot {doing}",
+            got=str(error) or type(error).__name__,
+            fix="use another tokenizer, or change the text",
+        ) from error
+
+
+def check_growth(state: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer.json whose rules make a text, or what is decoded, very much longer.
+
+    Rules in a row multiply: a few lines of JSON can ask for more memory than there is.
+
+    Raises:
+        ValueError: by more than `MOST_GROWTH` times, as far as the rules tell.
+    """
+    for part, key in (("normalizer", "normalizers"), ("decoder", "decoders")):
+        growth = math.prod(_growth(rule) for rule in _flat(state.get(part), key))
+        if growth > MOST_GROWTH:
+            raise ValueError(
+                f"its {part} can make a text more than {MOST_GROWTH} times as long"
+                f" ({min(growth, 10**18):,} times)"
+            )
+
+
+def _growth(rule: Mapping[str, Any]) -> int:
+    """Return how many times longer a rule may make a text, counted in bytes of UTF-8."""
+    if rule.get("type") == "Replace":
+        pattern, size = rule["pattern"], len(rule["content"].encode("utf-8", "surrogatepass"))
+        if "String" not in pattern:
+            return 1 + size  # a regular expression can match an empty text
+        replaced = len(pattern["String"].encode("utf-8", "surrogatepass"))
+        return max(1, -(-size // replaced)) if replaced else 1 + size
+    if rule.get("type") == "Precompiled":
+        # A table of SentencePiece: the size of a trie, the trie, and texts that end in a zero byte.
+        table = base64.b64decode(rule["precompiled_charsmap"] or "")
+        texts = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
+        return max(1, max(map(len, texts)) // WIDEST_CHARACTER)
+    return 1
+
+
+def _check_ids(of_library: set[int], of_json: set[int]) -> None:
+    """Refuse ids that the library would read as others, and vocabularies that are mostly holes.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if of_library != of_json:
+        first = min(of_library ^ of_json)
+        raise ValueError(f"its tokens have other ids than the library gives them, as {first}")
+    if max(of_json) >= max(MOST_HOLES, 4 * len(of_json)):
+        raise ValueError(
+            f"it has {len(of_json):,} tokens, and one of them has the id {max(of_json)}"
+        )
+
+
 def _from_json(state: Mapping[str, Any], end: str | None) -> LibraryTokenizer:
     """Return the library's tokenizer, which makes no special token and no end of a text."""
     tokenizers = _library()
+    text = json.dumps(_unreachable(state, end))
     try:
-        text = json.dumps(_unreachable(state, end))
-        library: LibraryTokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises the base class
-        raise ValueError(str(error)) from error
+        with _faults_of_the_library("read this"):
+            library: LibraryTokenizer = tokenizers.Tokenizer.from_str(text)
+    except DataError as error:
+        raise ValueError(error.got) from error
     library.no_truncation()
     library.no_padding()
     # Else "<|endoftext|>" in somebody's text would end the document.

@@ -1,0 +1,55 @@
+"""A plugin that ends the program does not pass for a run that is done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
+CONFIG = """\
+name: tiny
+data: {source: text.txt, sequence_length: 16, batch_size: 4}
+model: {d_model: 16, num_layers: 1, num_heads: 2}
+training: {total_steps: 4, eval_steps: 2}
+handlers: {tensorboard: false, samples: false, progress: false%s}
+plugins: [leaving]
+"""
+ON_IMPORT = "import sys\nsys.exit(%s)\n"
+IN_A_STEP = """\
+import sys
+from ignite.engine import Events
+from fundamentallm.training.handlers import HANDLERS
+
+
+@HANDLERS.register("leaving")
+class Leaving:
+    def attach(self, trainer):
+        trainer.add_event_handler(Events.ITERATION_STARTED, lambda: sys.exit(%s))
+"""
+
+
+@pytest.mark.parametrize("code", ["", "0"])
+@pytest.mark.parametrize(
+    ("plugin", "more"), [(ON_IMPORT, ""), (IN_A_STEP, ", leaving: {}")], ids=["import", "step"]
+)
+def test_the_run_ends_with_an_error(tmp_path, plugin, more, code):
+    shutil.copy(TEXT, tmp_path / "text.txt")
+    (tmp_path / "tiny.yaml").write_text(CONFIG % more)
+    (tmp_path / "leaving.py").write_text(plugin % code)
+    done = subprocess.run(
+        [sys.executable, "-m", "fundamentallm.engine", "run", "tiny.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "plugin" in done.stderr
+    assert "Traceback" not in done.stderr
