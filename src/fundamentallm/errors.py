@@ -6,12 +6,12 @@ FundamentaLLMError
     DataError                  3    text, token files or tokenizers
     CheckpointError            4    a checkpoint or run directory
     MachineError               5    devices, disks, memory, processes, missing packages
-    NumericalError            20    training that cannot go on for numerical reasons
+    NumericalError            20    training cannot continue for numerical reasons
     InterruptedRunError  128 + n    signal n ended the run; its state was saved
 ```
 
-One error is one message: what happened, where (file, line, key), what was got and expected, and
-how to mend it. The command line prints `str(error)` and exits with `error.exit_code`.
+One error is one message: what happened, where (file, line, key), what was found and expected, and
+how to fix it. The command line prints `str(error)` and exits with `error.exit_code`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class FundamentaLLMError(Exception):
     """The base of all errors raised on purpose.
 
     Args:
-        what: the fault, in one sentence without a final stop.
+        what: the problem, in one sentence without a final period.
         where: file, line and key, as `config.yaml:12: training.optimizer`.
         got: the offending value as text.
         expected: the allowed values or range as text.
@@ -53,12 +53,12 @@ class FundamentaLLMError(Exception):
 
 
 class ConfigError(FundamentaLLMError):
-    """A configuration that cannot be right.
+    """A configuration that is invalid.
 
     Args:
         what, where, got, expected, fix: as in `FundamentaLLMError`.
-        key: the dotted path of the offending key, as `training.optimizer.betas`; whoever knows
-            the file that the key came from uses it to fill in `where`.
+        key: the dotted path of the offending key, as `training.optimizer.betas`; the caller
+            that knows the file uses it to fill in `where`.
     """
 
     exit_code = 2
@@ -88,19 +88,19 @@ class DataError(FundamentaLLMError):
 
 
 class CheckpointError(FundamentaLLMError):
-    """A checkpoint or run directory that is damaged, missing or of another run."""
+    """A checkpoint or run directory that is damaged, missing, or belongs to another run."""
 
     exit_code = 4
 
 
 class MachineError(FundamentaLLMError):
-    """Something the machine lacks or refuses."""
+    """A resource that the machine lacks, or an operation that it refuses."""
 
     exit_code = 5
 
 
 class NumericalError(FundamentaLLMError):
-    """Training that cannot go on: the numbers are not finite and every remedy was tried."""
+    """Training cannot continue: the numbers are not finite and every remedy was tried."""
 
     exit_code = 20
 
@@ -111,7 +111,7 @@ class InterruptedRunError(FundamentaLLMError):
     Args:
         what: the message.
         signal_number: the signal; the exit code is 128 plus this number.
-        fix: how to go on.
+        fix: how to continue.
     """
 
     def __init__(self, what: str, *, signal_number: int, fix: str = "") -> None:

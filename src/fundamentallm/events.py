@@ -4,21 +4,21 @@
 FLLM_RUN_STARTED                once, before anything else; resume has put the state in place
 STARTED
   EPOCH_STARTED
-    GET_BATCH_STARTED           the loader yields a window: the micro-batches of ONE optimizer step
+    GET_BATCH_STARTED           a step batch: the micro-batches of ONE optimizer step
     GET_BATCH_COMPLETED
     ITERATION_STARTED           controllers: the learning rate for this step is set
-      the window's valid tokens, counted on the host, are summed over the ranks (N)
+      the step batch's valid tokens, counted on the host, are summed over the ranks (N)
       per micro-batch: forward, summed loss x world / N, backward
         FLLM_MICRO_BATCH_COMPLETED
-      window complete: unscale, measure the norm, sum loss and norm over the ranks (one host read)
+      all gradients there: unscale, measure the norm, sum loss and norm over the ranks (one read)
       FLLM_GRADIENTS_READY      observers of gradients; a controller may call reject_step(reason)
       guard: finite on every rank and not rejected? then clip and update
         FLLM_OPTIMIZER_STEPPED  the update was applied (weight EMA listens here)
         FLLM_STEP_REJECTED      the update was refused; weights were never touched. A controller
-                                may ask for the step once more, or for a rollback
+                                may ask to repeat the step, or for a rollback
           FLLM_INCIDENT_DETECTED  its verdict, in state.incident
     ITERATION_COMPLETED         producers write state.metrics: loss EMA, perplexity, throughput
-    FLLM_METRICS_MEASURED       whoever derives a metric from other metrics writes it: MFU
+    FLLM_METRICS_MEASURED       metrics that are derived from other metrics: MFU
     FLLM_METRICS_READY          consumers read: logs, progress
     FLLM_EVALUATION_DUE         every eval_steps, at each epoch's end and at the last step
       FLLM_EVALUATION_STARTED
@@ -27,17 +27,17 @@ STARTED
       FLLM_CHECKPOINT_SAVED     its report
       FLLM_STATE_DAMAGED        it holds NaN or infinity, so that it is not saved
   EPOCH_COMPLETED
-TERMINATE                       Ignite's sign that an inner run ended early
+TERMINATE                       Ignite fires it when an inner run ends early
 FLLM_ROLLED_BACK                from Trainer.run, between two inner runs; STARTED fires again
 COMPLETED
-FLLM_RUN_ENDED                  once, however the run ended: an exception passes through here too
+FLLM_RUN_ENDED                  once, however the run ends, also after an exception
 ```
 
 One iteration is one optimizer step. Order comes from the event, never from a number or the order
 of attachment: producers listen early, consumers listen to a later event. The Trainer fires every
 `FLLM_` event after ITERATION_COMPLETED itself, behind all other handlers of that event.
 
-The `FLLM_` prefix is no decoration: Ignite compares events by member name, so a member called
+The `FLLM_` prefix is necessary: Ignite compares events by member name, so a member called
 STARTED would fire together with `Events.STARTED`.
 """
 
@@ -51,16 +51,16 @@ IN_STEP, AFTER_STEP = Events.ITERATION_STARTED, Events.ITERATION_COMPLETED
 
 
 class TrainingEvents(EventEnum):
-    """Events of a `Trainer` besides Ignite's own, each named for a fact.
+    """Events of a `Trainer` in addition to Ignite's, each named for a fact.
 
-    An event is its line here and its place in the drawing: `LOOP`, the filters and the counting
-    follow from the line. Events behind the same one of Ignite's stand in the order of the loop.
+    One line here and one place in the drawing define an event. `LOOP`, the filters and the counting
+    follow from the line. Events that follow the same Ignite event stand in the order of the loop.
 
     Attributes:
-        follows: the event of Ignite's that it stands behind; None: it is before all of them.
+        follows: the Ignite event that it follows; None: it comes before all of them.
         counter: the attribute of the state that its filters (`every=`, `once=`) count by.
-        counts: whether firing it adds one to the counter. Where it does not, the counter is
-            another's: Ignite's `iteration`, or that of an event that came before.
+        counts: whether firing it adds one to the counter. If not, the counter belongs to
+            something else: Ignite's `iteration`, or an earlier event.
     """
 
     follows: Events | None

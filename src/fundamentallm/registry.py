@@ -1,6 +1,6 @@
 """Names in a configuration -> factories in code.
 
-A registry is the list of what exists; there is no second one. Registering is one decorator:
+A registry is the only list of what exists. Registering is one decorator:
 
 ```python
 @OPTIMIZERS.register("lion")
@@ -83,7 +83,7 @@ class Registry(Generic[T]):
         """Return the factory called `name`.
 
         Raises:
-            ConfigError: there is none; the message lists the known names and the nearest.
+            ConfigError: the name is unknown; the message lists the known names and the nearest.
         """
         if name not in self._factories:
             hint = did_you_mean(name, self._factories)
@@ -141,8 +141,8 @@ class Registry(Generic[T]):
             name: the registered name.
             options: what the configuration wrote.
             args: positional arguments for the factory.
-            supplied: values from the program; each is passed if the factory has a parameter of
-                that name, except where an option says otherwise.
+            supplied: values from the program; each is passed if the factory has a parameter with
+                that name and no option sets it.
 
         Raises:
             ConfigError: as `check`, or an option is out of the factory's range.
@@ -154,7 +154,7 @@ class Registry(Generic[T]):
         try:
             return factory(*args, **{**context, **checked})
         except ValueError as error:
-            # A factory judges ranges in Python's terms; from a configuration it is the user's.
+            # A factory raises ValueError for its ranges; in a file that is a user's mistake.
             raise ConfigError(f"{self.kind} '{name}': {error}") from error
 
 
@@ -170,7 +170,7 @@ class _Option(NamedTuple):
     adapter: TypeAdapter[Any]
 
     def checked(self, owner: str, key: str, value: Any) -> Any:
-        """Return the value as the factory wants it.
+        """Return the value converted to the factory's type.
 
         Raises:
             ConfigError: it is of another type, or not finite.
@@ -188,7 +188,7 @@ class _Option(NamedTuple):
         except ValidationError as error:
             reason = error.errors()[0]["msg"].lower()
         except TypeError:  # an object, from a caller in Python
-            reason = "not a value that a configuration can hold"
+            reason = "a configuration cannot hold this value"
         raise ConfigError(
             f"option '{key}' of {owner}: {reason}",
             key=key,
@@ -212,7 +212,7 @@ def _plain_parameters(factory: Callable[..., Any]) -> dict[str, _Option]:
 
 
 def _plain_part(annotation: Any) -> Any:
-    """Return what plain values can be of a type: of a union, its plain members; None for nothing.
+    """Return the plain part of a type: the plain members of a union; None if no part is plain.
 
     A type is plain if JSON can hold its values.
     """

@@ -66,10 +66,10 @@ class RecordingHandler:
 
 
 class SpoiltGradient:
-    """Writes NaN into the gradient of chosen steps, each time that they are taken.
+    """Writes NaN into the gradient of chosen steps, each time the step runs.
 
-    A replay of such a step is finite, so it takes a run back: to try out what a handler of yours
-    does then.
+    A replay of such a step is finite, so the run rolls back. Use it to test what your handler
+    does after a rollback.
 
     Args:
         steps: the steps.
@@ -79,11 +79,11 @@ class SpoiltGradient:
         self.steps = steps
 
     def attach(self, trainer: Trainer) -> None:
-        """Act after each micro-batch, before the guard looks."""
+        """Listen after each micro-batch, before the guard checks the gradients."""
         trainer.add_event_handler(TrainingEvents.FLLM_MICRO_BATCH_COMPLETED, self.spoil)
 
     def spoil(self, trainer: Trainer) -> None:
-        """Spoil one number."""
+        """Set one number of the gradient to NaN."""
         if trainer.state.iteration in self.steps:
             gradient = next(p.grad for p in trainer.model.parameters() if p.grad is not None)
             gradient.view(-1)[0] = math.nan

@@ -170,8 +170,8 @@ FAULTS = {
         ("bad.yaml:10: training.total_steps", "twice", "lines 9 and 10"),
     ),
     "duplicate-top-key": ("handlers:", "name:", ("bad.yaml:11: name", "lines 1 and 11")),
-    "nan": ("1e-2", ".nan", ("bad.yaml:8: training.learning_rate", "not a finite number")),
-    "infinite": ("1e-2", ".inf", ("bad.yaml:8: training.learning_rate", "not a finite number")),
+    "nan": ("1e-2", ".nan", ("bad.yaml:8: training.learning_rate", "number is not finite")),
+    "infinite": ("1e-2", ".inf", ("bad.yaml:8: training.learning_rate", "number is not finite")),
     "negative": ("1e-2", "-1e-2", ("bad.yaml:8: training.learning_rate", "above 0", "-0.01")),
     "zero": ("total_steps: 8", "total_steps: 0", ("bad.yaml:9: training.total_steps", "from 1")),
     "fraction": ("total_steps: 8", "total_steps: 8.5", ("bad.yaml:9: training.total_steps",)),
@@ -186,7 +186,11 @@ FAULTS = {
         "compile: yes",
         ("bad.yaml:10: training.compile", "write true"),
     ),
-    "no-value": ("eval_steps: 4", "eval_steps:", ("bad.yaml:10: training.eval_steps", "no value")),
+    "no-value": (
+        "eval_steps: 4",
+        "eval_steps:",
+        ("bad.yaml:10: training.eval_steps", "key has no value"),
+    ),
     "a-section-that-is-a-number": (
         "model: {d_model: 16, num_layers: 1, num_heads: 2}",
         "model: 3",

@@ -219,7 +219,7 @@ def test_what_was_expected_is_said_in_words(registry, key, expected):
 def test_an_object_from_a_caller_in_python_is_refused_in_words(registry):
     error = fault(registry, "full", {"count": Opaque()})
     assert (error.key, error.expected) == ("count", "an integer")
-    assert "not a value that a configuration can hold" in error.what
+    assert "a configuration cannot hold this value" in error.what
 
 
 def test_an_unknown_option(registry):

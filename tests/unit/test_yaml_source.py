@@ -155,7 +155,7 @@ def test_the_same_key_in_two_mappings_is_fine():
         ("a: [1\nb: 2\n", "train.yaml:2", "flow sequence that begins in line 1"),
         ("a: 'x\n\nb: 2\n", "train.yaml:4", "begins in line 1"),
         ("a: 1\n b: 2\n", "train.yaml:2", "not YAML"),
-        ("a: \x07\n", "train.yaml:1", "a character that YAML does not allow"),
+        ("a: \x07\n", "train.yaml:1", "YAML does not allow this character"),
         ('a: "\\UFFFFFFFF"\n', "train.yaml", "not YAML"),
         ("a: !!python/object/apply:os.system [true]\n", "train.yaml:1", "tags"),
         ("a: !!str 1\n", "train.yaml:1", "tags"),
@@ -164,9 +164,9 @@ def test_the_same_key_in_two_mappings_is_fine():
         ("a: &x 1\n", "train.yaml:1", "anchors"),
         ("a: 1\nb: *x\n", "train.yaml:2", "anchors"),
         ("a: 1\n<<: *x\n", "train.yaml:2", "anchors"),
-        ("1: a\n", "train.yaml:1", "key that is not text"),
-        ("true: a\n", "train.yaml:1", "key that is not text"),
-        ("? [a]\n: 1\n", "train.yaml:1", "key that is not text"),
+        ("1: a\n", "train.yaml:1", "the key is not text"),
+        ("true: a\n", "train.yaml:1", "the key is not text"),
+        ("? [a]\n: 1\n", "train.yaml:1", "the key is not text"),
         ("a: 1\nb: " + "9" * 5000, "train.yaml:2", "a number of 5,000 digits"),
         ("a: " + "[" * 40 + "]" * 40, "train.yaml:1", "deeper than 32"),
         ("- " * 40 + "a", "train.yaml:1", "deeper than 32"),
@@ -233,16 +233,16 @@ class TestFiles:
 
     def test_a_missing_file_suggests_a_near_one(self, tmp_path):
         (tmp_path / "train.yaml").write_text("a: 1\n")
-        with pytest.raises(ConfigError, match="no such configuration file") as caught:
+        with pytest.raises(ConfigError, match="configuration file does not exist") as caught:
             read_yaml(tmp_path / "tarin.yaml")
         assert caught.value.fix == "did you mean 'train.yaml'?"
 
     def test_a_missing_directory(self, tmp_path):
-        with pytest.raises(ConfigError, match="no such configuration file"):
+        with pytest.raises(ConfigError, match="configuration file does not exist"):
             read_yaml(tmp_path / "no" / "a.yaml")
 
     def test_a_directory(self, tmp_path):
-        with pytest.raises(ConfigError, match="this is a directory"):
+        with pytest.raises(ConfigError, match="this path is a directory"):
             read_yaml(tmp_path)
 
     def test_a_pipe_is_refused_before_it_is_opened(self, tmp_path):

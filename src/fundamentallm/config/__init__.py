@@ -1,4 +1,4 @@
-"""Describes: what a run is, checked before anything is read or computed. Imports no torch."""
+"""Describes a run; checked before anything is read or computed. Imports no torch."""
 
 from fundamentallm.config.base import BaseConfig
 from fundamentallm.config.component import Component

@@ -1,4 +1,4 @@
-"""What every configuration class shares: strictness, and the way to YAML and back."""
+"""What every configuration class shares: strict validation, and conversion to YAML and back."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from fundamentallm.files.private import narrow
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# A count beyond this is a slip of the finger; below it, products of a few counts stay finite as
+# A count beyond this is a typing error; below it, products of a few counts stay finite as
 # floats. It leaves room for 1e15 tokens.
 LARGEST_COUNT = 10**15
 
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
-"""An integer from 1."""
+"""An integer of at least 1."""
 
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
-"""An integer from 0."""
+"""An integer of at least 0."""
 
 Positive = Annotated[float, Field(gt=0)]
 """A number above 0."""
 
 NonNegative = Annotated[float, Field(ge=0)]
-"""A number from 0."""
+"""A number of at least 0."""
 
 Text = Annotated[str, Field(min_length=1)]
 """Text of at least one character."""
@@ -46,7 +46,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 class BaseConfig(BaseModel):
     """A frozen, strict configuration that survives YAML.
 
-    Unknown keys are refused. A number is a number: "3" and true are none, an integer may stand
+    Unknown keys are refused. "3" and true are not numbers, an integer may stand
     for a float, NaN and infinity are refused everywhere.
 
     Raises:
@@ -119,13 +119,13 @@ class BaseConfig(BaseModel):
             raise to_config_error(error, cls, document.data, document.locate) from None
 
     def __eq__(self, other: object) -> bool:
-        """Two configurations of one class are equal if they say the same."""
+        """Two configurations of one class are equal if their fields are equal."""
         if type(self) is not type(other) or not isinstance(other, BaseConfig):
             return NotImplemented
         return self.to_dict() == other.to_dict()
 
     def _unwritten(self) -> Collection[str]:
-        """Return the fields that `to_dict` leaves out because being unset means something."""
+        """Return the fields that `to_dict` leaves out because being unset has a meaning."""
         return ()
 
     def _settle(self, **values: Any) -> None:
@@ -167,11 +167,11 @@ class _Dumper(yaml.SafeDumper):
     """Writes what `yaml_source` reads as the same value."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write a value out wherever it occurs: the reader knows no aliases."""
+        """Write a value in full each time: the reader does not accept aliases."""
         return True
 
     def exact_text(self, text: str) -> yaml.Node:
-        """Write text with control characters and line separators as escapes, unfolded."""
+        """Write text with control characters and line separators as escapes, on one line."""
         style = None if text.isprintable() else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

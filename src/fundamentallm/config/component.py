@@ -23,7 +23,7 @@ class Component(BaseModel):
     """A choice by name, with options for the factory of that name.
 
     In YAML: `adamw`, or `{name: adamw, betas: [0.9, 0.95]}`; it is written back in the shortest of
-    these forms. Which names and options exist is the registry's matter, not the configuration's.
+    these forms. The registry, not the configuration, knows which names and options exist.
     """
 
     model_config = ConfigDict(
@@ -84,7 +84,7 @@ class Component(BaseModel):
         return self.to_plain()
 
     def to_plain(self) -> str | dict[str, Any]:
-        """Return the name, or where there are options a mapping of the name and the options."""
+        """Return the name, or a mapping of the name and the options if there are options."""
         return {"name": self.name, **self.options} if self.options else self.name
 
 
@@ -97,7 +97,7 @@ def plain_options(value: Any, key: str = "", depth: int = 0) -> Any:
     Args:
         value: what an option was given.
         key: the dotted way to it, for messages.
-        depth: how deep it lies.
+        depth: its depth in the nesting.
 
     Raises:
         PydanticCustomError: a value of another type, a number that is not finite, a key that is
@@ -109,13 +109,13 @@ def plain_options(value: Any, key: str = "", depth: int = 0) -> Any:
         result = {}
         for name, item in value.items():
             if not isinstance(name, str):
-                raise problem(key, "the name of an option is not text", got=name)
+                raise problem(key, "an option's name must be text", got=name)
             result[name] = plain_options(item, f"{key}.{name}".removeprefix("."), depth + 1)
         return result
     if isinstance(value, (list, tuple)):
         return [plain_options(item, key, depth + 1) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        raise problem(key, "not a finite number", got=value, expected="a finite number")
+        raise problem(key, "the number is not finite", got=value, expected="a finite number")
     if type(value) is int and abs(value) >= 2**63:
         raise problem(key, "out of range", got=value, expected="an integer of 64 bits")
     if value is None or type(value) in (str, bool, int, float):

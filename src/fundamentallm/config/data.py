@@ -1,4 +1,4 @@
-"""The text, its tokens and its batches."""
+"""Where the text comes from, how it becomes tokens, and how tokens become batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fundamentallm.config.base import BaseConfig, Count, NonNegative, Positive, 
 from fundamentallm.config.component import Component
 from fundamentallm.config.yaml.problems import problem
 
-_SPLIT = "three fractions from 0 that sum to 1, the first above 0, as [0.9, 0.1, 0.0]"
+_SPLIT = "three fractions of at least 0 that sum to 1, the first above 0: [0.9, 0.1, 0.0]"
 
 
 _KINDS = ("path", "url", "name")
@@ -31,10 +31,10 @@ class SourceConfig(BaseConfig):
     """A built-in source (python-docs, tinyshakespeare)."""
 
     weight: Positive | None = None
-    """Its share of the sequences, against the other weights; for all sources or for none."""
+    """Its share of the sequences, relative to the other weights. Set it for all or none."""
 
     sha256: Text | None = None
-    """Of the file, in 64 hexadecimal digits; a `url` needs it."""
+    """The file's SHA-256, 64 hexadecimal digits; a `url` needs it."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> SourceConfig:
@@ -42,16 +42,16 @@ class SourceConfig(BaseConfig):
         if len(named) != 1:
             raise problem(
                 "",
-                "a source is one of path, url and name",
+                "a source needs exactly one of path, url and name",
                 got=named,
                 expected="one of them",
-                fix="add path: ..." if not named else "make a source of each",
+                fix="add path: ..." if not named else "write a separate source for each",
             )
         if self.url is not None and self.sha256 is None:
             raise problem(
                 "url",
-                "a download needs the hash of what it should be",
-                fix="add sha256: with what `sha256sum` says of a copy that you trust",
+                "a download needs the SHA-256 of the file",
+                fix="add sha256: with the output of `sha256sum` for a copy that you trust",
             )
         if self.name is not None and self.sha256 is not None:
             raise problem("sha256", "a built-in source has no file to hash", fix="remove it")
@@ -74,40 +74,40 @@ class SourceConfig(BaseConfig):
 
 
 class DataConfig(BaseConfig):
-    """Where the text comes from and how it is cut."""
+    """Where the text comes from and how it is split into sequences."""
 
     source: Text | Annotated[list[Text], Field(min_length=1)] = "python-docs"
     """A built-in name (python-docs, tinyshakespeare), a file, a folder, a folder that `prepare`
     wrote, or a list of files; .jsonl files hold prompts and responses for fine-tuning."""
 
     sources: Annotated[list[SourceConfig], Field(min_length=1)] | None = None
-    """In place of `source`: several, with downloads, and with weights as a mixture; without
+    """In place of `source`: several, downloads too. With weights they are a mixture; without
     weights they are joined in this order."""
 
     response_end: Text | None = "\n"
-    """Text with which each response of a .jsonl file ends, added where it is not there; the model
-    learns it, and `generate` stops at it. No response may hold it earlier. null adds nothing, and
-    the model learns no end but the tokenizer's own, which stands behind it where there is one."""
+    """Text that ends each response of a .jsonl file. It is added where it is missing; the model
+    learns it, and `generate` stops at it. No response may hold it earlier. With null nothing is
+    added. A tokenizer's own end token, if it has one, always follows."""
 
     tokenizer: Component = Component(name="character")
     """How text becomes tokens: character, byte, {name: bpe, vocab_size: 2048} trained on the text,
     or {name: file, path: tokenizer.json}."""
 
     sequence_length: Count = 128
-    """Tokens in one window; the model's context length."""
+    """Tokens in one sequence; the model's context length."""
 
     batch_size: Count = 16
     """Sequences in one micro-batch of one rank."""
 
     packing: Literal["continuous", "document"] = "continuous"
-    """Whether a sequence reads on across the ends of documents (continuous), or each document in it
-    reads itself alone (document; for text that `prepare` wrote)."""
+    """Whether tokens attend across document ends in a sequence (continuous), or only within their
+    document (document; for text that `prepare` wrote)."""
 
     split: tuple[NonNegative, NonNegative, NonNegative] = (0.9, 0.1, 0.0)
     """Fractions of the tokens for training, validation and test, by position; they sum to 1."""
 
     seed: Seed = 42
-    """Seed of the windows' order."""
+    """Seed of the order of the sequences."""
 
     @property
     def chosen_sources(self) -> list[str] | list[SourceConfig]:
@@ -129,8 +129,8 @@ class DataConfig(BaseConfig):
         if any(weighted) and not all(weighted):
             raise problem(
                 f"sources.{weighted.index(False)}",
-                "this source has no weight and another has one",
-                fix="give each source a weight, or none",
+                "this source has no weight, but another source has one",
+                fix="give every source a weight, or give none a weight",
             )
         return self
 
@@ -138,7 +138,7 @@ class DataConfig(BaseConfig):
     @classmethod
     def _three_in_a_list(cls, split: Any) -> Any:
         if not isinstance(split, (list, tuple)) or len(split) != 3:
-            raise problem("", "this is not a split", got=split, expected=_SPLIT)
+            raise problem("", "the split is invalid", got=split, expected=_SPLIT)
         return tuple(split)
 
     @field_validator("split")

@@ -22,10 +22,10 @@ def load_config(
 
     Args:
         path: a YAML file.
-        overrides: `dotted.key=value`, the value in YAML, each of which takes the place of what
-            the file says there; later ones win. One that goes into a component
+        overrides: `dotted.key=value`, the value in YAML. Each replaces the value in
+            the file; later ones win. One that sets an option of a component
             (`training.scheduler.decay_fraction=0.1`) keeps the component's name.
-        plugins: modules to import besides the file's.
+        plugins: modules to import in addition to the file's.
 
     Raises:
         ConfigError: a fault in the file or in an override; `where` names the line or the override.
@@ -37,7 +37,7 @@ def load_config(
 
 
 def overridden(document: YamlDocument, overrides: Sequence[str]) -> YamlDocument:
-    """Return a document with each `dotted.key=value` in its place, as `load_config` has it.
+    """Return a document with each `dotted.key=value` applied as by `load_config`.
 
     Raises:
         ConfigError: a fault in an override.
@@ -53,10 +53,10 @@ def _overridden(document: YamlDocument, text: str) -> YamlDocument:
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
         raise ConfigError(
-            "this is not an override",
+            "this argument is not an override",
             where=origin,
-            expected="key=value, as training.learning_rate=3e-4",
-            fix="write no spaces around =, and quote the whole if the value has spaces",
+            expected="key=value, for example training.learning_rate=3e-4",
+            fix="write no spaces around =, and quote the whole argument if the value has spaces",
         )
     try:
         value = parse_value(value_text, origin)
@@ -69,7 +69,7 @@ def _overridden(document: YamlDocument, text: str) -> YamlDocument:
 
 
 def replaced(document: YamlDocument, path: KeyPath, value: Any, origin: str) -> YamlDocument:
-    """Return a document with one value in the place of all that was at or below its path.
+    """Return a document in which one value replaces everything at or below its path.
 
     Args:
         document: left as it is.
@@ -78,7 +78,7 @@ def replaced(document: YamlDocument, path: KeyPath, value: Any, origin: str) -> 
         origin: where the value came from, for messages.
 
     Raises:
-        ConfigError: the path leads through a value that has no keys.
+        ConfigError: a value on the path has no keys.
     """
 
     def elsewhere(other: KeyPath) -> bool:

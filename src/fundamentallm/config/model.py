@@ -20,7 +20,7 @@ from fundamentallm.config.component import Component, plain_options
 from fundamentallm.config.yaml.problems import problem
 
 TRANSFORMER = "transformer"
-"""The family of a model that names none."""
+"""The default family."""
 
 _NOT_IN_A_FOLDER = frozenset({"family", "dropout", "adapter"})
 
@@ -33,11 +33,11 @@ class TransformerConfig(BaseConfig):
     """
 
     family: Text = TRANSFORMER
-    """The kind of model. Any other name is a `FamilyConfig`, with options of its own."""
+    """The model family. Any other name is a `FamilyConfig`, with its own options."""
 
     init_from: Text | None = None
-    """A folder in the form of the transformers library, of the Llama or GPT-2 family, whose weights
-    a run starts from; what is left unset here it decides. None: random weights."""
+    """A folder of the transformers library, of the Llama or GPT-2 family. The run starts
+    from its weights, and it decides the fields left unset here. None: random weights."""
 
     vocab_size: Count | None = None
     """Number of different tokens; None: the tokenizer's."""
@@ -65,7 +65,7 @@ class TransformerConfig(BaseConfig):
     """Normalization before each sub-layer and at the end: rmsnorm, layernorm."""
 
     positions: Component = Component(name="rotary")
-    """How a token knows its place: rotary, learned, sinusoidal."""
+    """How positions are encoded: rotary, learned, sinusoidal."""
 
     feedforward: Component = Component(name="swiglu")
     """The feed-forward: swiglu, gelu, relu_squared."""
@@ -89,11 +89,11 @@ class TransformerConfig(BaseConfig):
     """Whether the embeddings are normalized before the first block."""
 
     token_shift: bool = False
-    """Whether each embedding gets a trained share of the one before it, none at the start."""
+    """Whether each embedding is mixed with a trained share of the previous one, at first 0."""
 
     residual_mix: bool = False
-    """Whether each block reads a trained mixture of the residual stream and the embeddings, from
-    the stream alone at the start."""
+    """Whether each block reads a trained mixture of the residual stream and the embeddings. At the
+    start it reads only the stream."""
 
     zero_init: bool = False
     """Whether the linear layers that write into the residual stream start at 0, and the head too
@@ -103,7 +103,7 @@ class TransformerConfig(BaseConfig):
     """A registered change to the built model; None: no change."""
 
     options: ClassVar[dict[str, Any]] = {}
-    """Nothing beside the fields goes to the model."""
+    """The fields are all the options of the model."""
 
     @property
     def head_width(self) -> int:
@@ -126,7 +126,7 @@ class TransformerConfig(BaseConfig):
 
     @property
     def open_fields(self) -> frozenset[str]:
-        """The fields that the folder of `init_from` still has to decide; without one, none."""
+        """The fields that the folder of `init_from` still has to decide; empty without a folder."""
         if self.init_from is None:
             return frozenset()
         return frozenset(type(self).model_fields) - self.model_fields_set - _NOT_IN_A_FOLDER
@@ -143,21 +143,21 @@ class TransformerConfig(BaseConfig):
         return {key: item for key, item in serialize(self).items() if key not in self._unsaid()}
 
     def with_random_weights(self) -> TransformerConfig:
-        """Return the same model, started from no folder."""
+        """Return the same model without `init_from`."""
         return self.model_copy(update={"init_from": None})
 
     @field_validator("family")
     @classmethod
     def _this_family(cls, family: str) -> str:
         if family != TRANSFORMER:
-            raise problem("", "these are the fields of the transformer", got=family)
+            raise problem("", "these fields belong to family transformer", got=family)
         return family
 
     @model_validator(mode="after")
     def _heads_fit(self) -> TransformerConfig:
         width, heads = self.d_model, self.num_heads
         if self.open_fields & {"d_model", "num_heads", "num_kv_heads"}:
-            return self  # checked again once the folder has spoken
+            return self  # checked again after the folder is read
         if width % heads:
             widths = [near for near in (width - width % heads, width + -width % heads) if near]
             raise problem(
@@ -184,7 +184,7 @@ class TransformerConfig(BaseConfig):
             heads, width = self.num_heads, self.d_model
             raise problem(
                 "d_model",
-                f"rotary positions turn pairs of features, and a head is {self.head_width} wide "
+                f"rotary positions turn pairs of features, but a head is {self.head_width} wide "
                 f"(d_model {width} / num_heads {heads})",
                 expected="an even head width",
                 fix=f"set d_model to {width + heads}, or positions to learned",
@@ -196,7 +196,7 @@ class FamilyConfig(BaseConfig):
     """A model of another family, registered in `fundamentallm.models.families.MODELS`.
 
     The options of its factory stand beside the name, as `model: {family: gru, hidden_size: 256}`.
-    Which names and options exist is the registry's matter; here they are plain values.
+    The registry knows which names and options exist; here they are plain values.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -214,7 +214,7 @@ class FamilyConfig(BaseConfig):
     """A registered change to the built model; None: no change."""
 
     init_from: ClassVar[None] = None
-    """A folder to start from is the transformer's."""
+    """Only the transformer can start from a folder."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -244,7 +244,7 @@ ModelConfig = TransformerConfig | FamilyConfig
 
 
 def model_class(plain: Any) -> type[TransformerConfig] | type[FamilyConfig]:
-    """Return the class that a model's plain values are described by."""
+    """Return the configuration class for a model's plain values."""
     other = isinstance(plain, dict) and plain.get("family", TRANSFORMER) != TRANSFORMER
     return FamilyConfig if other else TransformerConfig
 

@@ -26,11 +26,11 @@ Section = TypeVar("Section", bound=BaseConfig)
 
 
 class RunConfig(BaseConfig):
-    """A run, whole.
+    """A complete run.
 
     `seed` and `data.sequence_length` hold for every section: `data.seed`, `training.seed` and
     `model.sequence_length` may repeat them and must then agree; left unset, they take the value.
-    `to_dict` and `to_yaml` write it once.
+    `to_dict` and `to_yaml` write each value once.
     """
 
     name: str = "run"
@@ -43,7 +43,7 @@ class RunConfig(BaseConfig):
     """The text, its tokens and its batches."""
 
     model: ModelConfig = TransformerConfig()
-    """The shape of the model: a transformer, or what its `family` names."""
+    """The model: a transformer, or the family that `family` names."""
 
     training: TrainingConfig = TrainingConfig()
     """How the model is trained."""
@@ -69,7 +69,7 @@ class RunConfig(BaseConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values; what holds for every section is there once."""
+        """Return the fields as plain values; values shared by all sections once."""
         plain = super().to_dict()
         del plain["data"]["seed"], plain["training"]["seed"]
         plain["model"].pop("sequence_length", None)
@@ -91,7 +91,7 @@ class RunConfig(BaseConfig):
         """Return where a dotted key was written, as `train.yaml:12: training.optimizer`.
 
         A key that was not written has its nearest parent's line; an override on the command line
-        is shown itself; a configuration made in Python has the key alone.
+        is shown instead; a configuration made in Python has only the key.
         """
         return self._document.locate(tuple(key.split("."))) if self._document else key
 
@@ -102,17 +102,17 @@ class RunConfig(BaseConfig):
     def run_of(self, checkpoints: Path) -> Path:
         """Return the directory of the run whose checkpoints lie in `checkpoints`.
 
-        Where they were put at a place of their own, that is the run's default directory.
+        If the checkpoints have a separate place, return the run's default directory.
         """
         inside = PurePath(self.training.checkpoint_dir)
         if inside.is_absolute():
             return Path("runs") / self.name
-        # `run/../x/checkpoints` is told from its end, whatever the run itself is called now.
+        # `run/../x/checkpoints` is recognized by its end, even if the run was renamed.
         return checkpoints.parents[len(inside.parts) - 1] if inside.parts else checkpoints
 
     @contextmanager
     def locating_errors(self, key: str) -> Iterator[None]:
-        """Let each ConfigError that arises inside say where `key` was written.
+        """Give each ConfigError raised inside the file and line of `key`.
 
         An error's own `key` is taken as relative to this one; an error that has a `where` already
         passes unchanged.
@@ -131,10 +131,10 @@ class RunConfig(BaseConfig):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name) or name.endswith("."):
             raise problem(
                 "",
-                "a run's name becomes a directory",
+                "the run's name cannot be a directory name",
                 got=name,
-                expected="at most 100 letters, digits, ., _ and -, with no . or - in front",
-                fix="choose a name like 'my-run'; to choose a place, use --run-dir",
+                expected="at most 100 letters, digits, ., _ and -, not beginning with . or -",
+                fix="choose a name like 'my-run'; to choose the directory, use --run-dir",
             )
         return name
 
@@ -156,10 +156,10 @@ class RunConfig(BaseConfig):
             if not all(part.isidentifier() for part in name.split(".")):
                 raise problem(
                     str(index),
-                    "this is not the name of a module",
+                    "this is not a module name",
                     got=name,
-                    expected="a dotted name, as my_package.handlers",
-                    fix="name the module as an import statement would, without .py or slashes",
+                    expected="a dotted name, for example my_package.handlers",
+                    fix="write the name as in an import statement, without .py or slashes",
                 )
         return plugins
 
@@ -204,7 +204,7 @@ class RunConfig(BaseConfig):
 
 
 def _with(config: Section, **values: Any) -> Section:
-    """Return a copy with values that count as unset; the original may be somebody's own."""
+    """Return a copy with values that count as unset; the original may belong to the caller."""
     copy = config.model_copy()
     copy._settle(**values)
     return copy

@@ -22,7 +22,7 @@ from fundamentallm.errors import ConfigError
 
 DEFAULT_WARMUP_STEPS = 500
 
-# A schedule from a plugin says for itself whether it warms up; the engine asks it.
+# A schedule from a plugin says whether it warms up; the engine asks it.
 _SCHEDULES_THAT_WARM_UP = {
     "linear_warmup",
     "cosine",
@@ -42,7 +42,7 @@ class TrainingConfig(BaseConfig):
     """The optimizer: adamw, adam, sgd, rmsprop, lion, muon."""
 
     optimizer_eps: Positive = 1e-8
-    """Added to the denominator of an adaptive optimizer."""
+    """The epsilon added to the denominator of an adaptive optimizer."""
 
     optimizer_weight_decay: NonNegative = 0.01
     """Weight decay of linear weights, in optimizers that have one."""
@@ -56,16 +56,16 @@ class TrainingConfig(BaseConfig):
     steps: a tenth of the run."""
 
     min_learning_rate: NonNegative = 0.0
-    """Learning rate at the end of a schedule that falls."""
+    """Learning rate at the end of a decaying schedule."""
 
     loss: Component = Component(name="cross_entropy")
     """The loss: cross_entropy, chunked_cross_entropy."""
 
     max_grad_norm: Positive | None = 1.0
-    """Gradients whose norm over all parameters is larger are scaled down to it; None: never."""
+    """Largest gradient norm over all parameters; larger ones are scaled down. None: no limit."""
 
     max_grad_value: Positive | None = None
-    """Elements of the gradient that are larger are clipped to it, after the norm; None: never."""
+    """Largest gradient element; larger ones are clipped, after the norm. None: no limit."""
 
     accumulation_steps: Count = 1
     """Micro-batches of one rank in one step."""
@@ -80,7 +80,7 @@ class TrainingConfig(BaseConfig):
 
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Type of matrix multiplications; auto: the narrow type on a GPU; on a CPU bf16 if the start of
-    a run finds it faster or mixed_precision is true, else fp32."""
+    a run measures it as faster or mixed_precision is true, else fp32."""
 
     bf16_weights: bool | Literal["auto"] = "auto"
     """In bf16, compute with bfloat16 copies of the weights, made for each micro-batch, in place of
@@ -91,8 +91,8 @@ class TrainingConfig(BaseConfig):
     a softmax; auto: explicit on a CPU in bf16 with a context up to 1,024 tokens, else flash."""
 
     compile: bool | Literal["auto", "native"] = False
-    """Compile the model's block: true with torch.compile, native (on CPUs, in bf16) as C++ of this
-    package's own; auto: whichever the start of a run finds to pay, if there is a C++ compiler."""
+    """Compile the model's block: true with torch.compile, native (on CPUs, bf16) as our own C++
+    code; auto: the faster one as measured at the start of a run, if there is a C++ compiler."""
 
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """CPU threads of each rank; None: torch's choice, the cores or OMP_NUM_THREADS."""
@@ -107,10 +107,10 @@ class TrainingConfig(BaseConfig):
     """Tokens of the run over all ranks; None: no such limit."""
 
     max_seconds: Positive | None = None
-    """Seconds from the start of the process after which the run is finished; None: no limit."""
+    """Seconds from the start of the process after which the run finishes; None: no limit."""
 
     stop_after_seconds: Positive | None = None
-    """Seconds from the start of the process after which the run is saved and stops, to be
+    """Seconds from the start of the process after which the run is saved and stops; it can be
     resumed; None: no limit."""
 
     eval_steps: Count = 100
@@ -129,8 +129,8 @@ class TrainingConfig(BaseConfig):
     """Where checkpoints go; a relative path lies inside the run directory."""
 
     keep_last: Count = 3
-    """Newest checkpoints that are kept besides the best, at least 2: with one alone, a failing
-    disk could take the run with it."""
+    """Newest checkpoints to keep in addition to the best, at least 2: with only one, a failing
+    disk could end the run."""
 
     device: Text = "cpu"
     """Where to compute: cpu, cuda, cuda:N, mps, or auto."""
@@ -144,7 +144,7 @@ class TrainingConfig(BaseConfig):
         if keep_last < 2:
             raise problem(
                 "",
-                "one checkpoint alone is not safe: a fault in it would end the run",
+                "one checkpoint is not safe: if it is damaged, the run is lost",
                 got=keep_last,
                 expected="an integer from 2",
                 fix="set keep_last to 2",
@@ -152,7 +152,7 @@ class TrainingConfig(BaseConfig):
         return keep_last
 
     def _unwritten(self) -> Collection[str]:
-        # Written as 500 it would no longer adapt to a short run.
+        # Writing the default, 500, would stop it from adapting to a short run.
         return () if "warmup_steps" in self.model_fields_set else ("warmup_steps",)
 
     @model_validator(mode="after")
@@ -194,12 +194,12 @@ class TrainingConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _one_optimizer_option(self) -> TrainingConfig:
-        """Let `optimizer_eps` and the optimizer's own option `eps` be one thing, decay likewise."""
+        """Make `optimizer_eps` and the optimizer's option `eps` agree; likewise weight decay."""
         for option in ("eps", "weight_decay"):
             field = f"optimizer_{option}"
             value = self.optimizer.options.get(option)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
-                continue  # not given, or of a type that the registry refuses
+                continue  # not set, or of a type that the registry refuses
             if value < 0 or (value == 0 and option == "eps"):
                 raise problem(
                     f"optimizer.{option}",
@@ -241,8 +241,8 @@ def resolve_warmup(config: TrainingConfig, total_steps: int | None) -> tuple[int
         total_steps: steps of the run; None if only the clock ends it.
 
     Returns:
-        The steps over which the learning rate rises, and a line to tell the user if they were
-        chosen here: left unset, a run shorter than 5,000 steps warms up for a tenth of it.
+        The steps over which the learning rate rises, and a note for the user if they were
+        chosen here: with warmup_steps unset, a run shorter than 5,000 steps warms up for a tenth.
 
     Raises:
         ConfigError: `warmup_steps` is set and not below `total_steps`; `key` is "warmup_steps".
@@ -260,7 +260,7 @@ def resolve_warmup(config: TrainingConfig, total_steps: int | None) -> tuple[int
         return steps, None
     return tenth, (
         f"warmup_steps: {tenth}, a tenth of the run's {total_steps:,} steps "
-        f"({steps} is meant for runs of {10 * steps:,} steps and more)"
+        f"({steps} is for runs of at least {10 * steps:,} steps)"
     )
 
 
@@ -271,5 +271,5 @@ def _too_long(config: TrainingConfig, total_steps: int) -> bool:
 def _too_long_in_words(config: TrainingConfig, total_steps: int) -> tuple[str, str]:
     return (
         f"warmup_steps {config.warmup_steps} is not below the run's total_steps {total_steps}",
-        f"remove warmup_steps for a tenth of the run, {total_steps // 10}, or train longer",
+        f"remove warmup_steps (the default is {total_steps // 10}), or train longer",
     )

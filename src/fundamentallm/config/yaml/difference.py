@@ -1,4 +1,4 @@
-"""Whether two configurations describe the same run."""
+"""The differences between two configurations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ the place of the checkpoints."""
 
 
 def may_differ_on_resume(key: str) -> bool:
-    """Return whether a dotted key is one of RESUME_MAY_DIFFER or lies below one."""
+    """Return whether a dotted key is in RESUME_MAY_DIFFER or below a key in it."""
     return any(key == free or key.startswith(free + ".") for free in RESUME_MAY_DIFFER)
 
 
@@ -64,20 +64,20 @@ def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple
 
 
 def with_defaults(stored: Mapping[str, Any], kind: type[BaseConfig]) -> dict[str, Any]:
-    """Return a stored description with today's default for each field that it lacks.
+    """Return a stored description with the present default for each field that it lacks.
 
-    A field that came to be after the description was written had its default in effect then, so
-    that absent and default say the same.
+    A field added after the description was written had its default behaviour then, so
+    a missing field and the default mean the same.
 
     Args:
-        stored: what `model_dump(mode="json")` of the class returned, then.
+        stored: what `model_dump(mode="json")` of the class returned when it was stored.
         kind: the class, all of whose fields have defaults.
     """
     completed = {**kind().model_dump(mode="json"), **stored}
     for name, field in kind.model_fields.items():
         section: Any = field.annotation
         if section == ModelConfig and model_class(completed[name]) is TransformerConfig:
-            section = TransformerConfig  # another family has no defaults here
+            section = TransformerConfig  # other families have no defaults here
         is_section = isinstance(section, type) and issubclass(section, BaseConfig)
         if is_section and isinstance(completed[name], Mapping):
             completed[name] = with_defaults(completed[name], section)
@@ -85,7 +85,7 @@ def with_defaults(stored: Mapping[str, Any], kind: type[BaseConfig]) -> dict[str
 
 
 def config_hash(config: BaseConfig) -> str:
-    """Return the SHA-256, in hexadecimal, of what a configuration says.
+    """Return the SHA-256, in hexadecimal, of a configuration's content.
 
     Equal configurations have equal hashes: it is taken over `to_dict` as JSON with sorted keys.
     """

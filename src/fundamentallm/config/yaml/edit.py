@@ -1,4 +1,4 @@
-"""Other values in a YAML file, with its comments and its order as they were."""
+"""Change values in a YAML file and keep its comments and order."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fundamentallm.errors import ConfigError
 
 
 def edited(text: str, changed: YamlDocument, paths: list[KeyPath]) -> str:
-    """Return the text of a document with the values that another one has at some paths.
+    """Return a document's text with the values of another document at some paths.
 
-    Lines are edited where that says the same; text that is written in another way (a section in
-    brackets, say) is written anew, without its comments.
+    Single lines are edited where that is enough; text in another form (a section in
+    brackets, for example) is rewritten without its comments.
 
     Args:
         text: YAML with a mapping at the top.
-        changed: the document that the new text shall be.
-        paths: (section, key) of all values in which it differs from the text.
+        changed: the document that the new text must mean.
+        paths: (section, key) of all values that differ from the text.
     """
     try:
         new = _with_lines_edited(text, changed.data, paths)
@@ -33,7 +33,7 @@ def edited(text: str, changed: YamlDocument, paths: list[KeyPath]) -> str:
 
 
 def _with_lines_edited(text: str, data: Mapping[str, Any], paths: list[KeyPath]) -> str:
-    """Edit line by line; whether the result is right, the caller sees by reading it."""
+    """Edit line by line; the caller parses the result to check it."""
     lines = text.splitlines()
     known = parse_yaml(text).lines
     added: dict[str, list[str]] = {}

@@ -17,7 +17,7 @@ def read_yaml_text(path: Path) -> str:
     """Read a regular UTF-8 file of at most `LARGEST_FILE` bytes.
 
     Raises:
-        ConfigError: there is no such file, or it is another kind of file.
+        ConfigError: the file does not exist, or it is not a regular UTF-8 file.
     """
     return _decoded(_read_bytes(path), str(path))
 
@@ -28,18 +28,22 @@ def _read_bytes(path: Path) -> bytes:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise ConfigError(
-                "this is a directory",
+                "this path is a directory",
                 where=where,
                 expected="a YAML file",
-                fix=f"name the file in it, as {path / CONFIG}",
+                fix=f"name the file in it, for example {path / CONFIG}",
             )
         if not stat.S_ISREG(mode):  # reading a pipe or a device may never end
-            raise ConfigError("this is not a regular file", where=where, expected="a YAML file")
+            raise ConfigError(
+                "this path is not a regular file", where=where, expected="a YAML file"
+            )
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
         raise ConfigError(
-            "no such configuration file", where=where, fix=_nearby(path) or "check the path"
+            "the configuration file does not exist",
+            where=where,
+            fix=_nearby(path) or "check the path",
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -78,7 +82,7 @@ def _decoded(content: bytes, name: str) -> str:
 
 
 def too_large(name: str) -> ConfigError:
-    """Return the error for more than `LARGEST_FILE` of text."""
+    """Return the error for text of more than `LARGEST_FILE` bytes."""
     return ConfigError(
         "the configuration is too large",
         where=name,

@@ -1,4 +1,4 @@
-"""The way to a value in nested mappings and lists, and text that is fit for a message."""
+"""The way to a value in nested mappings and lists, and text escaped for a message."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def dotted(path: Sequence[str | int]) -> str:
 
 
 def excerpt(text: str, limit: int = 60) -> str:
-    """Return text fit for a message: cut to `limit`, control characters escaped."""
+    """Return text for a message: cut to `limit`, with control characters escaped."""
     shown = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)

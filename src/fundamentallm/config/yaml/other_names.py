@@ -1,4 +1,4 @@
-"""What other tools call our keys, so that a habit leads to the right one.
+"""What other tools call our keys, so that an error can name the right one.
 
 Taken from nanoGPT and nanochat, Hugging Face transformers, PyTorch Lightning, litgpt, torchtitan
 and fairseq.

@@ -1,4 +1,4 @@
-"""Pydantic's findings -> one ConfigError that says where, what and how to mend it."""
+"""Pydantic's findings -> one ConfigError that says what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def problem(
 
 
 def shown(value: Any) -> str:
-    """Return a value as YAML would have it, cut to fit a line."""
+    """Return a value in YAML, cut to fit one line."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):  # an object, or an integer of thousands of digits
@@ -56,7 +56,7 @@ def shown(value: Any) -> str:
 
 
 def quoting_hint(value: Any) -> str:
-    """Return the advice to write a value as text; a float may have been written in many ways."""
+    """Return the advice to write a value as text; for a float without an example."""
     return "put it in quotes" + (f': "{shown(value)}"' if type(value) is not float else "")
 
 
@@ -66,7 +66,7 @@ def to_config_error(
     data: Any,
     locate: Callable[[KeyPath], str],
 ) -> ConfigError:
-    """Turn a failed validation into one error about the topmost fault; others are mentioned.
+    """Turn a failed validation into one error about the first problem; it lists the others.
 
     Args:
         error: what pydantic found.
@@ -108,7 +108,7 @@ def _path(finding: ErrorDetails, data: Any) -> KeyPath:
 
 
 def _place(path: KeyPath, data: Any) -> tuple[int, ...]:
-    """Return where a path stands in the text, for sorting; what is not there comes first."""
+    """Return where a path stands in the text, for sorting; paths that are not there come first."""
     place: tuple[int, ...] = ()
     for part in path:
         if isinstance(data, dict) and part in data:
@@ -132,11 +132,11 @@ def _explained(path: KeyPath, finding: ErrorDetails, root: type[BaseModel]) -> C
     schema = _schema_at(path, root)
     fix = ""
     if value is None:
-        what, fix = "no value", "write a value, or remove the key for the default"
+        what, fix = "the key has no value", "write a value, or remove the key for the default"
     elif value in ("", []):
-        what = "an empty value"
+        what = "the value is empty"
     elif kind == "finite_number":
-        what = "not a finite number"
+        what = "the number is not finite"
     elif kind == "literal_error":
         what, fix = "unknown value", did_you_mean(str(value), schema.get("enum", ()))
     elif kind in _OUT_OF_RANGE or (kind == "float_type" and type(value) is int):
@@ -177,7 +177,7 @@ def _elsewhere(key: str, own: type[BaseModel] | None, root: type[BaseModel]) -> 
 
 
 def _of_another_tool(key: str, path: KeyPath, root: type[BaseModel]) -> str:
-    """Return what a key of another tool is called here; of the run's own sections alone."""
+    """Return what a key of another tool is called here; only for the sections of a run."""
     ours = OTHER_NAMES.get(key.lower())
     if ours is None or len(path) > 1 or "training" not in root.model_fields:
         return ""
@@ -216,7 +216,7 @@ def class_at(path: KeyPath, root: type[BaseModel]) -> type[BaseModel] | None:
 
 
 def _section_of(annotation: Any) -> Any:
-    """Return the first section or component of a union of such, else the annotation."""
+    """Return the first section or component of a union, else the annotation."""
     if typing.get_origin(annotation) not in (Union, UnionType):
         return annotation
     kinds = (kind for kind in typing.get_args(annotation) if typing.get_origin(kind) is None)
@@ -224,7 +224,7 @@ def _section_of(annotation: Any) -> Any:
 
 
 def _item_of(annotation: Any) -> Any:
-    """Return the class of the items of a list, or of a list or nothing; None for anything else."""
+    """Return the class of the items of a list or optional list; None for anything else."""
     if typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     choices = typing.get_args(annotation)
@@ -252,7 +252,7 @@ def _schema_at(path: KeyPath, root: type[BaseModel]) -> dict[str, Any]:
 
 
 def takes_text_only(path: KeyPath, root: type[BaseModel]) -> bool:
-    """Tell whether the field at a path takes text and neither numbers nor true and false."""
+    """Return whether the field at a path takes text, but not numbers, true or false."""
     schema = _schema_at(path, root)
     kinds = {choice.get("type") for choice in schema.get("anyOf", [schema])}
     return "string" in kinds and not kinds & {"integer", "number", "boolean"}
@@ -266,14 +266,14 @@ def _type_in_words(value: Any) -> str:
 
 
 def _spelling(value: Any, schema: dict[str, Any]) -> str:
-    """Return the hint for a value of the wrong type that has an obvious right spelling."""
+    """Return a hint for a value of the wrong type if the right spelling is obvious."""
     kinds = {choice.get("type") for choice in schema.get("anyOf", [schema])}
     if "boolean" in kinds:
         return _boolean_hint(value)
     if kinds & {"integer", "number"}:
         return _number_hint(value, integer="integer" in kinds)
     if kinds == {"array"} and isinstance(value, str):
-        return f"write a list, as [{excerpt(value)}]"
+        return f"write a list: [{excerpt(value)}]"
     if "string" in kinds and isinstance(value, (bool, int, float)):
         return quoting_hint(value)
     return ""
@@ -289,7 +289,7 @@ def _boolean_hint(value: Any) -> str:
 def _number_hint(value: Any, *, integer: bool) -> str:
     """Return the plain decimal for 1_000, 0o17, "3" in quotes, or 1e5 where a count belongs."""
     if isinstance(value, bool):
-        return "true and false are no numbers"
+        return "true and false are not numbers"
     number = _lenient_number(value) if isinstance(value, str) else value
     if not isinstance(number, (int, float)) or not abs(number) < 1e18:
         return ""

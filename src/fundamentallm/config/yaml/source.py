@@ -1,13 +1,13 @@
-"""YAML text -> plain values and the line of each, with nothing executed and nothing guessed.
+"""YAML text -> plain values and the line of each, without executing or guessing anything.
 
 A subset of YAML 1.2: mappings with text keys, lists, text, numbers, true, false and null.
-Differences from what PyYAML's own loaders do, each because the other way loses runs:
+Differences from what PyYAML's own loaders do, each because the other behaviour spoils runs:
 
 - `1e-4` is a number (YAML 1.1 wants `1.0e-4` and reads the rest as text);
 - yes, no, on, off, 1_000, 0o17, 017, 0x1f, 1:30 and dates are text, so a field that wants another
   type refuses them, and a field that wants text gets what was typed;
-- a key written twice in one mapping is an error, never a silent last one wins;
-- tags, anchors, aliases and a second document are errors: no value comes from elsewhere, so no
+- a key written twice in one mapping is an error, the last one never wins silently;
+- tags, anchors, aliases and a second document are errors: every value is written out, so no
   text can construct an object or grow when it is read ("billion laughs").
 """
 
@@ -41,13 +41,13 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class YamlDocument:
-    """What one YAML text says.
+    """The content of one YAML text.
 
     Attributes:
-        name: how messages call the text: the path as it was given.
+        name: the text's name in messages: the path as it was given.
         data: the value: dict, list, str, int, float, bool or None, nested.
         lines: the line, from 1, of each key and of each item of a list.
-        replaced: for each path whose value came from elsewhere later, from where.
+        replaced: the origin of each value that was replaced later, by path.
     """
 
     name: str
@@ -58,7 +58,7 @@ class YamlDocument:
     def locate(self, path: Sequence[str | int]) -> str:
         """Return `name:line: a.b.c`, with the line of the nearest parent that was written.
 
-        For a value that came from elsewhere, or has a part that did, return where that is.
+        For a value that was replaced, as a whole or in part, return the origin of the replacement.
         """
         path = tuple(path)
         if path and path not in self.lines:
@@ -78,7 +78,7 @@ def read_yaml(path: str | Path) -> YamlDocument:
     """Read a YAML file whose top level is a mapping.
 
     Raises:
-        ConfigError: no readable UTF-8 file of at most a megabyte, or as in `parse_yaml`.
+        ConfigError: the file is not readable UTF-8 of at most a megabyte, or as in `parse_yaml`.
     """
     return parse_yaml(read_yaml_text(Path(path)), str(path))
 
@@ -88,10 +88,10 @@ def parse_yaml(text: str, name: str = "YAML text") -> YamlDocument:
 
     Args:
         text: the YAML; one leading byte order mark is ignored.
-        name: how messages call it.
+        name: its name in messages.
 
     Raises:
-        ConfigError: not YAML, outside the subset, too large or too deep, a key twice, or another
+        ConfigError: not YAML, outside the subset, too large or too deep, a repeated key, or another
             top level; `where` holds the line.
     """
     document = _parse(text, name)
@@ -99,7 +99,7 @@ def parse_yaml(text: str, name: str = "YAML text") -> YamlDocument:
         raise ConfigError(
             "the configuration is empty",
             where=name,
-            expected="keys and values, as `seed: 1`",
+            expected="keys and values, for example `seed: 1`",
             fix="write at least one key",
         )
     if not isinstance(document.data, dict):
@@ -107,7 +107,7 @@ def parse_yaml(text: str, name: str = "YAML text") -> YamlDocument:
         raise ConfigError(
             f"the top level is {kind}, not a mapping of keys",
             where=f"{name}:1",
-            expected="keys and values, as `seed: 1`",
+            expected="keys and values, for example `seed: 1`",
             fix="write each setting as `key: value`",
         )
     return document
@@ -117,12 +117,12 @@ def parse_value(text: str, name: str) -> Any:
     """Return the value of one word, such as `3e-4`, `[a, b]` or `notes #1.txt`.
 
     A list or mapping in brackets and text in quotes are YAML. Numbers, true, false and null are
-    what they are in YAML, and everything else is the text itself: a word has no comments, no
-    lines of its own, and no spaces that do not count.
+    read as in YAML. Everything else is text exactly as written: a word has no comments and no
+    lines, and its spaces are kept.
 
     Raises:
-        ConfigError: as in `parse_yaml`, except that every top level will do; or something stands
-            behind a closing bracket or quote.
+        ConfigError: as in `parse_yaml`, except that any top level is accepted; or something follows
+            a closing bracket or quote.
     """
     word = text.strip()
     quoted = len(word) > 1 and word[0] in "'\"" and word[-1] == word[0]
@@ -132,16 +132,16 @@ def parse_value(text: str, name: str) -> Any:
         try:
             value = scalar(word or text)
         except ValueError:
-            raise ConfigError(f"a number of {len(word):,} digits", where=name) from None
+            raise ConfigError(f"a number of {len(word):,} digits is too long", where=name) from None
         return text if isinstance(value, str) else value
     data = _parse(text, name).data
     behind = text[max(event.end_mark.index for event in _contents(text)) :].strip()
     if behind:
         raise ConfigError(
-            "something stands behind the value",
+            "something follows the value",
             where=name,
             got=excerpt(behind),
-            fix="put the whole value in quotes, inside those of the shell: 'key=\"value\"'",
+            fix="put the whole value in quotes inside the shell's quotes: 'key=\"value\"'",
         )
     return data
 
@@ -153,7 +153,7 @@ def _contents(text: str) -> Iterator[Any]:
 
 
 def scalar(text: str) -> str | int | float | bool | None:
-    """Return what an unquoted YAML scalar means here.
+    """Return the value of an unquoted YAML scalar.
 
     Numbers are decimal, without a leading zero or underscores; the rest is text.
 
@@ -170,7 +170,7 @@ def scalar(text: str) -> str | int | float | bool | None:
 
 
 class _Parser(yaml.SafeLoader):
-    """PyYAML's own, except that deep nesting stops it before it looks ahead.
+    """PyYAML's scanner, stopped by deep nesting before it looks ahead.
 
     Its scanner remembers every open bracket while it looks for a key's colon, so that its work
     grows with the square of the depth.
@@ -184,7 +184,7 @@ class _Parser(yaml.SafeLoader):
 
 
 class _TooDeepError(Exception):
-    """Brackets within brackets beyond the limit; holds the line."""
+    """Nesting of brackets beyond the limit; holds the line."""
 
 
 def _parse(text: str, name: str) -> YamlDocument:
@@ -195,7 +195,7 @@ def _parse(text: str, name: str) -> YamlDocument:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(
-            "a character that YAML does not allow",
+            "YAML does not allow this character",
             where=f"{name}:{line}",
             got=f"U+{_code_point(error.character):04X}",
             fix="remove it, or write it as an escape in double quotes",
@@ -209,7 +209,7 @@ def _parse(text: str, name: str) -> YamlDocument:
 
 
 def _too_deep(where: str) -> ConfigError:
-    return ConfigError(f"nested deeper than {DEEPEST_NESTING} levels", where=where)
+    return ConfigError(f"nesting is deeper than {DEEPEST_NESTING} levels", where=where)
 
 
 def _code_point(character: str | int | bytes) -> int:
@@ -237,12 +237,12 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, name: str) -> ConfigEr
         f"this is not YAML: {excerpt(context + (error.problem or 'syntax error'), 200)}",
         where=f"{name}:{number + 1}",
         got=excerpt(line.strip()),
-        fix=f"look at column {column + 1} and at the line above",
+        fix=f"check column {column + 1} and the line above",
     )
 
 
 class _Builder:
-    """Turns PyYAML's parse events, which hold text alone, into values."""
+    """Turns PyYAML's parse events, which hold only text, into values."""
 
     def __init__(self, name: str, events: Iterator[Any]) -> None:
         self.name = name
@@ -266,7 +266,7 @@ class _Builder:
         self.refuse_indirection(event)
         self.num_values += 1
         if self.num_values > MOST_VALUES:
-            raise self.error(event, f"more than {MOST_VALUES:,} values in one configuration")
+            raise self.error(event, f"the configuration has more than {MOST_VALUES:,} values")
         if isinstance(event, yaml.ScalarEvent):
             return self.scalar(event)
         if len(path) >= DEEPEST_NESTING:
@@ -305,7 +305,7 @@ class _Builder:
         if not isinstance(key, str):
             got = event.value if isinstance(event, yaml.ScalarEvent) else "a list or a mapping"
             raise self.error(
-                event, "a key that is not text", got=excerpt(got), expected="a name, as `seed`"
+                event, "the key is not text", got=excerpt(got), expected="a name such as `seed`"
             )
         return key
 
@@ -316,7 +316,9 @@ class _Builder:
             return scalar(event.value)
         except ValueError:
             raise self.error(
-                event, f"a number of {len(event.value):,} digits", got=excerpt(event.value)
+                event,
+                f"a number of {len(event.value):,} digits is too long",
+                got=excerpt(event.value),
             ) from None
 
     def refuse_indirection(self, event: Any) -> None:
