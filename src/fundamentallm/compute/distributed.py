@@ -1,7 +1,7 @@
-"""The ranks of a run: votes, sums, and who writes. Alone, everything here is a no-op.
+"""The ranks of a run: votes, sums, and who writes. For one process everything here is a no-op.
 
-Start ranks with `torchrun --nproc_per_node=N -m fundamentallm.engine run ...`; the environment
-variables that torchrun sets are all that is read.
+Start ranks with `torchrun --nproc_per_node=N -m fundamentallm.engine run ...` or with `srun`;
+`launchers.py` reads what either says of this process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import ignite.distributed as idist
 import torch
 import torch.distributed as dist
 
+from fundamentallm.compute.launchers import launched_as
 from fundamentallm.errors import MachineError
 
 
@@ -26,7 +27,7 @@ class Ranks:
     Attributes:
         rank: 0 .. world_size - 1.
         world_size: number of processes.
-        local_rank: the rank on this machine, which chooses its GPU.
+        local_rank: the rank among those on this machine.
     """
 
     rank: int = 0
@@ -49,6 +50,26 @@ class Ranks:
     def alone(self) -> bool:
         """Whether there are no other ranks."""
         return self.world_size == 1
+
+    def own_gpu(self) -> int:
+        """Return the number of this rank's GPU.
+
+        Where the launcher shows each rank one GPU alone, that is number 0.
+
+        Raises:
+            MachineError: this machine has several GPUs, and more ranks than those.
+        """
+        visible = torch.cuda.device_count()
+        if visible == 1:
+            return 0
+        if self.local_rank >= visible:
+            raise MachineError(
+                "there are more ranks on this machine than GPUs",
+                where=f"rank {self.rank}",
+                got=f"local rank {self.local_rank}, {visible} GPUs",
+                fix=f"start at most {visible} ranks on each machine",
+            )
+        return self.local_rank
 
     def sum_counts(self, counts: Sequence[int]) -> list[int]:
         """Sum integers over the ranks, exactly (int64)."""
@@ -128,55 +149,52 @@ class Ranks:
     def _host_device(self) -> torch.device:
         # nccl moves only CUDA tensors; gloo takes the host's.
         if dist.get_backend() == "nccl":
-            return torch.device("cuda", self.local_rank)
+            return torch.device("cuda", self.own_gpu())
         return torch.device("cpu")
 
 
 def join_ranks(device: str) -> Ranks:
-    """Join the process group that torchrun announces, if it does.
+    """Join the process group that torchrun or srun announces, if one does.
 
     Args:
         device: "cuda" chooses nccl, anything else gloo.
 
     Raises:
-        MachineError: the environment names a group only in part, or the group cannot be joined.
+        MachineError: as `launched_as`, or the group cannot be joined.
     """
-    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
-        return Ranks()
-    missing = [
-        name
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        if name not in os.environ
-    ]
-    if missing:
-        raise MachineError(
-            "the environment describes a group of processes only in part",
-            got="without " + ", ".join(missing),
-            fix="start with torchrun, or unset RANK and WORLD_SIZE",
-        )
-    rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    # isdecimal also takes digits of other scripts, and so does int.
-    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
-        raise MachineError(
-            "the environment describes a group of processes that cannot be",
-            got=f"RANK={rank}, WORLD_SIZE={world_size}",
-            expected="whole numbers, RANK below WORLD_SIZE",
-            fix="start with torchrun, or unset RANK and WORLD_SIZE",
-        )
-    if int(world_size) == 1:
+    launched = launched_as(os.environ)
+    if not launched:
         return Ranks()
     if not dist.is_initialized():
+        # For env:// of torch, and for whatever asks the environment which rank this is.
+        os.environ.update(launched)
         try:
-            # Through Ignite, so that its own first call is no surprise collective.
-            idist.initialize("nccl" if device == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            _tell_ignite()
         except (RuntimeError, ValueError) as error:
             raise MachineError(
                 f"the ranks could not find each other: {error}",
-                got=f"MASTER_ADDR={os.environ['MASTER_ADDR']}"
-                f" MASTER_PORT={os.environ['MASTER_PORT']}",
-                fix="check the address and that the port is free",
+                where=f"rank {launched['RANK']} of {launched['WORLD_SIZE']}",
+                got="MASTER_ADDR={MASTER_ADDR} MASTER_PORT={MASTER_PORT}".format(**launched),
+                fix="see what the other ranks said; if they all wait, they must reach MASTER_ADDR"
+                " from their machines, and no other program may hold MASTER_PORT there. Set both to"
+                " choose others",
             ) from error
     return Ranks.current()
+
+
+def _tell_ignite() -> None:
+    """Let Ignite find the group now, so that its own first call is no surprise collective.
+
+    Ignite would join by itself too, but selects a GPU for ranks of the CPU. Where it sees a job of
+    Slurm, it takes that job's local rank in place of torchrun's.
+    """
+    job = os.environ.pop("SLURM_JOB_ID", None)
+    try:
+        idist.sync()
+    finally:
+        if job is not None:
+            os.environ["SLURM_JOB_ID"] = job
 
 
 def leave_ranks() -> None:

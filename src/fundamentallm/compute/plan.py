@@ -65,7 +65,7 @@ class Machine:
             device: a name, as for `resolve_device`; of several ranks each takes its own GPU. A
                 torch device is taken as it is.
             threads: of the CPU, as for `use_threads`.
-            join: join the ranks that torchrun announces; else those that exist now.
+            join: join the ranks that a launcher announces; else those that exist now.
 
         Raises:
             ConfigError: no such kind of device.
@@ -75,7 +75,7 @@ class Machine:
         found = resolve_device(device) if isinstance(device, str) else device
         ranks = join_ranks(found.type) if join else Ranks.current()
         if isinstance(device, str) and found.type == "cuda" and not ranks.alone:
-            found = torch.device("cuda", ranks.local_rank)
+            found = torch.device("cuda", ranks.own_gpu())
             torch.cuda.set_device(found)
         return cls(found, ranks)
 
