@@ -176,8 +176,8 @@ def work(tree: Path, place: Path, steps: Sequence[Mapping[str, Any]]) -> list[di
             "end" and the signal's number under "by".
 
     Returns:
-        for each the exit code, what it wrote to standard output, and the data of each step, as
-        SHA-256; nothing after a kill.
+        for each the exit code, what it wrote to standard output and error, and the data of each
+        step, as SHA-256; nothing after a kill.
     """
     inherited = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
     paths = [place / "builtin", tree / "src", ROOT]
@@ -223,14 +223,16 @@ def carry_out(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         current.update(step)
         data.clear()
         code: Any = 0
-        said = io.StringIO()
+        said, complained = io.StringIO(), io.StringIO()
         sys.argv = ["fundamentallm", *step["words"]]
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
             try:
                 runpy.run_module("fundamentallm.engine", run_name="__main__")
             except SystemExit as ended:
                 code = ended.code
-        told.append({"code": code, "out": said.getvalue(), "data": dict(data)})
+        told.append(
+            {"code": code, "out": said.getvalue(), "err": complained.getvalue(), "data": dict(data)}
+        )
     return told
 
 
