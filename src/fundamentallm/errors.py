@@ -11,13 +11,16 @@ FundamentaLLMError
 ```
 
 One error is one message: what happened, where (file, line, key), what was found and expected, and
-how to fix it. The command line prints `str(error)` and exits with `error.exit_code`.
+how to fix it; the addresses in it have no secrets. The command line prints `str(error)` and exits
+with `error.exit_code`.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+from fundamentallm.redaction import redacted
 
 
 class FundamentaLLMError(Exception):
@@ -49,7 +52,7 @@ class FundamentaLLMError(Exception):
         for label, text in (("got", self.got), ("expected", self.expected), ("fix", self.fix)):
             if text:
                 lines.append(f"  {label + ':':<10}{text}")
-        return "\n".join(lines)
+        return redacted("\n".join(lines))
 
 
 class ConfigError(FundamentaLLMError):

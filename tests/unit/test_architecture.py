@@ -15,6 +15,7 @@ PACKAGE = ROOT / "src" / "fundamentallm"
 # Lowest first; a module may import from its own layer and from those before it. Longer prefixes
 # win, so that a file can stand elsewhere than its package.
 LAYERS = [
+    ["redaction"],
     ["errors", "registry", "events"],
     ["files"],
     ["config.yaml"],

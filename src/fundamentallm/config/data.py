@@ -6,11 +6,12 @@ import re
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from fundamentallm.config.base import BaseConfig, Count, NonNegative, Positive, Seed, Text
 from fundamentallm.config.component import Component
 from fundamentallm.config.yaml.problems import problem
+from fundamentallm.redaction import redacted
 
 _SPLIT = "three fractions of at least 0 that sum to 1, the first above 0: [0.9, 0.1, 0.0]"
 
@@ -24,8 +25,10 @@ class SourceConfig(BaseConfig):
     path: Text | None = None
     """A file, a folder of text, or a folder that `prepare` wrote."""
 
-    url: Text | None = None
-    """An http or https address of a file, downloaded once and kept in the cache."""
+    url: Text | None = Field(default=None, repr=False)
+    """An http or https address of a file, downloaded once and kept in the cache. It is stored and
+    shown without secrets; they are best passed by the environment: for example.org in
+    FUNDAMENTALLM_AUTHORIZATION_EXAMPLE_ORG, as user:password, a token, or ?name=value."""
 
     name: Text | None = None
     """A built-in source (python-docs, tinyshakespeare)."""
@@ -68,6 +71,15 @@ class SourceConfig(BaseConfig):
     def text(self) -> str:
         """The path, address or name."""
         return self.path or self.url or self.name or ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, the address without its secrets."""
+        plain = super().to_dict()
+        return {**plain, "url": redacted(self.url)} if self.url else plain
+
+    @field_serializer("url")
+    def _without_secrets(self, url: str | None) -> str | None:
+        return url and redacted(url)
 
     def _unwritten(self) -> Collection[str]:
         return [name for name in type(self).model_fields if getattr(self, name) is None]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fundamentallm.errors import DataError
+from fundamentallm.files.authorization import request_for
 from fundamentallm.files.lock import lock_file
 from fundamentallm.files.private import PRIVATE_FILE, make_directory
 
@@ -33,7 +34,7 @@ def download(url: str, sha256: str, path: Path) -> Path:
     and any number of processes may ask for it at once.
 
     Args:
-        url: an http or https address.
+        url: an http or https address; `files.authorization` says how a secret is passed.
         sha256: of the contents, in hexadecimal digits.
         path: where the file is kept.
 
@@ -177,7 +178,7 @@ def _fetch(url: str, part: _Partial) -> bool:
     file, path = part.file, part.path
     begun = file.seek(0, os.SEEK_END)
     try:
-        request = urllib.request.Request(url)  # noqa: S310 (the caller looked)
+        request = request_for(url)
         if begun:
             request.add_header("Range", f"bytes={begun}-")
         with _open(request) as response:

@@ -17,6 +17,7 @@ from fundamentallm.data.text_file import check_regular
 from fundamentallm.errors import DataError
 from fundamentallm.files.cache_directory import default_cache_dir
 from fundamentallm.files.download import download, sha256_of
+from fundamentallm.redaction import redacted
 
 
 def read_source(
@@ -72,7 +73,8 @@ def _local(entry: str | SourceConfig, cache_dir: Path | None) -> str:
         return entry
     if entry.url is not None:
         assert entry.sha256 is not None
-        basename = entry.url.partition("?")[0].rstrip("/").rpartition("/")[2] or "download"
+        address = redacted(entry.url).partition("?")[0]
+        basename = address.rstrip("/").rpartition("/")[2] or "download"
         basename = re.sub(r"[^A-Za-z0-9._-]", "_", basename)[-100:]
         path = (cache_dir or default_cache_dir()) / f"{entry.sha256[:16]}-{basename}"
         return str(download(entry.url, entry.sha256, path))
