@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from fundamentallm.engine.cli import main
 
@@ -90,9 +91,29 @@ def linked_folder(path: Path, outside: Path) -> None:
     path.symlink_to(outside)
 
 
+def loop(path: Path, outside: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def chain(path: Path, outside: Path) -> None:
+    path.with_name("between").symlink_to(outside / ".bashrc")
+    path.symlink_to("between")
+
+
+def linked_pipe(path: Path, outside: Path) -> None:
+    os.mkfifo(path.with_name("between"))
+    path.symlink_to("between")
+
+
+def own_memory(path: Path, outside: Path) -> None:
+    path.symlink_to("/proc/self/mem")
+
+
 Kind = Callable[[Path, Path], None]
-OF_A_FILE = [link, dangling, relative, hard_link, pipe, device, folder, listening, linked_folder]
-OF_A_FOLDER = [link, dangling, relative, pipe, device, listening, linked_folder]
+OF_BOTH = [link, dangling, relative, pipe, device, listening, linked_folder, loop, chain]
+OF_BOTH += [linked_pipe, own_memory]
+OF_A_FILE = [*OF_BOTH, hard_link, folder]
+OF_A_FOLDER = OF_BOTH
 FILES = ["metrics.jsonl", "samples.jsonl", "log.txt", "config.yaml", ".lock", "corpus.txt", "STOP"]
 FOLDERS = [
     "tensorboard",
@@ -102,12 +123,20 @@ FOLDERS = [
     "checkpoints/corrupt",
 ]
 
+OFTEN = (link, dangling, pipe, linked_folder)  # the others are left to `-m long`
 CASES = [(name, kind) for name in FILES for kind in OF_A_FILE]
 CASES += [(name, kind) for name in FOLDERS for kind in OF_A_FOLDER]
 
 
+def sampled(cases: list[tuple[str, Kind]], often: tuple[Kind, ...]) -> list[ParameterSet]:
+    return [
+        pytest.param(name, kind, marks=() if kind in often else pytest.mark.long)
+        for name, kind in cases
+    ]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(("name", "kind"), sampled(CASES, OFTEN))
 def test_a_run_refuses_what_is_not_its_own(
     place: Path, name: str, kind: Kind, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +151,29 @@ def test_a_run_refuses_what_is_not_its_own(
     assert code == 4, said
     assert str(path) in said
     assert f"rm {path}" in said
+
+
+NAMES = ["best", "last", "step-00000002", "step-00000002/MANIFEST.json", "step-00000002/state.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
+@pytest.mark.parametrize(
+    ("name", "kind"), sampled([(name, kind) for name in NAMES for kind in OF_A_FILE], (link,))
+)
+def test_a_checkpoint_that_is_none_is_passed_over_or_refused(
+    place: Path, name: str, kind: Kind, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("runs/c/checkpoints") / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    kind(path, place / "outside")
+    arguments = ["run", "c.yaml", "training.total_steps=4", "--resume", "runs/c"]
+    assert main(arguments) in (0, 4)
+    assert main(["verify", "runs/c"]) in (0, 4)
+    assert main(["generate", "runs/c", "--max-tokens", "1"]) in (0, 4)
+    said = capsys.readouterr()
+    assert "mine" not in said.err + said.out
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
