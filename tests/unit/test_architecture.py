@@ -20,7 +20,7 @@ LAYERS = [
     ["files"],
     ["config.yaml"],
     ["config", "config.yaml.difference", "config.yaml.edit"],
-    ["data.text_file", "data.file_kinds", "data.batch"],
+    ["data.text_file", "data.file_kinds", "data.batch", "data.permutation"],
     ["data.tokenizer"],
     ["data"],
     ["data.loaders"],

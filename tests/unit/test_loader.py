@@ -31,7 +31,7 @@ from fundamentallm.data.loaders import (
     WindowLoader,
     as_window_loader,
 )
-from fundamentallm.data.loaders.permutation import Permutation, derive_key
+from fundamentallm.data.permutation import Permutation, derive_key
 from fundamentallm.errors import DataError
 
 SMALL = st.integers(min_value=1, max_value=4)

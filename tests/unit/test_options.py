@@ -97,6 +97,8 @@ def component(place: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
     if place == "handlers":
         return {"handlers": {name: options}}
     section, field = place.split(".")
+    if place == "model.family":  # its options stand beside it
+        return {section: {field: name, **options}}
     return {section: {field: {"name": name, **options}}}
 
 
@@ -111,7 +113,8 @@ def test_a_value_of_the_wrong_type_is_refused_at_its_line(tmp_path, place, name,
     }
     wrong = [value for value in VALUES if not fits(annotation, value)]
     assert len(wrong) >= 8
-    dotted = f"{place}.{name}.{key}" if place == "handlers" else f"{place}.{key}"
+    prefix = {"handlers": f"handlers.{name}", "model.family": "model"}.get(place, place)
+    dotted = f"{prefix}.{key}"
     for value in wrong:
         path = tmp_path / "c.yaml"
         with pytest.raises(ConfigError) as caught:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fundamentallm.data.loaders.permutation import Permutation, derive_key
+from fundamentallm.data.permutation import Permutation, derive_key
 
 KEYS = st.integers(min_value=0, max_value=2**64 - 1)
 

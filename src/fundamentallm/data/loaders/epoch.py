@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fundamentallm.data.batch import IGNORED, Batch, Window, count_valid
-from fundamentallm.data.loaders.permutation import Permutation, derive_key
+from fundamentallm.data.permutation import Permutation, derive_key
 
 # What a key is drawn for, so that no two draws of a seed and epoch share one.
 ORDER, PHASE, SHUFFLE, MIXTURE = 1, 2, 3, 4

@@ -14,8 +14,8 @@ import torch
 
 from fundamentallm.data.batch import Batch
 from fundamentallm.data.loaders.epoch import MIXTURE, Batching, EpochLoader
-from fundamentallm.data.loaders.permutation import derive_key
 from fundamentallm.data.loaders.tokens import TokenWindowLoader, ValidationLoader
+from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.token_file import Tokens
 from fundamentallm.errors import DataError
 

@@ -9,7 +9,7 @@ import torch
 
 from fundamentallm.data.batch import Window, as_batch, count_valid
 from fundamentallm.data.loaders.epoch import SHUFFLE
-from fundamentallm.data.loaders.permutation import derive_key
+from fundamentallm.data.permutation import derive_key
 
 
 class WindowLoader:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fundamentallm.data.batch import IGNORED, Batch, add_documents
 from fundamentallm.data.loaders.epoch import ORDER, PHASE, Batching, EpochLoader
-from fundamentallm.data.loaders.permutation import Permutation, derive_key
+from fundamentallm.data.permutation import Permutation, derive_key
 from fundamentallm.data.token_file import FileTokens, FileWindows, Tokens
 from fundamentallm.errors import DataError
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fundamentallm.data.documents import Document, Fingerprint, Input
-from fundamentallm.data.loaders.permutation import derive_key
+from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.preparing.options import Options
 from fundamentallm.data.preparing.pieces import no_text, read_documents
 from fundamentallm.data.tokenizer import TOKENIZERS, SubwordTokenizer, Tokenizer

@@ -17,8 +17,8 @@ from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import DataConfig, RunConfig
 from fundamentallm.config.training import TrainingConfig, resolve_warmup
 from fundamentallm.data.loaders import Batching
-from fundamentallm.data.loaders.permutation import derive_key
 from fundamentallm.data.overlap import overlap
+from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.sources import ExampleSource, Loaders, Source, read_source
 from fundamentallm.data.tokenizer import (
     TOKENIZERS,

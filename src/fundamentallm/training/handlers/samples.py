@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.data.loaders.permutation import derive_key
+from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
