@@ -7,6 +7,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -709,6 +710,85 @@ class TestLibrary:
         assert not list((tmp_path / "fundamentallm" / "native").iterdir())
 
     @pytest.mark.usefixtures("calls")
+    def test_the_place_that_was_looked_at_is_the_place_that_is_loaded(self, tmp_path, monkeypatch):
+        ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+        ours.mkdir(mode=0o700)
+        theirs.mkdir(mode=0o700)
+        link = tmp_path / "link"
+        link.symlink_to(ours)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(link))
+        looked = library.is_ours
+
+        def then_the_link_turns(directory):
+            answer = looked(directory)
+            link.unlink()
+            link.symlink_to(theirs)
+            return answer
+
+        monkeypatch.setattr(library, "is_ours", then_the_link_turns)
+        assert library.load_library().fundamentallm_available()
+        assert list((ours / "fundamentallm" / "native").iterdir())
+        assert not list(theirs.rglob("*"))
+
+    @pytest.mark.skipif(os.getuid() != 0, reason="needs the right to give a folder away")
+    @pytest.mark.parametrize("level", [0, 1, 2])
+    def test_a_folder_of_somebody_else_on_the_way_is_not_trusted(self, tmp_path, level):
+        folders = [tmp_path / "a", tmp_path / "a/b", tmp_path / "a/b/c"]
+        for folder in folders:
+            folder.mkdir(mode=0o700)
+        assert library.is_ours(folders[-1])
+        os.chown(folders[level], 12345, -1)
+        assert not library.is_ours(folders[-1])
+
+    def test_a_library_that_others_may_write_or_that_is_a_link_is_made_anew(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        library.load_library()
+        (path,) = (tmp_path / "fundamentallm" / "native").iterdir()
+        sound = path.read_bytes()
+        evil = tmp_path / "evil.so"
+        for spoil in (
+            lambda: (path.unlink(), path.write_bytes(b"not ours"), path.chmod(0o666)),
+            lambda: (evil.write_bytes(b"not ours"), path.unlink(), path.symlink_to(evil)),
+        ):
+            spoil()
+            library.load_library.cache_clear()
+            assert library.load_library().fundamentallm_available()
+            assert path.read_bytes() == sound
+            assert not path.is_symlink()
+        assert evil.read_bytes() == b"not ours"
+
+    def test_a_compiler_that_does_not_end_is_ended_with_what_it_started(
+        self, tmp_path, monkeypatch
+    ):
+        slow = tmp_path / "slow"
+        # The child keeps standard error open, as the real compiler's do.
+        slow.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path}/child\nwait\n")
+        slow.chmod(0o755)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("CXX", str(slow))
+        monkeypatch.setattr(library, "SECONDS", 1.0)
+        monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+        with pytest.raises(MachineError, match="too long") as caught:
+            library.load_library()
+        assert caught.value.got == "more than 1 seconds"
+        child = int((tmp_path / "child").read_text())
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+            state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+            if state == "Z":  # dead, and nobody in this container collects it
+                break
+            time.sleep(0.05)
+        else:
+            assert not Path(f"/proc/{child}").exists()
+
+    def test_a_busy_machine_has_more_time(self, monkeypatch):
+        monkeypatch.setattr(os, "cpu_count", lambda: 4)
+        for load, times in ((0.5, 1.0), (4.0, 1.0), (10.0, 2.5)):
+            monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+            assert library._crowding() == times
+
     def test_a_system_that_refuses_tiles_is_said(self, tmp_path, monkeypatch):
         names = ("packed_size", "forward", "backward", "normalize", "normalize_backward")
         functions = {f"fundamentallm_{name}": SimpleNamespace() for name in names}

@@ -6,15 +6,18 @@ compiler and the processor. It takes about three seconds to make.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -34,7 +37,7 @@ FLAGS = (
     "-Wno-psabi",
 )
 OWN_PROCESSOR = "-march=native"
-SECONDS = 300.0  # after which a compiler is given up
+SECONDS = 300.0  # after which a compiler is given up, where nothing else wants the cores
 
 
 def find_compiler() -> str | None:
@@ -56,8 +59,9 @@ def load_library() -> ctypes.CDLL:
     try:
         directory = default_cache_dir() / "native"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _is_ours(directory):
-            return build(compiler, directory)
+        place = directory.resolve()  # what is looked at is what is loaded, whatever a link becomes
+        if is_ours(place):
+            return build(compiler, place)
     except (DataError, OSError):
         pass  # no home, a full disk, or one from which nothing may be executed
     try:
@@ -70,15 +74,28 @@ def load_library() -> ctypes.CDLL:
         ) from error
 
 
-def _is_ours(directory: Path) -> bool:
-    """Whether nobody else can put a library there, or another directory in its place."""
+def is_ours(directory: Path) -> bool:
+    """Whether nobody else can put a library there, or another directory in its place.
+
+    The directory is this user's, and each one above it is this user's or the system's. Others may
+    write to none of them, but for a shared one (the sticky bit) above a directory of ours, which
+    they cannot move away.
+
+    Args:
+        directory: an absolute path without links.
+    """
     if not hasattr(os, "getuid"):
         return True
-    place = directory.resolve()
-    if place.stat().st_uid != os.getuid() or place.stat().st_mode & 0o022:
+    own = directory.lstat()
+    if own.st_uid != os.getuid() or not stat.S_ISDIR(own.st_mode) or own.st_mode & 0o022:
         return False
-    above = [parent.stat() for parent in place.parents]
-    return not any(status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX for status in above)
+    for parent in directory.parents:
+        status = parent.lstat()
+        if status.st_uid not in (os.getuid(), 0) or not stat.S_ISDIR(status.st_mode):
+            return False
+        if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+            return False
+    return True
 
 
 def build(compiler: str, directory: Path, processor: str = OWN_PROCESSOR) -> ctypes.CDLL:
@@ -109,27 +126,92 @@ def _compiled(compiler: str, directory: Path, processor: str) -> Path:
         named.update((here / source).read_bytes())
     named.update("\0".join([*_identity(compiler), *FLAGS, processor]).encode())
     target = directory / f"block-{named.hexdigest()[:24]}.so"
-    if target.exists():
+    if _is_kept(target):
         return target
     with tempfile.TemporaryDirectory(prefix="building-", dir=directory) as name:
         new = Path(name) / target.name
         command = [compiler, *FLAGS, processor, str(here / SOURCES[0]), "-o", str(new)]
-        try:
-            done = subprocess.run(  # noqa: S603 - the compiler that the user has, on our own file
-                command, capture_output=True, text=True, timeout=SECONDS
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:  # it does not start, or does not end
-            raise MachineError(f"the C++ compiler failed: {error}", where=compiler) from error
-        if done.returncode:
-            reason = next((line for line in done.stderr.splitlines() if "error" in line), "")
+        status, errors = _compile(command)
+        if status:
+            reason = next((line for line in errors.splitlines() if "error" in line), "")
             raise MachineError(
                 "the C++ compiler refuses the block's code",
                 where=compiler,
-                got=reason[:200] or f"exit code {done.returncode}",
+                got=reason[:200] or f"exit code {status}",
                 fix="name GCC 12 or newer in CXX, or set training.compile to true or false",
             )
         new.replace(target)  # whole or not at all, whoever else compiles it now
     return target
+
+
+def _is_kept(library: Path) -> bool:
+    """Whether a library lies there that only this user can have put there."""
+    try:
+        status = library.lstat()
+    except FileNotFoundError:
+        return False
+    if not hasattr(os, "getuid"):
+        return True
+    return (
+        stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+    )
+
+
+def _compile(command: Sequence[str]) -> tuple[int, str]:
+    """Run the compiler; return its exit code and what it said.
+
+    It runs in a group of its own, and whatever ends the wait ends the group: the driver that was
+    called hands the work to other programs, which would go on without it.
+
+    Raises:
+        MachineError: it does not start, or does not end within `SECONDS`, or as
+            much more as the machine is busy.
+    """
+    try:
+        process = subprocess.Popen(  # noqa: S603 - the compiler that the user has, on our own file
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise MachineError(f"the C++ compiler failed: {error}", where=command[0]) from error
+    seconds = SECONDS * _crowding()
+    try:
+        _, errors = process.communicate(timeout=seconds)
+    except BaseException as error:
+        _end_group(process)
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        raise MachineError(
+            "the C++ compiler takes too long",
+            where=command[0],
+            got=f"more than {seconds:.3g} seconds",
+            fix="try again when the machine has less to do, or set training.compile to false",
+        ) from error
+    return process.returncode, errors
+
+
+def _crowding() -> float:
+    """Return how many times longer work takes here because others want the same cores."""
+    if not hasattr(os, "getloadavg"):
+        return 1.0
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """End a process that was not waited for yet, with all that it started."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    if process.stderr is not None:
+        process.stderr.close()
+    process.wait()
 
 
 def _identity(compiler: str) -> list[str]:
