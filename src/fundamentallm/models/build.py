@@ -17,7 +17,7 @@ from torch import nn
 import fundamentallm.models.transformer  # noqa: F401
 from fundamentallm.config.model import ModelConfig
 from fundamentallm.errors import ConfigError
-from fundamentallm.models.estimate import FLOAT32_BYTES, Estimate
+from fundamentallm.models.estimate import FLOAT32_BYTES, Estimate, logits_bytes
 from fundamentallm.models.families import ADAPTERS, MODELS
 from fundamentallm.models.layers.components import inside, required
 
@@ -152,7 +152,7 @@ def estimate_model(
             weight_bytes=0,
             gradient_bytes=0,
             optimizer_bytes=0,
-            activation_bytes=3 * FLOAT32_BYTES * tokens * required(config, "vocab_size"),
+            activation_bytes=logits_bytes(tokens, required(config, "vocab_size")),
         )
     added = parameters - base.parameters
     return replace(

@@ -44,6 +44,8 @@ class Estimate:
         optimizer_bytes: the optimizer's float32 state.
         activation_bytes: what one micro-batch keeps from the forward pass for the backward, with
             three float32 tensors (B, T, V): logits, log-probabilities and their gradient.
+        update_bytes: what the optimizer adds for the time of an update, when the activations are
+            gone.
     """
 
     parameters: int
@@ -53,13 +55,13 @@ class Estimate:
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    update_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """The peak of memory, without the program itself and its buffers."""
-        return (
-            self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
-        )
+        lasting = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+        return lasting + max(self.activation_bytes, self.update_bytes)
 
 
 def estimate(
@@ -125,9 +127,14 @@ def estimate(
         optimizer_bytes=parameters * FLOAT32_BYTES * optimizer_states,
         activation_bytes=(
             float32_bytes * bytes_per_activation // FLOAT32_BYTES
-            + 3 * batch_size * time * vocab_size * FLOAT32_BYTES
+            + logits_bytes(batch_size * time, vocab_size)
         ),
     )
+
+
+def logits_bytes(num_tokens: int, vocab_size: int) -> int:
+    """Return the bytes of logits, log-probabilities and their gradient, in float32."""
+    return 3 * FLOAT32_BYTES * num_tokens * vocab_size
 
 
 def _count(module: nn.Module) -> int:

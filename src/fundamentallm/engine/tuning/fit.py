@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
 from fundamentallm.config import RunConfig
+from fundamentallm.engine.tuning.fake_step import loss_bytes, optimizer_bytes
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.build import estimate_model
-from fundamentallm.models.estimate import Estimate
+from fundamentallm.models.estimate import Estimate, logits_bytes
+from fundamentallm.models.layers.components import required
 
-# Float32 numbers a parameter; Adam's two otherwise.
-OPTIMIZER_STATES = {"sgd": 1, "rmsprop": 1, "lion": 1, "muon": 1}
+# Float32 numbers a parameter, of an optimizer that cannot be run on fake tensors: Adam's two.
+_OPTIMIZER_STATES = 2
 
 
 def estimate_run(config: RunConfig) -> Estimate:
-    """Estimate parameters, FLOPs and memory of a run whose sizes are resolved."""
-    narrow = config.training.precision in ("bf16", "fp16")
-    return estimate_model(
+    """Estimate parameters, FLOPs and memory of a run whose sizes are resolved.
+
+    What the loss and the optimizer hold is theirs: `chunked_cross_entropy` has a chunk's logits.
+    """
+    training, batch_size = config.training, config.data.batch_size
+    narrow = training.precision in ("bf16", "fp16")
+    cost = estimate_model(
         config.model,
-        batch_size=config.data.batch_size,
-        gradient_checkpointing=config.training.gradient_checkpointing,
+        batch_size=batch_size,
+        gradient_checkpointing=training.gradient_checkpointing,
         bytes_per_activation=2 if narrow else 4,
-        optimizer_states=OPTIMIZER_STATES.get(config.training.optimizer.name, 2),
+        optimizer_states=_OPTIMIZER_STATES,
     )
+    vocab_size = required(config.model, "vocab_size")
+    tokens = batch_size * required(config.model, "sequence_length")
+    if (held := loss_bytes(config.model, training, tokens)) is not None:
+        blocks = cost.activation_bytes - logits_bytes(tokens, vocab_size)
+        cost = replace(cost, activation_bytes=blocks + held)
+    if (held_twice := optimizer_bytes(config.model, training)) is not None:
+        state, update = held_twice
+        cost = replace(cost, optimizer_bytes=state, update_bytes=update)
+    return cost
 
 
 def memory_limit(device: torch.device) -> int | None:
@@ -54,7 +70,8 @@ def refuse_what_cannot_fit(config: RunConfig, device: torch.device) -> Estimate:
             f" {config.data.batch_size} x {config.model.sequence_length} tokens",
             expected=f"at most {gib(limit)} on {device}",
             fix="lower model.d_model, model.num_layers or data.batch_size"
-            " (training.accumulation_steps keeps the step's tokens)",
+            " (training.accumulation_steps keeps the step's tokens), or set"
+            " training.gradient_checkpointing: true or training.loss: chunked_cross_entropy",
         )
     return cost
 
