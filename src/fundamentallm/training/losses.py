@@ -17,7 +17,7 @@ from typing import Literal, Protocol, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fundamentallm.registry import Registry
@@ -27,6 +27,7 @@ Reduction = Literal["mean", "sum", "none", "sample"]
 LOSSES: Registry[Callable[..., Tensor]] = Registry("loss")
 
 _MASKED = -1  # what every negative target is made, since `F.cross_entropy` ignores one value
+_CHUNK_TOKENS = 1024
 
 
 class Head(Protocol):
@@ -127,7 +128,7 @@ class ChunkedCrossEntropy:
     takes_hidden_states = True
 
     def __init__(
-        self, chunk_tokens: int = 1024, label_smoothing: float = 0.0, z_loss: float = 0.0
+        self, chunk_tokens: int = _CHUNK_TOKENS, label_smoothing: float = 0.0, z_loss: float = 0.0
     ) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
@@ -179,6 +180,23 @@ class ChunkedCrossEntropy:
         )
         losses = [cast(Tensor, checkpoint(chunk_losses, *c, use_reentrant=False)) for c in chunks]
         return _reduce(torch.cat(losses).reshape(targets.shape), targets, reduction)
+
+
+def token_nll(
+    states: Tensor, model: nn.Module, targets: Tensor, loss_fn: Callable[..., Tensor]
+) -> Tensor:
+    """Return the negative log-likelihood of each target, in its shape (...), 0 where it is masked.
+
+    Args:
+        states: hidden states (..., D) if the loss takes those, else logits (..., V).
+        model: owns the head.
+        targets: (...) integers; every negative one is masked.
+        loss_fn: the objective; one that takes hidden states never has all logits made here either.
+    """
+    if not takes_hidden_states(loss_fn):
+        return compute_loss(states, targets, "none")
+    chunk_tokens = getattr(loss_fn, "chunk_tokens", _CHUNK_TOKENS)
+    return ChunkedCrossEntropy(chunk_tokens)(states, cast(Head, model), targets, "none")
 
 
 def _token_losses(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:

@@ -20,8 +20,8 @@ from fundamentallm.compute.precision import Precision
 from fundamentallm.compute.rng import capture_generators, restore_generators
 from fundamentallm.data.batch import Window
 from fundamentallm.training.buffers import StateBuffers
-from fundamentallm.training.losses import compute_loss
-from fundamentallm.training.step import documents_of, states_for, summed_objective, to_device
+from fundamentallm.training.losses import token_nll
+from fundamentallm.training.step import states_for, summed_objective, to_device
 
 Batch = dict[str, Tensor]
 
@@ -325,8 +325,8 @@ class StepReplayer:
         try:
             with torch.no_grad(), precision.weights(self.model), precision.autocast():
                 moved = to_device(batch, precision.device)
-                logits = self.model(moved["input_ids"], **documents_of(moved))
-                return compute_loss(logits, moved["target_ids"], reduction="none")
+                states = states_for(self.loss_fn, self.model, moved)
+                return token_nll(states, self.model, moved["target_ids"], self.loss_fn)
         finally:
             self.model.train(was_training)
 
