@@ -319,6 +319,7 @@ def use(tree: Path, place: Path, kind: Kind, *, inexact: bool = False) -> dict[s
         "sampled": told["sampled"]["out"],
         "exported": exported_tensors(place / "exported.pt"),
         "data": steps,
+        "said": told["resume"]["err"],
         "lines": [
             line
             for name, line in outcome.lines.items()

@@ -83,7 +83,7 @@ def test_an_epoch_visits_sequences_that_do_not_overlap_each_once(
     if num_tokens <= length:
         return
     loader = TokenWindowLoader(np.arange(num_tokens), Batching(length, batch, accumulation, seed))
-    num_sequences = max(1, (num_tokens - length) // length)
+    num_sequences = (num_tokens - 1) // length
     assert len(loader) == -(-num_sequences // (batch * accumulation))
     loader.set_position(epoch, 0)
     windows = list(loader)
@@ -91,10 +91,16 @@ def test_an_epoch_visits_sequences_that_do_not_overlap_each_once(
     rows = [row for window in windows for row in rows_of(window)]
     assert len(rows) == num_sequences
     starts = sorted(row[0] for row in rows)
-    assert all(row == list(range(row[0], row[0] + length + 1)) for row in rows)
+    # The text is a ring of targets; token i stands before target i + 1.
+    for row in rows:
+        targets = [(row[0] + place) % (num_tokens - 1) + 1 for place in range(length)]
+        assert row[-1] == targets[-1]
+        assert row[:-1] == [target - 1 for target in targets]
     assert set(np.diff(starts).tolist()) <= {length}
     assert 0 <= starts[0] < length
-    assert starts[-1] + length < num_tokens
+    assert starts[-1] < num_tokens - 1
+    if num_sequences == 1:
+        assert starts[0] + length < num_tokens
     for window in windows[:-1]:
         assert [tuple(m["input_ids"].shape) for m in window.micro_batches] == [
             (batch, length)
@@ -145,9 +151,8 @@ def test_the_starts_are_phase_and_permutation_of_seed_and_epoch(
 ) -> None:
     """The formula written out, number by number: a resumed run relies on it."""
     length, seed = 5, 11
-    num_sequences = max(1, (num_tokens - length) // length)
-    phases = min(length - 1, num_tokens - 1 - num_sequences * length) + 1
-    phase = derive_key(seed, epoch, 2) % phases
+    num_sequences = (num_tokens - 1) // length
+    phase = derive_key(seed, epoch, 2) % (length if num_sequences > 1 else num_tokens % length)
     order = Permutation(num_sequences, derive_key(seed, epoch, 1))
     loader = TokenWindowLoader(np.arange(num_tokens), Batching(length, 2, 2, seed=seed))
     found = [int(row) for step in range(len(loader)) for row in loader.rows_at(epoch, step)]
@@ -267,6 +272,26 @@ def test_too_short_a_text_says_how_much_is_needed(num_tokens: int, length: int) 
         TokenWindowLoader(np.zeros(num_tokens, dtype=np.uint8), Batching(length, 1))
     assert f"{num_tokens} tokens" in caught.value.got
     assert str(length + 1) in caught.value.expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(num_tokens=st.integers(2, 200), length=st.integers(1, 40), seed=st.integers(0, 50))
+def test_every_target_is_reached_and_an_epoch_leaves_out_less_than_a_sequence(
+    num_tokens: int, length: int, seed: int
+) -> None:
+    if num_tokens <= length:
+        return
+    loader = TokenWindowLoader(np.arange(num_tokens), Batching(length, 3, seed=seed))
+    reached: set[int] = set()
+    for epoch in range(12 * length + 20):
+        loader.set_position(epoch, 0)
+        targets = torch.cat([m["target_ids"].flatten() for w in loader for m in w.micro_batches])
+        own = targets[targets >= 0].tolist()
+        assert len(own) == len(set(own)) > num_tokens - 1 - length
+        reached.update(own)
+        if len(reached) == num_tokens - 1:
+            return
+    raise AssertionError(f"never: {sorted(set(range(1, num_tokens)) - reached)}")
 
 
 def test_one_sequence_is_enough() -> None:

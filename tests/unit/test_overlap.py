@@ -25,7 +25,8 @@ def long(word: str, length: int = SHORTEST) -> str:
 
 
 def of_text(*files: str) -> TextSource:
-    return TextSource.of([(f"{n}.txt", file) for n, file in enumerate(files)])
+    """A text that is cut in two by position."""
+    return TextSource.of([(f"{n}.txt", file) for n, file in enumerate(files)], by_position=True)
 
 
 def of_tokens(ids: Sequence[int], end_id: int | None = 0) -> TokenSource:

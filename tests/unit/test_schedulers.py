@@ -220,21 +220,44 @@ def test_a_foreign_state_is_refused(state):
     assert scheduler.last_step == 0
 
 
-def test_progress_takes_the_place_of_steps():
-    for scheduler in (
-        CosineAnnealingScheduler(sgd(), 40, 8, 0.002),
-        LinearDecayScheduler(sgd(), 40, 8, 0.002),
-        WarmupStableDecayScheduler(sgd(), 40, 8, 0.002),
-    ):
-        for k in range(1, 41):
-            assert scheduler.multiplier(k, k / 40) == pytest.approx(scheduler.multiplier(k))
-        assert scheduler.multiplier(9, 1.0) == scheduler.floor  # the clock ran out early
-        assert scheduler.multiplier(10_000, 0.3) > scheduler.floor  # or the steps were many
-        assert scheduler.multiplier(4, 0.9) == 0.5  # the warmup counts steps
-        assert scheduler.multiplier(8, 0.0) == 1.0
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rate", [0.3, 3.0, 30.0])  # steps in a hundredth of the time
+def test_under_a_clock_nothing_jumps_and_warmup_ends_in_time(case: str, rate: float) -> None:
+    """From one step to the next a rate changes by what the step's share of the time allows."""
+    scheduler = CASES[case][0](sgd())
+    if case.startswith("exponential"):
+        return  # a staircase of epochs
+    num_steps = round(100 * rate)
+    values = [scheduler.multiplier(k, k / num_steps) for k in range(1, num_steps + 1)]
+    assert all(0 <= value <= 1 for value in values)
+    warmup = getattr(scheduler, "warmup_steps", 0)
+    longest = max(1 / max(1, warmup), 10 / num_steps)  # a rise of the warmup in one step
+    steepest = 10 / num_steps + 1 / max(1, warmup)
+    differences = np.diff([0.0, *values]) if warmup else np.diff(values)
+    assert differences.max(initial=0) <= longest + 1e-12
+    assert -differences.min(initial=0) <= max(steepest, 0.3 / max(1, warmup))
+    peak = int(np.argmax(values)) + 1
+    assert peak <= max(1, warmup, math.ceil(num_steps / 10) + 1)
 
 
-def test_progress_is_nothing_to_schedules_without_a_horizon():
+@pytest.mark.parametrize(
+    ("kind", "course"),
+    [
+        (CosineAnnealingScheduler, lambda p: 0.5 * (1 + math.cos(math.pi * p))),
+        (LinearDecayScheduler, lambda p: 1 - p),
+        (WarmupStableDecayScheduler, lambda p: min(1.0, (1 - p) / 0.2)),
+    ],
+)
+def test_a_horizon_in_time_is_the_course_times_the_warmup(kind, course) -> None:
+    scheduler = kind(sgd(), 10**9, 8, 0.0)
+    for step in (1, 4, 7, 8, 9, 500):
+        for progress in (0.0, 0.02, 0.05, 0.1, 0.5, 0.9, 1.0):
+            warm = min(1.0, max(step / 8, progress * 10))
+            found = scheduler.multiplier(step, progress)
+            assert found == pytest.approx(warm * course(progress), abs=1e-12)
+
+
+def test_progress_is_nothing_to_schedules_without_a_horizon_after_their_warmup():
     for case, (build, _) in CASES.items():
         scheduler = build(sgd())
         if not scheduler.needs_total:

@@ -116,7 +116,9 @@ class DataConfig(BaseConfig):
     document (document; for text that `prepare` wrote)."""
 
     split: tuple[NonNegative, NonNegative, NonNegative] = (0.9, 0.1, 0.0)
-    """Fractions of the tokens for training, validation and test, by position; they sum to 1."""
+    """Fractions for training, validation and test; they sum to 1. A single text is cut by position,
+    and so is the end of each of a few files; of 50 files or examples and more, whole ones are drawn
+    by a hash of their text until the share is reached."""
 
     seed: Seed = 42
     """Seed of the order of the sequences."""

@@ -53,7 +53,7 @@ class TrainingConfig(BaseConfig):
 
     warmup_steps: CountOrZero = DEFAULT_WARMUP_STEPS
     """Steps over which the learning rate rises from 0; left unset in a run shorter than 5,000
-    steps: a tenth of the run."""
+    steps: a tenth of the run; in a run that only the clock ends, a tenth of its time at most."""
 
     min_learning_rate: NonNegative = 0.0
     """Learning rate at the end of a decaying schedule."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from fundamentallm.data.file_kinds import SUFFIXES, Kind, kind_of, refuse_other_data
+from fundamentallm.data.folder import files_in
 from fundamentallm.data.text_file import (
     SIGNATURES,
     UTF8_BOM,
@@ -508,12 +509,10 @@ def _paths(word: str) -> list[Path]:
     if exists and not path.is_dir():
         return [path]
     if exists:
-        found = [
-            Path(at, name) for at, _, names in os.walk(path, onerror=_refuse) for name in names
-        ]
-        known = sorted(
-            file for file in found if kind_of(file) in FOLDER_KINDS and not _hidden(file, path)
-        )
+        files = files_in(path, FOLDER_KINDS)
+        known = files.read
+        if known:
+            files.log(word)
         endings = [ending for kind in FOLDER_KINDS for ending in SUFFIXES[kind]]
         expected = "files that end in " + ", ".join(endings)
         what = "there is nothing to read in this folder"
@@ -524,14 +523,6 @@ def _paths(word: str) -> list[Path]:
     if not known:
         raise DataError(what, where=word, expected=expected, fix=f"paths begin at {Path.cwd()}")
     return known
-
-
-def _hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
-def _refuse(error: OSError) -> None:
-    raise unreadable(Path(error.filename or "."), error) from error
 
 
 def copy_standard_input(stream: BinaryIO, write: Callable[[memoryview], object]) -> None:

@@ -77,11 +77,11 @@ class EncodedExamples:
         return counts
 
     def part(self, numbers: np.ndarray) -> EncodedExamples:
-        """Return the consecutive examples of some numbers, which share the memory of `ids`."""
-        first, last = (int(numbers[0]), int(numbers[-1]) + 1) if len(numbers) else (0, 0)
-        return EncodedExamples(
-            self.ids, self.starts[first : last + 1], self.prompt_lengths[first:last]
-        )
+        """Return the examples of some numbers, in that order."""
+        pieces = [self.ids[self.starts[n] : self.starts[n + 1]] for n in numbers]
+        starts = np.cumsum([0, *map(len, pieces)])
+        ids = np.concatenate([self.ids[:0], *pieces])
+        return EncodedExamples(ids, starts, self.prompt_lengths[numbers])
 
     def batch(self, numbers: np.ndarray, sequence_length: int) -> Batch:
         """Return some examples as rows, `input_ids` and `target_ids`, int64 (B, T)."""

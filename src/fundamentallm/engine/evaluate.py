@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +21,13 @@ from fundamentallm.data.sources import (
     Source,
     TextSource,
     read_source,
-    split_bounds,
 )
+from fundamentallm.data.sources.base import part_bounds
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.engine.console import printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.wiring.assemble import read_run_source
+from fundamentallm.engine.wiring.exactness import RULES_KEY
 from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.inference.evaluate import (
     Document,
@@ -161,6 +163,17 @@ def _members(source: Source) -> Sequence[Source]:
     return source.members if isinstance(source, MixtureSource) else [source]
 
 
+def split_by_position(source: Source) -> Source:
+    """Return a source that is split as in runs without a number of rules."""
+    if isinstance(source, MixtureSource):
+        # The members of a mixture are no mixtures.
+        members: Any = [split_by_position(member) for member in source.members]
+        return replace(source, members=members)
+    if isinstance(source, (TextSource, ExampleSource)):
+        return replace(source, by_position=True)
+    return source
+
+
 def _has_text(source: Source) -> bool:
     return any(isinstance(member, TextSource) for member in _members(source))
 
@@ -185,7 +198,7 @@ def _source(trained: Trained, data: str | None) -> Source:
             trained.data_sha256,
             fix="restore the text, or name one with --data",
         )
-        return own
+        return own if RULES_KEY in trained.manifest.metadata else split_by_position(own)
     source = read_source(data, response_end=trained.config.data.response_end)
     expected = trained.tokenizer.fingerprint()
     if source.tokenizer is not None and source.tokenizer.fingerprint() != expected:
@@ -256,10 +269,27 @@ def _text_documents(
     part: str | None,
     separator: str | None,
 ) -> list[Document]:
-    """Return the documents of a text or its part, which may cut those at its two ends."""
-    pieces = [_document(name, text, tokenizer) for name, text in _texts(source, separator)]
+    """Return the documents of a text or its part."""
     if part is None:
-        return pieces
+        return [_document(name, text, tokenizer) for name, text in _texts(source, separator)]
+    found: list[Document] = []
+    for unit, own in source.units(fractions):
+        if own is None:
+            found += _cut_documents(unit, tokenizer, fractions, part, separator)
+        elif own == part:
+            found += _text_documents(unit, tokenizer, fractions, None, separator)
+    return found
+
+
+def _cut_documents(
+    source: TextSource,
+    tokenizer: Tokenizer,
+    fractions: Sequence[float],
+    part: str,
+    separator: str | None,
+) -> list[Document]:
+    """Return the documents of a part that was cut by position, which may cut those at its ends."""
+    pieces = [_document(name, text, tokenizer) for name, text in _texts(source, separator)]
     ends = [0, *itertools.accumulate(len(piece.tokens) for piece in pieces)]
     # The split is of the tokens of the whole text.
     if ends[-1] != len(tokenizer.encode(source.text)):
@@ -269,14 +299,15 @@ def _text_documents(
             where=source.name,
             fix="name the documents with --data",
         )
-    number = list(PARTS).index(part)
-    begin, end = split_bounds(ends[-1], fractions)[number : number + 2]
+    own = part_bounds(ends[-1], fractions, part)
     return [
         piece
-        if begin <= start and start + len(piece.tokens) <= end
-        else Document(piece.name, piece.tokens[max(begin - start, 0) : max(end - start, 0)])
+        if own.start <= start and start + len(piece.tokens) <= own.stop
+        else Document(
+            piece.name, piece.tokens[max(own.start - start, 0) : max(own.stop - start, 0)]
+        )
         for piece, start in zip(pieces, ends, strict=False)
-        if start < end and start + len(piece.tokens) > begin
+        if start < own.stop and start + len(piece.tokens) > own.start
     ]
 
 

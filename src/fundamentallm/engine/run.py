@@ -24,7 +24,11 @@ from fundamentallm.engine.wiring.assemble import (
     keep_texts,
     open_machine,
 )
-from fundamentallm.engine.wiring.exactness import refuse_other_versions, tell_other_circumstances
+from fundamentallm.engine.wiring.exactness import (
+    refuse_other_rules,
+    refuse_other_versions,
+    tell_other_circumstances,
+)
 from fundamentallm.engine.wiring.run_directory import RunDirectory
 from fundamentallm.errors import DataError, InterruptedRunError, MachineError
 from fundamentallm.files.filesystem import Filesystem, replace_file
@@ -77,6 +81,7 @@ def run(
             if directory.note and ranks.is_writer:
                 logger.info("%s", directory.note)
             if directory.checkpoint is not None:
+                refuse_other_rules(directory.checkpoint)
                 refuse_other_versions(directory.checkpoint, allow_inexact)
             if run_dir is not None:
                 again += _option("--run-dir", run_dir)
@@ -154,6 +159,15 @@ def _announce(run: Run) -> None:
     loader = trainer.train_loader
     for note in run.notes:
         logger.info("%s", note)
+    logger.info("validation: %s", run.source.validation_in_words(config.data.split))
+    num_targets = getattr(trainer.val_loader, "num_tokens", 0)
+    if num_targets < config.data.sequence_length and config.data.split[1]:
+        logger.warning(
+            "the validation part has %d tokens to predict, fewer than the context of %d, so its"
+            " loss says little; raise the second fraction of data.split, or add text",
+            num_targets,
+            config.data.sequence_length,
+        )
     num_parameters = sum(p.numel() for p in trainer.model.parameters())
     steps = (
         f"{trainer.total_steps:,} steps"

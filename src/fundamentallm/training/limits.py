@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fundamentallm.config.training import TrainingConfig
@@ -24,7 +24,10 @@ class Limits:
 
     @classmethod
     def resolve(
-        cls, config: TrainingConfig, steps_per_epoch: int, tokens_per_step: int | None = None
+        cls,
+        config: TrainingConfig,
+        steps_per_epoch: int,
+        steps_for_tokens: Callable[[int], int] | None = None,
     ) -> Limits:
         """Turn the budgets of a configuration into limits.
 
@@ -33,14 +36,12 @@ class Limits:
         Args:
             config: the budgets.
             steps_per_epoch: optimizer steps in one pass over the training data.
-            tokens_per_step: tokens in a full step over all ranks, where that is known; turns
-                `max_tokens` into a number of steps, which a schedule can aim at.
+            steps_for_tokens: the fewest steps of the loader that hold so many tokens, where it
+                knows; turns `max_tokens` into a number of steps, which a schedule can aim at.
         """
         total = config.total_steps
-        if config.max_tokens is not None and tokens_per_step:
-            steps = math.ceil(config.max_tokens / tokens_per_step)
-            # The short last step of an epoch holds fewer tokens, so the count of tokens ends the
-            # run, and this is what the schedule aims at.
+        if config.max_tokens is not None and steps_for_tokens is not None:
+            steps = steps_for_tokens(config.max_tokens)
             total = steps if total is None else min(total, steps)
         if total is None and config.max_tokens is None and config.max_seconds is None:
             total = config.num_epochs * steps_per_epoch

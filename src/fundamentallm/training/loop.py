@@ -144,7 +144,7 @@ class TrainingLoop(Dispatcher):
         self.steps_per_epoch = len(self.train_loader)
         self._cadence = Cadence.resolve(self.config, self.steps_per_epoch)
         self.limits = Limits.resolve(
-            self.config, self.steps_per_epoch, getattr(self.train_loader, "tokens_per_step", None)
+            self.config, self.steps_per_epoch, getattr(self.train_loader, "steps_for_tokens", None)
         )
         self.run_id = uuid.uuid4().hex
         self.description: dict[str, Any] = {}

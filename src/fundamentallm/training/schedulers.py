@@ -14,8 +14,10 @@ rollback have nothing to restore.
 | exponential | rate ** epoch |
 | inverse_square_root | k / W up to W; then sqrt(W / k) |
 
-A run limited by the clock cannot know its last step. It passes `progress`, the share of its time
-that is over, and a schedule with a horizon goes by that; warmup stays in steps.
+A run limited by the clock cannot know its last step. It passes `progress`, p, the share of its
+time that is over. Warmup is then min(1, max(k / W, p / 0.1)): W updates, but a tenth of the time at
+most. A schedule with a horizon is that times its course from p = 0 on, so nothing jumps where the
+warmup ends.
 """
 
 from __future__ import annotations
@@ -113,6 +115,9 @@ class LearningRateScheduler(ABC):
         self.last_step = last_step
 
 
+LONGEST_WARMUP = 0.1
+"""Share of the time of a run that only the clock ends."""
+
 SCHEDULERS: Registry[LearningRateScheduler] = Registry(
     "schedule",
     supplied=("optimizer", "total_steps", "warmup_steps", "min_lr", "steps_per_epoch"),
@@ -148,7 +153,7 @@ class LinearWarmup(LearningRateScheduler):
 
     def multiplier(self, step: int, progress: float | None = None) -> float:
         """Return min(1, step / W)."""
-        return _warmup(step, self.warmup_steps)
+        return _warmup(step, self.warmup_steps, progress)
 
 
 class _HorizonScheduler(LearningRateScheduler):
@@ -176,22 +181,22 @@ class _HorizonScheduler(LearningRateScheduler):
 
     def multiplier(self, step: int, progress: float | None = None) -> float:
         """Return step / W during the warmup, then the course from 1 down to the floor."""
+        if progress is not None:
+            rise = _warmup(step, self.warmup_steps, progress)
+            return rise * self._above_floor(self._height(progress, 0.0, 1.0))
         if step < self.warmup_steps:
             return _warmup(step, self.warmup_steps)
-        height = self._height(step, progress)
+        return self._above_floor(self._height(step, self.warmup_steps, self.total_steps))
+
+    def _above_floor(self, height: float) -> float:
         if height == 1.0:  # the sum below may miss it by a rounding error
             return 1.0
         # In this form rounding never makes a falling height a rising rate.
         return min(1.0, self.floor + height * (1.0 - self.floor))
 
     @abstractmethod
-    def _height(self, step: int, progress: float | None) -> float:
-        """Return the height above the floor: 1 at the warmup's end, 0 at the run's."""
-
-    def _covered(self, step: int, progress: float | None, start: float) -> float:
-        """Return how much of the way from step `start` to the run's end is covered, in [0, 1]."""
-        position = step if progress is None else progress * self.total_steps
-        return min(1.0, max(0.0, (position - start) / (self.total_steps - start)))
+    def _height(self, position: float, start: float, end: float) -> float:
+        """Return the height above the floor: 1 at `start`, 0 at `end`; in steps or in progress."""
 
 
 @SCHEDULERS.register("cosine")
@@ -211,9 +216,8 @@ class CosineAnnealingScheduler(_HorizonScheduler):
         ValueError: a count is out of range, or min_lr is not in [0, first group's base].
     """
 
-    def _height(self, step: int, progress: float | None) -> float:
-        covered = self._covered(step, progress, self.warmup_steps)
-        return 0.5 * (1.0 + math.cos(math.pi * covered))
+    def _height(self, position: float, start: float, end: float) -> float:
+        return 0.5 * (1.0 + math.cos(math.pi * _covered(position, start, end)))
 
 
 @SCHEDULERS.register("linear")
@@ -234,8 +238,8 @@ class LinearDecayScheduler(_HorizonScheduler):
         ValueError: a count is out of range, or min_lr is not in [0, first group's base].
     """
 
-    def _height(self, step: int, progress: float | None) -> float:
-        return 1.0 - self._covered(step, progress, self.warmup_steps)
+    def _height(self, position: float, start: float, end: float) -> float:
+        return 1.0 - _covered(position, start, end)
 
 
 @SCHEDULERS.register("warmup_stable_decay")
@@ -269,10 +273,10 @@ class WarmupStableDecayScheduler(_HorizonScheduler):
         super().__init__(optimizer, total_steps, warmup_steps, min_lr)
         if not 0 < decay_fraction <= 1:
             raise ValueError(f"decay_fraction must be in (0, 1], got {decay_fraction}")
-        self.decay_start = max(float(warmup_steps), total_steps * (1.0 - decay_fraction))
+        self.decay_fraction = decay_fraction
 
-    def _height(self, step: int, progress: float | None) -> float:
-        return 1.0 - self._covered(step, progress, self.decay_start)
+    def _height(self, position: float, start: float, end: float) -> float:
+        return 1.0 - _covered(position, max(start, end * (1.0 - self.decay_fraction)), end)
 
 
 @SCHEDULERS.register("exponential")
@@ -327,12 +331,20 @@ class InverseSquareRootScheduler(LearningRateScheduler):
     def multiplier(self, step: int, progress: float | None = None) -> float:
         """Return min(step / W, sqrt(W / step))."""
         if step < self.warmup_steps:
-            return _warmup(step, self.warmup_steps)
+            return _warmup(step, self.warmup_steps, progress)
         return math.sqrt(self.warmup_steps / step)
 
 
-def _warmup(step: int, warmup_steps: int) -> float:
-    return step / warmup_steps if step < warmup_steps else 1.0
+def _warmup(step: int, warmup_steps: int, progress: float | None = None) -> float:
+    if step >= warmup_steps:
+        return 1.0
+    risen = step / warmup_steps
+    return risen if progress is None else min(1.0, max(risen, progress / LONGEST_WARMUP))
+
+
+def _covered(position: float, start: float, end: float) -> float:
+    """Return how much of the way from `start` to `end` is covered, in [0, 1]."""
+    return min(1.0, max(0.0, (position - start) / (end - start)))
 
 
 def _checked_warmup(warmup_steps: int) -> int:

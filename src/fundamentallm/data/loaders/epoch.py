@@ -109,6 +109,23 @@ class EpochLoader(ABC):
         """Tokens of a full step over all ranks."""
         return self.rows_per_step * self.sequence_length
 
+    @property
+    def targets_per_epoch(self) -> int:
+        """Targets that count in an epoch over all ranks."""
+        return self.num_sequences * self.sequence_length
+
+    def steps_for_tokens(self, num_tokens: int) -> int:
+        """Return the fewest steps from the first on whose targets are at least that many.
+
+        The last step of an epoch may be shorter than the others.
+        """
+        epochs, rest = divmod(num_tokens, self.targets_per_epoch)
+        return epochs * len(self) + self._steps_within(epochs, rest)
+
+    def _steps_within(self, epoch: int, num_tokens: int) -> int:
+        """Return the fewest steps of an epoch for fewer tokens than it has."""
+        return -(-num_tokens // (self.rows_per_step * self.sequence_length))
+
     def set_position(self, epoch: int, step: int) -> None:
         """Stand before step `step` (from 0) of epoch `epoch` (from 0)."""
         self._epoch, self._step = epoch, step

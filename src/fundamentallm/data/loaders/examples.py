@@ -36,7 +36,19 @@ class ExampleLoader(EpochLoader):
     @property
     def tokens_per_step(self) -> int:
         """Targets that count in a step over all ranks, on average."""
-        return max(1, round(int(self.examples.num_targets.sum()) / len(self)))
+        return max(1, round(self.targets_per_epoch / len(self)))
+
+    @property
+    def targets_per_epoch(self) -> int:
+        """Targets that count in an epoch over all ranks."""
+        return int(self.examples.num_targets.sum())
+
+    def _steps_within(self, epoch: int, num_tokens: int) -> int:
+        step = 0
+        while num_tokens > 0:
+            num_tokens -= int(self.examples.num_targets[self.rows_at(epoch, step)].sum())
+            step += 1
+        return step
 
     def _gather(self, rows: np.ndarray) -> Batch:
         return self.examples.batch(rows, self.sequence_length)

@@ -18,12 +18,17 @@ from fundamentallm.data.permutation import Permutation, derive_key
 from fundamentallm.data.token_file import FileTokens, FileWindows, Tokens
 from fundamentallm.errors import DataError
 
+_FORMAT = torch.contiguous_format
+
 
 class TokenWindowLoader(EpochLoader):
     """Windows over a sequence of tokens, shuffled anew in each epoch.
 
-    An epoch cuts the tokens into n = max(1, (N - T) // T) sequences that do not overlap, from a
-    phase drawn for that epoch, and visits them in an order drawn for it (`EpochLoader`).
+    An epoch cuts the N - 1 targets into n = (N - 1) // T sequences that do not overlap, from a
+    phase in [0, T) drawn for that epoch, and visits them in an order drawn for it (`EpochLoader`).
+    The text is taken as a ring: a sequence that reaches its end goes on at its beginning, where
+    documents that are packed apart begin anew. So an epoch leaves out (N - 1) % T targets, fewer
+    than one sequence, and another phase reaches them.
 
     Args:
         tokens: (N,) integers: an array, a token file or a tensor, never copied, or a list.
@@ -51,9 +56,12 @@ class TokenWindowLoader(EpochLoader):
                 expected=f"at least {sequence_length + 1:,} (data.sequence_length + 1)",
                 fix="lower data.sequence_length or add text",
             )
-        super().__init__(max(1, (len(ids) - sequence_length) // sequence_length), batching)
-        slack = len(ids) - 1 - self.num_sequences * sequence_length
-        self._num_phases = min(sequence_length - 1, slack) + 1
+        super().__init__((len(ids) - 1) // sequence_length, batching)
+        self._ids = ids
+        # The only sequence of a text never goes on at its beginning.
+        self._num_phases = (
+            sequence_length if self.num_sequences > 1 else (len(ids) - 1) % sequence_length + 1
+        )
         # A view: row i is tokens i to i + T, so inputs and targets are two slices of one gather.
         self._windows = (
             FileWindows(ids, sequence_length + 1)
@@ -84,14 +92,30 @@ class TokenWindowLoader(EpochLoader):
         return self._gather(starts)
 
     def _gather(self, rows: np.ndarray) -> Batch:
-        windows = torch.from_numpy(self._windows[rows].astype(np.int64))
-        # Contiguous, hence apart: a batch may be viewed flat, and writing to one part of it must
-        # not change the other.
-        batch = {
-            "input_ids": windows[:, :-1].contiguous(),
-            "target_ids": windows[:, 1:].contiguous(),
-        }
-        return add_documents(batch, self.end_id)
+        # Targets from each first token to the end of the text; sequences that reach it go on.
+        left = len(self._ids) - 1 - rows
+        across = np.flatnonzero(left < self.sequence_length)
+        windows = torch.from_numpy(
+            self._windows[np.where(left < self.sequence_length, 0, rows)].astype(np.int64)
+        )
+        # Copies: a batch may be viewed flat, and writing to one part must not change the other.
+        inputs, targets = (
+            windows[:, shift : shift + self.sequence_length].clone(memory_format=_FORMAT)
+            for shift in (0, 1)
+        )
+        for row in across:
+            tail = self._read(rows[row], int(left[row]) + 1)
+            head = self._read(0, self.sequence_length - int(left[row]) + 1)
+            inputs[row] = torch.cat([tail[:-1], head[:-1]])
+            targets[row] = torch.cat([tail[1:], head[1:]])
+        batch = add_documents({"input_ids": inputs, "target_ids": targets}, self.end_id)
+        if "document_ids" in batch:
+            for row in across:
+                batch["document_ids"][row, int(left[row]) :] += 1
+        return batch
+
+    def _read(self, start: int, length: int) -> Tensor:
+        return torch.from_numpy(self._ids[start : start + length].astype(np.int64))
 
 
 class ValidationLoader:

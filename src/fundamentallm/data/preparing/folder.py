@@ -286,6 +286,26 @@ def _write_into(
     write_file(filesystem, staging / TOKENIZER, [tokenizer.to_json().encode()])
     write_file(filesystem, staging / MANIFEST, [f"{json.dumps(manifest, indent=1)}\n".encode()])
     _tell(counts, files, tokenizer)
+    if options.split == "document":
+        _tell_other_shares(counts, files, options.fractions)
+
+
+def _tell_other_shares(
+    counts: Counts, files: Mapping[str, Any], fractions: Sequence[float]
+) -> None:
+    """Warn where whole documents did not give the shares that were asked for."""
+    for name, asked in zip(PARTS, fractions, strict=True):
+        share = files.get(name, {"tokens": 0})["tokens"] / max(1, counts.tokens)
+        if abs(share - asked) > max(0.02, asked / 4):
+            logger.warning(
+                "%s has %.1f %% of the tokens and not %.1f %%: whole documents are drawn one by"
+                " one, and %s are too few, or too unlike in length; --split position keeps the"
+                " share",
+                name,
+                100 * share,
+                100 * asked,
+                f"{counts.documents:,}",
+            )
 
 
 def _tell(counts: Counts, files: Mapping[str, Any], tokenizer: Tokenizer) -> None:

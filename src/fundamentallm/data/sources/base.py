@@ -20,6 +20,9 @@ from fundamentallm.data.token_file import Tokens
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import CheckpointError
 
+MANY = 50
+"""Documents from which on whole ones make up a part."""
+
 
 class Loaders(NamedTuple):
     """The loaders of a source.
@@ -118,6 +121,10 @@ class Source(ABC):
         """
 
     @abstractmethod
+    def validation_in_words(self, fractions: Sequence[float]) -> str:
+        """Say what the validation part consists of."""
+
+    @abstractmethod
     def passages(
         self, part: str, tokenizer: Tokenizer, fractions: Sequence[float]
     ) -> Iterator[Passage]:
@@ -194,6 +201,32 @@ def split_tokens(tokens: Tokens, fractions: Sequence[float]) -> dict[str, Tokens
     bounds = split_bounds(len(tokens), fractions)
     parts = [tokens[begin:end] for begin, end in itertools.pairwise(bounds)]
     return dict(zip(PARTS, parts, strict=True))
+
+
+def draw_parts(documents: Sequence[tuple[str, int]], fractions: Sequence[float]) -> list[str]:
+    """Return the part of each of many documents: whole ones, drawn by a hash of their contents.
+
+    In the order of the hashes, a document goes to the test part, then to the validation part, as
+    long as that brings the part nearer to its share; all others are for training. Equal documents
+    are in the same part, and a new one moves only those near the ends of the shares.
+
+    Args:
+        documents: hash and size of each.
+        fractions: of train, val and test.
+    """
+    sizes: dict[str, int] = {}
+    for digest, size in documents:
+        sizes[digest] = sizes.get(digest, 0) + size
+    whole = sum(sizes.values())
+    part_of = dict.fromkeys(sizes, "train")
+    waiting = sorted(sizes)
+    for part, share in (("test", fractions[2]), ("val", fractions[1])):
+        left = share * whole
+        for digest in [one for one in waiting if part_of[one] == "train"]:
+            if 0 < sizes[digest] / 2 <= left:
+                part_of[digest] = part
+                left -= sizes[digest]
+    return [part_of[digest] for digest, _ in documents]
 
 
 def split_bounds(length: int, fractions: Sequence[float]) -> list[int]:

@@ -18,7 +18,7 @@ from fundamentallm.data.examples import (
 )
 from fundamentallm.data.file_kinds import kind_of
 from fundamentallm.data.loaders import Batching, ExampleLoader, ExampleValidationLoader
-from fundamentallm.data.sources.base import Loaders, Passage, Source, part_bounds, split_tokens
+from fundamentallm.data.sources.base import MANY, Loaders, Passage, Source, draw_parts, split_tokens
 from fundamentallm.data.sources.paths import existing
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
@@ -26,15 +26,19 @@ from fundamentallm.errors import DataError
 
 @dataclass(frozen=True)
 class ExampleSource(Source):
-    """Examples, which are split by their number.
+    """Examples.
 
     Attributes:
         examples: at least one.
         end: ends every response; None adds nothing.
+        counts: of the examples of each file.
+        by_position: split by their number, however many there are.
     """
 
     examples: list[Example]
     end: str | None
+    counts: list[int]
+    by_position: bool = False
 
     @classmethod
     def read(cls, names: Sequence[str], end: str | None) -> ExampleSource:
@@ -54,7 +58,8 @@ class ExampleSource(Source):
                 where=", ".join(others),
                 fix="name .jsonl files alone in data.source",
             )
-        examples = [one for name in names for one in read_examples(existing(name), end)]
+        files = [read_examples(existing(name), end) for name in names]
+        examples = [one for file in files for one in file]
         if not examples:
             raise DataError(
                 "there is no example in the source",
@@ -62,7 +67,7 @@ class ExampleSource(Source):
                 got="0 lines",
                 fix="name a file with one JSON object a line in data.source",
             )
-        return cls(", ".join(names), digest(examples), examples, end)
+        return cls(", ".join(names), digest(examples), examples, end, list(map(len, files)))
 
     @property
     def text(self) -> str:
@@ -98,15 +103,34 @@ class ExampleSource(Source):
         self, encoded: EncodedExamples, fractions: Sequence[float], part: str
     ) -> tuple[EncodedExamples, list[Example]]:
         """Return the examples of a part, as tokens and as text."""
-        numbers = split_tokens(np.arange(len(encoded)), fractions)[part]
-        own = np.asarray(numbers)
+        own = self.numbers(fractions, part)
         return encoded.part(own), [self.examples[number] for number in own]
+
+    def numbers(self, fractions: Sequence[float], part: str) -> np.ndarray:
+        """Return the numbers of the examples of a part: as files in `TextSource.units`."""
+        whole = np.arange(len(self.examples))
+        if self.by_position:
+            return np.asarray(split_tokens(whole, fractions)[part])
+        if len(whole) < MANY:
+            files = np.split(whole, np.cumsum(self.counts)[:-1])
+            return np.concatenate([split_tokens(file, fractions)[part] for file in files])
+        parts = draw_parts([(digest([one]), 1) for one in self.examples], fractions)
+        return np.flatnonzero(np.array(parts) == part)
+
+    def validation_in_words(self, fractions: Sequence[float]) -> str:
+        """Say how many examples of which kind it has."""
+        own, whole = len(self.numbers(fractions, "val")), len(self.examples)
+        drawn = whole >= MANY and not self.by_position
+        return f"{own:,} of {whole:,} examples, " + (
+            "drawn by a hash of their text" if drawn else "at the end of each file"
+        )
 
     def passages(
         self, part: str, tokenizer: Tokenizer, fractions: Sequence[float]
     ) -> Iterator[Passage]:
         """Yield the examples of a part."""
-        for example in self.examples[part_bounds(len(self.examples), fractions, part)]:
+        for number in self.numbers(fractions, part):
+            example = self.examples[number]
             pair = json.dumps([example.prompt, example.response]).encode()
             yield Passage(1, blake2b(pair, digest_size=12).digest())
 

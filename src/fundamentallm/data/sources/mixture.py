@@ -14,7 +14,6 @@ from fundamentallm.data.loaders import (
     ValidationLoader,
 )
 from fundamentallm.data.sources.base import Loaders, Passage, SequenceSource, Source
-from fundamentallm.data.sources.text import TextSource
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
 from fundamentallm.files.run_layout import corpus_of
@@ -109,10 +108,16 @@ class MixtureSource(Source):
         for member in self.members:
             yield from member.passages(part, tokenizer, fractions)
 
+    def validation_in_words(self, fractions: Sequence[float]) -> str:
+        """Say what the validation part of each member consists of."""
+        return "; ".join(
+            f"{member.name}: {member.validation_in_words(fractions)}" for member in self.members
+        )
+
     def kept_texts(self) -> dict[str, str]:
         """Return the text of each member that is built in."""
-        return {
-            corpus_of(member.name): member.text
-            for member in self.members
-            if isinstance(member, TextSource) and member.built_in
-        }
+        kept: dict[str, str] = {}
+        for member in self.members:
+            for text in member.kept_texts().values():
+                kept[corpus_of(member.name)] = text
+        return kept

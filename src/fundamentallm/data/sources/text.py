@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fundamentallm.data.file_kinds import SUFFIXES, kind_of, refuse_other_data
-from fundamentallm.data.sources.base import Passage, SequenceSource, part_bounds, split_tokens
+from fundamentallm.data.file_kinds import SUFFIXES, refuse_other_data
+from fundamentallm.data.folder import files_in
+from fundamentallm.data.prepared import PARTS
+from fundamentallm.data.sources.base import (
+    MANY,
+    Passage,
+    SequenceSource,
+    draw_parts,
+    part_bounds,
+    split_tokens,
+)
 from fundamentallm.data.sources.built_in import SOURCES
 from fundamentallm.data.sources.paths import existing
-from fundamentallm.data.text_file import read_text, read_texts, to_utf8, unreadable
+from fundamentallm.data.text_file import read_text, read_texts, to_utf8
 from fundamentallm.data.token_file import Tokens
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
@@ -46,14 +54,18 @@ class TextSource(SequenceSource):
         pieces: its files in order.
         built_in: whether any of it is one of `SOURCES`, which can change with Python or a
             download.
+        by_position: split as one text, however many files it has.
     """
 
     contents: str
     pieces: list[Piece]
     built_in: bool = False
+    by_position: bool = False
 
     @classmethod
-    def of(cls, files: Sequence[tuple[str, str]], built_in: bool = False) -> TextSource:
+    def of(
+        cls, files: Sequence[tuple[str, str]], built_in: bool = False, by_position: bool = False
+    ) -> TextSource:
         """Return the source of the names and texts of files, in order.
 
         Raises:
@@ -66,7 +78,9 @@ class TextSource(SequenceSource):
             position += len(text)
         joined = "".join(text for _, text in files)
         name = ", ".join(name for name, _ in files)
-        return cls(name, hashlib.sha256(to_utf8(joined)).hexdigest(), joined, pieces, built_in)
+        return cls(
+            name, hashlib.sha256(to_utf8(joined)).hexdigest(), joined, pieces, built_in, by_position
+        )
 
     @classmethod
     def read(cls, names: Sequence[str], cache_dir: Path | None, kept: Path | None) -> TextSource:
@@ -111,9 +125,43 @@ class TextSource(SequenceSource):
                     raise
             raise
 
+    def files(self) -> list[TextSource]:
+        """Return each of its files as a source."""
+        return [
+            TextSource.of([(name, self.contents[start : start + length])])
+            for name, start, length in self.pieces
+        ]
+
+    def units(self, fractions: Sequence[float]) -> list[tuple[TextSource, str | None]]:
+        """Return what is split, in order, and the part that the whole of it belongs to.
+
+        A single text is cut by position, and so is each of a few files, so that every kind of text
+        is in every part; the part is None then. Of `MANY` files and more each is in one part.
+
+        Args:
+            fractions: of train, val and test.
+        """
+        if self.by_position or len(self.pieces) == 1:
+            return [(self, None)]
+        files = self.files()
+        if len(files) < MANY:
+            return [(file, None) for file in files]
+        parts = draw_parts([(file.sha256, len(file.contents)) for file in files], fractions)
+        return list(zip(files, parts, strict=True))
+
     def parts(self, tokenizer: Tokenizer, fractions: Sequence[float]) -> dict[str, Tokens]:
-        """Return the ids of its parts by position."""
-        return split_tokens(self.encode(tokenizer), fractions)
+        """Return the ids of its parts, (N,) each, the files in order."""
+        found: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
+        for unit, own in self.units(fractions):
+            ids = unit.encode(tokenizer)
+            split = split_tokens(ids, fractions) if own is None else {own: ids}
+            for part, tokens in split.items():
+                found[part].append(np.asarray(tokens))
+        empty = np.empty(0, np.uint8)
+        return {
+            part: (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)) if pieces else empty
+            for part, pieces in found.items()
+        }
 
     def passages(
         self, part: str, tokenizer: Tokenizer, fractions: Sequence[float]
@@ -122,15 +170,42 @@ class TextSource(SequenceSource):
 
         The ends of a part are taken in characters, which is where the tokens are cut or nearly so.
         """
-        own = part_bounds(len(self.contents), fractions, part)
-        for _, start, length in self.pieces:
-            text = self.contents[max(start, own.start) : min(start + length, own.stop)]
-            if text.strip():
-                yield _passage(text, tuple(_paragraphs(text)))
+        for unit, own_part in self.units(fractions):
+            if own_part not in (None, part):
+                continue
+            own = slice(0, len(unit.contents))
+            if own_part is None:
+                own = part_bounds(len(unit.contents), fractions, part)
+            for _, start, length in unit.pieces:
+                text = unit.contents[max(start, own.start) : min(start + length, own.stop)]
+                if text.strip():
+                    yield _passage(text, tuple(_paragraphs(text)))
+
+    def validation_in_words(self, fractions: Sequence[float]) -> str:
+        """Say what the validation part consists of."""
+        units = self.units(fractions)
+        share = f"{100 * fractions[1]:g} %"
+        if len(units) == 1:
+            return f"{share} of the text, by position"
+        if units[0][1] is None:
+            return f"{share} at the end of each of {len(units):,} files"
+        own = [unit for unit, part in units if part == "val"]
+        size = sum(len(unit.contents) for unit in own)
+        names = ", ".join(unit.name for unit in own[:5]) + (", ..." if len(own) > 5 else "")
+        return (
+            f"{len(own):,} of {len(units):,} files, {100 * size / len(self.contents):.1f} % of the"
+            f" text ({names})"
+        )
 
     def kept_texts(self) -> dict[str, str]:
-        """Return the whole text if any of it is built in."""
-        return {CORPUS: self.contents} if self.built_in else {}
+        """Return the text of what is built in, by itself where there is more."""
+        if len(self.pieces) == 1:
+            return {CORPUS: self.contents} if self.built_in else {}
+        return {
+            corpus_of(name): self.contents[start : start + length]
+            for name, start, length in self.pieces
+            if name in SOURCES
+        }
 
 
 def _passage(text: str, inside: tuple[Passage, ...] = ()) -> Passage:
@@ -165,20 +240,13 @@ def _files(name: str) -> list[Path]:
         refuse_other_data(path, ("other data", "parquet"))
         return [path]
 
-    def refuse(error: OSError) -> None:
-        raise unreadable(Path(error.filename or path), error) from error
-
-    found = sorted(
-        Path(parent, file)
-        for parent, _, files in os.walk(path, onerror=refuse)
-        for file in files
-        if kind_of(file) == "text"
-    )
-    if not found:
+    found = files_in(path, ("text",))
+    if not found.read:
         raise DataError(
             "there is no text in this folder",
             where=name,
             expected="files that end in " + " or ".join(SUFFIXES["text"]),
             fix="name the files themselves in data.source",
         )
-    return found
+    found.log(name)
+    return found.read

@@ -62,6 +62,10 @@ class TokenSource(_Ids):
         """Return the ids of each part."""
         return split_tokens(self.tokens, fractions)
 
+    def validation_in_words(self, fractions: Sequence[float]) -> str:
+        """Say that it is cut by position."""
+        return f"{100 * fractions[1]:g} % of the tokens, by position"
+
 
 @dataclass(frozen=True)
 class SplitTokenSource(_Ids):
@@ -82,6 +86,12 @@ class SplitTokenSource(_Ids):
         """Return the ids of each part, whose shares were chosen when it was prepared."""
         empty = np.empty(0, np.uint8)
         return {part: self.splits.get(part, empty) for part in PARTS}
+
+    def validation_in_words(self, fractions: Sequence[float]) -> str:
+        """Say that whole documents were drawn."""
+        sizes = {part: len(tokens) for part, tokens in self.splits.items()}
+        share = 100 * sizes.get("val", 0) / max(1, sum(sizes.values()))
+        return f"documents drawn when the text was prepared, {share:.1f} % of the tokens"
 
 
 def is_tokens(name: str) -> bool:

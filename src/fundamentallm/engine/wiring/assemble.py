@@ -31,7 +31,7 @@ from fundamentallm.engine.tuning.auto import choose_auto
 from fundamentallm.engine.tuning.fit import refuse_what_cannot_fit
 from fundamentallm.engine.wiring.abilities import check_abilities
 from fundamentallm.engine.wiring.conflicts import settle_kept_checkpoints, unread_settings
-from fundamentallm.engine.wiring.exactness import versions
+from fundamentallm.engine.wiring.exactness import RULES, versions
 from fundamentallm.engine.wiring.run_directory import RunDirectory, describe
 from fundamentallm.engine.wiring.starting_point import StartingPoint, starting_point
 from fundamentallm.errors import ConfigError, DataError, MachineError
@@ -60,6 +60,7 @@ DEFAULT_HANDLERS: dict[str, dict[str, Any]] = {
     "throughput": {},
     "evaluation": {},
     "checkpointing": {},
+    "overfitting": {},
     "nan_rollback": {},
     "spikes": {},
     "signals": {},
@@ -194,6 +195,7 @@ def assemble(
                 "num_tokens": num_tokens,
                 "response_end": source.response_end,
             },
+            rules=RULES,
             versions=versions(),
             circumstances=machine.circumstances(),
         )
@@ -424,7 +426,7 @@ def resolve(
     config, tokenizer, loader = inputs.start.config, inputs.tokenizer, inputs.loaders.train
     training = config.training
     notes = [*inputs.start.notes, *without_effect(config, inputs.source)]
-    limits = Limits.resolve(training, len(loader), loader.tokens_per_step)
+    limits = Limits.resolve(training, len(loader), loader.steps_for_tokens)
     with config.locating_errors("training.warmup_steps"):
         warmup, note = resolve_warmup(training, limits.total_steps)
     if note and getattr(SCHEDULERS.get(training.scheduler.name), "uses_warmup", False):

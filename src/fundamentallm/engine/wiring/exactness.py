@@ -20,6 +20,36 @@ logger = logging.getLogger(__name__)
 DECISIVE = ("fundamentallm", "torch")
 
 
+RULES = 1
+"""The number of the rules that an existing run sees: the order of the data, the split, the list of
+files, the schedule under a clock, and the limits."""
+
+RULES_KEY = "rules"
+FIRST_REVISION = "e09519b"
+"""What trains a run without a number further."""
+
+
+def refuse_other_rules(manifest: Manifest) -> None:
+    """Refuse to train a run further that began under other rules; it can still be read.
+
+    Raises:
+        CheckpointError: it did.
+    """
+    began_with = manifest.metadata.get(RULES_KEY)
+    if began_with != RULES:
+        raise CheckpointError(
+            "the run began under other rules for the order of its data, its split and its limits,"
+            " so it would not go on as it was",
+            where=manifest.name,
+            got="rules of revision " + FIRST_REVISION
+            if began_with is None
+            else f"rules {began_with!r:.20}, which this version does not know",
+            expected=f"rules {RULES}",
+            fix=f"go on with revision {FIRST_REVISION}, start a fresh run with --resume never, or"
+            " export it and begin a run from its weights (model.init_from)",
+        )
+
+
 def versions() -> dict[str, str]:
     """Return the versions that every checkpoint carries."""
     return {

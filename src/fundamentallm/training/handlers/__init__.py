@@ -14,6 +14,7 @@ from fundamentallm.training.handlers.loss_ema import LossEMA
 from fundamentallm.training.handlers.metrics_writer import MetricsWriter, Record
 from fundamentallm.training.handlers.mfu import ModelFlopsUtilization
 from fundamentallm.training.handlers.nan_rollback import NaNRollback
+from fundamentallm.training.handlers.overfitting import Overfitting
 from fundamentallm.training.handlers.perplexity import Perplexity
 from fundamentallm.training.handlers.progress import Progress
 from fundamentallm.training.handlers.samples import Samples
@@ -38,6 +39,7 @@ __all__ = [
     "MetricsWriter",
     "ModelFlopsUtilization",
     "NaNRollback",
+    "Overfitting",
     "Perplexity",
     "Progress",
     "Record",
