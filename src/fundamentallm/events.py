@@ -20,12 +20,12 @@ STARTED
     ITERATION_COMPLETED         producers write state.metrics: loss EMA, perplexity, throughput
     FLLM_METRICS_MEASURED       metrics that are derived from other metrics: MFU
     FLLM_METRICS_READY          consumers read: logs, progress
+    FLLM_CHECKPOINT_DUE         before each evaluation (or checkpoint_steps), at step 0 and the end
+      FLLM_CHECKPOINT_SAVED     its report; in the background, when it is on the disk
+      FLLM_STATE_DAMAGED        it holds NaN or infinity, so that it is not saved
     FLLM_EVALUATION_DUE         every eval_steps, at each epoch's end and at the last step
       FLLM_EVALUATION_STARTED
       FLLM_EVALUATION_COMPLETED consumers of val metrics: best score, early stopping, samples
-    FLLM_CHECKPOINT_DUE         after every evaluation (or checkpoint_steps), at step 0 and the last
-      FLLM_CHECKPOINT_SAVED     its report
-      FLLM_STATE_DAMAGED        it holds NaN or infinity, so that it is not saved
   EPOCH_COMPLETED
 TERMINATE                       Ignite fires it when an inner run ends early
 FLLM_ROLLED_BACK                from Trainer.run, between two inner runs; STARTED fires again
@@ -89,12 +89,12 @@ class TrainingEvents(EventEnum):
     FLLM_INCIDENT_DETECTED = "fllm_incident_detected", IN_STEP, "incidents", True
     FLLM_METRICS_MEASURED = "fllm_metrics_measured", AFTER_STEP, "iteration"
     FLLM_METRICS_READY = "fllm_metrics_ready", AFTER_STEP, "iteration"
-    FLLM_EVALUATION_DUE = "fllm_evaluation_due", AFTER_STEP, "iteration"
-    FLLM_EVALUATION_STARTED = "fllm_evaluation_started", AFTER_STEP, "evaluations", True
-    FLLM_EVALUATION_COMPLETED = "fllm_evaluation_completed", AFTER_STEP, "evaluations"
     FLLM_CHECKPOINT_DUE = "fllm_checkpoint_due", AFTER_STEP, "iteration"
     FLLM_CHECKPOINT_SAVED = "fllm_checkpoint_saved", AFTER_STEP, "checkpoints", True
     FLLM_STATE_DAMAGED = "fllm_state_damaged", AFTER_STEP, "iteration"
+    FLLM_EVALUATION_DUE = "fllm_evaluation_due", AFTER_STEP, "iteration"
+    FLLM_EVALUATION_STARTED = "fllm_evaluation_started", AFTER_STEP, "evaluations", True
+    FLLM_EVALUATION_COMPLETED = "fllm_evaluation_completed", AFTER_STEP, "evaluations"
     FLLM_ROLLED_BACK = "fllm_rolled_back", Events.TERMINATE, "rollbacks", True
     FLLM_RUN_ENDED = "fllm_run_ended", Events.COMPLETED, "iteration"
 

@@ -118,7 +118,7 @@ def test_one_file_for_torch_load() -> None:
     trained = load_trained(Path("runs/llama"), torch.device("cpu"))
     assert (step, metrics["val_loss"]) == (
         trained.manifest.step,
-        trained.manifest.metadata["val_loss"],
+        trained.val_loss,
     )
 
 

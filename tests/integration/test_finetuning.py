@@ -51,7 +51,7 @@ def test_a_run_is_measured_by_its_responses(capsys: pytest.CaptureFixture[str]) 
     result = json.loads(capsys.readouterr().out)
     # The last tenth: h2 to h5.
     assert result["num_tokens"] == result["num_bytes"] == 3 + 4 + 5 + 6
-    recorded = load_trained(Path("runs/tuned"), torch.device("cpu")).manifest.metadata["val_loss"]
+    recorded = load_trained(Path("runs/tuned"), torch.device("cpu")).val_loss
     assert result["loss"] == pytest.approx(recorded, rel=1e-6)
     assert main(["evaluate", "runs/tuned", "--json", "--data", "pairs.jsonl"]) == 0
     assert json.loads(capsys.readouterr().out)["num_tokens"] == 8 * (2 + 3 + 4 + 5 + 6)
@@ -83,8 +83,7 @@ def test_fine_tuning_an_exported_model() -> None:
     assert main(["check", "next.yaml"]) == 0
     assert main(["run", "next.yaml"]) == 0
     before, after = (
-        load_trained(Path(run), torch.device("cpu")).manifest.metadata["val_loss"]
-        for run in ("runs/tuned", "runs/next")
+        load_trained(Path(run), torch.device("cpu")).val_loss for run in ("runs/tuned", "runs/next")
     )
     assert after < before
 

@@ -15,6 +15,7 @@ import pytest
 
 from fundamentallm.data.prepared import read_prepared
 from fundamentallm.engine.cli import main
+from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import HANDLERS
 
@@ -147,7 +148,7 @@ def test_evaluate_measures_what_training_did(kind: str, capsys: pytest.CaptureFi
     store = CheckpointStore(Path("runs/tiny/checkpoints"))
     best = store.resolve("best")
     assert best is not None
-    recorded = store.manifest(best).metadata["val_loss"]
+    recorded = Scores(store.directory).val_loss(store.manifest(best))
     capsys.readouterr()
     results = {}
     for more in ([], ["--documents"], ["--split", "test"], ["--split", "train"]):

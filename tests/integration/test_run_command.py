@@ -345,6 +345,42 @@ def test_an_evaluation_cut_short_runs_again(done, at_step):
     assert timeless("cut") == timeless(done)
 
 
+@pytest.mark.parametrize("evaluation", [1, 2, 3])
+def test_an_evaluation_that_fails_runs_again_and_costs_no_step(done, at_step, capsys, evaluation):
+    def fail(trainer: Trainer) -> None:
+        raise MemoryError("too much")
+
+    at_step(evaluation, fail, TrainingEvents.FLLM_EVALUATION_STARTED)
+    with pytest.raises(MemoryError):
+        main(["run", "tiny.yaml", "--run-dir", "cut", "--debug"])
+    assert last("cut") == f"step-{4 * evaluation:08d}"
+    at_step(10**6, press_ctrl_c)
+    capsys.readouterr()
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 0
+
+    output = capsys.readouterr()
+    assert f"going on with cut from step {4 * evaluation}" in output.err
+    assert "Done: 12 steps" in output.out
+    assert weights("cut") == weights(done)
+    assert timeless("cut") == timeless(done)
+    losses = [line["val/loss"] for line in lines("cut") if "val/loss" in line]
+    assert f"Validation loss {losses[-1]:.4f} (best {min(losses):.4f})." in output.out
+    assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 0
+    assert "is finished: the last step is done" in capsys.readouterr().out
+
+
+def test_a_run_that_stopped_early_says_so_and_goes_on_with_a_larger_budget(capsys):
+    early = ["run", "tiny.yaml", "handlers.early_stopping={patience: 1, min_delta: 9.0}"]
+    assert main(early) == 0
+    assert last("runs/tiny") == "step-00000008"
+    capsys.readouterr()
+    assert main(early) == 0
+    assert "is finished: no lower validation loss in 1 evaluations" in capsys.readouterr().out
+
+    assert main([*early, "training.total_steps=14", "--resume", "runs/tiny"]) == 0
+    assert last("runs/tiny") == "step-00000012"
+
+
 def test_a_run_in_its_own_directory_goes_on_by_itself(at_step):
     at_step(5, press_ctrl_c)
     assert main(["run", "tiny.yaml"]) == 130
@@ -1045,8 +1081,8 @@ def test_check_prints_costs_and_timeline_and_writes_nothing(place, capsys):
     assert float(figures["FLOPs"]) > 1e6
     assert "MiB" in figures["memory"]
     assert "ms a step" in figures["time"]
-    events = ["ITERATION_COMPLETED", "FLLM_METRICS_READY", "FLLM_EVALUATION_DUE"]
-    positions = [out.index(f"  {event} ") for event in [*events, "FLLM_CHECKPOINT_DUE"]]
+    events = ["ITERATION_COMPLETED", "FLLM_METRICS_READY", "FLLM_CHECKPOINT_DUE"]
+    positions = [out.index(f"  {event} ") for event in [*events, "FLLM_EVALUATION_DUE"]]
     assert positions == sorted(positions)
     assert "schedule" in out
     assert listing(place) == before

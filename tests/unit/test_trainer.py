@@ -24,6 +24,7 @@ from fundamentallm.testing import (
     tiny_model,
     tiny_tokens,
 )
+from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import LossEMA, NaNRollback, Perplexity, WeightEMA
 from fundamentallm.training.optimizers import OptimizerBuilder
@@ -412,8 +413,9 @@ def test_terminate_ends_the_run_evaluated_saved_and_named(
     assert trainer.history.validations[-1]["step"] == last
     newest = CheckpointStore(tmp_path).newest()
     assert newest is not None
-    assert (newest.step, newest.metadata["finished"]) == (last, "stopped by StopAt")
-    assert newest.metadata["val_loss"] == trainer.history.val_loss[-1]
+    scores = Scores(tmp_path)
+    assert (newest.step, scores.end_of(newest)) == (last, "stopped by StopAt")
+    assert scores.val_loss(newest) == trainer.history.val_loss[-1]
 
     # The run that is gone on with has the weights of one that was never stopped.
     again = make_trainer(tmp_path)
@@ -502,7 +504,8 @@ def test_a_run_counts_its_saves_the_same_where_a_signal_cut_off_its_last_evaluat
     assert (cut.finished, cut.state.iteration, cut.evaluation_pending()) == ("", 7, True)
     newest = CheckpointStore(tmp_path / "cut").newest()
     assert newest is not None
-    assert newest.metadata["for_a_stop"] is True
+    assert newest.metadata["awaits_evaluation"] is True
+    assert Scores(tmp_path / "cut").end_of(newest) == ""
     again = make_trainer(tmp_path / "cut", total_steps=7)
     again.resume(tmp_path / "cut" / newest.name)
     again.train()

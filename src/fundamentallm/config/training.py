@@ -123,7 +123,7 @@ class TrainingConfig(BaseConfig):
     """Steps from one line of metrics to the next."""
 
     checkpoint_steps: Count | None = None
-    """Steps from one checkpoint to the next; None: one after every validation."""
+    """Steps from one checkpoint to the next; None: one before every validation."""
 
     checkpoint_dir: Text = "./checkpoints"
     """Where checkpoints go; a relative path lies inside the run directory."""

@@ -36,6 +36,7 @@ from fundamentallm.files.lock import owning, refuse_if_owned
 from fundamentallm.files.private import make_directory, open_to_read
 from fundamentallm.files.run_layout import BEST, CONFIG, LOG, SAMPLES, TENSORBOARD
 from fundamentallm.training.checkpoint.manifest import Manifest
+from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.decision import STOPPED_BY
 
@@ -210,7 +211,8 @@ def _conclude(run: Run, again: str) -> None:
     )
     best = _best(run.directory)
     if "val/loss" in state.metrics:
-        best_loss = best.metadata.get("val_loss") if best is not None else None
+        scores = Scores(run.directory.checkpoints)
+        best_loss = scores.val_loss(best) if best is not None else None
         say(
             f"Validation loss {state.metrics['val/loss']:.4f}"
             + (f" (best {best_loss:.4f})." if best_loss is not None else ".")

@@ -7,6 +7,7 @@ runs/mine/
   checkpoints/            or another directory, by training.checkpoint_dir
     step-00000200/        MANIFEST.json, model.safetensors, state.safetensors, state.json
     best, last            pointer files: the name of a checkpoint
+    scores.jsonl          what evaluations said of checkpoints, a line each
     superseded/, corrupt/
   incidents/00000137-data/    report.json, evidence/
   .lock                   held by the process that trains
@@ -39,6 +40,7 @@ STATE_TENSORS = "state.safetensors"
 STATE = "state.json"
 BEST = "best"
 LAST = "last"
+SCORES = "scores.jsonl"
 SUPERSEDED = "superseded"
 CORRUPT = "corrupt"
 

@@ -108,7 +108,7 @@ def export_hf(trained: Trained, path: Path) -> None:
 def export_torch(trained: Trained, path: Path) -> None:
     """Write one file: `model` (the state_dict), `config`, `tokenizer`, `step`, `metrics`."""
     weights: dict[str, Tensor] = trained.model.state_dict()
-    score = trained.manifest.metadata.get("val_loss")
+    score = trained.val_loss
     save_weights(
         path,
         weights,

@@ -16,6 +16,7 @@ from fundamentallm.files.private import check_file
 from fundamentallm.files.run_layout import BEST, CONFIG, RunOrCheckpoint
 from fundamentallm.inference.stored_model import stored_config, stored_model
 from fundamentallm.training.checkpoint.manifest import Manifest
+from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 
 
@@ -61,6 +62,11 @@ class Trained:
         """The checkpoint in words, for whoever looks at what the model does."""
         weights = ", averaged weights" if self.averaged else ""
         return f"{self.checkpoint} (step {self.manifest.step}{weights})"
+
+    @property
+    def val_loss(self) -> float | None:
+        """The validation loss of the checkpoint in nats per token, None without one."""
+        return Scores(self.checkpoint.parent).val_loss(self.manifest)
 
     @property
     def run_dir(self) -> Path:

@@ -11,6 +11,7 @@ from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.run_layout import RunOrCheckpoint
 from fundamentallm.inference.load import checkpoints_in, named_checkpoint
 from fundamentallm.inference.stored_model import stored_config, stored_shapes
+from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.snapshot import check_usable
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.checkpoint.tree import flatten
@@ -64,7 +65,7 @@ def examine(store: CheckpointStore, name: str) -> Verdict:
     facts: dict[str, Any] = {
         "step": manifest.step,
         "num_bytes": sum(record.size for record in manifest.files.values()),
-        "val_loss": manifest.metadata.get("val_loss"),
+        "val_loss": Scores(store.directory).val_loss(manifest),
     }
     try:
         state = store.read(path)

@@ -5,9 +5,10 @@ is still to be done. Whoever carries it out does the first thing, notes it, and 
 an evaluation and a save may bring new wishes. Asked in this way, it says:
 
 - Of an unhealthy step, one that the run goes back from, nothing is evaluated or saved.
-- A run that finishes has evaluated and saved; a run that stops for now has saved.
-- An evaluation that a stop cut off or left out is owed: the run is not finished, its checkpoint is
-  one for a stop, and the run that is resumed from there begins with that evaluation.
+- The state is saved before its evaluation, so that an evaluation that fails costs no step.
+- A run that finishes has saved and evaluated; a run that stops for now has saved.
+- An evaluation that a stop cut off or left out is owed: the run is not finished, and the run that
+  is resumed from there begins with that evaluation.
 """
 
 from __future__ import annotations
@@ -151,8 +152,8 @@ class Decision:
     Attributes:
         end: how the run goes on.
         reason: why it is finished; empty if it is not.
-        evaluate: whether to evaluate now.
-        save: why to save after that; None for no save.
+        save: why to save now; None for no save.
+        evaluate: whether to evaluate after that.
         pending: whether the validation that follows this step is not complete.
     """
 
@@ -181,7 +182,8 @@ def decide(at: StepEnd) -> Decision:
     facts, step = at.facts, at.step
     if facts.data_fault:
         needs_save = facts.saved is None and facts.roll_back is None
-        return Decision(End.STOP, save=Save.FOR_A_STOP if needs_save else None)
+        pending = needs_save and step > 0 and at.cadence.evaluates_at(step) and at.unmeasured
+        return Decision(End.STOP, save=Save.FOR_A_STOP if needs_save else None, pending=pending)
     if facts.roll_back is not None:
         return ROLL_BACK
     reason = facts.finish
@@ -190,19 +192,17 @@ def decide(at: StepEnd) -> Decision:
     elif not reason and step == at.last_step:
         reason = "the last step is done"
     due = step > 0 and (bool(reason) or at.cadence.evaluates_at(step))
+    pending = due and at.unmeasured
+    evaluate = due and not facts.evaluated and (bool(reason) or not facts.leaving)
+    if facts.leaving and pending and not evaluate:
+        reason = ""
     scheduled = bool(reason) or at.cadence.saves_at(step, due)
     if not (due or scheduled or facts.leaving):
         return GO_ON
-    pending = due and at.unmeasured
-    evaluate = due and not facts.evaluated and (bool(reason) or not facts.leaving)
-    owed = pending and not evaluate
-    if facts.leaving and owed:
-        reason = ""
     end = End.FINISH if reason else End.STOP if facts.leaving else End.GO_ON
     save = None
-    if facts.saved is None or (end is End.FINISH and facts.saved is not End.FINISH):
-        if scheduled and not owed:
-            save = Save.ON_SCHEDULE
-        elif scheduled or facts.leaving:
-            save = Save.FOR_A_STOP
+    if facts.saved is None:
+        save = Save.ON_SCHEDULE if scheduled else Save.FOR_A_STOP if facts.leaving else None
+    elif end is End.FINISH and facts.saved is not End.FINISH and not facts.evaluated:
+        save = Save.ON_SCHEDULE
     return Decision(end, reason, evaluate, save, pending)

@@ -78,8 +78,8 @@ class History:
             }
         )
 
-    def cut_back(self, step: int) -> None:
-        """Forget everything after `step`."""
+    def cut_back(self, step: int, evaluation_pending: bool = False) -> None:
+        """Forget everything after `step`, and its validation where that will run again."""
         kept = sum(1 for known in self.steps if known <= step)
         for values in (
             self.steps,
@@ -90,4 +90,5 @@ class History:
         ):
             del values[kept:]
         self.epochs = [entry for entry in self.epochs if entry["step"] <= step]
-        self.validations = [entry for entry in self.validations if entry["step"] <= step]
+        last = step - evaluation_pending
+        self.validations = [entry for entry in self.validations if entry["step"] <= last]

@@ -81,6 +81,15 @@ class RestorePoint(Protocol):
     def restore(self, trainer: TrainingLoop, path: Path, survey: Survey | None = None) -> None:
         """Load the state at `path` into the trainer; `survey` has read it already."""
 
+    def note_end_of_step(self, trainer: TrainingLoop) -> None:
+        """Note what became of a step whose state is kept: its evaluation, the end of the run."""
+
+    def ended_at(self, step: int) -> str:
+        """Return why the run was complete with a kept state; empty if it was not."""
+
+    def is_scheduled(self, step: int) -> bool:
+        """Whether a state is kept for the step that was not saved for a stop alone."""
+
 
 class TrainingLoop(Dispatcher):
     """The loop over optimizer steps, from parts that are resolved.
@@ -221,6 +230,8 @@ class TrainingLoop(Dispatcher):
             while not self.stopping:
                 if self._decision is ROLL_BACK:
                     self._go_back()
+                    self._settle()
+                    continue
                 try:
                     self._run_to_stop()
                 except DataError:
@@ -268,15 +279,22 @@ class TrainingLoop(Dispatcher):
             self.finish("the budget is used up")
 
     def _settle(self) -> None:
-        """Before the first step: save step 0, or do what an interruption left undone."""
-        facts = self._facts
+        """Before a step from a state that was not just computed: what is still to be done there.
+
+        Step 0 is saved. A state that was saved before its evaluation is evaluated.
+        """
+        facts, step, point = self._facts, self.state.iteration, self.restore_point
         facts.evaluated = True
-        if self.evaluation_pending():
+        owed = self.evaluation_pending()
+        if self.restore_step() is not None and (not owed or (point and point.is_scheduled(step))):
+            facts.saved = End.FINISH  # as it is on the disk
+        if owed:
+            spent = facts.finish
             self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
+            if point is not None and point.ended_at(step):
+                facts.finish = spent  # that evaluation has ended the run, which is to go on
             # Cut off once more, it is still owed: no step may be taken before it.
             facts.leaving = self.evaluation_pending() and self.ranks.any(self._wants_to_leave())
-        elif self.state.iteration > 0 or self.restore_step() is not None:
-            facts.saved = End.FINISH  # as it is on the disk
         self._conclude()
         # A budget that ends while a run starts must not keep it from ever taking a step.
         if self.ranks.any(self.interrupted_by is not None) and self._decision.end is End.GO_ON:
@@ -297,7 +315,7 @@ class TrainingLoop(Dispatcher):
         for name, value in kept.items():
             setattr(self.state, name, value)
         self.interventions.load_state_dict(interventions)
-        self.history.cut_back(self.state.iteration)
+        self.history.cut_back(self.state.iteration, self.evaluation_pending())
         logger.warning(
             "went back from step %d to step %d (%s)", broke_at, self.state.iteration, wish.reason
         )
@@ -428,15 +446,19 @@ class TrainingLoop(Dispatcher):
         facts = self._facts
         while True:
             decision = self._decision = self._decide()
-            if decision.evaluate:
+            if decision.save is not None:
+                facts.saved = decision.end
+                self._save(decision.save)
+            elif decision.evaluate:
                 facts.evaluated = True
                 self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
                 facts.leaving = facts.leaving or (self.ranks.alone and self._wants_to_leave())
-            elif decision.save is not None:
-                facts.saved = decision.end
-                self._save(decision.save)
-            else:
+            elif decision is ROLL_BACK or self.restore_point is None:
                 return
+            else:
+                self.restore_point.note_end_of_step(self)
+                if self._decide().end is decision.end:
+                    return
 
     def _decide(self) -> Decision:
         step = self.state.iteration

@@ -235,7 +235,7 @@ def test_logs_and_progress_read_at_metrics_ready(tmp_path, caplog):
         TrainingEvents.FLLM_METRICS_READY,
         TrainingEvents.FLLM_EVALUATION_DUE,
         TrainingEvents.FLLM_EVALUATION_COMPLETED,
-        TrainingEvents.FLLM_CHECKPOINT_DUE,
+        Events.EPOCH_COMPLETED,
     )
     lines = probe(
         trainer,
@@ -260,7 +260,7 @@ def test_logs_and_progress_read_at_metrics_ready(tmp_path, caplog):
         ("FLLM_METRICS_READY", 2, (1, 1)),
         ("FLLM_EVALUATION_DUE", 2, (2, 2)),
         ("FLLM_EVALUATION_COMPLETED", 2, (2, 2)),
-        ("FLLM_CHECKPOINT_DUE", 2, (3, 2)),
+        ("EPOCH_COMPLETED", 2, (3, 2)),
     ]
 
 
@@ -287,7 +287,7 @@ def test_tensorboard_writes_at_metrics_ready_and_after_an_evaluation(tmp_path, m
         TrainingEvents.FLLM_METRICS_READY,
         TrainingEvents.FLLM_EVALUATION_DUE,
         TrainingEvents.FLLM_EVALUATION_COMPLETED,
-        TrainingEvents.FLLM_CHECKPOINT_DUE,
+        Events.EPOCH_COMPLETED,
     )
     TensorBoard(tmp_path).attach(trainer)
     Evaluation().attach(trainer)
@@ -296,7 +296,7 @@ def test_tensorboard_writes_at_metrics_ready_and_after_an_evaluation(tmp_path, m
         ("FLLM_METRICS_READY", (1, 0)),
         ("FLLM_EVALUATION_DUE", (2, 0)),
         ("FLLM_EVALUATION_COMPLETED", (2, 0)),
-        ("FLLM_CHECKPOINT_DUE", (2, 1)),
+        ("EPOCH_COMPLETED", (2, 1)),
     ]
 
 
@@ -323,33 +323,35 @@ def test_evaluation_runs_between_its_two_events():
     assert sorted(set(inside)) == ["FLLM_EVALUATION_STARTED eval", "ITERATION_STARTED train"]
 
 
-def test_samples_are_written_after_the_evaluation_and_before_the_checkpoint(tmp_path):
+def test_samples_are_written_after_the_evaluation_and_before_the_run_goes_on(tmp_path):
     trainer = make_trainer()
     path = tmp_path / "samples.jsonl"
     seen = probe(
         trainer,
         lambda: count_lines(path),
         TrainingEvents.FLLM_EVALUATION_COMPLETED,
-        TrainingEvents.FLLM_CHECKPOINT_DUE,
+        Events.EPOCH_COMPLETED,
+        TrainingEvents.FLLM_RUN_ENDED,
     )
     Samples(CharacterTokenizer("\nabcdefghij"), tmp_path, num_tokens=3).attach(trainer)
     Evaluation().attach(trainer)
     trainer.run()
     assert [entry for entry in seen if entry[1] > 0] == [
         ("FLLM_EVALUATION_COMPLETED", 2, 0),
-        ("FLLM_CHECKPOINT_DUE", 2, 1),
+        ("EPOCH_COMPLETED", 2, 1),
         ("FLLM_EVALUATION_COMPLETED", 3, 1),
-        ("FLLM_CHECKPOINT_DUE", 3, 2),
+        ("FLLM_RUN_ENDED", 3, 2),
     ]
 
 
-def test_early_stopping_judges_before_the_checkpoint_is_saved():
+def test_early_stopping_judges_behind_the_checkpoint_and_before_the_epoch_ends():
     trainer = make_trainer(total_steps=20)
     seen = probe(
         trainer,
         lambda: bool(trainer.finished),
-        TrainingEvents.FLLM_EVALUATION_COMPLETED,
         TrainingEvents.FLLM_CHECKPOINT_DUE,
+        TrainingEvents.FLLM_EVALUATION_COMPLETED,
+        Events.EPOCH_COMPLETED,
     )
     EarlyStopping(patience=1, min_delta=100.0).attach(trainer)
     Evaluation().attach(trainer)
@@ -357,10 +359,12 @@ def test_early_stopping_judges_before_the_checkpoint_is_saved():
     # The first loss improves on infinity, the second does not by 100 nats.
     assert seen == [
         ("FLLM_CHECKPOINT_DUE", 0, False),
-        ("FLLM_EVALUATION_COMPLETED", 2, False),
         ("FLLM_CHECKPOINT_DUE", 2, False),
+        ("FLLM_EVALUATION_COMPLETED", 2, False),
+        ("EPOCH_COMPLETED", 2, False),
+        ("FLLM_CHECKPOINT_DUE", 4, False),
         ("FLLM_EVALUATION_COMPLETED", 4, False),
-        ("FLLM_CHECKPOINT_DUE", 4, True),
+        ("EPOCH_COMPLETED", 4, True),
     ]
 
 
@@ -380,9 +384,9 @@ def test_checkpointing_saves_between_its_two_events(tmp_path):
     assert seen[:6] == [
         ("FLLM_CHECKPOINT_DUE", 0, 0),
         ("FLLM_CHECKPOINT_SAVED", 0, 1),
-        ("FLLM_EVALUATION_COMPLETED", 2, 1),
         ("FLLM_CHECKPOINT_DUE", 2, 1),
         ("FLLM_CHECKPOINT_SAVED", 2, 2),
+        ("FLLM_EVALUATION_COMPLETED", 2, 2),
         ("EPOCH_COMPLETED", 2, 2),
     ]
 
@@ -397,11 +401,11 @@ def test_hooks_are_called_in_the_order_of_the_loop(tmp_path):
     make_trainer(hooks, Checkpointing(tmp_path), Evaluation()).run()
     assert calls == [
         ("checkpoint", 0),
-        ("validation", 2),
         ("checkpoint", 2),
+        ("validation", 2),
         ("epoch", 2),
-        ("validation", 3),
         ("checkpoint", 3),
+        ("validation", 3),
     ]
 
 
@@ -503,11 +507,11 @@ EXPECTED = [
     ("ITERATION_COMPLETED", 2),
     ("FLLM_METRICS_MEASURED", 2),
     ("FLLM_METRICS_READY", 2),
+    ("FLLM_CHECKPOINT_DUE", 2),
+    ("FLLM_CHECKPOINT_SAVED", 2),
     ("FLLM_EVALUATION_DUE", 2),
     ("FLLM_EVALUATION_STARTED", 2),
     ("FLLM_EVALUATION_COMPLETED", 2),
-    ("FLLM_CHECKPOINT_DUE", 2),
-    ("FLLM_CHECKPOINT_SAVED", 2),
     ("EPOCH_COMPLETED", 2),
     ("EPOCH_STARTED", 2),
     ("GET_BATCH_STARTED", 2),
@@ -525,6 +529,9 @@ EXPECTED = [
     ("ITERATION_COMPLETED", 3),
     ("TERMINATE", 3),
     ("FLLM_ROLLED_BACK", 2),
+    ("FLLM_EVALUATION_DUE", 2),
+    ("FLLM_EVALUATION_STARTED", 2),
+    ("FLLM_EVALUATION_COMPLETED", 2),
     ("STARTED", 2),
     ("EPOCH_STARTED", 2),
     ("GET_BATCH_STARTED", 2),
@@ -534,11 +541,11 @@ EXPECTED = [
     ("ITERATION_COMPLETED", 3),
     ("FLLM_METRICS_MEASURED", 3),
     ("FLLM_METRICS_READY", 3),
+    ("FLLM_CHECKPOINT_DUE", 3),
+    ("FLLM_CHECKPOINT_SAVED", 3),
     ("FLLM_EVALUATION_DUE", 3),
     ("FLLM_EVALUATION_STARTED", 3),
     ("FLLM_EVALUATION_COMPLETED", 3),
-    ("FLLM_CHECKPOINT_DUE", 3),
-    ("FLLM_CHECKPOINT_SAVED", 3),
     ("TERMINATE", 3),
     ("COMPLETED", 3),
     ("FLLM_RUN_ENDED", 3),

@@ -52,8 +52,8 @@ def test_each_is_called_at_its_moment_with_its_arguments(tmp_path):
         ("validation", 8, val[8]),
         ("validation", 10, val[10]),
         ("epoch", 10, epoch["train_loss"]),
-        ("validation", 12, val[12]),
         ("checkpoint", 12, "step-00000012"),
+        ("validation", 12, val[12]),
     ]
 
 

@@ -93,7 +93,7 @@ def execute(options: argparse.Namespace) -> int:
     with speaking():
         load_plugins(options.plugins, "--plugins")
         trained = load_trained(options.model, Machine.open(options.device).device)
-        loss = trained.manifest.metadata.get("val_loss")
+        loss = trained.val_loss
         measured = f"; validation loss {loss:.4f}" if isinstance(loss, float) else ""
         logger.info("from %s%s", trained.origin, measured)
         if options.num_samples < 1:

@@ -25,6 +25,7 @@ from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint,
 from fundamentallm.inference.stored_model import stored_config
 from fundamentallm.training.checkpoint.catalogue import Survey
 from fundamentallm.training.checkpoint.manifest import Manifest
+from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.snapshot import check_usable
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.decision import STOPPED_BY
@@ -184,8 +185,8 @@ def _continue_at(path: Path, config: RunConfig, run_dir: Path | None) -> RunDire
             fix="leave out --run-dir",
         )
     _refuse_drift(manifest, config, path)
-    finished = str(manifest.metadata.get("finished", ""))
     _check_resumable(manifest)
+    finished = Scores(named.checkpoints).end_of(manifest)
     has_more_to_do = _has_larger_budget(config, as_written(manifest)["training"])
     if has_more_to_do or finished.startswith(STOPPED_BY):
         finished = ""
@@ -210,7 +211,7 @@ def _refuse_drift(manifest: Manifest, config: RunConfig, path: Path) -> None:
 
 def _going_on(path: Path, newest: Manifest, survey: Survey) -> RunDirectory:
     _check_resumable(newest)
-    finished = str(newest.metadata.get("finished", ""))
+    finished = Scores(survey.store.directory).end_of(newest)
     note = _note(path, newest)
     return RunDirectory(path, survey.store.directory, newest, note, finished, survey)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint.manifest import Manifest
+from fundamentallm.training.checkpoint.scores import AWAITS_EVALUATION
 from fundamentallm.training.checkpoint.store import Check, CheckpointStore, no_check, step_name
 
 FOR_A_STOP = "for_a_stop"  # in the metadata of a checkpoint that no schedule asked for
@@ -28,19 +29,28 @@ class Entry:
         hash: its manifest's; empty while it is being written.
         run_id: of the run that saved it.
         for_a_stop: whether only a stop asked for it, and no schedule.
+        awaits_evaluation: whether its state is that before the evaluation of its step.
+        ended: why the run was complete with it; empty if it was not.
     """
 
     step: int
     hash: str
     run_id: str | None
     for_a_stop: bool
+    awaits_evaluation: bool = False
+    ended: str = ""
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Entry:
+    def of(cls, manifest: Manifest, ended: str) -> Entry:
         """Return the entry of a checkpoint that was read."""
         metadata = manifest.metadata
         return cls(
-            manifest.step, manifest.hash, metadata.get("run_id"), bool(metadata.get(FOR_A_STOP))
+            manifest.step,
+            manifest.hash,
+            metadata.get("run_id"),
+            bool(metadata.get(FOR_A_STOP)),
+            bool(metadata.get(AWAITS_EVALUATION)),
+            ended,
         )
 
     @property

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from fundamentallm.files.run_layout import BEST, CORRUPT, LAST, SUPERSEDED
 from fundamentallm.training.checkpoint import snapshot
 from fundamentallm.training.checkpoint.catalogue import FOR_A_STOP, Catalogue, Entry, Survey
 from fundamentallm.training.checkpoint.finite import DamagedStateError, bit_sum
+from fundamentallm.training.checkpoint.scores import AWAITS_EVALUATION, Score, Scores, finite
 from fundamentallm.training.checkpoint.store import STEP_NAME, CheckpointStore, step_name, step_of
 from fundamentallm.training.checkpoint.tree import Stateful, copied
 from fundamentallm.training.handlers.base import HANDLERS
@@ -44,20 +45,28 @@ class BackgroundSave:
         entry: what the catalogue says of it while it is being written.
         replaced: what the catalogue said of its step before, and says again if the save fails.
         best_before: best score and step that hold again if the save fails.
+        best_step: the step of the best checkpoint when the save began.
 
     Attributes:
         committed: whether the checkpoint is on the disk; what fails after that loses nothing.
+        score: what the evaluation of its step has said in the meantime.
         pruned: the names of the checkpoints that were deleted for it.
     """
 
     def __init__(
-        self, entry: Entry, replaced: Entry | None, best_before: tuple[float, int | None]
+        self,
+        entry: Entry,
+        replaced: Entry | None,
+        best_before: tuple[float, int | None],
+        best_step: int | None,
     ) -> None:
         self.step, self.name = entry.step, entry.name
         self.entry = entry
         self.replaced = replaced
         self.best_before = best_before
+        self.best_step = best_step
         self.committed = False
+        self.score: Score | None = None
         self.pruned: Sequence[str] = ()
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -158,6 +167,7 @@ class Checkpointing(Checkpoint):
         self.best_score = -math.inf
         self.best_step: int | None = None
         self.catalogue = Catalogue()
+        self._judged: int | None = None  # the step that was compared with the best
         self._is_ours = False
         self._background: BackgroundSave | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -186,13 +196,23 @@ class Checkpointing(Checkpoint):
         self._finish_background(trainer)
         step = trainer.state.iteration
         before = self.best_score, self.best_step
-        score = self.score(trainer)
-        if score is not None and math.isfinite(score) and score > self.best_score:
-            self.best_score, self.best_step = score, step
+        awaits_evaluation = trainer.evaluation_pending()
+        if not awaits_evaluation:
+            self._judge(trainer)
         state = snapshot.capture(trainer)
         state["objects"] = {name: thing.state_dict() for name, thing in self.to_save.items()}
-        entry = Entry(step, "", trainer.run_id, trainer.saving_for_a_stop)
-        save = self._background = BackgroundSave(entry, self.catalogue.get(step), before)
+        entry = Entry(
+            step,
+            "",
+            trainer.run_id,
+            trainer.saving_for_a_stop,
+            awaits_evaluation,
+            ended="" if awaits_evaluation else trainer.finished,
+        )
+        save = self._background = BackgroundSave(
+            entry, self.catalogue.get(step), before, self.best_step
+        )
+        self._judged = None if awaits_evaluation else step
         self.catalogue = self.catalogue.including(entry)
         if (damage := self._damage_somewhere(trainer, state)) is not None:
             save.fail(damage)
@@ -209,6 +229,12 @@ class Checkpointing(Checkpoint):
                 save.run(work)
         if not beside:
             self._finish_background(trainer)
+
+    def _judge(self, trainer: TrainingLoop) -> None:
+        """Compare the current step with the best so far."""
+        score, self._judged = self.score(trainer), trainer.state.iteration
+        if score is not None and math.isfinite(score) and score > self.best_score:
+            self.best_score, self.best_step = score, self._judged
 
     def _damage_somewhere(
         self, trainer: TrainingLoop, state: Mapping[str, Any]
@@ -244,6 +270,7 @@ class Checkpointing(Checkpoint):
             "finished": trainer.finished,
             "val_loss": val_loss if math.isfinite(val_loss) else None,
             FOR_A_STOP: trainer.saving_for_a_stop,
+            AWAITS_EVALUATION: trainer.evaluation_pending(),
             **trainer.description,
         }
 
@@ -252,24 +279,91 @@ class Checkpointing(Checkpoint):
         snapshot.check_usable(state, f"step {step}")
         self.store.write(save.name, state, metadata, step=step)
         save.committed = True
-        self._point_at(step)
-        if self.best_step == step:
+        self._point_at(step, save.best_step)
+        if save.best_step == step:
             logger.info("step %d: saved, the best %s so far", step, self.score_name)
         else:
             logger.debug("step %d: saved", step)
+        save.pruned = self._prune(save.best_step, passing)
+
+    def _prune(self, best_step: int | None, passing: Collection[str]) -> Sequence[str]:
         assert self.n_saved is not None
-        save.pruned = self.store.prune(self.n_saved, self._best_name(), passing)
+        keep = set() if best_step is None else {step_name(best_step)}
+        return self.store.prune(self.n_saved, keep, passing)
 
-    def _best_name(self) -> set[str]:
-        return {step_name(self.best_step)} if self.best_step is not None else set()
-
-    def _point_at(self, step: int) -> None:
+    def _point_at(self, step: int, best_step: int | None) -> None:
         """Let the pointers say what this object knows, whatever a crash has left them saying."""
         self.store.point(LAST, step_name(step))
-        if self.best_step is None:
+        self._point_at_best(best_step)
+
+    def _point_at_best(self, best_step: int | None) -> None:
+        if best_step is None:
             self.store.forget(BEST)
-        elif self.store.pointed(BEST) != step_name(self.best_step):
-            self.store.point(BEST, step_name(self.best_step))
+        elif self.store.pointed(BEST) != step_name(best_step):
+            self.store.point(BEST, step_name(best_step))
+
+    # ------------------------------------------------------------------ after the evaluation
+
+    def note_end_of_step(self, trainer: TrainingLoop) -> None:
+        """Note what the evaluation of the saved step has said, and the end of the run.
+
+        The score is written first, then the best is pointed at: it is never one without a score. A
+        save in the background is waited for by its score, not by the training.
+
+        Raises:
+            CheckpointError: the disk refuses, and `on_error` is "stop".
+        """
+        step, state = trainer.state.iteration, trainer.state
+        entry = self.catalogue.get(step)
+        if entry is not None:
+            measured = entry.awaits_evaluation and state.evaluated_step == step
+            is_new = measured and self._judged != step
+            if is_new:
+                self._judge(trainer)
+            if is_new or trainer.finished not in ("", entry.ended):
+                self.catalogue = self.catalogue.including(replace(entry, ended=trainer.finished))
+                val_loss, perplexity = (
+                    finite(state.metrics[name]) if measured else None
+                    for name in ("val/loss", "val/perplexity")
+                )
+                score = Score(step, entry.hash, measured, val_loss, perplexity, trainer.finished)
+                if self._background is not None and self._background.step == step:
+                    self._background.score = score
+                else:
+                    self._write_score(trainer, score)
+        if trainer.stopping:
+            self._finish_background(trainer)
+
+    def _write_score(self, trainer: TrainingLoop, score: Score) -> None:
+        failure: CheckpointError | None = None
+        if trainer.ranks.is_writer:
+            try:
+                Scores(self.store.directory, self.store.filesystem).put(score)
+                self._point_at_best(self.best_step)
+                if self.best_step == score.step:
+                    logger.info("step %d: the best %s so far", score.step, self.score_name)
+                    pruned = self._prune(self.best_step, self.catalogue.names(for_a_stop=True))
+                    self.catalogue = self.catalogue.without(pruned)
+            except CheckpointError as error:
+                failure = error
+        self._tell_catalogue(trainer)
+        if trainer.ranks.any(failure is not None):
+            failure = failure or CheckpointError("the first rank could not write the score")
+            if self.on_error == "stop":
+                raise failure
+            logger.warning(
+                "step %d: its score is not written, training goes on: %s", score.step, failure
+            )
+
+    def ended_at(self, step: int) -> str:
+        """Return why the run was complete with the checkpoint of a step; empty if it was not."""
+        entry = self.catalogue.get(step)
+        return entry.ended if entry is not None else ""
+
+    def is_scheduled(self, step: int) -> bool:
+        """Whether the step has a checkpoint that was not saved for a stop alone."""
+        entry = self.catalogue.get(step)
+        return entry is not None and not entry.for_a_stop
 
     # ------------------------------------------------------------------ in the background
 
@@ -292,9 +386,10 @@ class Checkpointing(Checkpoint):
             ]
         )
         self.catalogue = self.catalogue.without([save.name, *save.pruned])
-        entry = (
-            save.replaced if lost else replace(save.entry, hash=self.store.known_hash(save.name))
-        )
+        entry = save.replaced
+        if not lost:
+            ended = save.score.finished if save.score is not None else save.entry.ended
+            entry = replace(save.entry, hash=self.store.known_hash(save.name), ended=ended)
         if entry is not None:
             self.catalogue = self.catalogue.including(entry)
         self._tell_catalogue(trainer)
@@ -314,6 +409,8 @@ class Checkpointing(Checkpoint):
                 return
         trainer.state.last_checkpoint = self.store.directory / step_name(save.step)
         trainer.notify(TrainingEvents.FLLM_CHECKPOINT_SAVED)
+        if save.score is not None and entry is not None:
+            self._write_score(trainer, replace(save.score, manifest=entry.hash))
 
     def _wait_at_the_end(self) -> None:
         """A run that ended in an exception must not leave a thread that writes."""
@@ -339,7 +436,10 @@ class Checkpointing(Checkpoint):
         def look_over() -> None:
             for manifest in survey.manifests():
                 self.store.trust(manifest)
-            self.catalogue = Catalogue.of(map(Entry.of, survey.usable.values()))
+            scores = Scores(self.store.directory, self.store.filesystem)
+            self.catalogue = Catalogue.of(
+                Entry.of(manifest, scores.end_of(manifest)) for manifest in survey.usable.values()
+            )
             newest = self.catalogue.newest
             if newest is not None and newest.run_id != trainer.run_id:
                 raise CheckpointError(
@@ -468,6 +568,7 @@ class Checkpointing(Checkpoint):
         for name, thing in self.to_save.items():
             thing.load_state_dict(state["objects"][name])
         trainer.state.last_checkpoint = path
+        self._judged = None
 
     def _leave_later_ones(self, trainer: TrainingLoop) -> None:
         """Make the restored state the newest, and the best what is best among those left."""
@@ -478,7 +579,8 @@ class Checkpointing(Checkpoint):
 
         def set_later_ones_aside() -> None:
             superseded = self.store.supersede(step)
-            self._point_at(step)
+            Scores(self.store.directory, self.store.filesystem).cut_back(step)
+            self._point_at(step, self.best_step)
             if superseded:
                 logger.info(
                     "going on from step %d: moved %s to %s",
