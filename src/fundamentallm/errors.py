@@ -7,6 +7,7 @@ FundamentaLLMError
     CheckpointError            4    a checkpoint or run directory
     MachineError               5    devices, disks, memory, processes, missing packages
     NumericalError            20    training cannot continue for numerical reasons
+    StalledRankError          21    one of several ranks stands still, and the run was ended
     InterruptedRunError  128 + n    signal n ended the run; its state was saved
 ```
 
@@ -106,6 +107,12 @@ class NumericalError(FundamentaLLMError):
     """Training cannot continue: the numbers are not finite and every remedy was tried."""
 
     exit_code = 20
+
+
+class StalledRankError(FundamentaLLMError):
+    """One of several ranks stands still; all of them end, to be started again."""
+
+    exit_code = 21
 
 
 class InterruptedRunError(FundamentaLLMError):

@@ -14,6 +14,7 @@ from fundamentallm.config.base import BaseConfig, Seed
 from fundamentallm.config.component import plain_options
 from fundamentallm.config.data import DataConfig
 from fundamentallm.config.model import ModelConfig, TransformerConfig, model_class
+from fundamentallm.config.parallel import ParallelConfig
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.config.yaml.problems import problem
 from fundamentallm.config.yaml.source import YamlDocument
@@ -47,6 +48,9 @@ class RunConfig(BaseConfig):
 
     training: TrainingConfig = TrainingConfig()
     """How the model is trained."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    """How several ranks work together."""
 
     handlers: dict[str, bool | dict[str, Any]] = Field(default_factory=dict)
     """Handlers by name, merged over the default set: their options, true for the default options,

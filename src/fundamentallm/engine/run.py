@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from fundamentallm.compute.distributed import Ranks, leave_ranks
 from fundamentallm.compute.plan import Machine
+from fundamentallm.compute.watchdog import Watchdog, watched
 from fundamentallm.config import RunConfig, load_config
 from fundamentallm.engine.console import logging_to, printable, say, speaking
 from fundamentallm.engine.plugins import load_plugins
@@ -39,6 +40,7 @@ from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.decision import STOPPED_BY
+from fundamentallm.training.handlers.phases import Phases
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,11 @@ def run(
     machine = open_machine(config, join=True)
     ranks = machine.ranks
     try:
-        with speaking(quiet=not ranks.is_writer):
+        patience = config.parallel.patience
+        with (
+            speaking(quiet=not ranks.is_writer),
+            watched(ranks, patience.step, patience.save) as watchdog,
+        ):
             load_plugins([*config.plugins, *plugins], config.locate("plugins"))
             check_names(config)
             directory = agree_on_directory(config, resume, run_dir, ranks)
@@ -88,7 +94,7 @@ def run(
                 again += _option("--run-dir", run_dir)
             for module in plugins:
                 again += _option("--plugins", module)
-            return _train(config, directory, machine, again)
+            return _train(config, directory, machine, again, watchdog)
     except RuntimeError as error:
         if ranks.alone or not ("gloo" in str(error) or isinstance(error, dist.DistError)):
             raise
@@ -124,9 +130,17 @@ def agree_on_directory(
     return RunDirectory(Path(path), Path(checkpoints), manifest, note, finished)
 
 
-def _train(config: RunConfig, directory: RunDirectory, machine: Machine, again: str) -> int:
+def _train(
+    config: RunConfig,
+    directory: RunDirectory,
+    machine: Machine,
+    again: str,
+    watchdog: Watchdog | None,
+) -> int:
     """Train; `again` is the command that goes on with the run."""
-    run = assemble(config, directory, machine)
+    if watchdog is not None:
+        watchdog.folder = directory.path
+    run = assemble(config, directory, machine, first=[Phases(watchdog)] if watchdog else [])
     trainer, ranks = run.trainer, machine.ranks
     with contextlib.ExitStack() as held:
         if ranks.is_writer:
@@ -141,6 +155,8 @@ def _train(config: RunConfig, directory: RunDirectory, machine: Machine, again: 
             _announce(run)
         if directory.checkpoint is not None:
             tell_other_circumstances(directory.checkpoint, machine)
+            if watchdog is not None:
+                watchdog.enter("load", directory.checkpoint.step)
             trainer.resume(directory.checkpoints / directory.checkpoint.name, directory.survey)
         trainer.run()
         if trainer.interrupted_by is not None and not trainer.finished:

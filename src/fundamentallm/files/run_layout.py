@@ -10,6 +10,7 @@ runs/mine/
     scores.jsonl          what evaluations said of checkpoints, a line each
     superseded/, corrupt/
   incidents/00000137-data/    report.json, evidence/
+  stacks-rank-0.txt       of each rank that ended because one stood still: where its threads were
   .lock                   held by the process that trains
   STOP                    made by the user to end the run
 """
@@ -48,12 +49,18 @@ REPORT = "report.json"
 EVIDENCE = "evidence"
 
 BEFORE_A_CHECKPOINT = frozenset({CONFIG, LOG, METRICS, TENSORBOARD, LOCK})
-"""What a run has written that ended before its first checkpoint, beside `corpus*.txt`."""
+"""What a run has written that ended before its first checkpoint, beside `corpus*.txt`
+and `stacks-rank-*.txt`."""
 
 
 def corpus_of(source: str) -> str:
     """Return the name of the file with the text of a built-in source in a mixture."""
     return f"corpus-{source}.txt"
+
+
+def stacks_of(rank: int) -> str:
+    """Return the name of the file with the stacks of a rank."""
+    return f"stacks-rank-{rank}.txt"
 
 
 def check_entries(run: Path, checkpoints: Path) -> None:
@@ -69,8 +76,9 @@ def check_entries(run: Path, checkpoints: Path) -> None:
     """
     for name in (CONFIG, METRICS, SAMPLES, LOG, LOCK, STOP):
         check_file(run / name)
-    for path in run.glob("corpus*.txt"):
-        check_file(path)
+    for pattern in ("corpus*.txt", "stacks-rank-*.txt"):
+        for path in run.glob(pattern):
+            check_file(path)
     for name in (TENSORBOARD, INCIDENTS):
         check_directory(run / name)
     if checkpoints.is_relative_to(run):

@@ -17,6 +17,7 @@ RESUME_MAY_DIFFER = frozenset(
     {
         "name",
         "plugins",
+        "parallel",
         "training.num_epochs",
         "training.total_steps",
         "training.max_tokens",

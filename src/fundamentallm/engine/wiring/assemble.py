@@ -6,6 +6,7 @@ Read `assemble` from top to bottom as a recipe; a script can copy its lines and 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from fundamentallm.models.build import build_model, check_model, uses_attention
 from fundamentallm.models.native.library import find_compiler, load_library
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.clock import seconds_since_start
-from fundamentallm.training.handlers import HANDLERS
+from fundamentallm.training.handlers import HANDLERS, Handler
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import LOSSES
 from fundamentallm.training.optimizers import OPTIMIZERS, OptimizerBuilder
@@ -117,7 +118,11 @@ class Run:
 
 
 def assemble(
-    written: RunConfig, directory: RunDirectory, machine: Machine, measuring: bool = True
+    written: RunConfig,
+    directory: RunDirectory,
+    machine: Machine,
+    measuring: bool = True,
+    first: Sequence[Handler] = (),
 ) -> Run:
     """Build every part of a run and connect them.
 
@@ -132,6 +137,7 @@ def assemble(
         directory: where the run lives, and what it goes on from.
         machine: where it computes, as `open_machine` finds it.
         measuring: choose by measuring what `auto` leaves open, in a run that begins.
+        first: handlers that listen before those of the configuration.
 
     Raises:
         FundamentaLLMError: of the class of whatever part cannot be built.
@@ -182,7 +188,7 @@ def assemble(
         loss_fn = LOSSES.build(training.loss.name, training.loss.options)
     check_abilities(config, model, loss_fn)
     trainer = Trainer(
-        model, train_loader, val_loader, optimizer, scheduler, loss_fn, plan, training
+        model, train_loader, val_loader, optimizer, scheduler, loss_fn, plan, training, first
     )
     trainer.clock = seconds_since_start
     trainer.description = dict(

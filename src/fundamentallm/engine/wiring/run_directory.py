@@ -255,7 +255,8 @@ def _is_free(path: Path, config: RunConfig) -> bool:
     # What a run leaves that ended before its first checkpoint.
     left = {*BEFORE_A_CHECKPOINT, checkpoints.name}
     return all(
-        entry.name in left or (entry.name.startswith("corpus") and entry.suffix == ".txt")
+        entry.name in left
+        or (entry.name.startswith(("corpus", "stacks-rank-")) and entry.suffix == ".txt")
         for entry in path.iterdir()
     )
 

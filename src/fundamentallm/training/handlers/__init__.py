@@ -16,6 +16,7 @@ from fundamentallm.training.handlers.mfu import ModelFlopsUtilization
 from fundamentallm.training.handlers.nan_rollback import NaNRollback
 from fundamentallm.training.handlers.overfitting import Overfitting
 from fundamentallm.training.handlers.perplexity import Perplexity
+from fundamentallm.training.handlers.phases import Phases
 from fundamentallm.training.handlers.progress import Progress
 from fundamentallm.training.handlers.samples import Samples
 from fundamentallm.training.handlers.schedule import Schedule
@@ -41,6 +42,7 @@ __all__ = [
     "NaNRollback",
     "Overfitting",
     "Perplexity",
+    "Phases",
     "Progress",
     "Record",
     "Samples",
