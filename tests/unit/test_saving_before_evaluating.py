@@ -30,8 +30,7 @@ from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_loaders, tiny_model, tiny_tokens
 from fundamentallm.training.checkpoint import snapshot
-from fundamentallm.training.checkpoint.catalogue import Survey
-from fundamentallm.training.checkpoint.scores import MAX_SCORES_BYTES, Score, Scores
+from fundamentallm.training.checkpoint.catalogue import MAX_SCORES_BYTES, Score, Scores, Survey
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import (
     Checkpointing,

@@ -24,7 +24,7 @@ from fundamentallm.testing import (
     tiny_model,
     tiny_tokens,
 )
-from fundamentallm.training.checkpoint.scores import Scores
+from fundamentallm.training.checkpoint.catalogue import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import LossEMA, NaNRollback, Perplexity, WeightEMA
 from fundamentallm.training.optimizers import OptimizerBuilder

@@ -36,8 +36,8 @@ from fundamentallm.files.filesystem import Filesystem, replace_file
 from fundamentallm.files.lock import owning, refuse_if_owned
 from fundamentallm.files.private import make_directory, open_to_read
 from fundamentallm.files.run_layout import BEST, CONFIG, LOG, SAMPLES, TENSORBOARD
+from fundamentallm.training.checkpoint.catalogue import Scores
 from fundamentallm.training.checkpoint.manifest import Manifest
-from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.decision import STOPPED_BY
 from fundamentallm.training.handlers.phases import Phases

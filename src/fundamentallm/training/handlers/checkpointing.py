@@ -19,9 +19,17 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.run_layout import BEST, CORRUPT, LAST, SUPERSEDED
 from fundamentallm.training.checkpoint import snapshot
-from fundamentallm.training.checkpoint.catalogue import FOR_A_STOP, Catalogue, Entry, Survey
+from fundamentallm.training.checkpoint.catalogue import (
+    AWAITS_EVALUATION,
+    FOR_A_STOP,
+    Catalogue,
+    Entry,
+    Score,
+    Scores,
+    Survey,
+    finite,
+)
 from fundamentallm.training.checkpoint.finite import DamagedStateError, bit_sum
-from fundamentallm.training.checkpoint.scores import AWAITS_EVALUATION, Score, Scores, finite
 from fundamentallm.training.checkpoint.store import STEP_NAME, CheckpointStore, step_name, step_of
 from fundamentallm.training.checkpoint.tree import Stateful, copied
 from fundamentallm.training.handlers.base import HANDLERS
