@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,25 @@ def test_what_is_no_text_is_told_with_its_place(
     for words in (*says, "bad.txt"):
         assert words in str(caught.value)
     assert caught.value.fix
+
+
+def test_a_header_of_30_megabytes_costs_no_minute(tmp_path: Path) -> None:
+    whole = gzip.compress(TEXT.encode() * 100, mtime=0)
+    # Bit 3 of the flags says that a file's name follows, up to a zero byte (RFC 1952, 2.3.1).
+    named = whole[:3] + b"\x08" + whole[4:10] + b"n" * 30_000_000 + b"\0" + whole[10:]
+    (tmp_path / "a.txt.gz").write_bytes(named + whole)
+    started = time.process_time()
+    assert texts(tmp_path / "a.txt.gz") == [TEXT * 200]
+    assert time.process_time() - started < 10
+
+
+def test_zeros_behind_an_archive_are_padding_and_anything_else_is_damage(tmp_path: Path) -> None:
+    whole = gzip.compress(TEXT.encode(), mtime=0)
+    (tmp_path / "a.txt.gz").write_bytes(whole + b"\0" * 1000 + whole + b"\0" * 3_000_000)
+    assert texts(tmp_path / "a.txt.gz") == [TEXT * 2]
+    (tmp_path / "a.txt.gz").write_bytes(whole + b"\0\0garbage")
+    with pytest.raises(DataError, match="gzip file is damaged"):
+        texts(tmp_path / "a.txt.gz")
 
 
 def test_a_damaged_archive_is_told(tmp_path: Path) -> None:
