@@ -83,14 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
         return MachineError.exit_code
-    except MemoryError as error:
-        if options.debug:
+    except (MemoryError, RuntimeError) as error:
+        # It imports torch, which a command that ran out of memory has done already.
+        from fundamentallm.compute.memory import is_out_of_memory, out_of_memory
+
+        if options.debug or not is_out_of_memory(error):
             raise
-        report(
-            MachineError(
-                "out of memory", got=str(error), fix="lower data.batch_size or the model's size"
-            )
-        )
+        report(out_of_memory(error))
         return MachineError.exit_code
 
 

@@ -24,11 +24,12 @@ import torch
 from ignite.engine import Events
 from torch import Tensor, nn
 
+from fundamentallm.compute.memory import is_out_of_memory, out_of_memory
 from fundamentallm.compute.plan import Plan
 from fundamentallm.compute.prefetch import ahead
 from fundamentallm.compute.rng import capture_generators, restore_generators
 from fundamentallm.config.training import TrainingConfig
-from fundamentallm.data.batch import Window, as_window
+from fundamentallm.data.batch import Window, as_window, count_computed
 from fundamentallm.data.loaders import as_window_loader, batch_shape_of
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import TrainingEvents
@@ -117,6 +118,8 @@ class TrainingLoop(Dispatcher):
         restore_point: whatever keeps earlier states; checkpointing sets itself.
         clock: seconds since the run's time began to count in this process.
         window: this rank's share of the current step's data.
+        tokens_computed: tokens of the current step over all ranks, those with a masked target
+            and padding too; what speed and FLOPs go by.
         generators_before: random generators of the device before the current step.
         interrupted_by: the number of the signal that asked the run to stop.
         pause_when: asked with every step and validation batch; one that says True makes the run
@@ -179,6 +182,7 @@ class TrainingLoop(Dispatcher):
         self._faults = DataFaults(self.ranks)
         self.generators_before: dict[str, Any] = {}
         self.window = Window([], 0)
+        self.tokens_computed = 0
         self._facts = StepFacts()
         self._decision = GO_ON
         self._saving: Save | None = None
@@ -207,6 +211,9 @@ class TrainingLoop(Dispatcher):
 
         Returns:
             The engine's state.
+
+        Raises:
+            MachineError: memory ran out; the last checkpoint stays as it is.
         """
         if data is not None:
             self.train_loader = as_window_loader(
@@ -237,6 +244,12 @@ class TrainingLoop(Dispatcher):
                 except DataError:
                     self._save_what_is_done()
                     raise
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # Nothing is saved here: an update may be half done.
+            kept = "; the last checkpoint is kept" if self.restore_point else ""
+            raise out_of_memory(error, f" at step {self.state.iteration:,}{kept}") from error
         finally:
             # After an exception Ignite keeps its spent generator, and the next run would return
             # at once without a step (held by tests/unit/test_ignite_contract.py).
@@ -331,6 +344,7 @@ class TrainingLoop(Dispatcher):
         sequences = sum([micro["input_ids"].shape[0] for micro in window.micro_batches])
         if self.ranks.alone:  # it asks itself after the step
             num_tokens, num_sequences = window.num_tokens, sequences
+            self.tokens_computed = count_computed(window)
         else:
             num_tokens, num_sequences = self._agree_on(window, sequences)
         if self.state.iteration in self.interventions.skipped:
@@ -344,10 +358,11 @@ class TrainingLoop(Dispatcher):
 
     def _agree_on(self, window: Window, sequences: int) -> tuple[int, int]:
         """Return tokens and sequences over all ranks; on the way, vote on what may end the run."""
-        num_tokens, num_sequences, *votes = self.ranks.sum_counts(
+        num_tokens, num_sequences, self.tokens_computed, *votes = self.ranks.sum_counts(
             [
                 window.num_tokens,
                 sequences,
+                count_computed(window),
                 self._out_of_budget(),
                 self._wants_to_leave(),
                 bool(self._stopped_by),

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fundamentallm.compute.compilation import CompiledBlocks
+from fundamentallm.compute.memory import says_out_of_memory
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.compute.rng import capture_rng, restore_rng
 from fundamentallm.config import RunConfig
@@ -237,7 +238,7 @@ def _reason(code: int, last_line: str) -> str:
         return "ended by the system: out of memory, most likely"
     if code < 0:
         return f"crashed with signal {-code}"
-    if re.search("out of memory|can't allocate memory|not enough memory|MemoryError", last_line):
+    if says_out_of_memory(last_line):
         return "out of memory"
     return (last_line or f"ended with code {code}")[:100]
 
