@@ -78,6 +78,11 @@ def count_valid(targets: Tensor) -> int:
     return int((targets >= 0).sum())
 
 
+def count_computed(window: Window) -> int:
+    """Return the tokens that a model computes for a window, masked targets and padding included."""
+    return sum([batch["input_ids"].numel() for batch in window.micro_batches])
+
+
 def check_batch(batch: Any, vocab_size: int, sequence_length: int) -> None:
     """Check a batch that comes from a file: its form, its sizes and each id.
 

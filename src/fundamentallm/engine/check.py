@@ -15,6 +15,8 @@ from fundamentallm.engine.wiring.assemble import Run, assemble, check_names, ope
 from fundamentallm.engine.wiring.run_directory import nowhere
 from fundamentallm.training.handlers.progress import format_seconds
 
+_SECONDS = 1.0  # of steps to measure
+
 
 def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> int:
     """Validate a configuration and print its costs and its timeline; return the exit code.
@@ -44,28 +46,37 @@ def _print_costs(run: Run, seconds: float) -> None:
     trainer = run.trainer
     cost = estimate_run(run.config)
     tokens_per_step = trainer.train_loader.tokens_per_step
+    computed = trainer.train_loader.computed_per_step
     limit = memory_limit(trainer.device)
     say(f"device           {trainer.device}, {run.config.training.precision}")
     say(
         f"parameters       {cost.parameters:,}"
         f" ({cost.non_embedding_parameters:,} without embeddings)"
     )
-    say(f"tokens per step  {tokens_per_step:,}")
+    padded = f" that count, {computed:,} computed" if computed != tokens_per_step else ""
+    say(f"tokens per step  {tokens_per_step:,}{padded}")
     say(f"steps per epoch  {trainer.steps_per_epoch:,}")
     if trainer.total_steps is not None:
         total = trainer.total_steps * tokens_per_step
         say(f"steps            {trainer.total_steps:,} ({total:,} tokens)")
-        say(f"FLOPs            {cost.flops_per_token * total:.3g}")
+        say(f"FLOPs            {cost.flops_per_token * computed * trainer.total_steps:.3g}")
     say(f"memory           about {gib(cost.total_bytes)}" + (f" of {gib(limit)}" if limit else ""))
-    speed = f"{seconds * 1e3:.0f} ms a step, {tokens_per_step / seconds:,.0f} tokens/s"
+    speed = f"{seconds * 1e3:.0f} ms a step, {computed / seconds:,.0f} tokens/s"
+    longest = trainer.limits.max_seconds
     if trainer.total_steps is not None:
-        say(f"time             about {format_seconds(trainer.total_steps * seconds)} ({speed})")
-    elif trainer.limits.max_seconds is not None:
-        say(f"time             {format_seconds(trainer.limits.max_seconds)} ({speed})")
+        expected = trainer.total_steps * seconds
+        if longest is None or expected < longest:
+            say(f"time             about {format_seconds(expected)} ({speed})")
+            return
+    if longest is not None:
+        say(f"time             {format_seconds(longest)} ({speed})")
 
 
 def measure_step(run: Run, opens_compile: bool) -> float:
     """Return the seconds of one optimizer step, of random weights in place of the run's.
+
+    They are the median over the steps of a second, three at least: of three short steps alone, two
+    may have waited for another process.
 
     Args:
         run: whose step to measure.
@@ -75,8 +86,8 @@ def measure_step(run: Run, opens_compile: bool) -> float:
     plain = replace(trainer.plan, compile=False)
     windows = [trainer.train_loader.window_at(0, 0)]
     if not opens_compile:
-        measured = measure(run.config, trainer.plan, windows, seconds=0.0)
+        measured = measure(run.config, trainer.plan, windows, seconds=_SECONDS)
         if not measured.fault:
             return measured.step_seconds
     # Where torch's compiler fails, a run goes on without it.
-    return measure(run.config, plain, windows, seconds=0.0).step_seconds
+    return measure(run.config, plain, windows, seconds=_SECONDS).step_seconds

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from ignite.engine import Events
+from torch.utils.flop_counter import FlopCounterMode
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
-from fundamentallm.training.handlers import Evaluation, Throughput, throughput
+from fundamentallm.training.handlers import (
+    Evaluation,
+    ModelFlopsUtilization,
+    Throughput,
+    throughput,
+)
 from fundamentallm.training.trainer import Trainer
 
 
@@ -64,6 +71,31 @@ def test_counts_tokens_and_samples_over_the_last_steps():
     rates = timed_run(window=2, seconds=[1.0, 3.0, 4.0])
     expected = [(32 / 1, 4 / 1), (64 / 4, 8 / 4), (64 / 7, 8 / 7)]
     assert rates == [pytest.approx(pair) for pair in expected]
+
+
+def test_counts_what_is_computed_though_its_target_is_masked():
+    # 1 target in 8 counts, as in an example with a long prompt: the model computes all of them.
+    ids = torch.ones(4, 8, dtype=torch.int64)
+    targets = torch.full_like(ids, -100)
+    targets[:, -1] = 1
+    clock = FakeClock()
+    throughput, mfu = Throughput(5, clock), ModelFlopsUtilization(peak_tflops=1e-6)
+    trainer = Trainer(
+        tiny_model(),
+        [(ids, targets)],
+        device="cpu",
+        config=TrainingConfig(total_steps=1),
+        handlers=[throughput, mfu],
+    )
+    trainer.add_event_handler(Events.GET_BATCH_COMPLETED, lambda: clock.advance(2.0))
+    with FlopCounterMode(display=False) as counter:
+        tiny_model()(ids).sum().backward()
+    trainer.run()
+    assert trainer.state.tokens_seen == 4
+    assert trainer.state.metrics["train/tokens_per_second"] == pytest.approx(32 / 2)
+    # Torch counts the attention of a CPU not at all, ours the whole square.
+    share = counter.get_total_flops() / 2 / 1e6
+    assert share <= trainer.state.metrics["train/mfu"] <= 1.3 * share
 
 
 def test_leaves_pauses_out():

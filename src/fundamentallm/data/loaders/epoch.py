@@ -106,7 +106,12 @@ class EpochLoader(ABC):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a full step over all ranks."""
+        """Targets that count in a full step over all ranks."""
+        return self.computed_per_step
+
+    @property
+    def computed_per_step(self) -> int:
+        """Tokens that a model computes in a full step over all ranks, padding included."""
         return self.rows_per_step * self.sequence_length
 
     @property

@@ -19,6 +19,7 @@ class ModelFlopsUtilization:
 
     The model's FLOPs are those of its forward and backward pass (`Estimate.flops_per_token`, after
     Chowdhery et al. 2022, appendix B); what gradient checkpointing computes again is not counted.
+    Every token that is computed counts, one with a masked target and padding too.
     It reads `train/tokens_per_second` of the handler `throughput`, and is NaN without it.
 
     Args:

@@ -17,6 +17,9 @@ from fundamentallm.training.loop import TrainingLoop
 class Throughput:
     """Observes: writes `train/tokens_per_second` and `train/samples_per_second`.
 
+    A token is one that the model computes: one whose target is masked (a prompt of an example) and
+    padding count too, which `tokens` in the metrics and the loss leave out. So the figure is the
+    speed of the machine, and equal for text and for examples of the same shape.
     Both count over all ranks, over the last `window` steps, from the asking for a batch to the
     end of its step: evaluation, checkpoints and sampling are pauses and left out. On a GPU its own
     events are read, and never waited for: a step that it has not finished counts at a later one.
@@ -52,9 +55,9 @@ class Throughput:
 
     def stop(self, trainer: TrainingLoop) -> None:
         """Add the steps that the device has finished, and write both rates."""
-        output = trainer.state.output
+        sequences = trainer.state.output.num_sequences
         ended = self._timer.mark()
-        self._running.append((self._started, ended, output.num_tokens, output.num_sequences))
+        self._running.append((self._started, ended, trainer.tokens_computed, sequences))
         while self._running:
             began, ended, tokens, sequences = self._running[0]
             seconds = self._timer.seconds(began, ended)
