@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,15 @@ def test_a_hopeless_micro_batch_is_called_once(steps):
     result = measure(CONFIG, plan_of(CONFIG), [LOADER.window_at(0, 0)], seconds=1.0, slowest=0.0)
     assert len(steps) == 1
     assert result.step_seconds > 0
+
+
+def test_the_first_call_of_compiled_code_is_no_reason_to_give_up(steps, monkeypatch):
+    # In place of the compiler, which takes long: the code as it is.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    plan = replace(plan_of(CONFIG), compile=True)
+    result = measure(CONFIG, plan, [LOADER.window_at(0, 0)], seconds=1e-9, slowest=0.0)
+    assert [call[0] for call in steps] == [1, 1, 3, 3, 3]
+    assert (result.fault, result.compile_seconds > 0) == ("", True)
 
 
 def test_in_brief_three_calls_are_enough(steps):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -87,6 +89,56 @@ def test_only_a_gpu_reads_ahead_and_only_what_depends_on_nothing_else():
     assert ahead(loader, CPU) is loader
     others: list[Batch] = []
     assert ahead(others, torch.device("cuda")) is others
+
+
+class FakeStream:
+    """A stream without a GPU, which notes that another is waited for."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: FakeStream) -> None:
+        time.sleep(0.02)  # a read that is begun before comes first in the log
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def test_computing_waits_for_the_copy_of_each_window_and_not_for_the_next(monkeypatch):
+    log: list[str] = []
+    kept: list[str] = []
+    computing, copying = FakeStream("computing", log), FakeStream("copying", log)
+    current = threading.local()
+
+    @contextmanager
+    def stream(chosen: FakeStream) -> Iterator[None]:
+        current.name = chosen.name
+        yield
+        current.name = ""
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        assert current.name == "copying"
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, used: kept.append(used.name))
+    loader = make_loader()
+    read = loader.window_at
+
+    def window_at(epoch: int, step: int) -> Window:
+        log.append("read")
+        return read(epoch, step)
+
+    loader.window_at = window_at  # type: ignore[method-assign]
+    prefetch = Prefetch(loader, CPU)
+    prefetch._stream = copying  # type: ignore[assignment]
+    tensors = 0
+    for number, window in enumerate(prefetch, start=1):
+        tensors += sum(len(batch) for batch in window.micro_batches)
+        assert log.count("computing waits for copying") == number
+        assert kept == ["computing"] * tensors
+    assert number == len(loader) > 2
+    assert log == ["read", "computing waits for copying"] * number
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

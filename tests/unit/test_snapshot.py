@@ -185,6 +185,18 @@ def test_a_state_of_another_model_changes_nothing():
     assert_same(capture(trainer), before)
 
 
+def test_a_refused_state_leaves_the_seconds_of_earlier_processes():
+    state = capture(make_trainer(d_model=32))
+    trainer = make_trainer()
+    trainer.state.elapsed_before = 40.0
+    trainer.clock = lambda: 7.0
+    with pytest.raises(CheckpointError):
+        snapshot.restore(trainer, state)
+    # 47 would count the 7 seconds of this process twice.
+    assert trainer.state.elapsed_before == 40.0
+    assert trainer.elapsed_seconds() == 47.0
+
+
 def test_handlers_that_one_side_does_not_know_are_named(caplog):
     trainer = make_trainer()
     state = capture(trainer)

@@ -332,6 +332,22 @@ def test_a_veto_refuses_the_update_for_one_step():
     assert bench.take(window()).rejection == ""
 
 
+def test_a_vetoed_step_counts_for_nothing_in_the_loss_scale():
+    precision = fp16(2.0**10)
+    precision.scaler.set_growth_interval(2)
+    bench = Bench(precision=precision)
+    bench.step.vetoes_possible = True
+    bench.on_event = lambda event: setattr(bench.step, "veto", "too steep")
+    for _ in range(4):
+        assert bench.take(window()).rejection == "too steep"
+    assert precision.scaler.state_dict()["_growth_tracker"] == 0
+    assert precision.scaler.get_scale() == 2.0**10
+    bench.on_event = lambda event: None
+    for _ in range(2):  # two steps that were applied let it grow
+        assert bench.take(window()).rejection == ""
+    assert precision.scaler.get_scale() == 2.0**11
+
+
 def test_a_nonfinite_loss_outranks_a_veto():
     bench = warmed(loss_fn=Fault(math.nan, False, 0))
     bench.on_event = lambda event: setattr(bench.step, "veto", "too steep")

@@ -314,6 +314,25 @@ def test_max_seconds_ends_the_run_by_the_clock() -> None:
     assert 0 < trainer.state.iteration < 10
 
 
+def test_max_seconds_goes_on_counting_in_a_resumed_run(tmp_path: Path) -> None:
+    def run(stop: float | None) -> Trainer:
+        trainer = make_trainer(tmp_path, max_seconds=5.0, stop_after_seconds=stop)
+        began = trainer.state.iteration
+        newest = CheckpointStore(tmp_path).newest()
+        if newest is not None:
+            trainer.resume(tmp_path / newest.name)
+            began = trainer.state.iteration
+        trainer.clock = lambda: float(trainer.state.iteration - began)  # a second a step
+        trainer.train()
+        return trainer
+
+    first = run(stop=3.0)
+    assert (first.state.iteration, first.finished) == (3, "")
+    second = run(stop=None)
+    assert second.finished == "the budget is used up"
+    assert second.state.iteration == 5  # two seconds were left
+
+
 def test_stop_after_seconds_saves_and_stops_unfinished(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, stop_after_seconds=1.0)
     trainer.clock = lambda: float(trainer.state.iteration)

@@ -44,6 +44,28 @@ def test_leaves_losses_out_that_are_not_finite():
     assert values[1:] == pytest.approx([math.exp(2.0), math.exp(2.0), math.exp(1.5)], rel=1e-15)
 
 
+def test_leaves_the_loss_of_a_refused_step_out_though_it_is_finite():
+    train, _ = tiny_loaders()
+    config = TrainingConfig(total_steps=4, learning_rate=1e-2)
+    trainer = Trainer(tiny_model(), train, device="cpu", config=config, handlers=[Perplexity()])
+    accepted: list[tuple[float, int]] = []
+
+    def refuse() -> None:
+        if trainer.state.iteration in (2, 3):
+            trainer.reject_step("too steep")
+
+    def note() -> None:
+        if trainer.state.iteration in (1, 4):
+            accepted.append((trainer.state.output.loss, trainer.state.output.num_tokens))
+
+    trainer.add_event_handler(TrainingEvents.FLLM_GRADIENTS_READY, refuse)
+    trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, note)
+    trainer.run()
+    mean = sum(loss * tokens for loss, tokens in accepted) / sum(tokens for _, tokens in accepted)
+    assert trainer.state.skipped_steps == len(accepted) == 2
+    assert trainer.state.metrics["train/perplexity"] == pytest.approx(math.exp(mean), rel=1e-12)
+
+
 def test_is_infinite_beyond_float64():
     assert feed(Perplexity(), [(800.0, 1)], steps_per_epoch=1) == [math.inf]
 
