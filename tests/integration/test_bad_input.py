@@ -411,7 +411,7 @@ def test_a_text_that_may_not_be_read(place, refused):
 def test_a_model_that_cannot_fit(refused, command):
     huge = ["model.d_model=65536", "model.num_layers=100", "model.num_heads=64"]
 
-    says = ("model.d_model", "cannot fit", "GiB", "at most", "lower model.d_model")
+    says = ("model.d_model", "does not fit", "GiB", "at most", "lower model.d_model")
     refused(command, "tiny.yaml", *huge, code=2, says=says)
 
 
@@ -566,7 +566,7 @@ def test_a_path_that_is_no_run(place, refused, arguments, code, says):
 
 
 def test_the_run_directory_of_another_config(done, refused):
-    says = ("runs/tiny", "model.d_model: 16 there, 32 here", "--resume never")
+    says = ("runs/tiny", "model.d_model: 16 in the run, 32 now", "--resume never")
     refused("run", "tiny.yaml", "model.d_model=32", "--run-dir", "runs/tiny", code=4, says=says)
 
 
@@ -582,7 +582,12 @@ def test_going_on_with_another_text(done, place, refused, change):
     Path("text.txt").write_text(text + "." if change == "added" else text.upper())
     on = ["training.total_steps=10", "--resume", "runs/tiny"]
 
-    says = ("text.txt", "not the one that the run began with", "SHA-256", "--resume never")
+    says = (
+        "text.txt",
+        "differs from the one that the run started with",
+        "SHA-256",
+        "--resume never",
+    )
     refused("run", "tiny.yaml", *on, code=4, says=says)
 
 
@@ -590,7 +595,7 @@ def test_going_on_by_itself_with_another_text(done, place, refused):
     shutil.rmtree(done / "checkpoints" / "step-00000008")
     Path("text.txt").write_text(TEXT.read_text() + ".")
 
-    says = ("text.txt", "not the one that the run began with")
+    says = ("text.txt", "differs from the one that the run started with")
     refused("run", "tiny.yaml", code=4, says=says)
 
 

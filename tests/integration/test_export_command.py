@@ -135,7 +135,7 @@ def test_an_export_replaces_nothing(
     else:
         path.symlink_to("nowhere")
     assert main(["export", "runs/llama", "--format", format_name, "--out", "there"]) == 4
-    assert "there is something at the path already" in capsys.readouterr().err
+    assert "the path exists already" in capsys.readouterr().err
     assert kind != "file" or path.read_text() == "mine"
     assert kind != "folder" or not list(path.iterdir())
 
@@ -253,7 +253,7 @@ def test_a_resumed_run_does_not_read_the_folder_again(capsys: pytest.CaptureFixt
     shutil.rmtree("out")
     capsys.readouterr()
     assert main(["run", name]) == 0
-    assert "going on with runs/next from step 2" in capsys.readouterr().err
+    assert "continuing runs/next from step 2" in capsys.readouterr().err
     assert equal(weights("runs/next/checkpoints/step-00000004"), whole)
     # Another folder is another run.
     capsys.readouterr()
@@ -344,7 +344,7 @@ def test_the_folder_s_tokenizer_is_used_unless_another_is_named(
     assert main(["run", name]) == 0
     capsys.readouterr()
     assert main(["check", name, "data.tokenizer=character"]) == 0
-    assert "data.tokenizer is used in place of" in capsys.readouterr().out
+    assert "data.tokenizer is used instead of" in capsys.readouterr().out
     Path("out/llama/tokenizer.json").unlink()
     assert main(["check", name]) == 2
     assert "has no tokenizer" in capsys.readouterr().err
@@ -356,7 +356,7 @@ def test_the_folder_s_tokenizer_is_used_unless_another_is_named(
 def test_a_tokenizer_larger_than_the_model_is_refused(capsys: pytest.CaptureFixture) -> None:
     name = write("next.yaml", start_from("out/llama", tokenizer="byte"))
     assert main(["check", name]) == 2
-    assert "the tokenizer has more tokens than the model" in capsys.readouterr().err
+    assert "the tokenizer has more tokens than the model's vocabulary" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------- folders that are not whole

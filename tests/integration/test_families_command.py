@@ -17,7 +17,7 @@ from fundamentallm.compute.plan import Plan
 from fundamentallm.config import RunConfig, TransformerConfig, load_config
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.plugins import load_plugins
-from fundamentallm.engine.tuning.measuring import measure_apart
+from fundamentallm.engine.tuning.measuring import measure_in_process
 from fundamentallm.engine.tuning.tune import _space
 from fundamentallm.engine.wiring.assemble import check_names
 from fundamentallm.models.build import build_model
@@ -156,7 +156,7 @@ def test_an_interrupted_run_is_bitwise_the_one_that_was_not(done, monkeypatch, c
     assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 130
     monkeypatch.delenv("INTERRUPT_AT")
     assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 0
-    assert "going on with cut from step 7" in capsys.readouterr().err
+    assert "continuing cut from step 7" in capsys.readouterr().err
     assert weights("cut") == weights(done)
     assert timeless("cut") == timeless(done)
 
@@ -248,7 +248,7 @@ def test_a_process_of_its_own_measures_it(finished, plugins, monkeypatch):
     rows = {"input_ids": ids.clone(), "target_ids": targets.clone()}
     config = stored_config(Path("runs/tiny"))
     plan = Plan("fp32", False, False, "flash", batch_size=4)
-    result = measure_apart(config, plan, rows, [], 0.05, 120.0)
+    result = measure_in_process(config, plan, rows, [], 0.05, 120.0)
     assert result.fault == ""
     assert 0 < result.step_seconds < 5
 

@@ -60,7 +60,7 @@ def test_a_run_is_measured_by_its_responses(capsys: pytest.CaptureFixture[str]) 
     found = [(one["name"], one["num_tokens"]) for one in documents]
     assert found == [(f"pairs.jsonl:{line}", line - 34) for line in (37, 38, 39, 40)]
     assert main(["evaluate", "runs/tuned", "--document-separator", ";"]) == 2
-    assert "--document-separator takes text apart" in capsys.readouterr().err
+    assert "--document-separator splits text into documents" in capsys.readouterr().err
     steps = [json.loads(line) for line in Path("runs/tuned/metrics.jsonl").read_text().splitlines()]
     trained = 8 * 20 - 18  # of each epoch of 9 steps; then three more steps
     assert trained < steps[-1]["tokens"] < 2 * trained
@@ -153,14 +153,14 @@ def test_another_text_is_another_run(capsys: pytest.CaptureFixture[str]) -> None
     lines = Path("pairs.jsonl").read_text()
     Path("pairs.jsonl").write_text(lines.replace('"a1:"', '"a2:"'))
     assert main(["run", "tuned.yaml", "--resume", "runs/tuned"]) == 4
-    assert "the text is not the one that the run began with" in capsys.readouterr().err
+    assert "the text differs from the one that the run started with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"prompt": "a"}', "pairs.jsonl:41: this line has no text under 'response'"),
-        ('{"prompt": "a", "response": ""}', "pairs.jsonl:41: there is no token to learn"),
+        ('{"prompt": "a", "response": ""}', "pairs.jsonl:41: this example has no token to learn"),
         ('{"prompt": "a", "response": "a\\na"}', "pairs.jsonl:41: this response holds the text"),
         ('{"prompt": "aaaaaaaaaa", "response": "aaaa"}', "pairs.jsonl:41: this example is longer"),
     ],

@@ -193,9 +193,9 @@ def test_a_folder_split_by_document_is_measured_by_its_parts(
     # The first token of each part has nothing before it.
     assert json.loads(capsys.readouterr().out)["num_tokens"] == sum(numbers.values()) + 2
     assert main(["evaluate", "runs/tiny", "--data", "all", "--split", "val"]) == 2
-    assert "--split is a part of the run's own text" in capsys.readouterr().err
+    assert "--split selects a part of the run's text" in capsys.readouterr().err
     assert main(["evaluate", "runs/tiny", "--document-separator", ";"]) == 2
-    assert "--document-separator takes text apart" in capsys.readouterr().err
+    assert "--document-separator splits text into documents" in capsys.readouterr().err
 
 
 def test_tokens_for_a_model_to_start_from_are_made_with_its_tokenizer(
@@ -216,7 +216,7 @@ def test_tokens_for_a_model_to_start_from_are_made_with_its_tokenizer(
     assert prepare("new.txt", "--out", "other", "--tokenizer", bpe) == 0
     capsys.readouterr()
     assert main(["run", "next.yaml"]) == 3
-    assert "another tokenizer than the weights to start from" in capsys.readouterr().err
+    assert "another tokenizer than the weights of init_from" in capsys.readouterr().err
     shutil.rmtree("other")
     assert prepare("new.txt", "--out", "other", "--tokenizer", "base/tokenizer.json") == 0
     assert main(["run", "next.yaml"]) == 0
@@ -342,7 +342,7 @@ def test_bad_input_is_one_message_and_writes_nothing(
 
 SPOILED = {
     "cut": (lambda data: data[:-1], "ends before its last token"),
-    "longer": (lambda data: data + b"a", "goes on after its last token"),
+    "longer": (lambda data: data + b"a", "continues after its last token"),
     "flipped": (lambda data: data[:-10] + bytes([data[-10] ^ 1]) + data[-9:], "damaged"),
     "outside": (lambda data: data[:-4] + b"\xff\xff" + data[-2:], "token 8,"),
     "headless": (lambda data: bytes(1024) + data[1024:], "not a token file"),

@@ -290,7 +290,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(done, at_step, capsys, step)
     at_step(10**6, press_ctrl_c)
     assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 0
 
-    assert f"going on with cut from step {step}" in capsys.readouterr().err
+    assert f"continuing cut from step {step}" in capsys.readouterr().err
     assert weights("cut") == weights(done)
     assert timeless("cut") == timeless(done)
     store, reference = CheckpointStore("cut/checkpoints"), CheckpointStore(done / "checkpoints")
@@ -324,7 +324,7 @@ def test_the_way_on_that_an_interrupted_run_names_works(at_step, capsys):
     at_step(5, press_ctrl_c)
     start = ["data.batch_size=2", "training.scheduler={name: cosine}", "--run-dir", "my run"]
     assert main(["run", "tiny.yaml", *start]) == 130
-    words = shlex.split(capsys.readouterr().err.split("go on with: ")[1].splitlines()[0])
+    words = shlex.split(capsys.readouterr().err.split("continue with: ")[1].splitlines()[0])
     at_step(10**6, press_ctrl_c)
 
     assert words[:3] == ["python", "-m", "fundamentallm.engine"]
@@ -516,7 +516,7 @@ def test_a_changed_config_starts_the_next_directory_and_says_so(done, capsys):
 
     error = capsys.readouterr().err
     assert "runs/tiny-2" in error
-    assert "training.learning_rate: 0.01 there, 0.02 here" in error
+    assert "training.learning_rate: 0.01 in the run, 0.02 now" in error
     assert last("runs/tiny-2") == "step-00000012"
     assert weights("runs/tiny-2") != weights(done)
     assert main(["run", "tiny.yaml", "training.learning_rate=2e-2"]) == 0
@@ -722,7 +722,7 @@ def test_a_compiled_run_goes_on_where_no_compiler_is(at_step, monkeypatch, capsy
     monkeypatch.setenv("CXX", "no-such-compiler")
     capsys.readouterr()
     assert main(["run", *words]) == 0
-    assert "cannot be done here (there is no C++ compiler)" in " ".join(
+    assert "this machine cannot compile (there is no C++ compiler)" in " ".join(
         "".join(capsys.readouterr()).split()
     )
     stored = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["training"]
@@ -756,7 +756,7 @@ def test_a_native_run_goes_on_where_no_compiler_is(at_step, monkeypatch, capsys)
     at_step(10**6, press_ctrl_c)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert main(["run", *NATIVE]) == 0
-    assert "cannot be done here (there is no C++ compiler)" in " ".join(
+    assert "this machine cannot compile (there is no C++ compiler)" in " ".join(
         "".join(capsys.readouterr()).split()
     )
     assert main(["run", *NATIVE, "--run-dir", "other"]) == 5
@@ -775,7 +775,7 @@ def test_a_native_run_goes_on_where_the_code_is_refused(at_step, monkeypatch, ca
     monkeypatch.setattr(assembly, "load_library", refuses)
     assert main(["run", *NATIVE]) == 0
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "cannot be done here (the system refuses the processor's tile registers (AMX))" in said
+    assert "cannot compile (the system refuses the processor's tile registers (AMX))" in said
     stored = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["training"]
     assert (stored["compile"], stored["precision"]) == (False, "bf16")
 
@@ -803,7 +803,7 @@ def test_every_command_takes_a_native_run(capsys):
 def test_a_model_that_native_code_does_not_know_is_refused_with_the_reason(capsys):
     assert main(["run", *NATIVE, "model.bias=true", "model.d_model=48"]) == 2
     said = capsys.readouterr().err
-    assert "compile: native does not know this model's block" in said
+    assert "compile: native does not support this model's block" in said
     assert "d_model 48" in said
     assert "training.compile" in said
 
@@ -813,13 +813,13 @@ def test_nothing_is_measured_of_what_cannot_fit(monkeypatch, capsys):
     monkeypatch.setattr("fundamentallm.engine.tuning.fit.memory_limit", lambda device: 1 << 20)
     words = ["training.precision=auto", "model.d_model=512", "training.total_steps=1000"]
     assert main(["run", "tiny.yaml", *words]) == 2
-    assert "cannot fit into memory" in capsys.readouterr().err
+    assert "does not fit into memory" in capsys.readouterr().err
 
 
 def test_what_has_no_effect_is_said(capsys):
     words = ["training.bf16_weights=true", "training.total_steps=1"]
     assert main(["run", "tiny.yaml", *words]) == 0
-    assert "training.bf16_weights has no effect in fp32" in "".join(capsys.readouterr())
+    assert "training.bf16_weights has no effect with precision fp32" in "".join(capsys.readouterr())
     assert main(["prepare", "text.txt", "--tokenizer", "character", "--out", "prepared"]) == 0
     words = ["data.source=prepared", "data.packing=document", "training.total_steps=1"]
     words += ["training.compile=true", "training.attention=explicit"]
@@ -857,7 +857,7 @@ def test_a_checkpoint_from_before_a_field_existed_is_gone_on_from(done, at_step,
         path.write_bytes(render_manifest(stored.step, stored.files, metadata))
 
     assert main(["run", "tiny.yaml", "model.logit_softcap=30", "--resume", "cut"]) == 4
-    assert "model.logit_softcap: None there, 30.0 here" in capsys.readouterr().err
+    assert "model.logit_softcap: None in the run, 30.0 now" in capsys.readouterr().err
     assert main(["evaluate", "cut"]) == 0
     assert main(["run", "tiny.yaml", "--resume", "cut"]) == 0
     assert weights("cut") == weights(done)
@@ -872,10 +872,10 @@ def test_drift_is_refused_with_every_difference(done, place, capsys):
     assert main(["run", "tiny.yaml", *changes, "--resume", "runs/tiny"]) == 4
 
     error = capsys.readouterr().err
-    assert "training.learning_rate: 0.01 there, 0.02 here" in error
-    assert "model.d_model: 16 there, 32 here" in error
-    assert "data.batch_size: 4 there, 8 here" in error
-    assert "seed: 42 there, 7 here" in error
+    assert "training.learning_rate: 0.01 in the run, 0.02 now" in error
+    assert "model.d_model: 16 in the run, 32 now" in error
+    assert "data.batch_size: 4 in the run, 8 now" in error
+    assert "seed: 42 in the run, 7 now" in error
     assert "--resume never" in error
     assert "Traceback" not in error
     assert listing(place) == before
@@ -1203,7 +1203,7 @@ def test_evaluate_counts_the_text_itself_or_says_that_it_cannot(place, capsys):
     assert val["bits_comparable"] is False
     for options, noted in (([], True), (["--data", "text.txt"], False)):
         assert main(["evaluate", "runs/tiny", *options]) == 0
-        assert ("do not compare with those of other" in capsys.readouterr().out) == noted
+        assert ("not compare them with those of other" in capsys.readouterr().out) == noted
 
 
 def test_evaluate_knows_a_text_that_the_tokenizer_leaves_as_it_is(place, capsys):
@@ -1222,7 +1222,7 @@ def test_evaluate_with_a_stride_predicts_from_more(done, capsys):
     assert full["loss"] != plain["loss"]
     assert evaluated(capsys, "--stride", "16") == plain
     assert main(["evaluate", "runs/tiny", "--stride", "4"]) == 0
-    assert "windows             of 16 tokens, 4 apart" in capsys.readouterr().out
+    assert "windows             of 16 tokens, one every 4" in capsys.readouterr().out
     for stride in ("0", "17"):
         assert main(["evaluate", "runs/tiny", "--stride", stride]) == 2
         assert "1 to 16, the context length" in capsys.readouterr().err
@@ -1248,7 +1248,7 @@ def test_evaluate_documents_of_a_folder(done, capsys):
     assert result["loss"] == pytest.approx(total / (29 + 88))
     assert main(["evaluate", "runs/tiny", "--data", "texts", "--documents"]) == 0
     out = capsys.readouterr().out
-    assert "2 documents, each read by itself; 1 with nothing to predict left out" in out
+    assert "2 documents, each evaluated separately; 1 without a token to predict left out" in out
     assert out.splitlines()[-1].split()[0] == "88"
     assert out.splitlines()[-1].endswith(names[-1])
     assert "documents" not in evaluated(capsys, "--data", "texts")

@@ -73,7 +73,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch) -> Machine:
     machine = Machine()
-    monkeypatch.setattr(tune_module, "measure_apart", machine)
+    monkeypatch.setattr(tune_module, "measure_in_process", machine)
     monkeypatch.setattr(tune_module, "find_compiler", lambda: "/usr/bin/g++")
     return machine
 
@@ -90,7 +90,7 @@ def test_the_winner_is_written_into_a_copy_of_the_file(machine, capsys):
     assert Path("tiny.yaml").read_text() == CONFIG
     written = capsys.readouterr().out
     assert "python -m fundamentallm.engine run tiny.tuned.yaml" in written
-    assert "8.00 times as fast as the file has it" in written
+    assert "8.00 times as fast as the settings of the file" in written
 
 
 def test_native_code_is_a_candidate_where_the_block_is_known(machine, capsys):
@@ -234,7 +234,7 @@ def test_no_run_is_left_behind_and_files_are_not_overwritten(machine):
 
 def test_a_file_of_ones_own_is_refused_before_anything_is_measured(machine, capsys):
     assert main(["tune", "tiny.yaml", "--out", "text.txt"]) == 2
-    assert "the file to write exists" in capsys.readouterr().err
+    assert "the output file exists already" in capsys.readouterr().err
     assert main(["tune", "tiny.yaml", "--out", "nowhere/new.yaml"]) == 5
     assert machine.configs == []
     assert main(["tune", "tiny.yaml", "--out", "new.yaml"]) == 0
@@ -265,7 +265,7 @@ def test_when_the_time_is_up_the_best_so_far_is_written(machine, monkeypatch, ca
     monkeypatch.setattr(tune_module.time, "monotonic", lambda: float(next(now)))
     assert main(["tune", "tiny.yaml", "--seconds", "450"]) == 0
     assert len(machine.configs) == 4
-    assert "the time is up" in capsys.readouterr().out
+    assert "the time is used up" in capsys.readouterr().out
     assert load_config("tiny.tuned.yaml").training.precision == "bf16"
 
 

@@ -269,7 +269,7 @@ def test_a_machine_is_measured_once(times):
 
     assert again == first
     assert times.asked == []
-    assert "known from" in notes[0]
+    assert "read from" in notes[0]
 
 
 def test_another_number_of_threads_is_measured_anew(times):

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from fundamentallm.compute import compilation
 from fundamentallm.compute.compilation import (
     CompiledBlocks,
-    compiled,
+    compile_model,
     find_compiler,
     resolve_compile,
     uncompiled,
@@ -180,7 +180,7 @@ def test_a_failing_compiler_is_one_warning(caplog: pytest.LogCaptureFixture) -> 
             model.zero_grad()
             model(tokens()).square().sum().backward()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "torch.compile failed, going on without it" in caplog.text
+    assert "torch.compile failed, training continues without it" in caplog.text
     assert "no space left" in caplog.text
     assert_same_gradients(fast, plain)
 
@@ -196,7 +196,7 @@ def test_an_error_in_a_block_stays_an_error() -> None:
 
 def test_a_model_without_blocks_is_compiled_as_a_whole() -> None:
     model = UniformModel(5)
-    other = compiled(model)
+    other = compile_model(model)
     assert other is not model
     assert isinstance(other, torch._dynamo.eval_frame.OptimizedModule)
 
@@ -204,7 +204,7 @@ def test_a_model_without_blocks_is_compiled_as_a_whole() -> None:
 def test_a_model_with_blocks_keeps_its_parameters_names() -> None:
     model = tiny_model()
     names = list(model.state_dict())
-    assert compiled(model) is model
+    assert compile_model(model) is model
     assert isinstance(model.run_block, CompiledBlocks)
     assert list(model.state_dict()) == names
 
@@ -235,7 +235,7 @@ def test_without_a_compiler_auto_warns_once_and_true_is_an_error(
 @pytest.mark.parametrize("narrow", [False, True])
 def test_real_compiled_code_computes_the_same(kernel: str, narrow: bool) -> None:
     fast, plain, _ = pair()
-    compiled(fast.train())
+    compile_model(fast.train())
     for model in (fast, plain):
         use_kernel(model, kernel)
         if narrow:

@@ -209,7 +209,7 @@ def test_tokens_of_a_step_are_the_average_that_counts() -> None:
 
 
 def test_training_needs_an_example() -> None:
-    with pytest.raises(DataError, match="no example to train on"):
+    with pytest.raises(DataError, match="no examples to train on"):
         ExampleLoader(encoded([("a", "b")]).part(np.arange(0)), Batching(30, 2))
     for sizes in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="at least 1"):
@@ -244,8 +244,8 @@ def test_lines_are_read_in_order_with_their_numbers(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("[1]", "no JSON object"),
-        ('"text"', "no JSON object"),
+        ("[1]", "not a JSON object"),
+        ('"text"', "not a JSON object"),
         ({"prompt": "a"}, "no text under 'response'"),
         ({"response": "a"}, "no text under 'prompt'"),
         ({"prompt": None, "response": "a"}, "no text under 'prompt'"),
@@ -358,13 +358,13 @@ def test_a_source_of_examples(tmp_path: Path) -> None:
 def test_examples_are_not_mixed_with_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"prompt": "one", "response": "two"})
     text = write(tmp_path / "a.txt", "text")
-    with pytest.raises(DataError, match="cannot be joined with text") as caught:
+    with pytest.raises(DataError, match="cannot be joined with plain text") as caught:
         read_source([str(path), str(text)])
     assert caught.value.where == str(text)
 
 
 def test_a_file_without_examples_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no example in the source"):
+    with pytest.raises(DataError, match="source holds no examples"):
         read_source(str(write(tmp_path / "a.jsonl", "", " ")))
 
 
@@ -398,7 +398,7 @@ def test_an_array_of_records_is_examples(indent: int | None, tmp_path: Path) -> 
     ("text", "what", "where"),
     [
         ('{"prompt": 1}', "no text under 'prompt'", "a.json:1"),
-        ('[{"prompt": "", "response": "a"}, 3]', "no JSON object", "a.json: record 2"),
+        ('[{"prompt": "", "response": "a"}, 3]', "not a JSON object", "a.json: record 2"),
         ('[{"prompt": "", "response": "a"}', "this file is not JSON", "a.json"),
         ("[" * 100_000, "this file is not JSON", "a.json"),
         ("[]", "no example", "a.json"),

@@ -129,9 +129,9 @@ def test_any_text_is_read_as_it_is(tmp_path_factory: pytest.TempPathFactory, tex
         (b"%PDF-1.7", ("PDF",)),
         (b"PK\x03\x04....", ("zip",)),
         (gzip.compress(b"PK\x03\x04....", mtime=0), ("zip", "unpacked")),
-        (gzip.compress(TEXT.encode() * 100, mtime=0)[:-9], ("gzip", "cut", "byte")),
+        (gzip.compress(TEXT.encode() * 100, mtime=0)[:-9], ("gzip", "truncated", "byte")),
         (gzip.compress(b"\xff" * 9, mtime=0), ("byte 0", "0xff")),
-        (zstandard.ZstdCompressor().compress(os.urandom(9000).hex().encode())[:-5], ("cut",)),
+        (zstandard.ZstdCompressor().compress(os.urandom(9000).hex().encode())[:-5], ("truncated",)),
     ],
 )
 def test_what_is_no_text_is_told_with_its_place(
@@ -222,7 +222,7 @@ def test_paths_stand_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(DataError, match="no such file"):
             find_inputs([word])
     Path("empty").mkdir()
-    with pytest.raises(DataError, match="nothing to read in this folder"):
+    with pytest.raises(DataError, match="this folder holds no files to read"):
         find_inputs(["empty"])
 
 
@@ -321,5 +321,5 @@ def test_an_array_that_cannot_be_held_is_refused(
 @pytest.mark.parametrize("name", ["a.csv", "a.tokens", "a.NPY", "a.tsv.gz", "a.npz"])
 def test_data_that_is_not_read_is_never_text(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("a,b\n")
-    with pytest.raises(DataError, match="no text to learn"):
+    with pytest.raises(DataError, match="not text to learn"):
         find_inputs([str(tmp_path / name)])

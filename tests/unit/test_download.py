@@ -337,7 +337,7 @@ def test_a_path_with_a_hash_is_checked(tmp_path: Path) -> None:
     good = SourceConfig(path=str(path), sha256=sha256(TEXT.encode()))
     assert read_source([good]).text == TEXT
     bad = SourceConfig(path=str(path), sha256="0" * 64)
-    with pytest.raises(DataError, match="not the one that the configuration names"):
+    with pytest.raises(DataError, match="does not have the SHA-256 in the configuration"):
         read_source([bad])
 
 

@@ -129,7 +129,7 @@ def test_a_chunked_loss_is_not_refused_for_the_logits_that_it_never_holds(monkey
     monkeypatch.setattr(fit, "memory_limit", lambda device: 2 << 30)
     sizes = {"vocab_size": 150_000, "d_model": 32, "num_layers": 1, "num_heads": 2}
     whole = run_config(256, **sizes)
-    with pytest.raises(fit.ConfigError, match="cannot fit") as refused:
+    with pytest.raises(fit.ConfigError, match="does not fit") as refused:
         refuse_what_cannot_fit(whole, CPU)
     assert "27.6 GiB" in refused.value.got
     assert "chunked_cross_entropy" in refused.value.fix

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from fundamentallm.errors import MachineError
-from fundamentallm.files.lock import owning, refuse_if_owned
+from fundamentallm.files.lock import refuse_if_owned, run_lock
 from fundamentallm.files.run_layout import LOCK
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from fundamentallm.files.lock import owning
-with owning(Path(sys.argv[1])):
+from fundamentallm.files.lock import run_lock
+with run_lock(Path(sys.argv[1])):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -43,7 +43,7 @@ def test_a_second_process_is_refused_at_once_with_the_owners_pid_and_host(
     owner: subprocess.Popen[str],
 ) -> None:
     started = time.monotonic()
-    for attempt in (lambda: refuse_if_owned(tmp_path), lambda: owning(tmp_path).__enter__()):
+    for attempt in (lambda: refuse_if_owned(tmp_path), lambda: run_lock(tmp_path).__enter__()):
         with pytest.raises(MachineError) as raised:
             attempt()
         assert f"process {owner.pid} on {socket.gethostname()}" in str(raised.value)
@@ -57,7 +57,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     refuse_if_owned(tmp_path)
-    with owning(tmp_path):
+    with run_lock(tmp_path):
         said = json.loads((tmp_path / LOCK).read_text())
     assert said == {"pid": os.getpid(), "host": socket.gethostname()}
 

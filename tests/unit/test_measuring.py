@@ -19,7 +19,7 @@ from fundamentallm.engine.tuning import measuring
 from fundamentallm.engine.tuning.measuring import (
     Measurement,
     measure,
-    measure_apart,
+    measure_in_process,
     rows_of,
     windows_of,
 )
@@ -167,7 +167,7 @@ ROWS = rows_of(LOADER.window_at(0, 0))
 @pytest.mark.parametrize(
     ("code", "fault"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "out of memory, most likely"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "probably out of memory"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed with signal 11"),
         ("raise MemoryError('x')", "out of memory"),
         ("raise RuntimeError('CUDA out of memory. Tried to')", "out of memory"),
@@ -180,7 +180,7 @@ ROWS = rows_of(LOADER.window_at(0, 0))
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals")
 def test_a_process_that_comes_to_nothing_is_a_row(monkeypatch, code, fault):
     child(monkeypatch, code)
-    result = measure_apart(
+    result = measure_in_process(
         CONFIG, plan_of(CONFIG), ROWS, [], 1.0, patience=1.0 if "sleep" in code else 20.0
     )
     assert fault in result.fault
@@ -196,7 +196,7 @@ own = all(os.environ[k].startswith(str(folder)) for k in
 (folder / "result.json").write_text(json.dumps({"step_seconds": 0.5, "fault": "" if own else "no"}))
 """
     child(monkeypatch, code)
-    assert measure_apart(CONFIG, plan_of(CONFIG), ROWS, [], 1.0, 20.0) == Measurement(0.5)
+    assert measure_in_process(CONFIG, plan_of(CONFIG), ROWS, [], 1.0, 20.0) == Measurement(0.5)
 
 
 def test_threads_are_what_torch_uses():
@@ -213,7 +213,7 @@ def test_threads_are_what_torch_uses():
 @pytest.mark.long
 def test_a_real_process_measures():
     config = training(threads=1)
-    result = measure_apart(config, plan_of(config), ROWS, [], 0.05, 120.0)
+    result = measure_in_process(config, plan_of(config), ROWS, [], 0.05, 120.0)
     assert result.fault == ""
     assert 0 < result.step_seconds < 5
     assert result.peak_bytes is None or 1 << 25 < result.peak_bytes < 1 << 33

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from fundamentallm.compute.compilation import compiled, uncompile, uncompiled
+from fundamentallm.compute.compilation import compile_model, uncompile, uncompiled
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.compute.precision import Precision
 from fundamentallm.config import TrainingConfig, TransformerConfig
@@ -265,7 +265,7 @@ def test_a_model_trains_with_it(checkpointing):
         return {name: p.grad for name, p in model.named_parameters()}
 
     expected = gradients()
-    compiled(model, native=True)
+    compile_model(model, native=True)
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients()
     assert any(not torch.equal(found[name], expected[name]) for name in expected)
@@ -380,7 +380,7 @@ class TestDropout:
             vocab_size=65, sequence_length=64, num_layers=2, **{**PLAIN, "dropout": self.P}
         )
         torch.manual_seed(0)
-        model = compiled(Transformer(config), native=True)
+        model = compile_model(Transformer(config), native=True)
         ids = torch.randint(65, (4, 64))
 
         def gradients(checkpointing: bool) -> list[torch.Tensor]:
@@ -427,7 +427,7 @@ class TestNormalization:
 
     def test_a_model_with_native_blocks_has_it_everywhere(self):
         model = Transformer(TransformerConfig(vocab_size=65, sequence_length=32, **PLAIN))
-        compiled(model, native=True)
+        compile_model(model, native=True)
         assert {m.kernel for m in model.modules() if isinstance(m, RMSNorm)} == {native_rms_norm}
 
 
@@ -452,7 +452,7 @@ def test_calls_that_it_does_not_know_go_through_the_plain_block():
 
 
 def test_a_model_can_be_copied():
-    model = compiled(
+    model = compile_model(
         Transformer(TransformerConfig(vocab_size=65, sequence_length=32, **PLAIN)), native=True
     )
     ids = torch.randint(65, (2, 32))
@@ -473,7 +473,7 @@ def test_an_empty_batch_is_none_of_its_business():
 
 def test_what_was_compiled_is_plain_again_for_the_next_step():
     model = Transformer(TransformerConfig(vocab_size=65, sequence_length=32, **PLAIN))
-    compiled(compiled(model, 4, 32), native=True)
+    compile_model(compile_model(model, 4, 32), native=True)
     uncompile(model)
     assert model.run_block is run_block
     assert {m.kernel for m in model.modules() if isinstance(m, RMSNorm)} == {rms_norm}
@@ -492,9 +492,9 @@ def test_a_kernel_of_the_user_stays():
 def test_a_model_that_it_does_not_know_is_refused_by_a_script_too(change):
     config = TransformerConfig(vocab_size=65, sequence_length=32, **{**PLAIN, **change})
     with pytest.raises(ConfigError, match="does not know"):
-        compiled(Transformer(config), native=True)
+        compile_model(Transformer(config), native=True)
     with pytest.raises(ConfigError, match="Transformer"):
-        compiled(nn.Linear(2, 2), native=True)
+        compile_model(nn.Linear(2, 2), native=True)
 
 
 def test_in_a_script_it_is_bf16_whatever_auto_would_be():
@@ -540,7 +540,7 @@ def test_a_system_that_grants_fewer_threads_gives_the_same():
 
 def test_modules_are_watched_through_the_plain_block():
     model = Transformer(TransformerConfig(vocab_size=65, sequence_length=32, **PLAIN))
-    compiled(model, native=True)
+    compile_model(model, native=True)
     with uncompiled(model):
         assert model.run_block is run_block
     assert isinstance(model.run_block, NativeBlocks)

@@ -353,13 +353,13 @@ def test_resolved_precision(monkeypatch, name, mixed, device, has_bf16, expected
 
 @pytest.mark.parametrize("device", [CPU, MPS])
 def test_fp16_off_cuda_is_a_config_error(device):
-    with pytest.raises(ConfigError, match=f"fp16 needs a CUDA GPU, and the device is {device}"):
+    with pytest.raises(ConfigError, match=f"fp16 needs a CUDA GPU, but the device is {device}"):
         resolve_precision("fp16", False, device)
 
 
 def test_bf16_without_support_is_a_config_error(monkeypatch):
     monkeypatch.setattr(module, "_has_bf16", lambda _: False)
-    with pytest.raises(ConfigError, match="cuda:0 has none"):
+    with pytest.raises(ConfigError, match="cuda:0 does not support it"):
         resolve_precision("bf16", False, CUDA)
 
 
@@ -421,7 +421,7 @@ def test_absent_devices_are_machine_errors(monkeypatch):
     with pytest.raises(MachineError, match="Metal"):
         resolve_device("mps")
     machine(monkeypatch, built=False)
-    with pytest.raises(MachineError, match=r"(?s)for CPUs alone.*install the CUDA build"):
+    with pytest.raises(MachineError, match=r"(?s)for CPUs only.*install the CUDA build"):
         resolve_device("cuda")
     machine(monkeypatch, gpus=2)
     with pytest.raises(MachineError, match=r"(?s)no GPU number 2.*cuda:0 to cuda:1"):

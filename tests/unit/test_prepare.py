@@ -351,11 +351,11 @@ def test_only_what_a_killed_run_left_is_removed(inputs: list[str], tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.txt", b"", "no text in the inputs"),
+        ("a.txt", b"", "the inputs hold no text"),
         ("a.txt", b"ab\xff", "byte 2"),
         ("a.txt", b"PK\x03\x04", "zip"),
         ("a.jsonl", b'{"text": "x"}\n{"body": 1}\n', "a.jsonl:2"),
-        ("a.jsonl", b"\n\n", "no text in the inputs"),
+        ("a.jsonl", b"\n\n", "the inputs hold no text"),
         ("a.txt.gz", gzip.compress(b"some text", mtime=0)[:-2], "gzip"),
     ],
 )
@@ -512,7 +512,7 @@ def test_a_second_run_notices_what_is_missing_or_foreign_in_the_folder(
     refused("tokenizer in the folder")
     tokenizer.write_bytes(kept[0])
     shutil.copy(tmp_path / "other/all.tokens", tokens)
-    refused("not the one that was prepared")
+    refused("has changed since it was prepared")
     tokens.write_bytes(kept[1])
     write_prepared(inputs, out, BYTE)
 

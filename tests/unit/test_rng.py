@@ -139,7 +139,7 @@ def test_states_of_devices_that_are_not_here_are_announced() -> None:
     expected = draw()
     state["cuda:0"] = torch.zeros(16, dtype=torch.uint8)
 
-    with pytest.warns(UserWarning, match="1 CUDA generators and this machine 0"):
+    with pytest.warns(UserWarning, match="1 CUDA generators, this machine 0"):
         restore_rng(state)
     assert draw() == expected
 

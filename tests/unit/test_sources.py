@@ -383,7 +383,7 @@ def test_a_python_without_its_documentation_says_so(monkeypatch: pytest.MonkeyPa
 def test_data_that_is_not_read_is_never_text(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text("prompt,response\na,b\n")
-    with pytest.raises(DataError, match="no text to learn") as caught:
+    with pytest.raises(DataError, match="not text to learn") as caught:
         read_source(str(path))
     assert caught.value.where == str(path)
     assert ".txt" in caught.value.fix

@@ -92,7 +92,7 @@ def test_a_broken_file_is_one_warning_and_written_anew(cache, text, caplog):
         cache.put(HERE, FIGURES)
 
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "speed.json is broken and will be written anew" in caplog.text
+    assert "speed.json is damaged and will be rewritten" in caplog.text
     assert cache.get(HERE) == FIGURES
 
 
@@ -100,13 +100,13 @@ def test_a_broken_file_is_one_warning_and_written_anew(cache, text, caplog):
 def test_a_directory_that_refuses_is_a_warning(cache, caplog):
     cache.path.parent.mkdir(mode=0o500)
     cache.put(HERE, FIGURES)
-    assert "cannot be kept" in caplog.text
+    assert "cannot be stored" in caplog.text
 
 
 def test_a_file_in_the_place_of_the_directory_is_a_warning(cache, caplog):
     cache.path.parent.write_text("here")
     cache.put(HERE, FIGURES)
-    assert "cannot be kept" in caplog.text
+    assert "cannot be stored" in caplog.text
     assert cache.get(HERE) == {}
 
 

@@ -225,7 +225,7 @@ def test_a_folder_with_nothing_but_hidden_files_is_refused(tmp_path: Path) -> No
     (tmp_path / ".a.txt").write_text("text")
     with pytest.raises(DataError, match="no text in this folder"):
         read_source(str(tmp_path))
-    with pytest.raises(DataError, match="nothing to read"):
+    with pytest.raises(DataError, match="no files to read"):
         find_inputs([str(tmp_path)])
 
 

@@ -42,7 +42,7 @@ def test_all_bad_files_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as raised:
         list(read_texts(paths))
     message = str(raised.value)
-    assert raised.value.what == "26 of 30 files are no text"
+    assert raised.value.what == "26 of 30 files are not text"
     assert [path.name for path in paths if path.name in message] == [
         f"{number:02}.txt" for number in [3, *range(5, 24)]
     ]

@@ -215,7 +215,7 @@ def test_a_configuration_cannot_write_anything_else(name: str, options: dict[str
 
 @pytest.mark.parametrize("vocabulary", [["ab"], [""]])
 def test_a_vocabulary_is_made_of_single_characters(vocabulary: list[str]) -> None:
-    with pytest.raises(ValueError, match="single characters"):
+    with pytest.raises(ValueError, match="single character"):
         CharacterTokenizer(vocabulary)
 
 

@@ -1,7 +1,7 @@
-"""torch.compile, kept short: one block is compiled, and serves them all.
+"""torch.compile of one block, whose code serves all blocks.
 
-A whole model unrolls into as many copies of a block as it has, and each is compiled again: minutes
-for what one block takes in seconds, and no faster after. Compiled code holds for one shape; the
+Compiling a whole model unrolls its blocks and compiles each of them: minutes
+instead of seconds for one block, and no faster afterwards. Compiled code is for one shape; the
 last, smaller batch of an epoch and the growing text of a sample go through the plain block rather
 than through the compiler.
 """
@@ -31,17 +31,17 @@ BlockRunner = Callable[..., Tensor]
 
 
 class CompiledBlocks:
-    """Calls blocks through one compiled function where the input has the shape of a whole batch.
+    """Calls blocks through one compiled function if the input has the shape of a whole batch.
 
-    Which inputs those are must not hang on which came first in this process: a resumed run would
-    otherwise go on with other code, and other last bits, than the one that was not interrupted.
+    The shape must not depend on the first input in this process: a resumed run would
+    otherwise use other code, with other last bits, than the uninterrupted run.
     Evaluation goes through the same code: without gradients it would have to be compiled again.
-    What the code keeps for a backward pass is dropped at once.
+    The tensors saved for a backward pass are freed at once.
 
     Args:
-        plain: `plain(block, x, positions, embedded)`, which is compiled. Where the compiler fails,
-            there is a warning, and all goes on with this.
-        rows, time: the shape (B, T) of a whole batch; what is unset, the first training call tells.
+        plain: `plain(block, x, positions, embedded)`, which is compiled. If the compiler fails,
+            it warns and uses this function.
+        rows, time: the shape (B, T) of a whole batch; if unset, taken from the first training call.
         backend: a backend of `torch.compile`.
     """
 
@@ -63,10 +63,10 @@ class CompiledBlocks:
     def __call__(
         self, block: nn.Module, x: Tensor, positions: nn.Module, embedded: Tensor
     ) -> Tensor:
-        """Return `plain(block, x, positions, embedded)`, from compiled code where there is some."""
+        """Return `plain(block, x, positions, embedded)`, with compiled code if there is any."""
         if self.compiled is None or not self._serves(block, x):
             return self.plain(block, x, positions, embedded)
-        if embedded is x:  # as for the first block: one tensor twice would be a case of its own
+        if embedded is x:  # as for the first block: the same tensor twice would compile again
             embedded = x.view_as(x)
         try:
             if torch.is_grad_enabled():
@@ -76,7 +76,7 @@ class CompiledBlocks:
                 return self.compiled(block, x, positions, embedded).detach()
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:200]
-            logger.warning("torch.compile failed, going on without it: %s", reason)
+            logger.warning("torch.compile failed, training continues without it: %s", reason)
             self.compiled = None
             return self.plain(block, x, positions, embedded)
 
@@ -102,10 +102,10 @@ class CompiledBlocks:
 
 @cache
 def _one_of_its_shape(plain: BlockRunner, rows: int, time: int) -> BlockRunner:
-    """Return a function of its own for each shape, the same for each model.
+    """Return a separate function for each shape, shared by all models.
 
-    The compiler counts its attempts by code object, and gives up after 8; but what it has compiled
-    for one model serves the next of the same kind.
+    The compiler counts its attempts by code object, and gives up after 8; but code compiled
+    for one model also serves the next of the same kind.
     """
 
     def call(block: nn.Module, x: Tensor, positions: nn.Module, embedded: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _one_of_its_shape(plain: BlockRunner, rows: int, time: int) -> BlockRunner:
 
 
 def uncompile(model: nn.Module) -> None:
-    """Have a model computed as it was before `compiled`, whatever that did; nothing else."""
+    """Undo `compile_model`, and nothing else."""
     runner = getattr(model, "run_block", None)
     while isinstance(runner, CompiledBlocks | NativeBlocks):
         runner = model.run_block = runner.plain  # type: ignore[assignment]
@@ -127,7 +127,7 @@ def uncompile(model: nn.Module) -> None:
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Have a model's blocks called as they are: hooks inside compiled code are not called."""
+    """Run a model's blocks uncompiled in a block: hooks are not called inside compiled code."""
     runner = getattr(model, "run_block", None)
     if not isinstance(runner, CompiledBlocks | NativeBlocks):
         yield
@@ -143,10 +143,10 @@ Choice = bool | Literal["auto", "native"]
 
 
 def resolve_compile(choice: Choice) -> bool | Literal["native"]:
-    """Choose whether to compile: "auto" does where a compiler is found, and warns where none is.
+    """Choose whether to compile: "auto" compiles if a compiler is found, and warns otherwise.
 
     Raises:
-        MachineError: compiled code is asked for, and there is no compiler.
+        MachineError: compilation is required, but there is no compiler.
     """
     if not choice or find_compiler() is not None:
         return choice if choice == "native" else bool(choice)
@@ -154,28 +154,28 @@ def resolve_compile(choice: Choice) -> bool | Literal["native"]:
         logger.warning("compile: auto: no C++ compiler was found, so nothing is compiled")
         return False
     raise MachineError(
-        f"compile: {str(choice).lower()} needs a C++ compiler, and there is none",
+        f"compile: {str(choice).lower()} needs a C++ compiler, but none was found",
         got=f"CXX={os.environ['CXX']}" if "CXX" in os.environ else "no g++ in PATH",
         fix="install g++, name another in CXX, or set training.compile to auto or false",
     )
 
 
-def compiled(
+def compile_model(
     model: nn.Module, rows: int | None = None, time: int | None = None, native: bool = False
 ) -> nn.Module:
-    """Return what to call in place of the model.
+    """Compile a model; return the module to call in its place.
 
     A model with `run_block` is compiled a block at a time, in place, and returned itself; another
     as a whole. The compiler runs at the first call.
 
     Args:
-        model: as it is.
+        model: the model, not yet compiled.
         rows, time: as for `CompiledBlocks`.
-        native: by the code of this package, in place of torch's compiler.
+        native: with the code of this package instead of torch's compiler.
 
     Raises:
-        ConfigError: native code does not know the model.
-        MachineError: native code cannot be had.
+        ConfigError: native code does not support the model.
+        MachineError: native code cannot be compiled or loaded.
     """
     plain = getattr(model, "run_block", None)
     if native:

@@ -36,14 +36,14 @@ class Ranks:
 
     @classmethod
     def current(cls) -> Ranks:
-        """Describe the process group that exists now; alone without one."""
+        """Describe the present process group; a single rank without one."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
     @property
     def is_writer(self) -> bool:
-        """Whether this rank writes files and speaks on the terminal."""
+        """Whether this rank writes files and prints on the terminal."""
         return self.rank == 0
 
     @property
@@ -111,12 +111,12 @@ class Ranks:
         return [part.cpu() for part in parts]
 
     def first(self, flag: bool) -> int | None:
-        """Return the first rank on which the flag is set, None if it is on none."""
+        """Return the first rank on which the flag is set; None if there is none."""
         counts = [int(flag and rank == self.rank) for rank in range(self.world_size)]
         return next((rank for rank, is_set in enumerate(self.sum_counts(counts)) if is_set), None)
 
     def broadcast_text(self, text: str, source: int = 0) -> str:
-        """Give every rank the text of one."""
+        """Send one rank's text to every rank."""
         if self.alone:
             return text
         own = self.rank == source
@@ -128,10 +128,10 @@ class Ranks:
         return bytes(data.tolist()).decode()
 
     def first_decides(self, decide: Callable[[], Any]) -> Any:
-        """Return on every rank what the first one decides, a value of plain JSON.
+        """Return on every rank the first rank's decision, a value of plain JSON.
 
         Raises:
-            SystemExit: on the other ranks, where the first one failed; that one raises its error.
+            SystemExit: on the other ranks if the first rank failed; that rank raises its error.
         """
         message, failure = "", None
         if self.is_writer:
@@ -173,10 +173,10 @@ def join_ranks(device: str) -> Ranks:
             _tell_ignite()
         except (RuntimeError, ValueError) as error:
             raise MachineError(
-                f"the ranks could not find each other: {error}",
+                f"the ranks could not connect to each other: {error}",
                 where=f"rank {launched['RANK']} of {launched['WORLD_SIZE']}",
                 got="MASTER_ADDR={MASTER_ADDR} MASTER_PORT={MASTER_PORT}".format(**launched),
-                fix="see what the other ranks said; if they all wait, they must reach MASTER_ADDR"
+                fix="read the other ranks' messages; if they all wait, they must reach MASTER_ADDR"
                 " from their machines, and no other program may hold MASTER_PORT there. Set both to"
                 " choose others",
             ) from error

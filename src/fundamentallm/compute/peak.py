@@ -1,4 +1,4 @@
-"""The most floating-point operations a second that a device does in matrix products."""
+"""The peak rate of floating-point operations of a device in matrix products."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BF16_DATA_SHEETS = {
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return a device's peak in FLOP/s: of the data sheet for a GPU known by name, else measured.
+    """Return a device's peak in FLOP/s: from the data sheet for a known GPU, else measured.
 
     Args:
         device: a GPU or CPU.
@@ -32,14 +32,14 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         for model, peak in _BF16_DATA_SHEETS.items():
-            # A slice of a GPU has a share of its peak that the name does not tell.
+            # The name of a GPU slice does not tell its share of the peak.
             if re.search(rf"\b{model}\b", name) and "MIG" not in name:
                 return peak
     return measured_peak(device, dtype)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the most FLOP/s that a square product was seen to do; some 0.5 s on two CPU cores.
+    """Return the highest FLOP/s measured for square products; takes 0.5 s on two CPU cores.
 
     Args:
         device: a GPU or CPU, with the threads that torch is set to.
@@ -47,7 +47,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """
     best = 0.0
     for size in (512, 1024, 2048) if device.type == "cpu" else (4096, 8192):
-        # Values without a random number: a run's own must not depend on being measured.
+        # No random numbers are drawn: measuring must not change a run's random numbers.
         a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
         for _ in range(5):
             _wait(device)

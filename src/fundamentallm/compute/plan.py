@@ -1,12 +1,12 @@
 """How a configuration computes on this machine: resolved once, applied once.
 
-A `Plan` says how a step is computed and not what it computes: two plans of one configuration take
-the same steps, but for rounding. `Plan.resolve` makes it of the training configuration, what the
-model can do, and the machine; nothing else chooses a device, a type, a kernel or a compiler. To
+A `Plan` says how a step is computed, not what it computes: two plans of one configuration take
+the same steps up to rounding. `Plan.resolve` makes it from the training configuration, the
+model's abilities, and the machine; nothing else chooses a device, type, kernel or compiler. To
 apply it:
 
-    model = plan.place(model)              on its device; parameters lie where they stay
-    optimizer = ...                        over the parameters as they lie now
+    model = plan.place(model)              on its device; parameters do not move later
+    optimizer = ...                        over the parameters at their final place
     precision = plan.build_precision()     autocast, bfloat16 copies, loss scale
     forward = plan.prepare(model)          kernel, compilation, ranks: what a step calls
 
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fundamentallm.compute.compilation import compiled, resolve_compile, uncompile
+from fundamentallm.compute.compilation import compile_model, resolve_compile, uncompile
 from fundamentallm.compute.distributed import Ranks, join_ranks
 from fundamentallm.compute.precision import (
     Precision,
@@ -62,13 +62,13 @@ class Machine:
         """Find the device and the ranks, and set the number of threads.
 
         Args:
-            device: a name, as for `resolve_device`; of several ranks each takes its own GPU. A
-                torch device is taken as it is.
+            device: a name, as for `resolve_device`; each of several ranks takes its own GPU. A
+                torch device is used unchanged.
             threads: of the CPU, as for `use_threads`.
             join: join the ranks that a launcher announces; else those that exist now.
 
         Raises:
-            ConfigError: no such kind of device.
+            ConfigError: the kind of device is unknown.
             MachineError: this machine has no such device, or the ranks cannot be joined.
         """
         use_threads(threads)
@@ -80,7 +80,7 @@ class Machine:
         return cls(found, ranks)
 
     def circumstances(self) -> dict[str, str | int]:
-        """Return what rounding and speed depend on besides a plan, as plain values."""
+        """Return the facts beside a plan that rounding and speed depend on, as plain values."""
         gpu = self.device.type == "cuda"
         return {
             "device": torch.cuda.get_device_name(self.device) if gpu else self.device.type,
@@ -91,13 +91,13 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a plan asks about a model, which need not be built.
+    """The facts about a model that a plan needs; the model need not be built.
 
     Attributes:
         context: T, tokens in a sequence; 0 if unknown.
         follows_weight_type: tells whether bfloat16 weights make the whole model compute in
             bfloat16; None if unknown.
-        config: what native code is asked about; None for a model of a script's own.
+        config: the configuration that native code checks; None for a script's model.
     """
 
     context: int = 0
@@ -132,11 +132,11 @@ class Plan:
         bf16_weights: whether bfloat16 copies of the weights take the place of autocast.
         compile: whether the block is compiled: by torch (True) or as native code ("native").
         attention: the kernel's name.
-        batch_size: rows of a micro-batch; the step's rows stay, so accumulation follows. 0 where
-            the loader of a script decides.
+        batch_size: rows of a micro-batch; the step's rows are fixed, so accumulation follows. 0 if
+            a script's loader decides.
         threads: of the CPU; None for torch's choice.
-        gradient_checkpointing: whether the backward pass computes activations again.
-        machine: where.
+        gradient_checkpointing: whether the backward pass recomputes activations.
+        machine: the machine.
     """
 
     precision: str
@@ -165,15 +165,15 @@ class Plan:
             batch_size: rows of a micro-batch.
 
         Raises:
-            ConfigError: the device lacks the precision, or native code does not know the model;
+            ConfigError: the device lacks the precision, or native code does not support the model;
                 `key` is the field.
-            MachineError: compiled code is asked for, and there is no compiler.
+            MachineError: compilation is required, but there is no compiler.
         """
         device = machine.device
         if config.compile == "native":
             if model.config is not None:
                 require_native(model.config, device)
-            precision, narrow = "bf16", False  # also where the precision is auto
+            precision, narrow = "bf16", False  # also if the precision is auto
         else:
             precision = resolve_precision(config.precision, config.mixed_precision, device)
             narrow = resolve_bf16_weights(
@@ -194,14 +194,14 @@ class Plan:
     def again(
         cls, config: TrainingConfig, model: ModelFacts, machine: Machine, fp16_elsewhere: str
     ) -> Plan:
-        """Return the plan to compute once more, uncompiled, what a run computed.
+        """Return the plan to recompute a run's step, uncompiled.
 
         Args:
-            config: the run's, resolved. Runs from before there was a choice of `bf16_weights` and
-                `attention` had autocast and the fused kernel.
+            config: the run's, resolved. Runs from before the fields `bf16_weights` and
+                `attention` existed used autocast and the fused kernel.
             model: what the model can do.
-            machine: where it computes, which may be another kind than the run's.
-            fp16_elsewhere: the precision in place of fp16 where the device is no GPU.
+            machine: where it computes; may be another kind than the run's.
+            fp16_elsewhere: the precision in place of fp16 if the device is not a GPU.
         """
         precision: str = config.precision
         if precision == "fp16" and machine.device.type != "cuda":
@@ -212,44 +212,44 @@ class Plan:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The model's device."""
         return self.machine.device
 
     @property
     def ranks(self) -> Ranks:
-        """This process among those that take the same step."""
+        """This process's place among the ranks."""
         return self.machine.ranks
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Put a model where it computes; call it before an optimizer holds the parameters."""
+        """Move a model to its device; call it before an optimizer holds the parameters."""
         return model.to(self.device)
 
     def build_precision(self) -> Precision:
-        """Return the types of a step, with a loss scale of its own in fp16."""
+        """Return the types of a step, with a new loss scale in fp16."""
         return Precision(self.precision, self.device, self.bf16_weights)
 
     def prepare(
         self, model: nn.Module, batch_shape: tuple[int | None, int | None] = (None, None)
     ) -> nn.Module:
-        """Have a model that is in its place computed in this way; return what a step calls.
+        """Configure a placed model for this plan; return the module that a step calls.
 
-        The compiler of torch runs at the first call.
+        torch's compiler runs at the first call.
 
         Args:
-            model: changed in place, whatever was prepared before.
-            batch_shape: rows and tokens of a whole micro-batch, as far as they are known; what is
-                compiled is compiled for it.
+            model: changed in place; an earlier plan's changes are undone.
+            batch_shape: rows and tokens of a whole micro-batch, as far as known; compiled
+                code is for that shape.
 
         Raises:
-            ConfigError, MachineError: as `compiled`.
+            ConfigError, MachineError: as `compile_model`.
         """
         if self.gradient_checkpointing:
             model.gradient_checkpointing = True  # type: ignore[assignment]
         use_kernel(model, self.attention)
-        uncompile(model)  # of a former plan, which may have had another precision
+        uncompile(model)  # an earlier plan may have had another precision
         forward = model
         if self.compile:
-            forward = compiled(forward, *batch_shape, native=self.compile == "native")
+            forward = compile_model(forward, *batch_shape, native=self.compile == "native")
         if self.ranks.alone:
             return forward
         return DistributedDataParallel(
@@ -277,7 +277,7 @@ class Plan:
         }
 
     def applied_to(self, config: RunConfig) -> RunConfig:
-        """Return a configuration that computes the same steps in this way."""
+        """Return the configuration with this plan's settings."""
         values = self.values(config.data.batch_size * config.training.accumulation_steps)
         training = {
             **values["training"],

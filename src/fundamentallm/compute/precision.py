@@ -1,4 +1,4 @@
-"""Where the numbers live and how wide they are: device, compute type, loss scale.
+"""Device, compute type and loss scale.
 
 Weights, gradients and optimizer state stay in float32; "bf16" and "fp16" mean that matrix
 multiplications run in that type, in one of two ways:
@@ -35,7 +35,7 @@ _DEVICES = ("auto", "cpu", "cuda", "mps")
 class Precision:
     """Autocast and, for fp16, a loss scale that adapts itself.
 
-    A step calls `scale(loss).backward()`, `unscale_` once the window's gradients are complete,
+    A step calls `scale(loss).backward()`, `unscale_` once the step batch's gradients are complete,
     `step` only if they are finite, and `update` in either case: it closes the step, and halves
     the scale if `unscale_` met an infinity. Without a scaler these calls do what their names say
     to an optimizer that needs no scaling.
@@ -97,10 +97,10 @@ class Precision:
             self.scaler.step(optimizer)
 
     def update(self, adapt: bool = True) -> None:
-        """Close the step that `unscale_` began; nothing without a scaler.
+        """Close the step that `unscale_` began; a no-op without a scaler.
 
         Args:
-            adapt: let the loss scale follow what `unscale_` saw; False leaves it, as if the step
+            adapt: let the loss scale follow what `unscale_` saw; False keeps it, as if the step
                 had never been tried.
         """
         if self.scaler is not None:
@@ -108,7 +108,7 @@ class Precision:
 
     @property
     def may_overflow(self) -> bool:
-        """Whether an infinite gradient is to be expected: there is a loss scale of 1 or more."""
+        """Whether an infinite gradient is normal: there is a loss scale of 1 or more."""
         return self.scaler is not None and self.scaler.get_scale() >= 1.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,17 +116,17 @@ class Precision:
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take the loss scale back.
+        """Restore the loss scale.
 
         Raises:
-            CheckpointError: the state has a loss scale and this precision none, or the reverse.
+            CheckpointError: only one of the state and this precision has a loss scale.
         """
         if bool(state_dict) != (self.scaler is not None):
             raise CheckpointError(
                 "the checkpoint was written in another precision",
                 got="a loss scale" if state_dict else "no loss scale",
                 expected=f"{'no' if self.scaler is None else 'a'} loss scale for {self.name}",
-                fix="set training.precision to what the run began with",
+                fix="set training.precision to the run's original value",
             )
         if self.scaler is not None:
             self.scaler.load_state_dict(dict(state_dict))
@@ -134,14 +134,14 @@ class Precision:
 
 @contextmanager
 def narrowed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Lend a model narrow copies of its floating-point parameters, one copy for a shared one.
+    """Lend a model narrow copies of its floating-point parameters, one copy for a shared parameter.
 
-    Tables of embeddings are not lent: what is looked up in them is narrowed instead. Their backward
+    Embedding tables are not lent: the vectors read from them are narrowed instead. Their backward
     pass adds up a row for each token, and in bfloat16 a frequent token's sum stops growing.
 
-    The copies hang on the parameters: a backward pass adds its gradients to the parameters' own,
-    in their type. It must run inside the context, since checkpointed activations are computed
-    again from what the model then holds.
+    The copies are linked to the parameters: a backward pass adds to the parameters' gradients,
+    in their type. It must run inside the context, since checkpointed activations are
+    recomputed from the model's weights at that time.
 
     Args:
         model: its parameters; buffers stay as they are.
@@ -163,7 +163,7 @@ def narrowed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     ]
     try:
         for parameters, name, parameter in places:
-            # Assigned as an attribute, a tensor that is no nn.Parameter would be refused.
+            # Assigned as an attribute, a tensor that is not an nn.Parameter would be refused.
             parameters[name] = copies[id(parameter)]  # type: ignore[assignment]
         yield
     finally:
@@ -201,8 +201,8 @@ def resolve_precision(
 ) -> str:
     """Choose the precision that a configuration means on a device.
 
-    `auto` is the fastest that is safe: on CUDA bf16, or fp16 where the GPU has no bf16; fp32
-    elsewhere. `mixed_precision` asks for a narrow type everywhere: bf16 on CPUs too.
+    `auto` is the fastest safe type: on CUDA bf16, or fp16 where the GPU has no bf16; fp32
+    elsewhere. `mixed_precision` requests a narrow type everywhere: bf16 on CPUs too.
 
     Args:
         config_precision: "fp32", "bf16", "fp16", "auto" or None for unset.
@@ -229,7 +229,7 @@ def resolve_precision(
         return "bf16" if mixed_precision else "fp32"
     if name == "fp16" and device.type != "cuda":
         raise ConfigError(
-            f"precision fp16 needs a CUDA GPU, and the device is {device.type}",
+            f"precision fp16 needs a CUDA GPU, but the device is {device.type}",
             key="precision",
             got="fp16",
             expected="fp32 or bf16",
@@ -237,7 +237,7 @@ def resolve_precision(
         )
     if name == "bf16" and not _has_bf16(device):
         raise ConfigError(
-            f"precision bf16 needs a GPU with bfloat16, and {device} has none",
+            f"precision bf16 needs a GPU with bfloat16, but {device} does not support it",
             key="precision",
             got="bf16",
             expected="fp32 or fp16",
@@ -247,7 +247,7 @@ def resolve_precision(
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn a device's name into a device that this machine has.
+    """Return the device of this machine for a name.
 
     Args:
         name: "cpu", "cuda" (the current GPU), "cuda:N", "mps", or "auto": the first of cuda, mps
@@ -257,7 +257,7 @@ def resolve_device(name: str) -> torch.device:
         The device; a CUDA device always with its index.
 
     Raises:
-        ConfigError: no such kind of device.
+        ConfigError: the kind of device is unknown.
         MachineError: this machine has no such device.
     """
     kind = name.partition(":")[0]
@@ -292,7 +292,7 @@ def _require_cuda(name: str) -> None:
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         raise MachineError(
-            "torch finds no CUDA GPU" if built else "this build of torch is for CPUs alone",
+            "torch finds no CUDA GPU" if built else "this build of torch is for CPUs only",
             got=name,
             fix=(
                 "use device: auto or cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
@@ -312,7 +312,7 @@ def _require_cuda(name: str) -> None:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is computed by the device's own units; emulation is slower than fp32."""
+    """Whether the device computes bfloat16 in hardware; emulation is slower than fp32."""
     if device.type != "cuda":
         return True
     with torch.cuda.device(device):

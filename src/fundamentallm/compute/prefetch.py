@@ -1,4 +1,4 @@
-"""The next window, read and on its way to the device while this one is computed with."""
+"""Read the next step batch and copy it to the device during the present step."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fundamentallm.data.loaders import EpochLoader
 
 
 def ahead(loader: Iterable[Any], device: torch.device) -> Iterable[Any]:
-    """Return the loader, or on a GPU a `Prefetch` of it, where its windows depend on nothing else.
+    """Return the loader; on a GPU a `Prefetch` of it, if it is a function of its position.
 
-    A CPU computes with the memory that a window was read into; reading it takes some 60
-    microseconds, and there is no second processor to leave it to.
+    A CPU computes directly with the memory of a step batch; reading it takes about 60
+    microseconds, and no second processor could do it.
     """
     if device.type != "cuda" or not isinstance(loader, EpochLoader):
         return loader
@@ -25,15 +25,15 @@ def ahead(loader: Iterable[Any], device: torch.device) -> Iterable[Any]:
 
 
 class Prefetch:
-    """Yields the windows of a loader in their order, from the memory of the device.
+    """Yields the step batches of a loader in order, in the device's memory.
 
-    A thread reads the window after the one that was handed out into pinned memory, and copies it
-    on a stream of its own. Pinned and device memory come from torch's caches, so that a step
-    allocates neither. An error of the loader is raised where its window would have come.
+    A thread reads the next step batch into pinned memory, and copies it
+    on a separate stream. Pinned and device memory come from torch's caches, so that a step
+    allocates neither. An error of the loader is raised in place of its step batch.
 
     Args:
-        loader: whose windows are a pure function of its position: a thread calls it.
-        device: where they are wanted.
+        loader: whose step batches are a pure function of its position: a thread calls it.
+        device: the target device.
     """
 
     def __init__(self, loader: EpochLoader, device: torch.device) -> None:
@@ -77,4 +77,4 @@ class Prefetch:
         computing.wait_stream(self._stream)
         for batch in window.micro_batches:
             for tensor in batch.values():
-                tensor.record_stream(computing)  # not to be used again before it was read
+                tensor.record_stream(computing)  # do not reuse the memory before it is read

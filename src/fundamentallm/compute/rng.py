@@ -89,18 +89,18 @@ def check_generators(state: Any) -> None:
 def restore_rng(state: Mapping[str, Any]) -> None:
     """Put the global generators into the states that `capture_rng` returned.
 
-    Where the CUDA devices are not those of the saved run, the ones that are there are restored and
-    a warning says so: from here on the random numbers differ.
+    If the CUDA devices differ from the saved run's, the ones present are restored and
+    a warning says that random numbers differ from now on.
 
     Raises:
-        CheckpointError: a state that its generator refuses; no generator was changed.
+        CheckpointError: a generator refuses its state; no generator was changed.
     """
     devices = set(range(torch.cuda.device_count()))
     saved = {int(key.removeprefix(CUDA)): state[key] for key in state if key.startswith(CUDA)}
     try:
         python_state = _python_state(state["python"])
         numpy_state = _numpy_state(state["numpy"])
-        # Scratch generators judge every state before a global one changes.
+        # Scratch generators check every state before a global generator changes.
         random.Random().setstate(python_state)
         np.random.RandomState().set_state(numpy_state)
         torch.Generator().set_state(state["torch"])
@@ -115,8 +115,8 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     in_use = devices if _cuda_in_use() else set()
     if saved.keys() - devices or in_use - saved.keys():
         warnings.warn(
-            f"the state has {len(saved)} CUDA generators and this machine {len(devices)}: random"
-            " numbers on the others begin anew, so the run is not continued exactly",
+            f"the state has {len(saved)} CUDA generators, this machine {len(devices)}: random"
+            " numbers on the others start again, so the run is not continued exactly",
             stacklevel=2,
         )
     random.setstate(python_state)

@@ -6,13 +6,13 @@ import torch
 
 
 def use_threads(threads: int | None) -> None:
-    """Let operations on the CPU run on that many threads from now on.
+    """Set the number of threads for CPU operations.
 
     Call it before anything is computed or compiled: sums over another number of parts round
-    otherwise, and compiled code has the number written into it.
+    differently, and compiled code contains the number.
 
     Args:
-        threads: of this process; None leaves what torch chose, the physical cores or
+        threads: of this process; None keeps torch's choice, the physical cores or
             OMP_NUM_THREADS.
     """
     if threads is not None and threads != torch.get_num_threads():

@@ -1,4 +1,4 @@
-"""How long the device took: by the host's clock on a CPU, by events of its stream on a GPU."""
+"""Time on the device: by the host's clock on a CPU, by stream events on a GPU."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 
 class Timer(Protocol):
-    """Marks moments in the device's work, and tells the time between two of them."""
+    """Marks moments in the device's work and measures the time between two of them."""
 
     def mark(self) -> Any:
-        """Return a moment: when the device has done all it was given so far."""
+        """Return the moment when the device finishes all work queued so far."""
 
     def seconds(self, began: Any, ended: Any) -> float | None:
-        """Return the time between two moments; None where the device has not got there yet."""
+        """Return the time between two moments; None if the device has not reached it yet."""
 
 
 class HostTimer:
-    """The host's clock: on a CPU what was given is done.
+    """The host's clock: on a CPU, queued work is already done.
 
     Args:
         clock: monotonic seconds.
@@ -39,7 +39,7 @@ class HostTimer:
 
 
 class CudaTimer:
-    """Events in the stream of a GPU, whose own clock tells them apart; no call waits for it.
+    """Events in the stream of a GPU, timed by the GPU's clock; no call waits for the GPU.
 
     Args:
         device: the GPU.
@@ -49,7 +49,7 @@ class CudaTimer:
         self._device = device
 
     def mark(self) -> torch.cuda.Event:
-        """Put an event behind what the current stream has to do."""
+        """Record an event after the work in the current stream."""
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
@@ -63,5 +63,5 @@ class CudaTimer:
 
 
 def device_timer(device: torch.device) -> Timer:
-    """Return the timer that sees a device's work."""
+    """Return the timer for a device."""
     return CudaTimer(device) if device.type == "cuda" else HostTimer()

@@ -1,4 +1,4 @@
-"""The data of one optimizer step: a window of micro-batches.
+"""The data of one optimizer step: a step batch of micro-batches.
 
 Shapes: T sequence length, B batch size.
 """
@@ -16,7 +16,7 @@ IGNORED = -100  # the target of a token that counts for nothing
 _REQUIRED, _OPTIONAL = ("input_ids", "target_ids"), ("document_ids",)
 
 Batch = dict[str, Tensor]
-"""`input_ids` and `target_ids`, int64 (B, T); where documents are packed apart also `document_ids`,
+"""`input_ids` and `target_ids`, int64 (B, T); if documents are masked also `document_ids`,
 int64 (B, T): the number of the document that a token belongs to, rising along a row from 0."""
 
 
@@ -35,7 +35,7 @@ class Window:
 
 
 def as_window(batch: Any) -> Window:
-    """Return a batch as a window of one micro-batch; a window as it is."""
+    """Return a batch as a step batch of one micro-batch; a step batch unchanged."""
     if isinstance(batch, Window):
         return batch
     micro = as_batch(batch)
@@ -63,10 +63,10 @@ def as_batch(batch: Any) -> Batch:
 
 
 def add_documents(batch: Batch, end_id: int | None) -> Batch:
-    """Number the documents of each row, in place; without an end there are none to number.
+    """Number the documents of each row, in place; without an end there is nothing to number.
 
     The token behind a document is the first of the next: what follows it is what a document begins
-    with. So every target counts, and each has been seen from its own document alone.
+    with. So every target counts, and each is predicted only from its own document.
     """
     if end_id is not None:
         batch["document_ids"] = (batch["input_ids"] == end_id).cumsum(dim=1)

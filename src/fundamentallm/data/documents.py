@@ -1,7 +1,7 @@
 """Documents of any length from files of any size, as streams: what `prepare` reads.
 
 Text and Markdown are one document a file; JSON lines and Parquet one a record. Each may be
-compressed with gzip or Zstandard, which is told by its first bytes, whatever its name says. Nothing
+compressed with gzip or Zstandard, which is recognized by its first bytes, not its name. Nothing
 is held but the chunk that is being read, or one line of JSON.
 """
 
@@ -30,7 +30,11 @@ from fundamentallm.data.text_file import (
 )
 from fundamentallm.errors import DataError, MachineError
 
-FOLDER_KINDS: tuple[Kind, ...] = ("text", "lines", "parquet")  # what is read of a folder
+FOLDER_KINDS: tuple[Kind, ...] = (
+    "text",
+    "lines",
+    "parquet",
+)  # the kinds that are read from a folder
 CHUNK = 1 << 20  # bytes read at once
 ZSTANDARD_CHUNK = 1 << 11  # bytes decompressed at once: a block of 4 bytes may stand for 128 KiB
 LONGEST_LINE = 1 << 24  # bytes of JSON
@@ -91,7 +95,7 @@ class Document:
 def find_inputs(
     words: Sequence[str], standard_input: Path | None = None, records: bool = False
 ) -> list[Input]:
-    """Return the files that files, folders and patterns stand for, each once, folders sorted.
+    """Return the files of paths, folders and patterns, each once, folders sorted.
 
     Args:
         words: paths; patterns with *, ?, [] and **; "-".
@@ -99,7 +103,7 @@ def find_inputs(
         records: whether that is JSON lines; else it is text.
 
     Raises:
-        DataError: one of them stands for nothing.
+        DataError: one of them matches nothing.
     """
     found: dict[Path, Input] = {}
     for word in words:
@@ -173,7 +177,7 @@ class InputReader:
                 "this is not a Parquet file",
                 where=name,
                 got=f"first bytes {file.peek(4).hex(' ')}",
-                fix="convert it, or give it the name of what it is",
+                fix="convert it, or give it the right suffix",
             )
         read = _decompressed(file, name)
         if kind == "lines":
@@ -190,7 +194,7 @@ class InputReader:
                 yield Document(where, [self._text_of(self._json(line, where, "line"), where)])
 
     def _array(self, read: Read) -> Iterator[Document]:
-        """Yield each record of an array; a file that is none is taken for JSON lines."""
+        """Yield each record of an array; a file without an array is read as JSON lines."""
         name = self.source.name
         data = b""
         while part := read(CHUNK):
@@ -219,7 +223,7 @@ class InputReader:
                 where=where,
                 got=str(error),
                 expected=f'{{"{self.field}": "...", ...}}',
-                fix=f"mend or remove the {what}",
+                fix=f"correct or remove the {what}",
             ) from error
 
     def _text_of(self, record: Any, where: str) -> str:
@@ -231,7 +235,7 @@ class InputReader:
                 where=where,
                 got="the keys " + ", ".join(keys[:10]) if keys else type(record).__name__,
                 expected=f'{{"{self.field}": "...", ...}}',
-                fix="name the key of the text with --field",
+                fix="give the key of the text with --field",
             )
         try:
             to_utf8(text)  # JSON can spell half of a surrogate pair
@@ -260,10 +264,10 @@ class InputReader:
                 names = table.schema_arrow.names
                 if self.field not in names:
                     raise DataError(
-                        f"there is no column '{self.field}'",
+                        f"the file has no column '{self.field}'",
                         where=name,
                         got="the columns " + ", ".join(names[:10]),
-                        fix="name the column of the text with --field",
+                        fix="give the column of the text with --field",
                     )
                 number = 0
                 for batch in table.iter_batches(64, columns=[self.field], use_threads=False):
@@ -274,17 +278,17 @@ class InputReader:
                                 f"the column '{self.field}' holds no text",
                                 where=f"{name}: row {number:,}",
                                 got=type(text).__name__,
-                                fix="name the column of the text with --field",
+                                fix="give the column of the text with --field",
                             )
                         yield Document(f"{name}: row {number:,}", [text or ""])
         except (pyarrow.ArrowException, OSError) as error:
-            if getattr(error, "errno", None):  # of the system, not of what is in the file
+            if getattr(error, "errno", None):  # from the system, not from the file's contents
                 raise
             raise DataError(
                 "the Parquet file is damaged",
                 where=name,
                 got=str(error),
-                fix="download or write it anew",
+                fix="download or write it again",
             ) from error
 
 
@@ -333,7 +337,7 @@ class _Counted:
 
 
 def _decompressed(file: _Counted, name: str) -> Read:
-    """Return what reads the contents; anything that is no text is refused."""
+    """Return what reads the contents; anything that is not text is refused."""
     first = file.peek(16)
     if first.startswith(_GZIP):
         return _Guarded(_gunzip(file), file, name, "gzip").read
@@ -362,7 +366,7 @@ def refuse_signature(first: bytes, name: str) -> None:
 
 
 class _Guarded:
-    """A decompressor whose faults are told with their place."""
+    """A decompressor whose errors name their place."""
 
     def __init__(self, parts: Iterator[bytes], file: _Counted, name: str, kind: str) -> None:
         self._parts = parts
@@ -389,10 +393,10 @@ class _Guarded:
             return next(self._parts, b"")
         except (EOFError, zlib.error, _ZstandardError) as error:
             raise DataError(
-                f"the {self._kind} file is damaged, or was cut",
+                f"the {self._kind} file is damaged or truncated",
                 where=f"{self._name}: byte {self._file.position:,}",
                 got=str(error),
-                fix="download or compress it anew",
+                fix="download or compress it again",
             ) from error
 
 
@@ -501,7 +505,7 @@ def _lines(read: Read, name: str) -> Iterator[bytes]:
                 "this line of JSON is too long to be read at once",
                 where=f"{name}:{number + 1}",
                 got=f"more than {LONGEST_LINE:,} bytes",
-                fix="cut the record into several, or give long texts as text files",
+                fix="split the record, or put long texts into text files",
             )
     if size:
         yield _without_mark(b"".join(parts), number)
@@ -530,13 +534,15 @@ def _paths(word: str) -> list[Path]:
             files.log(word)
         endings = [ending for kind in FOLDER_KINDS for ending in SUFFIXES[kind]]
         expected = "files that end in " + ", ".join(endings)
-        what = "there is nothing to read in this folder"
+        what = "this folder holds no files to read"
     else:
         known = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207 (absolute patterns)
         known = [file for file in known if not file.is_dir()]
         what, expected = "no such file or folder", "a path, a pattern or -"
     if not known:
-        raise DataError(what, where=word, expected=expected, fix=f"paths begin at {Path.cwd()}")
+        raise DataError(
+            what, where=word, expected=expected, fix=f"paths are relative to {Path.cwd()}"
+        )
     return known
 
 

@@ -2,13 +2,13 @@
 
     {"prompt": "Translate: dog\\n", "response": "Hund\\n"}
 
-The loss counts the response alone; the targets inside the prompt are -100. One example is one row,
+The loss counts only the response; the targets inside the prompt are -100. One example is one row,
 from its first token, padded to T with masked targets, so nothing is read across examples. A causal
 model cannot see the padding behind a token, so the loss is exactly that of the examples one by one,
 and weighted by tokens as everywhere. What separates prompt and response stands in the file; the
 text that ends a response is added where it is not there, and behind it the tokenizer's own end of a
-document, if it has one, so that the model learns to stop. Both are encoded apart, as a prompt is
-that stands alone.
+document, if it has one, so that the model learns to stop. Both are encoded separately, as a prompt
+alone.
 
 Shapes: N tokens of all examples, n examples, T sequence length, B batch size.
 """
@@ -105,7 +105,7 @@ def read_examples(path: Path, end: str | None = None) -> list[Example]:
         end: ends every response, added where it is not there; None adds nothing.
 
     Raises:
-        DataError: the file cannot be read, or a line is no example: `where` is file and
+        DataError: the file cannot be read, or a line is not an example: `where` is file and
             line, or record.
     """
     return [_ended(_example(value, where), end) for value, where in _values(path)]
@@ -152,7 +152,7 @@ def encode_examples(
             raise
         if len(prompt) + len(response) - max(len(prompt), 1) < 1:
             raise DataError(
-                "there is no token to learn in this example",
+                "this example has no token to learn",
                 where=example.where,
                 got=f"{len(prompt)} tokens of prompt and {len(response)} of response",
                 expected="a token of response that follows another token",
@@ -178,7 +178,7 @@ def encode_examples(
 
 def _ended(example: Example, end: str | None) -> Example:
     """Return an example whose response ends with a text and does not hold it earlier."""
-    # An empty response is left to be refused: what a model would learn of it is the end alone.
+    # An empty response is refused later: a model would learn only the end from it.
     if end is None or not example.response:
         return example
     response = example.response + end[_already_there(example.response, end) :]
@@ -186,12 +186,12 @@ def _ended(example: Example, end: str | None) -> Example:
     first = response.index(end)
     if first + len(end) < len(response):
         raise DataError(
-            "this response holds the text that ends a response, so a model would stop there",
+            "this response contains data.response_end before its end, so a model would stop there",
             where=example.where,
             got=f"{end!a} after {first:,} characters",
-            expected=f"{end!a} at the end alone",
-            fix="set data.response_end to a text that no response holds, as '\\n\\n', or to null"
-            " where the tokenizer has an end of its own (bpe, most tokenizer.json)",
+            expected=f"{end!a} only at the end",
+            fix="set data.response_end to a text that no response holds, or to null"
+            " if the tokenizer has an end token (bpe, most tokenizer.json)",
         )
     return replace(example, response=response)
 
@@ -220,7 +220,7 @@ def _parsed(text: str, where: str, what: str) -> Any:
 def _example(value: Any, where: str) -> Example:
     if not isinstance(value, dict):
         raise DataError(
-            "this line is no JSON object", where=where, got=type(value).__name__, expected=_FORM
+            "this line is not a JSON object", where=where, got=type(value).__name__, expected=_FORM
         )
     for key in ("prompt", "response"):
         if not isinstance(value.get(key), str):
@@ -229,7 +229,7 @@ def _example(value: Any, where: str) -> Example:
                 where=where,
                 got=f"{type(value[key]).__name__}" if key in value else "no such key",
                 expected=_FORM,
-                fix="lines of text alone are for: python -m fundamentallm.engine prepare"
+                fix="for lines of plain text use: python -m fundamentallm.engine prepare"
                 if "text" in value
                 else "",
             )

@@ -47,9 +47,9 @@ def refuse_other_data(name: str | PurePath, kinds: tuple[Kind, ...] = ("other da
     if kind_of(name) in kinds:
         suffix = PurePath(name).suffix
         raise DataError(
-            f"a {suffix} file is data that is not read here, and no text to learn",
+            f"a {suffix} file is data, not text to learn",
             where=str(name),
             expected="text, JSON lines, Parquet for `prepare`, or what `prepare` wrote",
-            fix=f"convert it to JSON lines; if the very signs of the {suffix} file are the text,"
+            fix=f"convert it to JSON lines; if the characters of the {suffix} file are the text,"
             " give it a name that ends in .txt",
         )

@@ -1,6 +1,6 @@
 """A shuffled order that is computed, not stored.
 
-A Feistel network is a bijection of pairs of half-words whatever its round function does
+A Feistel network is a bijection of pairs of half-words for any round function
 (Luby and Rackoff 1988), so keyed mixing gives a permutation of a power of four; positions that
 land outside the wanted range are sent through again until they fall inside (cycle walking,
 Black and Rogaway 2002). Any element of any order is found in constant time and memory, and the

@@ -64,17 +64,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if said["format"] != FORMAT:
             raise ValueError(f"format {said['format']}, not {FORMAT}")
         if not isinstance(said["files"], dict):
-            raise ValueError("files are no table")
+            raise ValueError("files is not a mapping")
         names = list(said["files"])
         if names != [WHOLE] and not set(names) <= set(PARTS):
             raise ValueError(f"files {names}")
         _check_types(said)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            "this is not what `prepare` writes",
+            "this folder is not what `prepare` writes",
             where=str(path),
             got=f"{type(error).__name__}: {error}",
-            fix="prepare the text anew, with another --out",
+            fix="prepare the text again, with another --out",
         ) from error
     manifest: dict[str, Any] = said
     return manifest

@@ -1,4 +1,4 @@
-"""A text file's bytes -> text, or one sentence on why it is none."""
+"""A text file's bytes -> text, or one sentence that says why it is not text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fundamentallm.errors import DataError
 
-# First bytes that give away what a file is, whatever its name says.
+# First bytes that identify a file's kind.
 SIGNATURES = {
     b"\x1f\x8b": "gzip",
     b"BZh91AY&SY": "bzip2",
@@ -68,7 +68,7 @@ def read_text(path: Path) -> str:
 
 
 def read_texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """Yield name and text of files; what is wrong with any of them is told at once, at the end.
+    """Yield name and text of files; all errors are raised together, at the end.
 
     Raises:
         DataError: as `read_text`; of several files, the message has a line for each.
@@ -85,7 +85,7 @@ def read_texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
         more = len(faults) - MOST_NAMED
         lines = [str(fault).splitlines()[0] for fault in faults[:MOST_NAMED]]
         raise DataError(
-            f"{len(faults):,} of {len(paths):,} files are no text",
+            f"{len(faults):,} of {len(paths):,} files are not text",
             got="\n            ".join(lines + [f"and {more:,} more"] * (more > 0)),
             fix="\n            ".join(dict.fromkeys(fault.fix for fault in faults)),
         )
@@ -104,7 +104,7 @@ def encoding_fix(data: bytes) -> str:
     elif max(zeros) > max(4 * min(zeros), len(head) // 20):  # every other byte, or nearly
         encoding = "UTF-16LE" if zeros[1] > zeros[0] else "UTF-16BE"
     elif 0 in data:
-        return "this looks like binary data; name a text, or convert it to UTF-8 first"
+        return "this looks like binary data; choose a text file, or convert it to UTF-8 first"
     else:
         encoding = "WINDOWS-1252"
     command = f"iconv -f {encoding} -t UTF-8 OLD > NEW"
@@ -134,7 +134,7 @@ def check_regular(path: Path) -> None:
     """Refuse pipes, devices and folders before they are opened: a pipe waits for its writer.
 
     Raises:
-        DataError: it is none of the disk's files, or cannot be reached.
+        DataError: it is not a regular file, or cannot be read.
     """
     try:
         mode = path.stat().st_mode
@@ -154,5 +154,7 @@ def unreadable(path: Path, error: OSError | ValueError) -> DataError:
     """Return the error for a path that the system refuses (ValueError: a NUL in its name)."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return DataError(
-        f"this cannot be read: {reason}", where=str(path), fix="check the path and who may read it"
+        f"the file cannot be read: {reason}",
+        where=str(path),
+        fix="check the path and its permissions",
     )

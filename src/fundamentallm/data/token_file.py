@@ -35,7 +35,7 @@ VERSION = 1
 HEADER_BYTES = 1024
 CHUNK = 1 << 22  # tokens checked at once
 _DTYPES = ("|u1", "<u2", "<u4")
-_PREPARE_ANEW = "make it anew with `prepare`"
+_PREPARE_ANEW = "write it again with `prepare`"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TokenHeader:
         dtype: of an id, as numpy writes it: "|u1", "<u2" or "<u4".
         count: number of ids.
         vocab_size: V; every id is below it.
-        end_id: the id behind each document, None if there is none.
+        end_id: the id after each document; None without one.
         tokenizer: the fingerprint of the tokenizer.
         sha256: of the ids as they stand in the file.
     """
@@ -68,11 +68,11 @@ class TokenHeader:
         """Read the first `HEADER_BYTES` bytes of a file.
 
         Raises:
-            DataError: they are no header of this version, or one that contradicts itself.
+            DataError: they are not a header of this version, or contradict each other.
         """
         if len(data) < HEADER_BYTES or not data.startswith(MAGIC):
             raise DataError(
-                "this is not a token file, or one that was not finished",
+                "this is not a token file, or it was not finished",
                 where=where,
                 got=f"first bytes {data[:8].hex(' ')}" if data else "0 bytes",
                 fix=_PREPARE_ANEW,
@@ -104,9 +104,9 @@ class TokenHeader:
             raise ValueError(f"dtype {self.dtype!r}, not one of {', '.join(_DTYPES)}")
         numbers = [self.count, self.vocab_size] + ([] if self.end_id is None else [self.end_id])
         if any(type(number) is not int or number < 0 for number in numbers):
-            raise ValueError("a count that is no number from 0")
+            raise ValueError("the count is not an integer of at least 0")
         if type(self.tokenizer) is not str or type(self.sha256) is not str:
-            raise ValueError("a hash that is no text")
+            raise ValueError("the hash is not text")
         if self.vocab_size > 1 + np.iinfo(self.dtype).max:
             raise ValueError(f"ids of a vocabulary of {self.vocab_size} do not fit {self.dtype}")
         if self.end_id is not None and self.end_id >= self.vocab_size:
@@ -151,7 +151,7 @@ class FileTokens:
         """Return the part that a slice of step 1 names; it shares the open file."""
         start, stop, step = index.indices(len(self))
         if step != 1:
-            raise ValueError("ids of a file are sliced one after the other")
+            raise ValueError("slices of a token file must have step 1")
         part = object.__new__(FileTokens)
         part.dtype, part._file = self.dtype, self._file
         part._start = self._start + start
@@ -165,7 +165,7 @@ class FileTokens:
             DataError: the file is not what it was.
         """
         if copy is False:
-            raise ValueError("ids of a file cannot be had without a copy")
+            raise ValueError("ids in a file cannot be read without a copy")
         ids: np.ndarray = self.gather(np.zeros(1, np.int64), len(self))[0]
         if dtype is not None:
             ids = ids.astype(dtype)
@@ -222,7 +222,7 @@ class FileTokens:
 
 @dataclass(frozen=True)
 class FileWindows:
-    """All windows of a length over ids in a file, as numpy's sliding window view shows an array's.
+    """All sequences of a length in a file of ids, as numpy's sliding window view shows an array's.
 
     Attributes:
         tokens: (N,).
@@ -233,7 +233,7 @@ class FileWindows:
     length: int
 
     def __getitem__(self, starts: np.ndarray) -> np.ndarray:
-        """Return the windows from n places, (n, T)."""
+        """Return the sequences from n places, (n, T)."""
         return self.tokens.gather(starts, self.length)
 
 
@@ -250,7 +250,7 @@ class ReadTokens:
         tokenizer: the one beside the file.
         sha256: two files share it if they hold the same ids in the same type for the same
             tokenizer.
-        end_id: the id behind each document, None if there is none.
+        end_id: the id after each document; None without one.
     """
 
     ids: FileTokens
@@ -309,7 +309,7 @@ def read_header(path: Path) -> TokenHeader:
     """Read the header of a `.tokens` file; the file's size must be what it says.
 
     Raises:
-        DataError: it cannot be read, is no such file, or was cut.
+        DataError: it cannot be read, is not a token file, or is truncated.
     """
     check_regular(path)
     try:
@@ -325,21 +325,21 @@ def read_header(path: Path) -> TokenHeader:
 def _check_size(path: Path, size: int, whole: int) -> None:
     if size != whole:
         raise DataError(
-            "the token file goes on after its last token, so it was not written in one piece"
+            "the token file continues after its last token, so it was not written by one process"
             if size > whole
             else "the token file ends before its last token",
             where=str(path),
             got=f"{size:,} bytes",
             expected=f"{whole:,} bytes",
-            fix="save or copy it anew",
+            fix="save or copy it again",
         )
 
 
 def _npy_layout(path: Path) -> tuple[int, int, np.dtype[Any]]:
     """Return offset, count and type of the ids in a `.npy` file."""
-    fix = "save it anew, as with numpy.save"
+    fix = "save it again, for example with numpy.save"
     try:
-        # Reads .npy alone: neither pickles nor archives of arrays, which numpy.load also opens.
+        # Reads only .npy: neither pickles nor archives of arrays, which numpy.load also opens.
         with path.open("rb") as file:
             major, _ = np.lib.format.read_magic(file)
             read = (
@@ -400,7 +400,7 @@ class _WatchedFile:
                 file.fill(part, self._offset + place)
                 for part, place in zip(parts, places, strict=True)
             )
-            # After the reading: what was read before a change is sound, whatever came after.
+            # After the reading: data read before a change is valid.
             if whole and self._unchanged(file):
                 return
             with self._reopening:
@@ -434,7 +434,7 @@ class _WatchedFile:
             where=str(self.path),
             got=got,
             expected=f"the file that was opened, {self._file.stamp[2]:,} bytes",
-            fix="put the file back; a run then goes on with the same command",
+            fix="restore the file; the same command then continues the run",
         )
 
 

@@ -1,4 +1,4 @@
-"""The door `python -m fundamentallm.engine`."""
+"""The entry point `python -m fundamentallm.engine`."""
 
 from fundamentallm.engine.cli import exit_process, main
 

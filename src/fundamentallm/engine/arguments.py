@@ -13,7 +13,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="override a key of the file, as training.learning_rate=3e-4",
+        help="override a key of the file, for example training.learning_rate=3e-4",
     )
     add_plugins(parser)
 
@@ -32,5 +32,5 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="MODULE",
-        help="modules of yours that register handlers, optimizers, blocks, ...",
+        help="your modules that register handlers, optimizers, blocks, ...",
     )

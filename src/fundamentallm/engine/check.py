@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fundamentallm.config import load_config
-from fundamentallm.engine.console import say, speaking
+from fundamentallm.engine.console import console_output, say
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.tuning.fit import estimate_run, gib, memory_limit
 from fundamentallm.engine.tuning.measuring import measure
@@ -25,7 +25,7 @@ def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[st
         FundamentaLLMError: what `run` would raise.
     """
     config = load_config(config_path, overrides)
-    with speaking():
+    with console_output():
         load_plugins([*config.plugins, *plugins], config.locate("plugins"))
         check_names(config)
         run = assemble(config, nowhere(config), open_machine(config), measuring=False)
@@ -37,7 +37,7 @@ def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[st
     for event, handlers in run.trainer.timeline():
         say(f"  {event:<28}{', '.join(handlers)}")
     say()
-    say(f"{config_path} is fine. Next:")
+    say(f"{config_path} is valid. Next:")
     say(f"  python -m fundamentallm.engine run {config_path}")
     return 0
 
@@ -73,14 +73,14 @@ def _print_costs(run: Run, seconds: float) -> None:
 
 
 def measure_step(run: Run, opens_compile: bool) -> float:
-    """Return the seconds of one optimizer step, of random weights in place of the run's.
+    """Return the seconds of one optimizer step with random weights.
 
     They are the median over the steps of a second, three at least: of three short steps alone, two
     may have waited for another process.
 
     Args:
-        run: whose step to measure.
-        opens_compile: whether a run would choose by measuring if it compiles; it begins without.
+        run: the run whose step is measured.
+        opens_compile: whether the run would measure if compiling pays; it starts uncompiled.
     """
     trainer = run.trainer
     plain = replace(trainer.plan, compile=False)

@@ -19,19 +19,19 @@ from fundamentallm.engine.console import discard, open_closed_streams, printable
 from fundamentallm.errors import ConfigError, FundamentaLLMError, InterruptedRunError, MachineError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_NO_SPACE = "free some space, or write to another disk; then do the same again"
+_NO_SPACE = "free some space or write to another disk, then repeat the command"
 
 
 def exit_process(code: int) -> NoReturn:
-    """End this process with a code; one of several ranks at once.
+    """End this process with a code; on several ranks, without the interpreter's shutdown.
 
-    A thread of the process group may still let go of a tensor when the interpreter shuts down, and
-    then aborts the process ("terminate called without an active exception", one end in a hundred on
-    a busy machine), which torchrun takes for a rank that failed. By now files are closed and the
-    state is on the disk, so there is nothing that shutting down would still do.
+    A thread of the process group may still free a tensor while the interpreter shuts down, and
+    abort the process ("terminate called without an active exception", about 1 exit in 100 on
+    a busy machine), which torchrun reads as a failed rank. At this point files are closed and the
+    state is on the disk, so a shutdown has nothing left to do.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+        with contextlib.suppress(OSError, ValueError):  # the terminal is closed
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
@@ -59,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             ConfigError(
                 "a part of a plugin ended the program with sys.exit",
                 got=f"exit code {error.code}",
-                fix="let it raise an error; --debug shows where it happened",
+                fix="let it raise an error; add --debug to see where it happened",
             )
         )
         return ConfigError.exit_code
     except BrokenPipeError:
-        # Whoever read our output has enough; the interpreter would complain at its exit flush.
+        # The reader of our output has closed it; the interpreter would complain at its exit flush.
         discard(sys.stdout)
         return 0
     except KeyboardInterrupt:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         report(
             MachineError(
-                f"the machine refused: {error.strerror or error}",
+                f"the operating system reported: {error.strerror or error}",
                 where=str(error.filename or ""),
                 fix=_NO_SPACE if error.errno in _FULL else "--debug shows where it happened",
             )
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; `key=value` may stand anywhere after the config.
 
-    argparse alone takes positional arguments only in one place, and would read those that follow
+    argparse takes positional arguments in one place only, and would read those that follow
     `--plugins` as modules.
     """
     parser = build_parser()
@@ -112,15 +112,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def is_override(word: str) -> bool:
-    """Tell whether a word of a command line is a `key=value`."""
+    """Return whether an argument is a `key=value`."""
     return "=" in word and not word.startswith("-")
 
 
 def report(error: FundamentaLLMError) -> None:
-    """Print an error the way every command does."""
+    """Print an error in the format of all commands."""
     rank = os.environ.get("RANK", "0")
     prefix = "error" if rank == "0" else f"error on rank {rank}"
-    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+    with contextlib.suppress(OSError, ValueError):  # the terminal is closed
         print(f"{prefix}: {printable(str(error))}", file=sys.stderr, flush=True)
 
 

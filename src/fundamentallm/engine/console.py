@@ -1,4 +1,4 @@
-"""What a run says: on the terminal beside a progress bar, and in log.txt."""
+"""The output of a run: on the terminal beside a progress bar, and in log.txt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TerminalHandler(logging.Handler):
     """Log lines on standard error, above a progress bar if one is up."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line; a closed terminal is no reason to end a run."""
+        """Write one line; a closed terminal does not end a run."""
         from tqdm import tqdm
 
         with contextlib.suppress(OSError, ValueError):
@@ -29,7 +29,7 @@ class TerminalHandler(logging.Handler):
 
 
 class LevelPrefix(logging.Formatter):
-    """The message alone, with the level before it from WARNING on."""
+    """Only the message, with the level before it from WARNING on."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -38,11 +38,11 @@ class LevelPrefix(logging.Formatter):
 
 
 @contextlib.contextmanager
-def speaking(quiet: bool = False) -> Iterator[None]:
+def console_output(quiet: bool = False) -> Iterator[None]:
     """Send the package's log lines to the terminal.
 
     Args:
-        quiet: warnings and errors alone (ranks other than the first).
+        quiet: only warnings and errors (ranks other than the first).
     """
     handler = TerminalHandler(logging.WARNING if quiet else logging.INFO)
     handler.setFormatter(LevelPrefix())
@@ -65,12 +65,12 @@ def logging_to(path: Path) -> Iterator[None]:
     try:
         file = TextIOWrapper(BufferedWriter(open_to_append(path)), "utf-8")
     except OSError as error:
-        logging.getLogger(ROOT).warning("log.txt cannot be written, the run goes on: %s", error)
+        logging.getLogger(ROOT).warning("log.txt cannot be written, training continues: %s", error)
         yield
         return
     handler = logging.StreamHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    # A disk that fills up must not end the run by way of its log.
+    # A full disk must not end the run through its log.
     handler.handleError = lambda record: None  # type: ignore[method-assign]
     root = logging.getLogger(ROOT)
     root.addHandler(handler)
@@ -83,7 +83,7 @@ def logging_to(path: Path) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Escape control characters but newline and tab: generated text must not steer a terminal."""
+    """Escape control characters except newline and tab: text must not control a terminal."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1]
         for character in text
@@ -91,9 +91,9 @@ def printable(text: str) -> str:
 
 
 def say(text: str = "", end: str = "\n") -> None:
-    """Print results to standard output; what its encoding lacks is escaped.
+    """Print results to standard output; characters that its encoding lacks are escaped.
 
-    A terminal that has gone takes nothing with it: what is said from then on is lost.
+    After the terminal is closed, further output is dropped without an error.
     """
     encoding = sys.stdout.encoding or "utf-8"
     try:
@@ -105,17 +105,17 @@ def say(text: str = "", end: str = "\n") -> None:
 
 
 def discard(stream: TextIO) -> None:
-    """Let a stream whose reader has gone lead nowhere, so that its last flush does not fail."""
+    """Redirect a stream without a reader to the null device, so that its flush does not fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def open_closed_streams() -> None:
-    """Give each standard stream that the parent had closed a place that leads nowhere.
+    """Open the null device for each standard stream that the parent process had closed.
 
-    Python has None for such a stream, and its number would go to the next file that is opened:
-    whatever a library then writes to number 2 would land in a checkpoint.
+    Python has None for such a stream, and its file descriptor would go to the next opened file:
+    anything that a library then writes to descriptor 2 would end up in a checkpoint.
     """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
@@ -127,5 +127,5 @@ def open_closed_streams() -> None:
                 os.close(nowhere)
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
-            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 (it stays)
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 (stays)
             setattr(sys, name, stream)

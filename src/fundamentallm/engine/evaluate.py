@@ -24,7 +24,7 @@ from fundamentallm.data.sources import (
 )
 from fundamentallm.data.sources.base import part_bounds
 from fundamentallm.data.tokenizer import Tokenizer
-from fundamentallm.engine.console import printable, say, speaking
+from fundamentallm.engine.console import console_output, printable, say
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.wiring.assemble import read_run_source
 from fundamentallm.engine.wiring.exactness import RULES_KEY
@@ -48,7 +48,7 @@ PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 def evaluate(options: argparse.Namespace) -> int:
     """Print loss, perplexity and bits per character and byte."""
-    with speaking():
+    with console_output():
         load_plugins(options.plugins, "--plugins")
         _check(options)
         machine = Machine.open(options.device)
@@ -70,9 +70,9 @@ def evaluate(options: argparse.Namespace) -> int:
             what += f" {PARTS[part]} split"
         if options.document_separator is not None and not _has_text(source):
             raise ConfigError(
-                "--document-separator takes text apart, and this source is none",
+                "--document-separator splits text into documents, but this source holds examples",
                 got=what,
-                fix="leave it out: an example is a document, and --documents lists them",
+                fix="remove it: each example is a document, and --documents lists them",
             )
         apart = options.documents or options.document_separator is not None
         documents = _documents(trained, source, part, apart, options.document_separator)
@@ -83,7 +83,7 @@ def evaluate(options: argparse.Namespace) -> int:
                 where=what,
                 got=f"{sum(len(document.tokens) for document in documents):,} tokens",
                 expected="at least 2",
-                fix="name a text with --data",
+                fix="choose a text with --data",
             )
         facts, training = ModelFacts.of(trained.config.model), trained.config.training
         plan = Plan.again(training, facts, machine, fp16_elsewhere="fp32")
@@ -121,7 +121,7 @@ def evaluate(options: argparse.Namespace) -> int:
     say(f"checkpoint          {trained.origin}")
     say(f"data                {what}")
     if stride != context:
-        say(f"windows             of {context} tokens, {stride} apart")
+        say(f"windows             of {context} tokens, one every {stride}")
     say(f"loss                {total.loss:.4f} nats per token")
     say(f"perplexity          {total.perplexity:.3f}")
     say(f"bits per character  {total.bits_per_character:.4f}")
@@ -130,7 +130,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if not comparable:
         say(
             "The bits are per character and byte of the decoded text, which this tokenizer may"
-            " change; they\ndo not compare with those of other tokenizers. Name the text itself"
+            " change; do\nnot compare them with those of other tokenizers, or choose the text"
             " with --data."
         )
     if apart:
@@ -141,20 +141,21 @@ def evaluate(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> None:
     if options.document_separator == "":
         raise ConfigError(
-            "--document-separator is empty", fix="name the text that ends a document, as '<end>'"
+            "--document-separator is empty",
+            fix="give the text that ends a document, for example '<end>'",
         )
 
 
 def _part(source: Source, options: argparse.Namespace) -> str | None:
-    """Return the part to measure; None: all of a text that --data names."""
+    """Return the part to measure; None: all of the text of --data."""
     if options.data is None or source.has_own_split:
         return options.split or "val"
     if options.split is not None:
         raise ConfigError(
-            "--split is a part of the run's own text, and --data names another",
+            "--split selects a part of the run's text, but --data names another text",
             got=f"--split {options.split} --data {options.data}",
             expected="--split with text that was split when it was prepared",
-            fix="leave out one of them",
+            fix="remove one of the two",
         )
     return None
 
@@ -180,8 +181,8 @@ def _has_text(source: Source) -> bool:
 
 def _table(by_name: list[tuple[str, Evaluated]], num_left_out: int) -> None:
     say()
-    short = f"; {num_left_out:,} with nothing to predict left out" if num_left_out else ""
-    say(f"{len(by_name):,} documents, each read by itself{short}")
+    short = f"; {num_left_out:,} without a token to predict left out" if num_left_out else ""
+    say(f"{len(by_name):,} documents, each evaluated separately{short}")
     say(f"{'tokens':>10} {'loss':>8} {'perplexity':>12} {'bits/char':>10} {'bits/byte':>10}  name")
     for name, one in by_name:
         say(
@@ -196,18 +197,18 @@ def _source(trained: Trained, data: str | None) -> Source:
         own = read_run_source(trained.config.data, trained.run_dir)
         own.require_unchanged(
             trained.data_sha256,
-            fix="restore the text, or name one with --data",
+            fix="restore the text, or choose another with --data",
         )
         return own if RULES_KEY in trained.manifest.metadata else split_by_position(own)
     source = read_source(data, response_end=trained.config.data.response_end)
     expected = trained.tokenizer.fingerprint()
     if source.tokenizer is not None and source.tokenizer.fingerprint() != expected:
         raise DataError(
-            "the token file was made with another tokenizer than the model's",
+            "the token file was made with a different tokenizer than the model's",
             where=data,
             got=f"tokenizer {source.tokenizer.fingerprint()[:16]}",
             expected=f"tokenizer {expected[:16]}",
-            fix="name the text itself, or a token file made with the model's tokenizer",
+            fix="choose the original text, or a token file made with the model's tokenizer",
         )
     return source
 
@@ -215,14 +216,14 @@ def _source(trained: Trained, data: str | None) -> Source:
 def _documents(
     trained: Trained, source: Source, part: str | None, apart: bool, separator: str | None
 ) -> list[Document]:
-    """Return what is to be measured: the texts of a source, or those of a part of the split.
+    """Return the documents to measure: the texts of a source, or those of a part of the split.
 
     Args:
         trained: the model.
         source: the source.
         part: "train", "val" or "test"; None: all of the source.
-        apart: whether each document of a text stands alone; examples always do.
-        separator: what ends a document inside a file of text.
+        apart: whether each document of a text is separate; examples always are.
+        separator: the text that ends a document inside a file.
     """
     tokenizer = trained.tokenizer
     fractions = trained.config.data.split if part else (1.0, 0.0, 0.0)
@@ -257,7 +258,7 @@ def _text_as_one(
     own = Document(source.name, parts[part])
     if changes_texts(tokenizer):
         decoded = decoded_size(tokenizer, np.concatenate(list(parts.values())))
-        if decoded == text_size(source.text):  # it does not change this one
+        if decoded == text_size(source.text):  # the tokenizer keeps this text
             return replace(own, size=predicted_size(tokenizer, own))
     return own
 
@@ -291,13 +292,13 @@ def _cut_documents(
     """Return the documents of a part that was cut by position, which may cut those at its ends."""
     pieces = [_document(name, text, tokenizer) for name, text in _texts(source, separator)]
     ends = [0, *itertools.accumulate(len(piece.tokens) for piece in pieces)]
-    # The split is of the tokens of the whole text.
+    # The split applies to the tokens of the whole text.
     if ends[-1] != len(tokenizer.encode(source.text)):
         raise DataError(
-            "the tokenizer joins the end of a document with the next, so that a split of the text"
-            " cannot be taken apart",
+            "the tokenizer merges the end of a document with the next one, so a split of the text"
+            " cannot be separated into documents",
             where=source.name,
-            fix="name the documents with --data",
+            fix="choose the documents with --data",
         )
     own = part_bounds(ends[-1], fractions, part)
     return [
@@ -320,9 +321,9 @@ def _document(name: str, text: str, tokenizer: Tokenizer) -> Document:
 
 
 def _texts(source: TextSource, separator: str | None) -> Iterator[tuple[str, str]]:
-    """Yield the documents of a text: its files, or with a separator what lies between.
+    """Yield the documents of a text: its files, or with a separator the texts between.
 
-    A separator belongs to the document that it ends, as do more of them in a row.
+    Separators in a row belong to the document that they end.
     """
     for name, start, length in source.pieces:
         text = source.text[start : start + length]

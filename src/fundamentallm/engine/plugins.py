@@ -1,4 +1,4 @@
-"""Import a user's modules: the one place where a configuration reaches code."""
+"""Import a user's modules: the only place where a configuration loads code."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 def load_plugins(modules: Sequence[str], where: str) -> None:
-    """Import modules so that the names they register resolve; say so on the terminal.
+    """Import modules so that the names they register resolve; announce it on the terminal.
 
-    The working directory is searched too, as `python -m` does for a module of the user's own.
+    The working directory is searched too, as `python -m` does.
 
     Args:
-        modules: dotted module names, from a file or command line that a person named.
-        where: the place they were named at, for messages.
+        modules: dotted module names, from a configuration file or the command line.
+        where: where they were named, for messages.
 
     Raises:
         ConfigError: a module cannot be found, or fails while it is imported.
@@ -31,11 +31,11 @@ def load_plugins(modules: Sequence[str], where: str) -> None:
     for name in modules:
         if not all(part.isidentifier() for part in name.split(".")):
             raise ConfigError(
-                "a plugin is named like a Python module",
+                "a plugin's name must be a module name",
                 where=where,
                 got=name,
                 expected="my_package.handlers",
-                fix="leave out paths and '.py'",
+                fix="remove paths and '.py'",
             )
         logger.info("importing the plugin %s", name)
         try:
@@ -45,12 +45,12 @@ def load_plugins(modules: Sequence[str], where: str) -> None:
                 f"the plugin '{name}' was not found",
                 where=where,
                 got=str(error),
-                fix="run from the folder that holds it, or install it",
+                fix="run from the folder that contains it, or install it",
             ) from error
         except (Exception, SystemExit) as error:
             raise ConfigError(
                 f"the plugin '{name}' failed while it was imported",
                 where=where,
                 got=f"{type(error).__name__}: {error}",
-                fix="--debug shows where",
+                fix="add --debug to see where",
             ) from error

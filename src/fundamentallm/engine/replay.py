@@ -13,7 +13,7 @@ from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.compute.rng import check_generators
 from fundamentallm.config import RunConfig
 from fundamentallm.data.batch import Window, check_batch, count_valid
-from fundamentallm.engine.console import printable, say, speaking
+from fundamentallm.engine.console import console_output, printable, say
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import CheckpointError, NumericalError
 from fundamentallm.files.private import open_to_read
@@ -51,7 +51,7 @@ def replay(options: argparse.Namespace) -> int:
         CheckpointError: the directory is no incident, or its evidence is damaged.
         NumericalError: the incident is not reproduced.
     """
-    with speaking():
+    with console_output():
         load_plugins(options.plugins, "--plugins")
         report = read_report(options.incident)
         if report["verdict"] in (TRANSIENT, SPIKE):

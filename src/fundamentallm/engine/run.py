@@ -15,7 +15,7 @@ from fundamentallm.compute.distributed import Ranks, leave_ranks
 from fundamentallm.compute.plan import Machine
 from fundamentallm.compute.watchdog import Watchdog, watched
 from fundamentallm.config import RunConfig, load_config
-from fundamentallm.engine.console import logging_to, printable, say, speaking
+from fundamentallm.engine.console import console_output, logging_to, printable, say
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.wiring import run_directory
 from fundamentallm.engine.wiring.assemble import (
@@ -33,7 +33,7 @@ from fundamentallm.engine.wiring.exactness import (
 from fundamentallm.engine.wiring.run_directory import RunDirectory
 from fundamentallm.errors import DataError, InterruptedRunError, MachineError
 from fundamentallm.files.filesystem import Filesystem, replace_file
-from fundamentallm.files.lock import owning, refuse_if_owned
+from fundamentallm.files.lock import refuse_if_owned, run_lock
 from fundamentallm.files.private import make_directory, open_to_read
 from fundamentallm.files.run_layout import BEST, CONFIG, LOG, SAMPLES, TENSORBOARD
 from fundamentallm.training.checkpoint.catalogue import Scores
@@ -56,7 +56,7 @@ def run(
     plugins: Sequence[str] = (),
     allow_inexact: bool = False,
 ) -> int:
-    """Train, or go on training, the run that a configuration describes; return the exit code.
+    """Start or continue the run that a configuration describes; return the exit code.
 
     Raises:
         FundamentaLLMError: of the class of the fault; `InterruptedRunError` after a signal.
@@ -71,7 +71,7 @@ def run(
     try:
         patience = config.parallel.patience
         with (
-            speaking(quiet=not ranks.is_writer),
+            console_output(quiet=not ranks.is_writer),
             watched(ranks, patience.step, patience.save) as watchdog,
         ):
             load_plugins([*config.plugins, *plugins], config.locate("plugins"))
@@ -99,10 +99,10 @@ def run(
         if ranks.alone or not ("gloo" in str(error) or isinstance(error, dist.DistError)):
             raise
         raise MachineError(
-            "another rank has ended, or cannot be reached",
+            "another rank has ended or cannot be reached",
             where=f"rank {ranks.rank}",
             got=str(error).splitlines()[0],
-            fix="see what the other ranks said; start all of them again to go on",
+            fix="read the messages of the other ranks, then start all ranks again to continue",
         ) from error
     finally:
         leave_ranks()
@@ -125,7 +125,7 @@ def agree_on_directory(
 
     path, checkpoints, name, note, finished = ranks.first_decides(decide)
     if ranks.is_writer:
-        return chosen[0]  # with what it has read
+        return chosen[0]  # with the checkpoints that it has read
     manifest = CheckpointStore(checkpoints).manifest(Path(checkpoints) / name) if name else None
     return RunDirectory(Path(path), Path(checkpoints), manifest, note, finished)
 
@@ -137,7 +137,7 @@ def _train(
     again: str,
     watchdog: Watchdog | None,
 ) -> int:
-    """Train; `again` is the command that goes on with the run."""
+    """Train; `again` is the command that continues the run."""
     if watchdog is not None:
         watchdog.folder = directory.path
     run = assemble(config, directory, machine, first=[Phases(watchdog)] if watchdog else [])
@@ -145,7 +145,7 @@ def _train(
     with contextlib.ExitStack() as held:
         if ranks.is_writer:
             make_directory(directory.path)
-            held.enter_context(owning(directory.path))
+            held.enter_context(run_lock(directory.path))
             text = run.config.to_yaml()
             replace_file(Filesystem(), directory.path / CONFIG, [text.encode()])
             keep_texts(run)
@@ -164,7 +164,7 @@ def _train(
                 f"stopped by signal {trainer.interrupted_by} at step {trainer.state.iteration};"
                 " the state is saved",
                 signal_number=trainer.interrupted_by,
-                fix=f"go on with: {again}",
+                fix=f"continue with: {again}",
             )
         if ranks.is_writer:
             _conclude(run, again)
@@ -212,12 +212,12 @@ def _announce(run: Run) -> None:
 
 
 def _conclude(run: Run, again: str) -> None:
-    """Say how it ended, show a sample, and name the next commands."""
+    """Print how it ended, a sample, and the next commands."""
     trainer = run.trainer
     state = trainer.state
     path = run.directory.path
     if not trainer.finished:
-        say(f"Saved at step {state.iteration}. Go on with: {again}")
+        say(f"Saved at step {state.iteration}. Continue with: {again}")
         return
     say()
     say(
@@ -244,7 +244,7 @@ def _conclude(run: Run, again: str) -> None:
             say(printable(sample["text"]))
             origin = f"by the weights of step {sample['step']:,}"
             if best is not None and best.step != sample["step"]:
-                origin += f"; `generate` takes the best checkpoint, of step {best.step:,}"
+                origin += f"; `generate` uses the best checkpoint, of step {best.step:,}"
             say(f"({origin})")
     say()
     say("Next:")
@@ -254,7 +254,7 @@ def _conclude(run: Run, again: str) -> None:
 
 
 def _prompt_for(run: Run) -> str:
-    """Return the beginning of a text that the vocabulary has the characters for."""
+    """Return the beginning of a text if the vocabulary has its characters."""
     try:
         run.tokenizer.encode("The ")
     except DataError:
@@ -264,7 +264,7 @@ def _prompt_for(run: Run) -> str:
 
 
 def _best(directory: RunDirectory) -> Manifest | None:
-    """Return the manifest of the best checkpoint, of whichever process of the run."""
+    """Return the manifest of the best checkpoint of the run, also of earlier processes."""
     store = CheckpointStore(directory.checkpoints)
     best = store.resolve(BEST)
     return store.manifest(best) if best is not None else None
@@ -278,7 +278,7 @@ def _tell_finished(directory: RunDirectory, again: str) -> None:
     else:
         say("To train it further, give it a larger budget:")
         say(f"  {again} {TOTAL_STEPS}N{_option('--resume', directory.path)}")
-    say("To train a fresh one:")
+    say("To start a new run:")
     say(f"  {again} --resume never")
 
 

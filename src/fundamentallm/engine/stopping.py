@@ -13,7 +13,7 @@ from fundamentallm.errors import InterruptedRunError
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a block as Ctrl-C does, so that nothing is left behind."""
+    """Let SIGTERM and SIGHUP end a block as Ctrl-C does, so that it cleans up."""
     wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -21,7 +21,7 @@ def ended_by_signals() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise InterruptedRunError(
-            "stopped, and nothing was written",
+            "the command was stopped; nothing was written",
             signal_number=number,
             fix="repeat the command",
         )
@@ -39,9 +39,9 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """While large libraries are imported, let Ctrl-C end the process at once and without a word.
+    """While large libraries are imported, let Ctrl-C end the process at once, silently.
 
-    A KeyboardInterrupt inside the import of an extension module comes out as an ImportError, or
+    A KeyboardInterrupt inside the import of an extension module becomes an ImportError, or
     ends in an abort.
     """
     is_main = threading.current_thread() is threading.main_thread()

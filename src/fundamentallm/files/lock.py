@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def owning(run: Path) -> Iterator[None]:
+def run_lock(run: Path) -> Iterator[None]:
     """Hold the lock of a run for a block.
 
     Args:

@@ -28,7 +28,7 @@ class Decoder:
         tokenizer: of the tokens.
         before: the tokens before the first, to tell it from a beginning. Theirs is not given out.
         longest_run: tokens that are held back at most for their neighbours to come, where bytes
-            that are no UTF-8 would change their text; None: any number. Beyond it whole characters
+            that are not UTF-8 would change their text; None: any number. Beyond it whole characters
             are given out, and stay what they are whatever bytes follow.
     """
 

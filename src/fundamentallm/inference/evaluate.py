@@ -1,16 +1,16 @@
-"""The loss of a trained model on texts, in units that compare across tokenizers.
+"""The loss of a trained model on texts, in units that can be compared across tokenizers.
 
-A text longer than the context T is read in windows that start every S tokens (the stride). Each
-token is predicted once, in the first window that reaches it, so from at least T - S + 1 tokens
-before it or from all that there are. With S = T the windows do not overlap, which is what
+A text longer than the context T is read in sequences that start every S tokens (the stride). Each
+token is predicted once, in the first sequence that reaches it, so from at least T - S + 1 tokens
+before it, or from all of them if fewer. With S = T the sequences do not overlap, which is what
 `val/loss` means and costs one pass; a smaller S costs T / S passes and gives every token a fuller
 context (S = 1: always a full one), so its loss is lower.
 
-Documents never read one another. The first token of a text has nothing to be predicted from. For a
-model that was trained on documents packed apart (`data.packing: document`), those inside a text are
-kept apart as they were in training.
+Documents never read one another. The first token of a text is not predicted. For a
+model that was trained on masked documents (`data.packing: document`), documents in a text are
+masked as in training.
 
-Shapes: N tokens of a document, T context length, B windows at once.
+Shapes: N tokens of a document, T context length, B sequences at once.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _VARIED = (
 
 @dataclass(frozen=True)
 class Document:
-    """A text that is read by itself.
+    """A text that is evaluated separately.
 
     Attributes:
-        name: to tell it from others.
+        name: its name.
         tokens: (N,) token ids, in memory or in a file.
-        num_given: tokens at its beginning that are read and not predicted, at least 1.
-        size: characters and UTF-8 bytes of the text behind the predicted tokens; None: it is not
-            known, so that of the decoded tokens counts, which is the same unless the tokenizer
+        num_given: tokens at its beginning that are given and not predicted, at least 1.
+        size: characters and UTF-8 bytes of the text behind the predicted tokens; None: unknown;
+            the size of the decoded tokens is used, which is the same unless the tokenizer
             changes texts.
     """
 
@@ -63,7 +63,7 @@ class Document:
 
     @property
     def num_predicted(self) -> int:
-        """Tokens that are predicted."""
+        """The number of predicted tokens."""
         return max(0, len(self.tokens) - self.num_given)
 
 
@@ -92,7 +92,7 @@ class Evaluated:
 
     @classmethod
     def of(cls, nll: float, num_tokens: int, num_characters: int, num_bytes: int) -> Evaluated:
-        """Make the figures from a sum of negative log-likelihoods in nats; NaN for no tokens."""
+        """Compute the figures from a sum of negative log-likelihoods in nats; NaN for no tokens."""
         loss = nll / num_tokens if num_tokens else math.nan
         bits = nll / math.log(2)
         return cls(
@@ -120,19 +120,19 @@ def evaluate_documents(
     stride: int | None = None,
     end_id: int | None = None,
 ) -> tuple[Evaluated, list[Evaluated]]:
-    """Measure a model on documents, each read by itself.
+    """Measure a model on documents, each separately.
 
-    The model's modes and all random numbers are left as they were.
+    The model's modes and all random numbers are left unchanged.
 
     Args:
         model: on `precision.device`; maps (B, T) ids to logits (B, T, V), causally.
         tokenizer: to count the characters and bytes behind the tokens of texts of unknown size.
         documents: any number, of any lengths.
-        sequence_length: T, the longest window.
+        sequence_length: T, the longest sequence.
         batch_size: B.
         precision: the compute type, as in training.
         stride: S, 1 to T; None: T.
-        end_id: the token behind each document inside a text, where they are packed apart.
+        end_id: the token after each document in a text, if documents are masked.
 
     Returns:
         The figures over all tokens, and those of each document in order.
@@ -158,7 +158,7 @@ def evaluate_documents(
 
 
 def text_document(name: str, text: str, tokenizer: Tokenizer) -> Document:
-    """Return a text as a document that weighs what the text does, whatever its tokens decode to.
+    """Return a text as a document with the size of the text, not of its decoded tokens.
 
     Args:
         name: of the document.
@@ -177,7 +177,7 @@ def example_documents(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
 ) -> list[Document]:
-    """Return examples as documents that are given their prompts.
+    """Return examples as documents whose prompts are given.
 
     Args:
         encoded: as tokens.
@@ -196,7 +196,7 @@ def example_documents(
 
 
 def split_documents(document: Document, end_id: int) -> list[Document]:
-    """Return the documents of a text in which a token stands behind each.
+    """Return the documents of a text that end with a token.
 
     Each begins with the end of the one before, which it is given, and its own end is predicted, as
     in training; so together they predict what the text does.
@@ -236,7 +236,7 @@ def _windows(documents: Sequence[Document], length: int, stride: int) -> Iterato
 
 
 def _batch(documents: Sequence[Document], windows: Sequence[_Window], end_id: int | None) -> Batch:
-    """Return windows as rows, padded at the right, where causality hides it."""
+    """Return sequences as rows, padded at the right, where causality hides the padding."""
     longest = max(window.last - window.start for window in windows)
     inputs = torch.zeros(len(windows), longest, dtype=torch.int64)
     targets = torch.full_like(inputs, IGNORED)
@@ -265,16 +265,16 @@ def predicted_size(tokenizer: Tokenizer, document: Document) -> tuple[int, int]:
 
 
 def _less(size: tuple[int, int], tokenizer: Tokenizer, given: Tokens) -> tuple[int, int]:
-    """Return a size less that of the first tokens."""
+    """Return a size minus the size of the first tokens."""
     # A character that the given tokens only begin is not whole yet.
     characters, octets = text_size(tokenizer.decode(np.asarray(given)).rstrip(REPLACEMENT))
     return max(0, size[0] - characters), max(0, size[1] - octets)
 
 
 def changes_texts(tokenizer: Tokenizer) -> bool:
-    """Whether some texts come back from their tokens as others, so that their size is lost.
+    """Whether decoding can change a text, so that its size is lost.
 
-    A tokenizer that refuses what it does not know changes nothing.
+    A tokenizer that refuses unknown text never changes it.
     """
     try:
         return tokenizer.decode(tokenizer.encode(_VARIED)) != _VARIED
@@ -290,7 +290,7 @@ def text_size(text: str) -> tuple[int, int]:
 def decoded_size(tokenizer: Tokenizer, tokens: Tokens) -> tuple[int, int]:
     """Return characters and UTF-8 bytes of the text of tokens.
 
-    It is never held as a whole, but for a run of tokens that the tokenizer decodes as one.
+    The text is never in memory as a whole, except a run of tokens that decode together.
     """
     decoder = Decoder(tokenizer)
     sizes = [

@@ -1,9 +1,9 @@
-"""A trained model, written for other tools.
+"""Export a trained model for other tools.
 
-`hf`     a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` open by themselves
+`hf`     a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` open
 `torch`  one file for `torch.load(path, weights_only=True)`
 
-An export appears whole or not at all, and never takes the place of something else.
+An export is complete or absent, and never replaces anything.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def export(trained: Trained, format_name: str, path: Path) -> None:
 
     Raises:
         ConfigError: the format is unknown, or cannot express the model: `key` is the field.
-        CheckpointError: something is at the path.
+        CheckpointError: the path exists already.
         OSError: the disk refuses; nothing is left at the path.
     """
     write = EXPORTS.get(format_name)
     if Filesystem().status(path) is not None:
         raise CheckpointError(
-            "there is something at the path already, and an export replaces nothing",
+            "the path exists already, and an export replaces nothing",
             where=str(path),
             fix="choose a new path with --out, or remove what is there",
         )
@@ -61,7 +61,7 @@ def export(trained: Trained, format_name: str, path: Path) -> None:
 def export_hf(trained: Trained, path: Path) -> None:
     """Write a folder of the transformers library.
 
-    No text is a special token: `<unk>` is five characters, and nothing is put before a prompt. The
+    No text is a special token: `<unk>` is five characters, and nothing precedes a prompt. The
     end of a document is the end of a text there, where the tokenizer has one. Where a model learnt
     to end its responses with one token, `generate` there stops at it too.
     """

@@ -1,4 +1,4 @@
-"""Text from a trained model, piece by piece as it is written."""
+"""Text from a trained model, piece by piece as it is generated."""
 
 from __future__ import annotations
 
@@ -89,22 +89,22 @@ def stream_texts(
 ) -> Iterator[Piece]:
     """Yield the continuations of several prompts as they are generated, in one batch.
 
-    A continuation follows from its prompt and its seed: it is the one that the prompt would get
-    alone. The global random state is not touched.
+    A continuation follows from its prompt and its seed: it does not depend on the
+    other prompts. The global random state is not changed.
 
     Args:
         model: on its device; its context length bounds what it sees, not what it writes. What it
             sees of a longer text is described in `fundamentallm.models.generation.batch`.
-        tokenizer: the model's. Ids that it lacks, as of a padded vocabulary, are never drawn.
-        prompts: the texts to continue, of any lengths; an empty one for a text from nothing (from
+        tokenizer: the model's. Ids that it lacks (a padded vocabulary) are never drawn.
+        prompts: the texts to continue, of any lengths; an empty one starts a new text (after
             the end of a document, where the tokenizer has one).
         max_tokens: tokens to generate for each.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_k: sample among the k likeliest tokens.
-        top_p: sample among the likeliest tokens that together hold probability p.
-        min_p: sample among the tokens at least this times as likely as the likeliest.
-        repetition_penalty: above 1, tokens that the text holds already become less likely.
-        stop: a continuation ends before the first of these strings; those of the prompt do not
+        top_k: sample from the k likeliest tokens.
+        top_p: sample from the fewest likeliest tokens with total probability p.
+        min_p: sample from tokens at least this many times as likely as the likeliest.
+        repetition_penalty: above 1, tokens that are already in the text become less likely.
+        stop: a continuation ends before the first of these strings; strings in the prompt do not
             count.
         stop_ids: a continuation ends before the first of these tokens.
         seeds: of the random numbers, one a prompt.
@@ -163,17 +163,17 @@ def _pieces(
 
 
 class TextStream:
-    """Turns tokens into text as soon as the text is certain.
+    """Decodes tokens to text as soon as the text is final.
 
-    What the next tokens may change is held back (`fundamentallm.inference.decoding`), as is an
-    ending that a stop string may begin with. Which tokens the text comes in makes no difference to
-    what is given out in all.
+    Text that the next tokens may change is held back (`fundamentallm.inference.decoding`), as is an
+    ending that may begin a stop string. The whole text does not depend on how it is split
+    into tokens.
 
     Args:
         tokenizer: of the tokens.
         before: the tokens before the first, for tokenizers that decode a token by its neighbour.
-        stop: strings, none of them empty. The text ends before the one that is whole first, and
-            of those before the one that begins first.
+        stop: strings, none of them empty. The text ends before the one that is complete first, and
+            among those before the one that begins first.
 
     Attributes:
         stopped: whether a stop string was met; there will be no more text.
@@ -185,20 +185,20 @@ class TextStream:
         self.stopped = False
         self._stop = stop
         self._decoder = Decoder(tokenizer, before, LONGEST_RUN)
-        self._held = ""  # what a stop string may begin with
+        self._held = ""  # text that may begin a stop string
 
     def feed(self, token: int) -> str:
         """Take the next token; return the text that is certain now, perhaps none."""
         return self._unless_stopped(self._decoder.feed([token]))
 
     def rest(self) -> str:
-        """Return what was held back, when no token follows."""
+        """Return the text held back, at the end."""
         text = self._unless_stopped(self._decoder.rest()) + self._held
         self._held = ""
         return text
 
     def _unless_stopped(self, new: str) -> str:
-        """Return what is certain of the text held back and a new piece."""
+        """Return the final part of the text held back and a new piece."""
         if self.stopped:
             return ""
         text = self._held + new
@@ -256,7 +256,7 @@ def check_options(
 
 
 def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yield the pieces row by row: those of row 0 as they come, others when their turn is."""
+    """Yield the pieces row by row: row 0 as they come, the others in turn."""
     row = 0
     later: dict[int, Piece] = {}
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Proof that checkpoints are whole."""
+"""Proof that checkpoints are intact."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fundamentallm.training.checkpoint.tree import flatten
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found out about one checkpoint.
+    """The result for one checkpoint.
 
     Attributes:
         name: its directory's name.
-        fault: what is wrong, None for nothing.
-        step: the optimizer step; None where the manifest does not tell.
-        num_bytes: of all its files.
+        fault: what is wrong; None if it is intact.
+        step: the optimizer step; None if unknown.
+        num_bytes: the size of all its files.
         num_tensors: tensors that were read, tied ones once.
         val_loss: validation loss at its step, if one was measured there.
     """
@@ -39,9 +39,9 @@ class Verdict:
 
 
 def checkpoints_of(path: Path) -> tuple[CheckpointStore, Sequence[str]]:
-    """Return the store and the names of the checkpoints that RUN_OR_CHECKPOINT stands for here.
+    """Return the store and the names of the checkpoints that RUN_OR_CHECKPOINT means here.
 
-    A run stands for all of them, newest first.
+    A run means all of them, newest first.
 
     Raises:
         CheckpointError: there is none.
@@ -56,7 +56,7 @@ def checkpoints_of(path: Path) -> tuple[CheckpointStore, Sequence[str]]:
 
 
 def examine(store: CheckpointStore, name: str) -> Verdict:
-    """Read a checkpoint whole: hashes, shapes against its own configuration, finite values."""
+    """Read a whole checkpoint: hashes, shapes against its own configuration, finite values."""
     path = store.directory / name
     try:
         manifest = store.manifest(path)

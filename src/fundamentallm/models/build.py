@@ -1,7 +1,7 @@
 """From a model's configuration to the model: every command builds it here.
 
 A `ConfigError` from here carries the dotted key inside the model's configuration, as
-`adapter.rank`, so that whoever read the file can name the line.
+`adapter.rank`, so that the reader of the file can add the line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a model will cost, known before it exists.
+"""The cost of a model, computed before it is built.
 
 One block is built and run on fake tensors, which have shapes and no memory; everything is counted
 there and multiplied by the number of blocks. So the counts hold for any registered component, and

@@ -14,7 +14,7 @@ and `model: {family: gru, hidden_size: 512}` works. Logits at position t depend 
 constructor that has parameters of these names; all others are options. A model must also be
 buildable on the meta device: that is how shapes are checked without memory.
 
-What a model may offer besides, each with what is done where it is missing:
+Optional members of a model, and what happens without them:
 
 | member | means | without it |
 |---|---|---|
@@ -22,16 +22,16 @@ What a model may offer besides, each with what is done where it is missing:
 | `new_cache`, `forward(cache=)` | a token is computed from kept state | the text is recomputed |
 | `logits_from_hidden`, `forward(return_hidden=)` | the head on its own | no chunked loss |
 | `forward(document_ids=)` | rows of several documents | no `packing: document` |
-| `gradient_checkpointing` | an attribute to set to True | an error if it is asked for |
+| `gradient_checkpointing` | an attribute to set to True | an error if it is requested |
 | `run_block` | how its blocks are called | it is compiled as a whole |
 | `follows_weight_type()` | whether bfloat16 weights are enough | autocast |
 | `flops_per_token` | of one forward and backward pass | 6 a parameter |
 
-What the class itself may offer, asked of a configuration before anything is built:
+Optional members of the class, used with a configuration before anything is built:
 
 | member | means | without it |
 |---|---|---|
-| `check(config)` | raises ConfigError for what cannot be built | it is built on the meta device |
+| `check(config)` | raises ConfigError if it cannot be built | it is built on the meta device |
 | `estimate(config, ...)` | the costs, as `models.estimate.estimate` | parameters are counted |
 | `can_follow_weight_type(config)` | as `follows_weight_type` | autocast |
 | `uses_attention` | True: its modules are `models.attention.Attention` | one kernel to tune |

@@ -109,7 +109,7 @@ class Transformer(nn.Module):
         cache: CacheUse | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
-        """Return logits that at position t depend on tokens 0 to t alone.
+        """Return logits that at position t depend only on tokens 0 to t.
 
         Args:
             input_ids: (B, T) int64, T at most `sequence_length`.
@@ -117,7 +117,7 @@ class Transformer(nn.Module):
             cache: keeps the keys and values of these tokens and, in a decoding step, stands for
                 the tokens before them; see `new_cache`.
             document_ids: (B, T) int64, rising along a row: each document is computed as if it stood
-                alone, its positions counted from its own beginning. None: a row is one text.
+                separately, with positions counted from its beginning. None: a row is one text.
 
         Returns:
             Logits (B, T, V), or with `return_hidden` what `logits_from_hidden` takes, (B, T, D).
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
             x = self.token_shift(x, before(x))
         x = embedded = self.dropout(x)
         for block, attend in zip(self.blocks, attends, strict=True):
-            # Compiled code knows the plain case alone.
+            # Compiled code covers only the plain case.
             run = self.run_block if attend is None else partial(run_block, attend=attend)
             if self.gradient_checkpointing and cache is None:
                 x = checkpoint(run, block, x, marks, embedded, use_reentrant=False)
@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         return estimate(self.config).flops_per_token
 
     def new_cache(self, batch: int, capacity: int) -> KVCache | None:
-        """Return an empty cache for `forward`; None if the positions cannot do with one.
+        """Return an empty cache for `forward`; None if the positions do not support one.
 
         Args:
             batch: number of rows.

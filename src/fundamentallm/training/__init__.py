@@ -1,1 +1,1 @@
-"""Steps: losses, optimizers, schedules, precision, checkpoints, the step and its handlers."""
+"""Training: losses, optimizers, schedules, checkpoints, the step and its handlers."""

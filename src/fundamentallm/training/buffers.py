@@ -1,4 +1,4 @@
-"""Buffers that a forward pass may write to, as BatchNorm does to its running statistics."""
+"""Buffers that a forward pass may change, such as the running statistics of BatchNorm."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ class StateBuffers:
 
     @torch.no_grad()
     def put_back(self, values: Sequence[Tensor]) -> None:
-        """Give them the values that `copied` returned."""
+        """Restore the values that `copied` returned."""
         for buffer, value in zip(self._buffers, values, strict=True):
             buffer.copy_(value)

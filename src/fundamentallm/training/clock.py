@@ -15,7 +15,7 @@ def seconds_since_start() -> float:
 
 
 def _age_at_import() -> float:
-    """Ask the kernel how long the process has lived; 0 where it does not tell.
+    """Ask the kernel how long the process has lived; 0 if it is unknown.
 
     Imports of several seconds come before the first line of a training program, and a budget
     that ignored them would not be the user's two minutes.

@@ -1,14 +1,14 @@
 """What follows a step: decided in one place, from what is known at its end.
 
 Handlers wish and ranks vote (`StepFacts`); `decide` weighs that against the cadence and says what
-is still to be done. Whoever carries it out does the first thing, notes it, and asks again, since
-an evaluation and a save may bring new wishes. Asked in this way, it says:
+is still to be done. The loop carries out the first action, records it, and asks again, since
+an evaluation and a save may bring new wishes. The rules:
 
-- Of an unhealthy step, one that the run goes back from, nothing is evaluated or saved.
-- The state is saved before its evaluation, so that an evaluation that fails costs no step.
+- After an unhealthy step, which the run rolls back, nothing is evaluated or saved.
+- The state is saved before its evaluation, so an evaluation that fails costs no step.
 - A run that finishes has saved and evaluated; a run that stops for now has saved.
-- An evaluation that a stop cut off or left out is owed: the run is not finished, and the run that
-  is resumed from there begins with that evaluation.
+- An evaluation that a stop interrupts or skips is pending: the run is not finished, and the resumed
+  run begins with that evaluation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STOPPED_BY = "stopped by "  # begins the reason of a run that a handler has term
 
 
 class End(Enum):
-    """How the run goes on after a step."""
+    """How the run continues after a step."""
 
     GO_ON = "go on"
     STOP = "stop"
@@ -31,7 +31,7 @@ class End(Enum):
 
 
 class Save(Enum):
-    """Why a state is saved: `ON_SCHEDULE` also where the run was never stopped."""
+    """Why a state is saved: `ON_SCHEDULE` also if the run was never stopped."""
 
     ON_SCHEDULE = "on schedule"
     FOR_A_STOP = "for a stop"
@@ -39,7 +39,7 @@ class Save(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """After which steps a run logs, evaluates and saves, whatever else happens.
+    """After which steps a run logs, evaluates and saves, regardless of other events.
 
     Attributes:
         steps_per_epoch: optimizer steps in one pass over the data.
@@ -84,11 +84,11 @@ class Cadence:
 
 @dataclass(frozen=True, slots=True)
 class RollBack:
-    """A wish to go back.
+    """A request to roll back.
 
     Attributes:
         before: to the newest checkpoint that is not later than this step, or to the oldest if all
-            are; the newest of all if None.
+            are later; the newest of all if None.
         reason: for the log.
     """
 
@@ -99,19 +99,19 @@ class RollBack:
 class StepFacts:
     """What handlers wish, what the ranks agreed on, and what was done, in one step.
 
-    It is new for each step, so that it costs nothing until somebody writes into it. Wishes that
-    are made between two steps are those of the second.
+    It is new for each step and costs nothing until something is written into it. Wishes that
+    are made between two steps belong to the second.
 
     Attributes:
-        finish: a wish to end the run for good, with its reason; empty if there is none.
-        roll_back: a wish to go back; None if there is none.
-        redo: a wish to take the refused step once more.
+        finish: a wish to end the run for good, with its reason; empty without one.
+        roll_back: a wish to roll back; None without one.
+        redo: a wish to repeat the refused step.
         exhausted: whether some rank has used up a budget of tokens or seconds.
-        leaving: whether some rank is to save and stop for now.
-        data_fault: whether some rank cannot read its data, so that the step after this one is not
-            begun.
-        evaluated: whether the evaluation of this step was asked for, whatever came of it.
-        saved: how the run was going on when the state after this step was saved; None if it was
+        leaving: whether some rank must save and stop for now.
+        data_fault: whether some rank cannot read its data, so that the next step does not
+            start.
+        evaluated: whether the evaluation of this step was started, complete or not.
+        saved: how the run was continuing when the state after this step was saved; None if it was
             not.
     """
 
@@ -127,15 +127,15 @@ class StepFacts:
 
 @dataclass(frozen=True, slots=True)
 class StepEnd:
-    """What a decision goes by; equal on all ranks.
+    """The inputs of a decision; equal on all ranks.
 
     Attributes:
-        step: the step that ends here; 0 before the first.
-        last_step: that of the budget; None where only the clock or the tokens end the run.
+        step: the step that ends now; 0 before the first.
+        last_step: the last step of the budget; None if only the clock or the tokens end the run.
         cadence: when the run evaluates and saves.
-        facts: what is wished, agreed on and done; `decide` changes nothing there.
+        facts: wishes, votes and completed actions; `decide` does not change them.
         unmeasured: whether there is validation data and a handler to evaluate it, but no complete
-            evaluation of this step. Of no account where none is due.
+            evaluation of this step. Ignored if no evaluation is due.
     """
 
     step: int
@@ -147,11 +147,11 @@ class StepEnd:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is still to be done about a step, and how the run goes on then.
+    """The actions that remain after a step, and how the run then continues.
 
     Attributes:
-        end: how the run goes on.
-        reason: why it is finished; empty if it is not.
+        end: how the run continues.
+        reason: why it is finished; empty if not.
         save: why to save now; None for no save.
         evaluate: whether to evaluate after that.
         pending: whether the validation that follows this step is not complete.
@@ -169,15 +169,15 @@ class Decision:
         return self.end is End.STOP or self.end is End.FINISH
 
 
-GO_ON = Decision(End.GO_ON)  # what is decided about most steps
+GO_ON = Decision(End.GO_ON)  # the decision for most steps
 ROLL_BACK = Decision(End.ROLL_BACK)
 
 
 def decide(at: StepEnd) -> Decision:
-    """Say what is to be done about a step.
+    """Decide what follows a step.
 
-    A rollback comes before everything else but a data fault, which ends the run at once. A run
-    that is both to finish and to stop is evaluated first: it is finished if that was not cut off.
+    A data fault ends the run at once; a rollback comes before everything else. A run
+    that must both finish and stop is evaluated first: it is finished if the evaluation completed.
     """
     facts, step = at.facts, at.step
     if facts.data_fault:

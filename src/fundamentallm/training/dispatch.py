@@ -1,4 +1,4 @@
-"""How a training engine hands out its events, and what it knows of those who listen."""
+"""How a training engine fires its events, and which handlers listen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ignite.engine.events import RemovableEventHandle
 from fundamentallm.events import LOOP, TrainingEvents
 from fundamentallm.registry import registered_name
 
-# Ignite logs each error that it passes on; whoever catches the error reports it.
+# Ignite logs each error that it passes on; the code that catches the error reports it.
 logging.getLogger("ignite").addHandler(logging.NullHandler())
 
 
@@ -45,7 +45,7 @@ class Dispatcher(Engine):
             self._fire_event(event)
 
     def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
-        """Fire as Ignite does, without putting together a debug line that nobody reads.
+        """Fire as Ignite does, without formatting an unused debug line.
 
         With cold caches, after a step of 10 ms, that line costs 45 microseconds an event.
         """
@@ -60,14 +60,14 @@ class Dispatcher(Engine):
                 handler(*args, **options)
 
     def keep_last(self, event: Events, handler: Callable[[], None]) -> None:
-        """Attach a handler of the engine's own that stays behind all others of its event."""
+        """Attach an internal handler that stays behind all others of its event."""
         self._last_handlers[event] = handler
         super().add_event_handler(event, handler)
 
     def add_event_handler(
         self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> RemovableEventHandle:
-        """Attach a handler, as Ignite does; note its owner's state; keep our own one last."""
+        """Attach a handler, as Ignite does; add its owner's state; keep the internal one last."""
         owner = getattr(handler, "__self__", handler)
         if owner is not self and hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
             self._admit(owner)
@@ -84,8 +84,8 @@ class Dispatcher(Engine):
         name = registered_name(type(owner)) or type(owner).__name__
         if name in self.attached:
             raise ValueError(
-                f"a handler called '{name}' is attached already: a checkpoint could not tell the"
-                " two apart; attach one, or give one of them a class of its own"
+                f"a handler named '{name}' is attached already, and a checkpoint could not"
+                " distinguish the two; attach only one, or give one a different class"
             )
         self.attached[name] = owner
 
@@ -99,7 +99,7 @@ class Dispatcher(Engine):
 
 
 def timeline(engine: Engine) -> list[tuple[str, list[str]]]:
-    """Return the events that have handlers, in the order of the loop, and who hears them."""
+    """Return the events that have handlers, in the order of the loop, and their handlers."""
     entries = []
     for event in LOOP:
         names = [

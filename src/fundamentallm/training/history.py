@@ -1,4 +1,4 @@
-"""What a run did, as lists to plot."""
+"""The history of a run, as lists to plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class History:
     """The course of a run.
 
     Per step, in step order; losses in nats per token. After a rollback or a resume the lists hold
-    one history: steps that were taken back are gone.
+    one history: rolled-back steps are removed.
 
     Attributes:
         steps: step numbers, the x-axis of the next four.
@@ -79,7 +79,7 @@ class History:
         )
 
     def cut_back(self, step: int, evaluation_pending: bool = False) -> None:
-        """Forget everything after `step`, and its validation where that will run again."""
+        """Remove everything after `step`, and its validation if that will run again."""
         kept = sum(1 for known in self.steps if known <= step)
         for values in (
             self.steps,

@@ -1,6 +1,6 @@
-"""What a run was told to do differently: data to skip, and lower learning rates.
+"""Changes to a run's plan: data to skip, and lower learning rates.
 
-A run that healed and a clean run that is given the same interventions are the same run. Stored
+A healed run equals a clean run with the same interventions. Stored
 runs keep them under the key `ledger`.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RateCut:
-    """A learning rate lowered for a while.
+    """A learning rate lowered for some steps.
 
     Attributes:
         first: the first step that it holds for.
@@ -28,18 +28,18 @@ class RateCut:
 
 @dataclass
 class Interventions:
-    """The exceptions of a run.
+    """The interventions of a run.
 
     Attributes:
-        skipped: steps whose windows are passed over.
-        cuts: lowered rates; where several hold, they multiply.
+        skipped: steps whose step batches are skipped.
+        cuts: lowered rates; overlapping ones multiply.
     """
 
     skipped: set[int] = field(default_factory=set)
     cuts: list[RateCut] = field(default_factory=list)
 
     def skip(self, steps: Iterable[int]) -> None:
-        """Pass over the windows of these steps from now on."""
+        """Skip the step batches of these steps from now on."""
         self.skipped.update(steps)
 
     def cut_rate(self, first: int, num_steps: int, factor: float) -> None:
@@ -47,7 +47,7 @@ class Interventions:
         self.cuts.append(RateCut(first, first + num_steps - 1, factor))
 
     def rate_factor(self, step: int) -> float:
-        """Return what the schedule's rate is multiplied by at a step."""
+        """Return the factor for the schedule's rate at a step."""
         factor = 1.0
         for cut in self.cuts:
             if cut.first <= step <= cut.last:
@@ -55,13 +55,13 @@ class Interventions:
         return factor
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the exceptions as plain values."""
+        """Return the interventions as plain values."""
         return {
             "skipped": sorted(self.skipped),
             "cuts": [[cut.first, cut.last, cut.factor] for cut in self.cuts],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over saved exceptions in place of these."""
+        """Replace these interventions by saved ones."""
         self.skipped = set(state_dict["skipped"])
         self.cuts = [RateCut(*cut) for cut in state_dict["cuts"]]

@@ -4,7 +4,7 @@
 (pytorch/ignite threads in brackets): it places the loader at the step where the state stands, never
 retrains a finished run [#3622], fires the events of `events.py` behind every handler of
 ITERATION_COMPLETED, and goes back to an earlier state between two inner runs, since Ignite cannot
-rewind inside one [#2669, #1386]. How the run goes on after a step `decision.py` says.
+rewind inside one [#2669, #1386]. `decision.py` decides how the run continues after a step.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 
 class RestorePoint(Protocol):
-    """Whatever keeps earlier states: what a rollback goes back to."""
+    """A store of earlier states, which a rollback returns to."""
 
     @property
     def directory(self) -> Path:
@@ -93,12 +93,12 @@ class RestorePoint(Protocol):
 
 
 class TrainingLoop(Dispatcher):
-    """The loop over optimizer steps, from parts that are resolved.
+    """The loop over optimizer steps, from resolved parts.
 
     Args:
         model: takes `input_ids` (B, T) int64, returns logits (B, T, V); the plan has placed it.
-        train_loader: of windows, or a DataLoader to be gathered into windows.
-        val_loader: batches of the same form; None or empty for no validation.
+        train_loader: of step batches, or a DataLoader whose batches are grouped into step batches.
+        val_loader: batches of the same form; None or empty: no validation.
         optimizer: over the model's parameters.
         scheduler: on that optimizer.
         loss_fn: `loss_fn(logits, targets, reduction="sum")`.
@@ -106,24 +106,24 @@ class TrainingLoop(Dispatcher):
         config: budgets, cadence and clipping.
 
     Attributes:
-        model: the model itself, without a wrapper for ranks or compilation.
+        model: the model, without a wrapper for ranks or compilation.
         history: the course of the run so far.
         plan: how the steps are computed.
         limits: the resolved budgets.
-        interventions: what the run was told to do differently: windows to skip, lower rates.
+        interventions: step batches to skip, and lowered learning rates.
         description: plain JSON about the run (its configuration, tokenizer, data) that every
             checkpoint carries in its manifest.
-        evaluation_weights: a context in which the model holds the weights to evaluate and sample
-            with; a handler may set another (weight EMA does).
-        restore_point: whatever keeps earlier states; checkpointing sets itself.
-        clock: seconds since the run's time began to count in this process.
+        evaluation_weights: a context that puts the weights to evaluate and sample into the model;
+            a handler may replace it (weight EMA does).
+        restore_point: the store of earlier states; the handler checkpointing sets itself.
+        clock: seconds of the run in this process.
         window: this rank's share of the current step's data.
         tokens_computed: tokens of the current step over all ranks, those with a masked target
             and padding too; what speed and FLOPs go by.
         generators_before: random generators of the device before the current step.
         interrupted_by: the number of the signal that asked the run to stop.
-        pause_when: asked with every step and validation batch; one that says True makes the run
-            save and stop, to be resumed later.
+        pause_when: functions called with every step and validation batch; on True the run
+            saves and stops, to be resumed later.
     """
 
     state: TrainingState
@@ -273,7 +273,7 @@ class TrainingLoop(Dispatcher):
         )
 
     def _save_what_is_done(self) -> None:
-        """Save before a run ends because its data cannot be read on.
+        """Save before a run ends because its data cannot be read.
 
         The error came between two steps, so the state is that after the last one. Several ranks
         save only where all of them know of the error.
@@ -337,7 +337,7 @@ class TrainingLoop(Dispatcher):
     # ------------------------------------------------------------------ one step
 
     def _train_step(self, batch: Any) -> StepOutput:
-        """Take one optimizer step on a window, or on a batch as a window of one micro-batch."""
+        """Take one optimizer step on a step batch, or on a single batch."""
         window = self.window = as_window(batch)
         if not self.model.training:
             self.model.train()
@@ -378,7 +378,7 @@ class TrainingLoop(Dispatcher):
         return num_tokens, num_sequences
 
     def _attempt(self, window: Window, num_tokens: int, num_sequences: int) -> StepOutput:
-        """Take the step, and once more where a controller asks for it after a refusal."""
+        """Take the step; repeat it if a controller asks for that after a refusal."""
         self.generators_before = capture_generators(self.device)
         buffers_before = self._buffers.copied()
         while True:
@@ -392,7 +392,7 @@ class TrainingLoop(Dispatcher):
             if output.rejection not in ("overflow", "empty"):
                 self._warn_if_nobody_acts(output)
             if output.rejection != "overflow":
-                # As if the step had never been tried: a clean run that passes over its window
+                # As if the step had never been tried: a clean run that skips its step batch
                 # draws no random numbers for it.
                 restore_generators(self.generators_before)
             if not self._facts.redo:
@@ -533,15 +533,15 @@ class TrainingLoop(Dispatcher):
     # ------------------------------------------------------------------ wishes of handlers
 
     def redo_step(self) -> None:
-        """Take the refused step once more from the state before it; call at FLLM_STEP_REJECTED."""
+        """Repeat the refused step from the state before it; call at FLLM_STEP_REJECTED."""
         self._facts.redo = True
 
     def reject_step(self, reason: str, details: str = "") -> None:
         """Refuse the update of the current step; call it at FLLM_GRADIENTS_READY.
 
         Args:
-            reason: one word or two for the log; "spike" and "divergence" ask `nan_rollback` to act.
-            details: what was seen, in words, for the report of an incident.
+            reason: a short reason for the log; "spike" and "divergence" ask `nan_rollback` to act.
+            details: a description for the incident report.
         """
         self._step.veto, self._step.veto_details = reason, details
 
@@ -551,19 +551,19 @@ class TrainingLoop(Dispatcher):
         Call it at FLLM_GRADIENTS_READY.
 
         Raises:
-            ValueError: the norm is not a number above 0; the update would be none.
+            ValueError: the norm is not a number above 0.
         """
         if not norm > 0.0:
-            raise ValueError(f"a step can be clipped to a norm above 0, got {norm}")
+            raise ValueError(f"the norm must be a number above 0, got {norm}")
         known = self._step.clip_norm
         self._step.clip_norm = norm if known is None else min(norm, known)
 
     def roll_back(self, reason: str, before: int | None = None) -> None:
         """Go back to an earlier checkpoint after this step.
 
-        The caller writes what the run shall do differently then into the interventions, which a
-        rollback keeps. Without a checkpoint the run goes on from the weights that it has: a
-        refused update has left them clean.
+        The caller writes the changes for the repeated steps into the interventions, which a
+        rollback keeps. Without a checkpoint the run continues with its present weights: a
+        refused update has not changed them.
 
         Args:
             reason: for the log.
@@ -610,15 +610,15 @@ class TrainingLoop(Dispatcher):
 
     @property
     def window_loss(self) -> float:
-        """The current window's loss in nats per token over all ranks.
+        """The current step's loss in nats per token over all ranks.
 
-        It is there from FLLM_GRADIENTS_READY on, before anybody has accepted it.
+        It is there from FLLM_GRADIENTS_READY on, before the step is accepted.
         """
         return self._step.loss
 
     @property
     def window_grad_norm(self) -> float:
-        """The norm of the current window's gradient, as `window_loss`."""
+        """The norm of the current step's gradient, as `window_loss`."""
         return self._step.norm
 
     def step_replayer(self) -> StepReplayer:
@@ -638,17 +638,17 @@ class TrainingLoop(Dispatcher):
 
     @property
     def finished(self) -> str:
-        """Why the run is complete; empty while it is not."""
+        """Why the run is complete; empty before that."""
         return self._decision.reason
 
     @property
     def stopping(self) -> bool:
-        """Whether the run ends with the current step, for good or for now."""
+        """Whether the run ends with the current step, finally or for now."""
         return self._decision.ends_run
 
     @property
     def rolling_back(self) -> bool:
-        """Whether the run goes back after this step."""
+        """Whether the run rolls back after this step."""
         return self._facts.roll_back is not None
 
     @property
@@ -674,7 +674,7 @@ class TrainingLoop(Dispatcher):
         return self._decide().pending
 
     def is_log_step(self) -> bool:
-        """Whether the current step's metrics belong into the logs."""
+        """Whether the current step's metrics belong in the logs."""
         return self._cadence.logs_at(self.state.iteration) or bool(self.finished)
 
     def elapsed_seconds(self) -> float:
@@ -747,10 +747,10 @@ class TrainingLoop(Dispatcher):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Stand at a saved position.
+        """Restore a saved position.
 
         Raises:
-            CheckpointError: the epochs there have another number of steps.
+            CheckpointError: the saved epochs have another number of steps.
         """
         if state_dict["epoch_length"] != self.steps_per_epoch:
             raise CheckpointError(
@@ -758,7 +758,7 @@ class TrainingLoop(Dispatcher):
                 " number of ranks changed",
                 got=f"{self.steps_per_epoch} steps",
                 expected=f"{state_dict['epoch_length']} steps",
-                fix="resume with the data and batch settings of the run, or start a fresh one",
+                fix="resume with the data and batch settings of the run, or start a new run",
             )
         position = {"iteration": state_dict["iteration"], "epoch_length": self.steps_per_epoch}
         counters = {name: state_dict.get(name, value) for name, value in COUNTERS.items()}

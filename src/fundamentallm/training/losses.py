@@ -1,7 +1,7 @@
 """Cross-entropy over a vocabulary, in nats.
 
 - A negative target is masked: it adds nothing to the loss, the gradient or the count.
-- Nothing valid gives a loss of 0 and zero gradients, never NaN.
+- Without a valid target the loss is 0 and zero gradients, never NaN.
 - Half-precision logits are widened to float32 first; a sum of thousands of bfloat16 terms keeps
   two or three digits.
 - `ChunkedCrossEntropy` gives the same numbers without ever holding the logits of a whole batch.
@@ -75,7 +75,7 @@ def compute_loss(
     _check_terms(label_smoothing, z_loss)
     _check_targets("logits", logits, targets, reduction)
     if reduction == "sum" and not (label_smoothing or z_loss):
-        # What every step of a plain training needs: one operation, without a loss a token.
+        # The common case of training: one operation, without a loss per token.
         return _cross_entropy(logits, targets, "sum")
     losses = _token_losses(logits, targets, label_smoothing, z_loss)
     return _reduce(losses, targets, reduction)
@@ -200,7 +200,7 @@ def token_nll(
 
 
 def _token_losses(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """Return one loss a target, in its shape (...), 0 where it is masked."""
+    """Return one loss per target, in its shape (...), 0 where it is masked."""
     losses = _cross_entropy(logits, targets, "none", label_smoothing).reshape(targets.shape)
     if z_loss:
         losses = losses + z_loss * (_wide(logits).logsumexp(-1) ** 2).masked_fill(targets < 0, 0.0)

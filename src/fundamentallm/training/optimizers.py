@@ -1,17 +1,17 @@
 """Optimizers by name, over parameters grouped by whether they decay.
 
-The updates are torch's own, but for Lion and Muon, which have files of their own. An optimizer of
-yours is one decorated function whose typed keyword parameters are its options:
+The updates are torch's, except Lion and Muon, which have separate files. Your own
+optimizer is one decorated function whose typed keyword parameters are its options:
 
 ```python
 @OPTIMIZERS.register("signsgd")
 def sign_sgd(params, lr: float, *, momentum: float = 0.9) -> Optimizer: ...
 ```
 
-One that treats layers by their kind takes a parameter `model` as well. Each group has a learning
-rate of its own, and a schedule multiplies them all by the same number.
+One that treats layers by their kind takes a parameter `model` as well. Each group has its own
+learning rate, and a schedule multiplies them all by the same number.
 
-Weight decay shrinks linear weights alone. Biases and normalization gains are no maps between
+Weight decay shrinks only linear weights. Biases and normalization gains are not maps between
 spaces, and an embedding row would shrink in every step in which its token does not occur.
 """
 
@@ -53,9 +53,9 @@ class OptimizerBuilder:
             optimizer_name: a name in `OPTIMIZERS`.
             model: on its final device; every parameter that requires a gradient is optimized.
             lr: base learning rate, finite and above 0.
-            defaults: options that this optimizer takes if it has them (a weight decay means
+            defaults: options that apply if the optimizer has them (weight decay means
                 nothing to "adam"); kwargs win over them.
-            kwargs: the optimizer's own options, each of which it must have.
+            kwargs: the optimizer's own options, which must exist.
 
         Raises:
             ConfigError: an unknown optimizer or option, or an option of the wrong type.

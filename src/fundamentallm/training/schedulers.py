@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions from an optimizer step to a multiplier.
 
 Steps count updates from 1: the first update of a run uses `multiplier(1)`. A multiplier scales
-the base learning rate of each parameter group. Since it depends on the step alone, resume and
+the base learning rate of each parameter group. Since it depends only on the step, resume and
 rollback have nothing to restore.
 
 | name | multiplier of update k (W warmup steps, N total steps, f floor) |
@@ -37,7 +37,7 @@ from fundamentallm.registry import Registry
 class LearningRateScheduler(ABC):
     """A schedule on an optimizer.
 
-    A training run uses `multiplier` alone. In a loop written by hand, call `step()` before each
+    A training run uses only `multiplier`. In a loop written by hand, call `step()` before each
     `optimizer.step()`: like that, update k has the learning rate `learning_rate(k)`.
 
     Args:
@@ -62,7 +62,7 @@ class LearningRateScheduler(ABC):
 
     @abstractmethod
     def multiplier(self, step: int, progress: float | None = None) -> float:
-        """Return what the base rates are multiplied by; depends on the arguments alone.
+        """Return what the base rates are multiplied by; depends only on the arguments.
 
         Args:
             step: the number of the update, >= 1.

@@ -26,12 +26,12 @@ COUNTERS: dict[str, int | float] = {
     "epoch_tokens": 0,
     "elapsed_before": 0.0,
 }
-# What a rollback does not take back: it happened, whatever step the weights return to.
+# A rollback does not reset these: they happened, and stay.
 IRREVERSIBLE = ("incidents", "rollbacks", "elapsed_before")
 
 
 class TrainingState(State):
-    """The state of a run, besides what Ignite's `State` has.
+    """The state of a run, in addition to Ignite's `State`.
 
     Attributes:
         iteration: the current step, from 1; 0 before the first.

@@ -36,7 +36,7 @@ class StepOutput:
 
     Attributes:
         loss: negative log-likelihood in nats per valid token of the window, over all ranks;
-            whatever the objective was (label smoothing, say).
+            for any objective (for example with label smoothing).
         grad_norm: global L2 norm of the gradient before clipping.
         num_tokens: valid target tokens of the window over all ranks.
         num_sequences: sequences of the window over all ranks.
@@ -210,7 +210,7 @@ class TrainStep:
         return all(math.isfinite(group["lr"]) for group in self.optimizer.param_groups)
 
     def _judge(self) -> str:
-        # A rank alone may look as late as this; several can only act on what they have agreed on.
+        # A single rank may check this late; several ranks can only act on what they agreed on.
         if not self._rates_are_finite() if self.ranks.alone else self._bad_rate_somewhere:
             return "learning rate"
         if not math.isfinite(self.loss):
@@ -276,7 +276,7 @@ def summed_objective(
 def summed_nll(
     states: Tensor, model: nn.Module, targets: Tensor, loss_fn: Callable[..., Tensor] | None
 ) -> Tensor:
-    """Return the summed negative log-likelihood, whatever the objective is.
+    """Return the summed negative log-likelihood, for any objective.
 
     Args:
         states: hidden states (B, T, D) if the loss takes those, else logits (B, T, V).

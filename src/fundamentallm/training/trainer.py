@@ -42,7 +42,7 @@ class Trainer(TrainingLoop):
         config: budgets, cadence, clipping and precision; the defaults if None.
         handlers: attached in this order.
 
-    What it offers besides, to scripts and handlers, `TrainingLoop` has.
+    Further methods for scripts and handlers are in `TrainingLoop`.
     """
 
     def __init__(

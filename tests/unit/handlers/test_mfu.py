@@ -43,7 +43,7 @@ def test_is_nan_where_nobody_measures_throughput(caplog):
     ModelFlopsUtilization(peak_tflops=1.0).attach(trainer)
     trainer.run()
     assert math.isnan(trainer.state.metrics["train/mfu"])
-    assert caplog.text.count("mfu is NaN: the handler throughput") == 1
+    assert caplog.text.count("mfu is NaN: it needs the handler throughput") == 1
 
 
 def test_is_of_its_own_step_whatever_was_attached_first():

@@ -156,7 +156,7 @@ def test_refuses_averages_of_another_model():
     make_trainer(ema).run()
     train, _ = tiny_loaders()
     Trainer(tiny_model(num_layers=1), train, device="cpu", handlers=[other])
-    with pytest.raises(ValueError, match="averages of another model"):
+    with pytest.raises(ValueError, match="averages belong to another model"):
         other.load_state_dict(ema.state_dict())
 
 

@@ -1,4 +1,4 @@
-"""Loaders: one optimizer step's window of micro-batches at a time, in an order that is computed.
+"""Loaders: one step batch of micro-batches at a time, in an order that is computed.
 
 The batch at (epoch, step) is a pure function of the seed, so any point of any epoch is reached at
 once, and the sequences of a step are the same however they are split into micro-batches and ranks.
@@ -21,7 +21,7 @@ from fundamentallm.data.permutation import Permutation, derive_key
 
 # What a key is drawn for, so that no two draws of a seed and epoch share one.
 ORDER, PHASE, SHUFFLE, MIXTURE = 1, 2, 3, 4
-_STEPS_AHEAD = 64  # whose order is computed at once: alone, a step's would cost it 0.2 ms
+_STEPS_AHEAD = 64  # whose order is computed at once; one step at a time would cost 0.2 ms each
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class EpochLoader(ABC):
         self._epoch, self._step = epoch, step
 
     def __iter__(self) -> Iterator[Window]:
-        """Yield the windows from the position to the end of its epoch, then stand at the next."""
+        """Yield the step batches from the position to its epoch's end; the next epoch follows."""
         while self._step < len(self):
             window = self.window_at(self._epoch, self._step)
             self._step += 1

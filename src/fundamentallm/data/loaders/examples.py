@@ -20,13 +20,13 @@ class ExampleLoader(EpochLoader):
         batching: sizes, seed and rank; T is at least an example's tokens less one.
 
     Raises:
-        DataError: there is no example.
+        DataError: there are no examples.
     """
 
     def __init__(self, examples: EncodedExamples, batching: Batching) -> None:
         if not len(examples):
             raise DataError(
-                "there is no example to train on",
+                "there are no examples to train on",
                 expected="at least 1 in the training part of data.split",
                 fix="add examples, or raise the first fraction of data.split",
             )

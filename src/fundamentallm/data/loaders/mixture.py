@@ -1,6 +1,6 @@
 """Several sources in one run, each with its share of the sequences.
 
-Shapes: T sequence length, n rows; S sequences of an epoch, n_i windows of source i.
+Shapes: T sequence length, n rows; S sequences of an epoch, n_i sequences of source i.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fundamentallm.errors import DataError
 class MixtureLoader(EpochLoader):
     """Windows over several sequences of tokens, in the shares that weights ask for.
 
-    An epoch has as many sequences as all sources have windows, S = sum n_i. Source i gets its share
+    An epoch has as many sequences as all its sources, S = sum n_i. Source i gets its share
     of them, the largest remainders rounded up and at least 1, in an order drawn for that epoch. It
-    goes through its own windows pass by pass, in an order drawn for each pass, so each is seen
+    goes through its own sequences pass by pass, in an order drawn for each pass, so each is seen
     equally often up to one, and an epoch begins where the last one stopped. The sequence at any
-    position of any epoch is computed from the seed alone.
+    position of any epoch is computed from the seed.
 
     Args:
         sources: the tokens of each, (N_i,).
@@ -77,7 +77,7 @@ class MixtureLoader(EpochLoader):
         for number, member in enumerate(self.members):
             own = sources == number
             share = self.shares[number]
-            # Counted over all epochs: the window of a source that comes next, whoever asks.
+            # Counted over all epochs: the next sequence of a source.
             places = epoch * share + elements[own] - (ends[number] - share)
             starts = np.empty(len(places), dtype=np.int64)
             for lap in np.unique(places // member.num_sequences):

@@ -1,4 +1,4 @@
-"""Loaders of other makes, such as torch's DataLoader, as loaders of windows."""
+"""Other loaders, such as torch's DataLoader, as loaders of step batches."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fundamentallm.data.permutation import derive_key
 
 
 class WindowLoader:
-    """A plain DataLoader as windows of `accumulation_steps` batches.
+    """A plain DataLoader as step batches of `accumulation_steps` batches.
 
     A loader that shuffles draws its order from torch's CPU generator. Here that generator is seeded
     from (seed, epoch) while the order is drawn and put back after, so the order is a pure function
     and the training's own random numbers are untouched. A generator of the loader's own is seeded
-    alike, and a sampler with `set_epoch` is told the epoch.
+    alike, and a sampler with `set_epoch` gets the epoch.
 
     Args:
         loader: yields `{"input_ids", "target_ids"}` or `(inputs, targets)`; has a length.
-        accumulation_steps: batches in a window; the last window of an epoch may have fewer.
+        accumulation_steps: batches in a step batch; the last of an epoch may have fewer.
         seed: of the order.
 
     Raises:
@@ -39,7 +39,7 @@ class WindowLoader:
         self._step = 0
 
     def __len__(self) -> int:
-        """Return the windows in an epoch."""
+        """Return the number of step batches in an epoch."""
         return -(-len(self.loader) // self.accumulation_steps)
 
     def set_position(self, epoch: int, step: int) -> None:
@@ -47,7 +47,7 @@ class WindowLoader:
         self._epoch, self._step = epoch, step
 
     def __iter__(self) -> Iterator[Window]:
-        """Yield the windows from the position to the end of its epoch, then stand at the next."""
+        """Yield the step batches from the position to its epoch's end; the next epoch follows."""
         batches = self._epoch_batches()
         for _ in range(self._step * self.accumulation_steps):
             next(batches, None)
@@ -88,7 +88,7 @@ class WindowLoader:
 
 
 def as_window_loader(loader: Any, accumulation_steps: int = 1, seed: int = 0) -> Any:
-    """Return a loader of windows: the loader itself if it is one, else a `WindowLoader` over it."""
+    """Return a loader of step batches: the loader itself, or a `WindowLoader` over it."""
     if hasattr(loader, "set_position"):
         return loader
     return WindowLoader(loader, accumulation_steps, seed)

@@ -22,7 +22,7 @@ _FORMAT = torch.contiguous_format
 
 
 class TokenWindowLoader(EpochLoader):
-    """Windows over a sequence of tokens, shuffled anew in each epoch.
+    """Sequences cut from a row of tokens, reshuffled in each epoch.
 
     An epoch cuts the N - 1 targets into n = (N - 1) // T sequences that do not overlap, from a
     phase in [0, T) drawn for that epoch, and visits them in an order drawn for it (`EpochLoader`).
@@ -33,7 +33,7 @@ class TokenWindowLoader(EpochLoader):
     Args:
         tokens: (N,) integers: an array, a token file or a tensor, never copied, or a list.
         batching: sizes, seed and rank.
-        end_id: the token behind each document, if documents are packed apart (`add_documents`).
+        end_id: the token after each document, if documents are masked (`add_documents`).
 
     Raises:
         DataError: fewer than T + 1 tokens.
@@ -119,11 +119,11 @@ class TokenWindowLoader(EpochLoader):
 
 
 class ValidationLoader:
-    """Every target of a split exactly once, in order, in windows that do not overlap.
+    """Every target of a split exactly once, in order, in sequences that do not overlap.
 
     Args:
         tokens: (N,) integers as for `TokenWindowLoader`; fewer than two are an empty loader.
-        batching: sizes and rank; the last window is padded with ignored targets, and rank r takes
+        batching: sizes and rank; the last sequence is padded with ignored targets, and rank r takes
             each world_size-th batch.
         end_id: as for `TokenWindowLoader`.
 

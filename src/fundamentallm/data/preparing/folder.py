@@ -1,4 +1,4 @@
-"""A prepared folder, which appears whole or not at all.
+"""A prepared folder, which is complete or absent.
 
 Everything lies in a hidden folder beside the target until it is on the disk, and one rename gives
 it its name. One thread reads, decodes and cuts; others encode what it cut; what comes of it is
@@ -44,7 +44,7 @@ from fundamentallm.files.filesystem import (
     write_all,
     write_file,
 )
-from fundamentallm.files.lock import owning, refuse_if_owned
+from fundamentallm.files.lock import refuse_if_owned, run_lock
 from fundamentallm.files.run_layout import LOCK
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def write_prepared(
         Whether anything was written.
 
     Raises:
-        DataError: an input is no text, there is none, or the target holds something else.
+        DataError: an input is not text, there is no text, or the target holds something else.
         ConfigError: the tokenizer cannot be built.
         MachineError: a package is missing, or another process writes there.
     """
@@ -82,7 +82,7 @@ def write_prepared(
     staging = out.with_name(f".{out.name}.tmp-{random_suffix()}")
     filesystem.make_directory(staging)
     try:
-        with owning(staging):
+        with run_lock(staging):
             copy = None
             if from_input:
                 copy = staging / COPY
@@ -97,7 +97,7 @@ def write_prepared(
         filesystem.sync_directory(staging)
         _give_name(filesystem, staging, out)
     finally:
-        # Whoever was killed here leaves a hidden folder, which the next run removes.
+        # A process killed here leaves a hidden folder, which the next run removes.
         shutil.rmtree(staging, ignore_errors=True)
     return True
 
@@ -108,7 +108,7 @@ def _give_name(filesystem: Filesystem, staging: Path, out: Path) -> None:
     except OSError as error:
         if out.exists():
             raise DataError(
-                "another process has put something there meanwhile",
+                "another process has written the target meanwhile",
                 where=str(out),
                 fix="look at it, or choose another --out",
             ) from error
@@ -170,7 +170,7 @@ def up_to_date(inputs: Sequence[Input], out: Path, options: Options) -> bool:
         header = read_header(out / f"{name}.tokens")
         if (header.count, header.sha256) != (said["tokens"], said["sha256"]):
             raise DataError(
-                "the token file is not the one that was prepared",
+                "the token file has changed since it was prepared",
                 where=str(out / f"{name}.tokens"),
                 got=f"{header.count:,} tokens, SHA-256 {header.sha256[:16]}",
                 expected=f"{said['tokens']:,} tokens, SHA-256 {said['sha256'][:16]}",
@@ -178,7 +178,7 @@ def up_to_date(inputs: Sequence[Input], out: Path, options: Options) -> bool:
             )
         if not own == header.tokenizer == manifest["tokenizer"]:
             raise DataError(
-                "the tokenizer in the folder is not that of its tokens",
+                "the tokenizer in the folder differs from the one of its tokens",
                 where=str(out / TOKENIZER),
                 got=f"tokenizer {own[:16]}",
                 expected=f"tokenizer {header.tokenizer[:16]}",
@@ -207,7 +207,7 @@ def _refuse_occupied(out: Path) -> None:
         return  # looked at once the inputs are known
     if out.exists() or out.is_symlink():
         raise DataError(
-            "there is something else at the target",
+            "the target exists and holds something else",
             where=str(out),
             expected="a folder that does not exist yet",
             fix="choose another --out",
@@ -215,7 +215,7 @@ def _refuse_occupied(out: Path) -> None:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove what runs left that were killed; one that lives holds its lock."""
+    """Remove what killed runs left; a live one holds its lock."""
     own = {LOCK, MANIFEST, TOKENIZER, COPY, *(f"{name}.tokens" for name in (WHOLE, *PARTS))}
     for leftover in out.parent.glob(f".{glob.escape(out.name)}.tmp-*"):
         with contextlib.suppress(MachineError, OSError):

@@ -1,4 +1,4 @@
-"""What preparing was asked for."""
+"""The options of `prepare`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fundamentallm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Options:
-    """What `prepare` was asked for.
+    """The options of `prepare`.
 
     Attributes:
         tokenizer: as in `data.tokenizer`.
@@ -44,7 +44,7 @@ class Options:
 
 
 def check_options(options: Options) -> None:
-    """Check what was asked for before anything is read.
+    """Check the options before anything is read.
 
     Raises:
         ConfigError: a name, an option or a number that cannot be.
@@ -58,7 +58,7 @@ def check_options(options: Options) -> None:
     fractions = options.fractions
     if not fractions[0] > 0 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ConfigError(
-            "these are not fractions of a whole",
+            "the fractions are invalid",
             where="--fractions",
             got=" ".join(map(str, fractions)),
             expected="three from 0 that sum to 1, the first above 0",
@@ -70,10 +70,10 @@ def tokenizer_choice(text: str, vocab_size: int | None) -> Component:
 
     Args:
         text: a registered name, the path of a tokenizer.json, or `{name: ..., option: ...}`.
-        vocab_size: the option of that name, if it was given by itself.
+        vocab_size: the option of that name, if it was given separately.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: it is not valid.
     """
     if text.endswith(".json"):
         choice: Any = {"name": "file", "path": str(Path(text).absolute())}

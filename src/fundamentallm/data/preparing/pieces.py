@@ -24,7 +24,7 @@ BATCH_WHOLE = 1 << 18
 
 @dataclass
 class Counts:
-    """What was met on the way.
+    """Counts of what was read.
 
     Attributes:
         documents, characters, tokens: how many; an end is a token.
@@ -136,10 +136,10 @@ def _part_of(data: bytes, options: Options) -> str:
 
 
 def no_text(inputs: Sequence[Input], num_blank: int = 0) -> DataError:
-    """Return the error for inputs without text; `num_blank` documents are white space alone."""
+    """Return the error for inputs without text; `num_blank` documents hold only white space."""
     return DataError(
-        "there is no text in the inputs",
+        "the inputs hold no text",
         where=", ".join(source.name for source in inputs[:5]),
-        got="only white space" if num_blank else "empty documents alone",
+        got="only white space" if num_blank else "only empty documents",
         fix="name files with text",
     )

@@ -21,7 +21,7 @@ class TokenWriter:
         dtype: of an id.
 
     Attributes:
-        count: ids so far.
+        count: ids written.
     """
 
     def __init__(self, filesystem: Filesystem, path: Path, dtype: np.dtype[Any]) -> None:

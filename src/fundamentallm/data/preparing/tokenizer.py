@@ -48,7 +48,7 @@ def build_with_end(
             raise no_text(inputs)
     elif "text" in parameters:
         raise ConfigError(
-            f"the tokenizer '{name}' needs the whole text at once, which `prepare` never has",
+            f"the tokenizer '{name}' needs the whole text at once, which `prepare` never holds",
             where="--tokenizer",
             fix="give its constructor a parameter `texts` or `vocabulary`, or use it in a run",
         )

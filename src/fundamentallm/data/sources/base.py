@@ -114,7 +114,7 @@ class Source(ABC):
             tokenizer: encodes text.
             fractions: of train, val and test.
             batching: the sizes, the seed and this rank.
-            end_id: the id behind each document, where documents are packed apart.
+            end_id: the id after each document, if documents are masked.
 
         Raises:
             DataError: there is too little, or something cannot be encoded.
@@ -128,25 +128,25 @@ class Source(ABC):
     def passages(
         self, part: str, tokenizer: Tokenizer, fractions: Sequence[float]
     ) -> Iterator[Passage]:
-        """Yield what a part ("train", "val" or "test") consists of, as far as it can be told."""
+        """Yield what a part ("train", "val" or "test") consists of, as far as known."""
 
     def kept_texts(self) -> dict[str, str]:
         """Return file name and text of what a run keeps a copy of: text that can change."""
         return {}
 
     def require_unchanged(self, sha256: str, fix: str) -> None:
-        """Refuse a source that is not the one that a run began with.
+        """Refuse a source that differs from the one that a run started with.
 
         Args:
             sha256: of that one.
-            fix: how to go on.
+            fix: how to continue.
 
         Raises:
             CheckpointError: it is another.
         """
         if self.sha256 != sha256:
             raise CheckpointError(
-                "the text is not the one that the run began with",
+                "the text differs from the one that the run started with",
                 where=self.name,
                 got=f"SHA-256 {self.sha256}",
                 expected=f"SHA-256 {sha256}",
@@ -155,7 +155,7 @@ class Source(ABC):
 
 
 class SequenceSource(Source):
-    """A source whose parts are sequences of tokens, cut into windows."""
+    """A source whose parts are sequences of tokens, cut into sequences."""
 
     @abstractmethod
     def parts(self, tokenizer: Tokenizer, fractions: Sequence[float]) -> dict[str, Tokens]:
@@ -176,7 +176,7 @@ class SequenceSource(Source):
         batching: Batching,
         end_id: int | None = None,
     ) -> Loaders:
-        """Return loaders of windows."""
+        """Return loaders of step batches."""
         parts = self.parts(tokenizer, fractions)
         return Loaders(
             TokenWindowLoader(parts["train"], batching, end_id),

@@ -1,4 +1,4 @@
-"""Sources that a name stands for: the registry, and the two that come with the package."""
+"""Built-in sources by name: the registry, and the two that come with the package."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def python_docs() -> str:
         raise DataError(
             "this Python lacks its own documentation (pydoc_data)",
             where="python-docs",
-            fix="install the standard library's documentation, or name a text in data.source",
+            fix="install the standard library's documentation, or set another data.source",
         ) from error
     return "\n\n".join(topics[name] for name in sorted(topics))
 

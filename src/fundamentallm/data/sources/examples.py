@@ -49,20 +49,20 @@ class ExampleSource(Source):
             end: as in `read_examples`.
 
         Raises:
-            DataError: a name is of no such file, a line is no example, or there is none.
+            DataError: a file does not exist, a line is not an example, or there are no examples.
         """
         others = [name for name in names if not is_examples(name)]
         if others:
             raise DataError(
-                "examples cannot be joined with text, which has no prompts to mask",
+                "examples cannot be joined with plain text, which has no prompts to mask",
                 where=", ".join(others),
-                fix="name .jsonl files alone in data.source",
+                fix="name only .jsonl files in data.source",
             )
         files = [read_examples(existing(name), end) for name in names]
         examples = [one for file in files for one in file]
         if not examples:
             raise DataError(
-                "there is no example in the source",
+                "the source holds no examples",
                 where=", ".join(names),
                 got="0 lines",
                 fix="name a file with one JSON object a line in data.source",
@@ -90,7 +90,7 @@ class ExampleSource(Source):
         batching: Batching,
         end_id: int | None = None,
     ) -> Loaders:
-        """Split the examples; each is a row, so there is nothing to pack apart."""
+        """Split the examples; each is a row, so no documents need a mask."""
         encoded = encode_examples(self.examples, tokenizer, batching.sequence_length)
         train, held_out = (self.part(encoded, fractions, part)[0] for part in ("train", "val"))
         return Loaders(

@@ -43,7 +43,7 @@ class MixtureSource(Source):
             raise DataError(
                 "examples cannot be mixed by weight",
                 where=", ".join(member.name for member in members if member not in mixed),
-                fix="leave out the weights, and name files of examples alone",
+                fix="remove the weights, and name only files of examples",
             )
         tokenizers = [(one.name, one.tokenizer) for one in mixed if one.tokenizer is not None]
         for name, own in tokenizers[1:]:

@@ -1,4 +1,4 @@
-"""The path that a name in a configuration stands for."""
+"""The path that a name in a configuration means."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def existing(name: str) -> Path:
             "no such file or folder",
             where=name,
             expected="a path, or one of " + ", ".join(SOURCES.names()),
-            fix=did_you_mean(name, SOURCES.names()) or f"the path is taken from {Path.cwd()}",
+            fix=did_you_mean(name, SOURCES.names()) or f"the path is relative to {Path.cwd()}",
         ) from None
     except OSError as error:
         raise unreadable(path, error) from error

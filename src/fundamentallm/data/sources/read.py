@@ -1,4 +1,4 @@
-"""From what a configuration names to a source, whatever its kind."""
+"""Read the source that a configuration names, of any kind."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _read(
             raise DataError(
                 "token files cannot be joined with other sources",
                 where=", ".join(tokens),
-                fix="name one alone in data.source, or give each of data.sources a weight",
+                fix="name only one in data.source, or give each entry of data.sources a weight",
             )
         return read_token_source(names[0])
     if any(is_examples(name) for name in names):
@@ -84,7 +84,7 @@ def _local(entry: str | SourceConfig, cache_dir: Path | None) -> str:
         found = sha256_of(path)
         if found != entry.sha256:
             raise DataError(
-                "the file is not the one that the configuration names",
+                "the file does not have the SHA-256 in the configuration",
                 where=entry.path,
                 got=f"SHA-256 {found}",
                 expected=f"SHA-256 {entry.sha256}",

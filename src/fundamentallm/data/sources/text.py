@@ -92,7 +92,7 @@ class TextSource(SequenceSource):
         files = [part for name in names for part in _texts(name, cache_dir, kept)]
         if all(not text or text.isspace() for _, text in files):
             raise DataError(
-                "there is no text in the source",
+                "the source holds no text",
                 where=", ".join(names),
                 got="only white space" if any(text for _, text in files) else "0 characters",
                 fix="name a file or folder with text in data.source",
@@ -222,7 +222,7 @@ def _paragraphs(text: str) -> Iterator[Passage]:
 
 
 def _texts(name: str, cache_dir: Path | None, kept: Path | None) -> Iterator[tuple[str, str]]:
-    """Yield name and text of everything that a source stands for."""
+    """Yield name and text of all texts of a source."""
     if name in SOURCES:
         if kept is not None and (copy := kept / corpus_of(name)).exists():
             check_file(copy, writing=False)
@@ -234,7 +234,7 @@ def _texts(name: str, cache_dir: Path | None, kept: Path | None) -> Iterator[tup
 
 
 def _files(name: str) -> list[Path]:
-    """Return the files that a path stands for, those of a folder sorted."""
+    """Return the files of a path; those of a folder are sorted."""
     path = existing(name)
     if not path.is_dir():
         refuse_other_data(path, ("other data", "parquet"))

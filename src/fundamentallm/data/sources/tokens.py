@@ -95,7 +95,7 @@ class SplitTokenSource(_Ids):
 
 
 def is_tokens(name: str) -> bool:
-    """Tell whether a name stands for a token file or a folder that `prepare` wrote."""
+    """Return whether a name is a token file or a folder that `prepare` wrote."""
     return kind_of(name) == "tokens" or is_prepared(expanded(name))
 
 

@@ -27,7 +27,7 @@ class Tokenizer(ABC):
     A registered tokenizer of yours subclasses this; its constructor takes the options of the
     configuration and, if it has parameters of these names, what the program knows of the source:
     `text`, all of it, `texts`, an iterable of pieces of it, or `vocabulary`, its characters.
-    `prepare` never holds the whole text, so it can serve the latter two alone.
+    `prepare` never holds the whole text, so it can only use the latter two.
     """
 
     @property
@@ -65,23 +65,23 @@ class Tokenizer(ABC):
 
     @property
     def end_id(self) -> int | None:
-        """The token that stands behind each document, None if there is none.
+        """The token after each document; None without one.
 
-        `encode` never returns it, whatever a text says; it decodes to no text.
+        `encode` never returns it, for any text; it decodes to no text.
         """
         return None
 
     def find_cut(self, text: str) -> int:
-        """Return how much of the beginning of a longer text may be encoded by itself.
+        """Return how much of the beginning of a longer text may be encoded separately.
 
         The ids of text[:cut] and those of what follows are then the ids of the whole. 0 says that
-        there is no such place, as for a tokenizer that knows nothing of it; `prepare` then keeps
+        there is no such place, also if a tokenizer cannot find one; `prepare` then keeps
         each document in one piece.
         """
         return 0
 
     def find_join(self, ids: Sequence[int]) -> int:
-        """Return how many of the first ids decode to the same text whatever ids follow.
+        """Return how many of the first ids decode to the same text for any following ids.
 
         A last character of which they have only a part counts as decoded (it is U+FFFD). So it is
         all of them, but for a tokenizer that decodes whole runs of ids as one.
@@ -128,7 +128,7 @@ class Tokenizer(ABC):
         return [self.encode(text) for text in texts]
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Return the ids of a text to go on from; for a text without tokens, one to begin from.
+        """Return the ids of a text to continue; for a text without tokens, one to start from.
 
         That is the end of a document, behind which the next begins, or else id 0.
 

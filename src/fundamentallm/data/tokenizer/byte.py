@@ -49,7 +49,7 @@ class ByteTokenizer(Tokenizer):
         return octets.astype(np.uint16) if self.end else octets
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Return the text; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text; bytes that are not UTF-8 become U+FFFD."""
         array = checked_ids(ids, self.vocab_size)
         if self.end:
             array = array[array != self.end_id]

@@ -27,7 +27,7 @@ class CharacterTokenizer(Tokenizer):
 
     Args:
         vocabulary: the characters, each once counted.
-        unknown: what becomes of another character: "error" refuses it, "replace" gives it one
+        unknown: the policy for other characters: "error" refuses it, "replace" gives it one
             more id, which decodes to U+FFFD, "skip" leaves it out.
         end: whether there is one more id, for the end of a document.
         text: its characters belong to the vocabulary too.
@@ -50,7 +50,7 @@ class CharacterTokenizer(Tokenizer):
         if not self.vocabulary:
             raise DataError("a vocabulary needs at least one character", fix="give it some text")
         if any(len(character) != 1 for character in self.vocabulary):
-            raise ValueError("a vocabulary is made of single characters")
+            raise ValueError("every entry of a vocabulary must be a single character")
         if unknown not in ("error", "replace", "skip"):
             raise ValueError(f"unknown must be 'error', 'replace' or 'skip', got {unknown!r}")
         to_utf8("".join(self.vocabulary))

@@ -4,7 +4,7 @@ The library is imported when a tokenizer is made, never before.
 
 A long text is encoded in pieces, side by side on all cores. It is cut before a space behind a word,
 or before a line feed behind a letter or digit. The patterns of byte-level BPE (GPT-2's, Radford et
-al. 2019; those of later models alike) end a word there whatever comes before and after, so the ids
+al. 2019; those of later models alike) end a word there in any context, so the ids
 are those of the whole. Only where a whole piece holds no such place is a text cut within a word.
 """
 
@@ -37,7 +37,7 @@ END = "<|endoftext|>"
 logger = logging.getLogger(__name__)
 
 KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "<|end|>")
-"""Names under which a tokenizer.json has the end of a document, as far as nobody says otherwise."""
+"""Names of the end of a document in a tokenizer.json, unless configured."""
 
 MOST_GROWTH = 64
 """How many times longer a tokenizer.json may make a text; SentencePiece's own rules reach 33."""
@@ -86,7 +86,7 @@ class SubwordTokenizer(Tokenizer):
         self.json = _without_dropout(_within_reach(dict(state)))
         check_growth(self.json)
         if end is not None and not isinstance(end, str):
-            raise ValueError(f"the end of a document is the name of a token, not {end!r:.50}")
+            raise ValueError(f"the end of a document must be the name of a token, not {end!r:.50}")
         self.end = end = None if end is None else _plain(end)
         library = _from_json(self.json, None)
         self._vocab_size = 1 + max(library.get_vocab().values(), default=-1)
@@ -97,7 +97,10 @@ class SubwordTokenizer(Tokenizer):
         names = [name for name in (KNOWN_ENDS if end is None else (end,)) if name in known]
         if end is not None and not names:
             raise ConfigError(
-                "the tokenizer has no such token", key="end", got=end, fix="name one that it has"
+                "the tokenizer has no such token",
+                key="end",
+                got=end,
+                fix="choose one of its tokens",
             )
         self._end_id = known[names[0]] if names else None
         self._library = _from_json(self.json, names[0]) if names else library
@@ -165,7 +168,7 @@ class SubwordTokenizer(Tokenizer):
         return [np.array(encoding.ids, dtype=self._dtype) for encoding in encoded]
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Return the text; special tokens have none, bytes that are no UTF-8 become U+FFFD."""
+        """Return the text; special tokens have none, bytes that are not UTF-8 become U+FFFD."""
         checked = checked_ids(ids, self.vocab_size).tolist()
         with _faults_of_the_library("decode these tokens"):
             return str(self._library.decode(checked))

@@ -40,7 +40,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the `tokenizer.json` that encodes and decodes as a tokenizer does.
 
     Raises:
-        ConfigError: nobody has said how a tokenizer of this kind is written.
+        ConfigError: no function is registered for this kind of tokenizer.
     """
     kind = tokenizer.to_dict()["type"]
     if kind not in TOKENIZER_JSON:
@@ -70,7 +70,7 @@ def read_tokenizer_json(path: Path, end: str | None = None) -> Tokenizer:
     except (ValueError, RecursionError) as error:
         raise DataError("the tokenizer is not JSON", where=str(path), got=str(error)) from error
     for tokenizer in _candidates(state):
-        # Whatever else the file may say, it says exactly what this tokenizer would.
+        # Apart from other fields, the file means exactly what this tokenizer does.
         if tokenizer_json(tokenizer) == state:
             return tokenizer
     try:

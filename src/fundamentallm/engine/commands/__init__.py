@@ -1,7 +1,7 @@
 """The commands, one file each: its summary, its arguments, and what it does.
 
-A command's module imports the standard library and the light parts of this package alone; what it
-needs besides is imported when it is executed.
+A command's module imports the standard library and only the light parts of this package; what else
+it needs is imported when it is executed.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import argparse
 from fundamentallm.engine.arguments import add_config
 from fundamentallm.engine.stopping import loading
 
-SUMMARY = "validate a YAML file and show what it would do"
+SUMMARY = "validate a YAML file and show what it would train"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,30 +16,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="PATH",
-        help="text to evaluate on, instead of the run's own validation split",
+        help="text to evaluate on instead of the run's validation split",
     )
     parser.add_argument(
         "--split",
         choices=("train", "val", "test"),
-        help="the part of the run's own text, or of text that `prepare` split; default val",
+        help="the part of the run's text, or of text that `prepare` split; default val",
     )
     parser.add_argument(
         "--stride",
         type=int,
         metavar="S",
-        help="start a window every S tokens, so that each token is predicted from a fuller context,"
+        help="start a sequence every S tokens, so that each token is predicted from more context,"
         " at (context length / S) times the cost; default the context length",
     )
     parser.add_argument(
         "--documents",
         action="store_true",
-        help="read each document by itself and print a table of them: files, examples, what stands"
-        " between the ends in prepared text",
+        help="evaluate each document separately and print a table: files, examples, or the text"
+        " between end tokens in prepared text",
     )
     parser.add_argument(
         "--document-separator",
         metavar="TEXT",
-        help="what ends a document inside a file; with --documents",
+        help="the text that ends a document inside a file; needs --documents",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -1,4 +1,4 @@
-"""The `export` command: a trained model for other tools."""
+"""The `export` command: write a trained model for other tools."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fundamentallm.engine.arguments import add_plugins
-from fundamentallm.engine.console import say, speaking
+from fundamentallm.engine.console import console_output, say
 from fundamentallm.engine.stopping import loading
 
 SUMMARY = "write a trained model for other tools"
@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hf: a folder for the transformers library; torch: one file for torch.load",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="PATH", help="must not exist; appears whole"
+        "--out", type=Path, required=True, metavar="PATH", help="a path that does not exist yet"
     )
     add_plugins(parser)
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Write the model and say what was written."""
+    """Write the model and print where."""
     with loading():
         import torch
 
@@ -40,7 +40,7 @@ def execute(options: argparse.Namespace) -> int:
         from fundamentallm.inference.export import export
         from fundamentallm.inference.load import load_trained
 
-    with speaking():
+    with console_output():
         load_plugins(options.plugins, "--plugins")
         trained = load_trained(options.model, torch.device("cpu"))
         export(trained, options.format, options.out)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fundamentallm.engine.arguments import add_model
-from fundamentallm.engine.console import printable, say, speaking
+from fundamentallm.engine.console import console_output, printable, say
 from fundamentallm.engine.stopping import loading
 from fundamentallm.errors import ConfigError, FundamentaLLMError
 from fundamentallm.files.private import make_directory
@@ -20,7 +20,7 @@ from fundamentallm.files.private import make_directory
 if TYPE_CHECKING:
     from fundamentallm.inference.load import Trained
 
-SUMMARY = "let a trained model write"
+SUMMARY = "generate text with a trained model"
 logger = logging.getLogger(__name__)
 
 HISTORY_LENGTH = 1000  # prompts
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="the text to continue; without it, on a terminal, prompts are read one by one",
+        help="the text to continue; without it, on a terminal, prompts are read interactively",
     )
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="default 200")
     parser.add_argument(
@@ -41,45 +41,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.8,
         metavar="T",
-        help="0 takes the likeliest token; default 0.8",
+        help="0 always takes the likeliest token; default 0.8",
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     parser.add_argument(
         "--top-p",
         type=float,
         metavar="P",
-        help="sample among the likeliest that hold probability P",
+        help="sample from the fewest likeliest tokens with total probability P",
     )
     parser.add_argument(
         "--min-p",
         type=float,
         metavar="P",
-        help="sample among the tokens at least P times as likely as the likeliest",
+        help="sample from tokens at least P times as likely as the likeliest",
     )
     parser.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
         metavar="R",
-        help="above 1, tokens that the text holds already become less likely; default 1",
+        help="above 1, tokens that are already in the text become less likely; default 1",
     )
     parser.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this text is written; may be given several times; default: the end of a"
-        " response, where the model learnt one",
+        help="stop before this text; may be given several times; default: the end of a"
+        " response, if the model was trained with one",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of the first sample; default 0"
+        "--seed", type=int, default=0, metavar="S", help="seed of the first sample; default 0"
     )
     parser.add_argument(
         "--num-samples",
         type=int,
         default=1,
         metavar="N",
-        help="texts for a prompt, written as one batch; default 1",
+        help="texts per prompt, generated as one batch; default 1",
     )
 
 
@@ -90,7 +90,7 @@ def execute(options: argparse.Namespace) -> int:
         from fundamentallm.engine.plugins import load_plugins
         from fundamentallm.inference.load import load_trained
 
-    with speaking():
+    with console_output():
         load_plugins(options.plugins, "--plugins")
         trained = load_trained(options.model, Machine.open(options.device).device)
         loss = trained.val_loss
@@ -108,7 +108,7 @@ def execute(options: argparse.Namespace) -> int:
 
 def _interactive(trained: Trained, options: argparse.Namespace) -> int:
     seed = options.seed
-    say("Type a prompt and press Enter; Ctrl-C stops a text, Ctrl-D ends.")
+    say("Type a prompt and press Enter; Ctrl-C stops the text, Ctrl-D quits.")
     with _history():
         while True:
             try:
@@ -127,15 +127,15 @@ def _interactive(trained: Trained, options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
-    """Give `input` line editing and the prompts of earlier sessions, where there is readline."""
+    """Give `input` line editing and a history of prompts, if readline is available."""
     try:
         import readline
 
         path = history_path()
-    except (ImportError, RuntimeError):  # the latter: a user without a home
+    except (ImportError, RuntimeError):  # RuntimeError: a user without a home
         yield
         return
-    # A home that cannot be read or written is no reason to refuse a prompt.
+    # Prompts work even if the home directory cannot be read or written.
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     try:
@@ -144,20 +144,20 @@ def _history() -> Iterator[None]:
         readline.set_history_length(HISTORY_LENGTH)
         with contextlib.suppress(OSError):
             make_directory(path.parent)
-            # Prompts are the user's own affair.
+            # Prompts are private.
             path.touch(mode=0o600)
             readline.write_history_file(path)
 
 
 def history_path() -> Path:
-    """Return the file of the prompts typed earlier, where the XDG specification has such files."""
+    """Return the file of the prompt history, as the XDG specification places it."""
     home = os.environ.get("XDG_STATE_HOME", "")
     state = Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "state"
     return state / "fundamentallm" / "prompts"
 
 
 def _write(trained: Trained, options: argparse.Namespace, prompt: str, seed: int) -> None:
-    """Write the samples of a prompt one below the other, each as soon as it is known."""
+    """Print the samples of a prompt one below the other, each as soon as it is generated."""
     from fundamentallm.inference.generate import in_order, stream_texts
 
     for first in range(0, options.num_samples, SAMPLES_AT_ONCE):

@@ -18,15 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto (default): continue the unfinished run of the same config; never: start afresh;"
+        help="auto (default): continue the unfinished run of this config; never: start a new run;"
         " PATH: continue that run or checkpoint",
     )
     parser.add_argument(
         "--allow-inexact",
         action="store_true",
-        help="go on although other versions of the libraries make the course another one",
+        help="continue although other library versions will change the results",
     )
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="instead of runs/<name>")
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="the run's directory; default runs/<name>"
+    )
 
 
 def execute(options: argparse.Namespace) -> int:

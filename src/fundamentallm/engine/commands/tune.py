@@ -18,21 +18,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="where the file with the fastest settings goes; default CONFIG.tuned.yaml",
+        help="the file to write with the fastest settings; default CONFIG.tuned.yaml",
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=600.0,
         metavar="S",
-        help="begin no measurement after that time; default 600",
+        help="start no measurement after S seconds; default 600",
     )
     parser.add_argument(
         "--keep",
         nargs="+",
         default=[],
         choices=("precision", "compile", "attention", "micro-batch", "threads"),
-        help="leave these as the file has them",
+        help="keep these settings as they are in the file",
     )
 
 

@@ -1,4 +1,4 @@
-"""The `verify` command: proof that checkpoints are whole, in one table."""
+"""The `verify` command: prove checkpoints intact, in one table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fundamentallm.inference.verify import Verdict
     from fundamentallm.training.checkpoint.store import CheckpointStore
 
-SUMMARY = "prove a run's checkpoints whole, or one"
+SUMMARY = "prove a run's checkpoints, or one checkpoint, intact"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Check every byte, shape and number of a run's checkpoints, or of one.
+    """Check every byte, shape and number of a run's checkpoints or of one checkpoint.
 
     Raises:
-        CheckpointError: one is not whole, or there is none.
+        CheckpointError: a checkpoint is damaged, or there is none.
     """
     with loading():
         from fundamentallm.engine.plugins import load_plugins
@@ -49,9 +49,9 @@ def execute(options: argparse.Namespace) -> int:
         f"{len(faults)} of {len(verdicts)} checkpoints failed",
         where=str(options.model),
         got="\n            ".join(_first_line(verdict) for verdict in faults),
-        fix="`run` passes over them and goes on from the newest whole one"
+        fix="`run` ignores them and continues from the newest intact one"
         if whole
-        else "restore a copy, or start a fresh run with --resume never",
+        else "restore a copy, or start a new run with --resume never",
     )
 
 

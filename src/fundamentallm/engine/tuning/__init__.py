@@ -1,1 +1,1 @@
-"""The settings that a machine runs fastest."""
+"""Find the fastest settings on a machine."""

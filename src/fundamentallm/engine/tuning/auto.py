@@ -1,10 +1,10 @@
 """What `precision: auto` and `compile: auto` choose when a run begins.
 
-A run pays for the choice out of its own time, so it is short: a few micro-batches for each setting,
-half a second, in this process, where compiled code is then at hand for the run. What cannot pay is
-not tried: nothing in a run of seconds, no compiler in a run of half a minute. The figures are kept
+The choice takes time from the run, so it is short: a few micro-batches for each setting,
+half a second, in this process, where the run can then use the compiled code. What cannot pay off is
+not tried: nothing in a run of seconds, no compiler in a run of half a minute. Measurements are kept
 (`speed_cache.py`); the choice follows from them and from the length of the run, and is stored in
-the run's configuration: a run that is resumed does not choose again.
+the run's configuration: a resumed run does not choose again.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ LEAST_SECONDS = 10.0  # expected of a run in which types are compared
 LEAST_SECONDS_TO_COMPILE = 30.0
 COMPILING_SHARE = 0.05  # of a run's time, up to which it may compile twice to compare types
 SECONDS = 0.5  # for the micro-batches of a setting, if they are faster than that
-# A type that takes so many times the seconds, and a second at least, has one call: where a machine
-# emulates it, more would cost the run. Below a second the first call's own setup is in the way.
+# A type that takes so many times as long, and at least a second, gets one call: if a machine
+# emulates it, more calls would cost the run. Below a second, setup dominates the first call.
 HOPELESS = 4.0
 
 
@@ -82,17 +82,17 @@ def choose(
     seconds_of: Callable[[Plan, float], Measurement],
     native: Plan | None = None,
 ) -> Plan:
-    """Return the plan that ends the run soonest, or takes it furthest, measuring few.
+    """Return the plan that finishes the run soonest, or takes most steps, with few measurements.
 
     Args:
-        start: not compiled; stays unless another saves `LEAST_GAIN` of the time.
-        other: the same in another type, None where the type is not to be chosen.
-        may_compile: whether compiling is to be chosen.
+        start: not compiled; kept unless another saves `LEAST_GAIN` of the time.
+        other: the same in another type; None if the type is fixed.
+        may_compile: whether the plan may compile.
         length: of the run.
         seconds_of: measures a plan, of a micro-batch; its second argument is the time of one
-            after which the setting is out of the race.
-        native: with native code, None where there can be none. It compiles in seconds, so it is
-            tried first; where it wins, torch's compiler is not called.
+            after which the setting has lost.
+        native: with native code, None if impossible. It compiles in seconds, so it is
+            tried first; if it wins, torch's compiler is not called.
     """
     if length.steps is not None and length.steps * length.micro_batches < LEAST_MICRO_BATCHES:
         return start
@@ -129,11 +129,11 @@ def _best(measured: dict[Plan, Measurement], start: Plan, length: Length) -> Pla
 def choose_auto(
     written: RunConfig, resolved: RunConfig, plan: Plan, loader: EpochLoader
 ) -> tuple[Plan, list[str]]:
-    """Measure what `auto` leaves open in a run that begins; the first rank's choice holds for all.
+    """Measure what `auto` leaves open in a run that begins; all ranks use the first rank's choice.
 
     Args:
         written: the configuration with its `auto`.
-        resolved: with what holds if nothing is measured.
+        resolved: with the values that hold if nothing is measured.
         plan: of the resolved configuration.
         loader: of the training data.
 
@@ -151,7 +151,9 @@ def choose_auto(
     apart = resolved.data.packing == "document"  # which is not compiled
     if may_compile and (apart or ranks.any(plan.compile is False)):
         if plan.compile and not apart:
-            logger.warning("compile: auto: another rank found no C++ compiler: nothing is compiled")
+            logger.warning(
+                "compile: auto: another rank found no C++ compiler, so nothing is compiled"
+            )
         may_compile, plan = False, replace(plan, compile=False)
     if not (opens_type or may_compile):
         return plan, []
@@ -178,7 +180,7 @@ def choose_auto(
 
 
 def _in_bf16(start: Plan, written: RunConfig, model: ModelFacts) -> Plan | None:
-    """Return the plan in bf16 that the configuration means; None if it starts there."""
+    """Return the configuration's plan in bf16; None if the plan is in bf16 already."""
     if start.precision == "bf16":
         return None
     narrow = {"precision": "bf16", "compile": start.compile}
@@ -187,7 +189,7 @@ def _in_bf16(start: Plan, written: RunConfig, model: ModelFacts) -> Plan | None:
 
 
 def _native(start: Plan, other: Plan | None, model: ModelFacts) -> Plan | None:
-    """Return the plan with native code, which is in bf16; None where it cannot be."""
+    """Return the plan with native code, which is in bf16; None if impossible."""
     narrow = next((p for p in (start, other) if p is not None and p.precision == "bf16"), None)
     if narrow is None or model.why_not_native(start.device):
         return None
@@ -202,7 +204,7 @@ def _choose(
     resolved: RunConfig,
     loader: EpochLoader,
 ) -> tuple[Plan, str]:
-    """Choose with the figures that are known and those that are measured; return a note too."""
+    """Choose from cached and new measurements; return a note too."""
     training = resolved.training
     left = None if training.max_seconds is None else training.max_seconds - seconds_since_start()
     length = Length(training.total_steps, left, training.accumulation_steps)
@@ -220,7 +222,7 @@ def _choose(
             window = Window([batch], count_valid(batch["target_ids"]))
             try:
                 found = measure(resolved, plan, [window], SECONDS, slowest, brief=True)
-            except FundamentaLLMError as error:  # a compiler that refuses native code, say
+            except FundamentaLLMError as error:  # for example a compiler that refuses native code
                 found = failed(error.what)
             if found.fault:
                 return found
@@ -230,9 +232,9 @@ def _choose(
 
     try:
         chosen = choose(start, other, may_compile, length, seconds_of, native)
-    except Exception as error:  # the run itself says what is wrong, if something is
+    except Exception as error:  # a real fault will be reported by the run
         reason = " ".join(str(error).split())[:200]
-        logger.warning("auto: the measurement failed, so nothing is chosen by it: %s", reason)
+        logger.warning("auto: the measurement failed and is ignored: %s", reason)
         return start, ""
     finally:
         if new:
@@ -243,7 +245,7 @@ def _choose(
 
 
 def name_of(plan: Plan) -> str:
-    """Return what tells a plan from the others that `auto` chooses among, for people."""
+    """Return a name that distinguishes a plan among those that `auto` compares."""
     narrow = "" if plan.precision != "bf16" or plan.bf16_weights else " autocast"
     if plan.compile == "native":
         return f"{plan.precision} native"
@@ -258,5 +260,5 @@ def _note(chosen: Plan, asked: dict[Plan, Measurement], new: bool, cache: SpeedC
         + (f" after {found.compile_seconds:.0f} s" if plan.compile else "")
         for plan, found in asked.items()
     )
-    known = "measured now" if new else f"known from {cache.path}"
+    known = "measured now" if new else f"read from {cache.path}"
     return f"auto: {name_of(chosen)}; a micro-batch takes, {known}: {figures}"

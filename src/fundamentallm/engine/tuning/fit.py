@@ -44,7 +44,7 @@ def estimate_run(config: RunConfig) -> Estimate:
 
 
 def memory_limit(device: torch.device) -> int | None:
-    """Return the bytes that the device has, None where it does not say."""
+    """Return the bytes that the device has, None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     try:
@@ -54,7 +54,7 @@ def memory_limit(device: torch.device) -> int | None:
 
 
 def refuse_what_cannot_fit(config: RunConfig, device: torch.device) -> Estimate:
-    """Return the estimate of a run that fits.
+    """Return the cost estimate of a run that fits.
 
     Raises:
         ConfigError: weights, gradients, optimizer state and activations need more memory than the
@@ -64,7 +64,7 @@ def refuse_what_cannot_fit(config: RunConfig, device: torch.device) -> Estimate:
     limit = memory_limit(device)
     if limit is not None and cost.total_bytes > limit:
         raise ConfigError(
-            "the model cannot fit into memory",
+            "the model does not fit into memory",
             key="d_model",
             got=f"about {gib(cost.total_bytes)} for {cost.parameters:,} parameters and a batch of"
             f" {config.data.batch_size} x {config.model.sequence_length} tokens",

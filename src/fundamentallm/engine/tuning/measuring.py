@@ -1,8 +1,8 @@
-"""How long a step takes under a setting: the one measurement of `tune` and of `auto`.
+"""How long a step takes with a setting: the measurement for `tune`, `auto` and `check`.
 
-`measure` times the step of a configuration in this process. `measure_apart` does it in a process of
-its own, where the thread count, the compiler's caches and the peak of memory are nobody else's, and
-whose end is a result like another. That process is this module, run with a folder as its argument.
+`measure` times the step of a configuration in this process. `measure_in_process` does it in another
+process with its own thread count, compiler caches and memory peak. If that process crashes,
+the crash is the result. It runs this module with a folder as its argument.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ LEAST_STEPS, MOST_STEPS = 3, 1_000
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What a setting costs.
+    """The cost of a setting.
 
     Attributes:
         step_seconds: of one optimizer step, the median of a few; infinite with a fault.
         compile_seconds: what the first call took longer than the next; 0 if nothing was compiled.
-        peak_bytes: the most memory held at once: of the GPU where there is one, else of the whole
-            process; None where the system does not say.
+        peak_bytes: the peak memory: of the GPU where there is one, else of the whole
+            process; None if unknown.
         fault: why there is no figure; empty if there is one.
     """
 
@@ -67,7 +67,7 @@ class Measurement:
 
 
 def failed(fault: str) -> Measurement:
-    """Return the measurement of a setting that came to nothing."""
+    """Return the measurement of a setting that failed."""
     return Measurement(math.inf, fault=fault)
 
 
@@ -79,20 +79,20 @@ def measure(
     slowest: float = math.inf,
     brief: bool = False,
 ) -> Measurement:
-    """Time the step of a configuration in this process alone, on a model of its own.
+    """Time the step of a configuration in this process, with a new model.
 
     Weights stay as they are (the learning rate is 0), and so do the random generators.
 
     Args:
         config: with everything resolved.
-        plan: how the step is computed; its ranks, batch size and threads are not looked at.
-        windows: taken in turn. The two calls before them, which warm up and compile, see the first
-            micro-batch alone.
+        plan: how the step is computed; its ranks, batch size and threads are ignored.
+        windows: step batches, used in turn. Two calls before them warm up and compile on the first
+            micro-batch.
         seconds: time for the steps, of which there are at least three.
-        brief: for windows of one micro-batch: at least one step, the second call counts too, and
-            the fastest is the figure, for the median of so few would be chance.
-        slowest: a first micro-batch, not compiled, that takes more seconds than these ends the
-            measurement: its time is the figure.
+        brief: for step batches of one micro-batch: at least one step, all calls count, and
+            the fastest is the result: a median of so few would be noise.
+        slowest: if the first micro-batch, not compiled, takes more seconds than this, it ends the
+            measurement, and its time is the result.
 
     Raises:
         FundamentaLLMError: the step cannot be built.
@@ -162,7 +162,7 @@ def _measure(
     return Measurement(figure, compiling, _peak_bytes(device))
 
 
-def measure_apart(
+def measure_in_process(
     config: RunConfig,
     plan: Plan,
     rows: Batch,
@@ -170,19 +170,19 @@ def measure_apart(
     seconds: float,
     patience: float,
 ) -> Measurement:
-    """Time the step of a configuration in a process of its own.
+    """Time the step of a configuration in a separate process.
 
     Args:
         config: with everything resolved.
         plan: how the step is computed.
         rows: the data of one step or more, `input_ids`, `target_ids` (rows, T) and so on; it is
-            cut into windows of `batch_size` times `accumulation_steps`.
+            cut into step batches of `batch_size` times `accumulation_steps`.
         plugins: modules to import there besides the configuration's.
-        seconds: time for the steps themselves.
-        patience: seconds after which the process is ended.
+        seconds: time for the steps.
+        patience: seconds after which the process is killed.
 
     Returns:
-        A figure, or the fault: not enough memory, a crash, an error, no end.
+        A measurement, or the fault: not enough memory, a crash, an error, a timeout.
     """
     with tempfile.TemporaryDirectory(prefix="fundamentallm-tune-") as name:
         folder = Path(name)
@@ -235,7 +235,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _reason(code: int, last_line: str) -> str:
     if code == -signal.SIGTERM or code == -getattr(signal, "SIGKILL", 9):
-        return "ended by the system: out of memory, most likely"
+        return "killed by the system, probably out of memory"
     if code < 0:
         return f"crashed with signal {-code}"
     if says_out_of_memory(last_line):
@@ -244,9 +244,9 @@ def _reason(code: int, last_line: str) -> str:
 
 
 def _answer(folder: Path) -> None:
-    """Do what `measure_apart` asks, in the process that it started."""
+    """Measure for `measure_in_process`, in the process that it started."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    with contextlib.suppress(OSError):  # where memory runs out, this process shall be the one to go
+    with contextlib.suppress(OSError):  # if memory runs out, kill this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
     request: dict[str, Any] = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     config = RunConfig.from_yaml(folder / CONFIG)
@@ -263,12 +263,12 @@ def _answer(folder: Path) -> None:
         result = failed(f"{error.what}: {error.got}" if error.got else error.what)
     except FundamentaLLMError as error:
         result = failed(error.what)
-    # Infinity is no JSON for others, but both ends are this module.
+    # Infinity is not valid JSON, but both sides are this module.
     (folder / RESULT).write_text(json.dumps(asdict(result)), encoding="utf-8")
 
 
 def _end_with(parent: int) -> None:
-    """End this process, and the compiler's, when the one that waits for it has gone."""
+    """End this process, and the compiler's, when the parent process has ended."""
     while os.getppid() == parent:
         time.sleep(0.5)
     if hasattr(os, "killpg"):
@@ -277,13 +277,13 @@ def _end_with(parent: int) -> None:
 
 
 def windows_of(rows: Batch, batch_size: int, accumulation_steps: int) -> list[Window]:
-    """Cut rows into windows of micro-batches, as the loader of one rank does.
+    """Cut rows into step batches of micro-batches, as the loader of one rank does.
 
     Args:
-        rows: `input_ids`, `target_ids` and so on, each (rows, T); too few for a window are
+        rows: `input_ids`, `target_ids` and so on, each (rows, T); too few for a step batch are
             repeated.
         batch_size: rows of a micro-batch.
-        accumulation_steps: micro-batches of a window.
+        accumulation_steps: micro-batches of a step batch.
     """
     size = batch_size * accumulation_steps
     number = len(rows["input_ids"])
@@ -299,7 +299,7 @@ def windows_of(rows: Batch, batch_size: int, accumulation_steps: int) -> list[Wi
 
 
 def rows_of(window: Window) -> Batch:
-    """Return the rows of a window's micro-batches as one batch."""
+    """Return the rows of a step batch's micro-batches as one batch."""
     batches = window.micro_batches
     return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 

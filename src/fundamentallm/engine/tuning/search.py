@@ -1,9 +1,9 @@
-"""The search for the fastest plan: pure, over any function that measures one.
+"""The search for the fastest plan: pure, over any function that measures a plan.
 
-Precision, compilation and attention depend on each other (narrow weights pay when they are compiled
+Precision, compilation and attention depend on each other (narrow weights pay off when compiled
 and not before), so all their combinations are tried. How many rows go at once and how many threads
-compute depends little on them, and the best is near the start: both are climbed a value at a time,
-until it gets worse. Then all of it again around the best, as long as that finds something.
+compute depends little on them, and the best is near the start: both climb one value at a time,
+until it gets worse. The search repeats around the best plan while it finds a better one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from fundamentallm.compute.plan import Plan
 
-LEAST_GAIN = 0.03  # share of the time that another plan must save: less may be chance
+LEAST_GAIN = 0.03  # share of the time that another plan must save; less may be noise
 ROUNDS = 3
 
 
@@ -39,10 +39,10 @@ def search(start: Plan, space: Space, seconds_of: Callable[[Plan], float | None]
     """Return the fastest plan that was found.
 
     Args:
-        start: where to begin; what is no faster than this by `LEAST_GAIN` does not replace it.
+        start: where to begin; only a plan faster by `LEAST_GAIN` replaces it.
         space: what to try.
-        seconds_of: seconds of a step, infinite where there is a fault; asked once for each
-            plan. None: the time for the search is used up.
+        seconds_of: seconds of a step, infinite after a fault; called once for each
+            plan. None: the time is used up.
     """
     known: dict[Plan, float] = {}
     best = start
@@ -56,7 +56,7 @@ def search(start: Plan, space: Space, seconds_of: Callable[[Plan], float | None]
         return known[setting]
 
     try:
-        if asked(start) == math.inf:  # too large, perhaps: then what goes on from here is smaller
+        if asked(start) == math.inf:  # perhaps too large: continue with smaller ones
             smaller = [size for size in space.batch_sizes if size < start.batch_size]
             tries = (replace(start, batch_size=size) for size in reversed(smaller))
             best = next((tried for tried in tries if asked(tried) < math.inf), start)
@@ -89,8 +89,8 @@ def _walks(values: Sequence[Any], start: Any) -> Iterator[Sequence[Any]]:
     yield values[:place][::-1]
 
 
-class _OutOfTime(Exception):  # noqa: N818 - no error: it ends the search
-    """The function that measures has no time left."""
+class _OutOfTime(Exception):  # noqa: N818 - not an error: it ends the search
+    """The time for measuring is used up."""
 
 
 def batch_sizes(rows: int, given: int) -> list[int]:
@@ -112,7 +112,7 @@ def batch_sizes(rows: int, given: int) -> list[int]:
 
 
 def thread_counts(cores: int, given: int | None, default: int) -> list[int | None]:
-    """Return the thread counts to try: powers of two up to the cores, those, and the given.
+    """Return the thread counts to try: powers of two, the cores and the configured number.
 
     Args:
         cores: that this process may use.

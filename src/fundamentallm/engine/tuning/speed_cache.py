@@ -1,8 +1,8 @@
-"""What was measured on this machine before: one small JSON file in the user's cache directory.
+"""Earlier measurements on this machine: one small JSON file in the user's cache directory.
 
 `$XDG_CACHE_HOME/fundamentallm/speed.json`, or `~/.cache/...`. An entry belongs to a machine, a
 shape and the versions that computed it, and holds a measurement for each setting. The file is
-replaced as a whole, so a reader never meets half of one; of two runs that write at once, one entry
+replaced as a whole, so a reader never meets half of one; if two runs write at once, one entry
 is lost.
 """
 
@@ -37,10 +37,10 @@ Measurements = dict[str, Measurement]
 
 
 class SpeedCache:
-    """The file, which may be missing, and that nothing depends on.
+    """The cache file, which is optional and may be missing.
 
     Args:
-        path: None for the user's; where there is no home, nothing is kept.
+        path: None for the user's cache; without a home directory nothing is kept.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -52,12 +52,12 @@ class SpeedCache:
         self.path = path
 
     def get(self, circumstances: Mapping[str, Any]) -> Measurements:
-        """Return what was measured in these circumstances; nothing if the file is broken."""
+        """Return the measurements for these circumstances; empty if the file is damaged."""
         entry = self._entries().get(_key(circumstances))
         return dict(entry["measured"]) if entry else {}
 
     def put(self, circumstances: Mapping[str, Any], measured: Measurements) -> None:
-        """Keep measurements; where the disk refuses, say so and go on."""
+        """Store measurements; a disk error is only a warning."""
         if self.path is None:
             return
         entries = self._entries(warn=False)
@@ -81,7 +81,7 @@ class SpeedCache:
             make_directories(filesystem, self.path.parent)
             replace_file(filesystem, self.path, [text.encode()])
         except OSError as error:
-            logger.warning("what was measured cannot be kept in %s: %s", self.path, error)
+            logger.warning("the measurements cannot be stored in %s: %s", self.path, error)
 
     def _entries(self, warn: bool = True) -> dict[str, dict[str, Any]]:
         if self.path is None:
@@ -113,15 +113,15 @@ class SpeedCache:
             RecursionError,
         ) as error:
             if warn:
-                logger.warning("%s is broken and will be written anew: %s", self.path, error)
+                logger.warning("%s is damaged and will be rewritten: %s", self.path, error)
             return {}
 
 
 def circumstances_of(config: RunConfig, machine: Machine) -> dict[str, str | int | None]:
-    """Return all that the time of a micro-batch depends on, as plain values.
+    """Return everything that the time of a micro-batch depends on, as plain values.
 
     Args:
-        config: with everything resolved; what a choice is about is not looked at.
+        config: with everything resolved; the fields to choose are ignored.
         machine: where the run computes.
     """
     training = config.training

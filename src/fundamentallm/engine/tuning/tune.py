@@ -1,4 +1,4 @@
-"""The `tune` command: the settings that this machine runs a configuration fastest with."""
+"""The `tune` command: find the fastest settings for a configuration on this machine."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fundamentallm.config.yaml.file import read_yaml_text
 from fundamentallm.config.yaml.key_path import KeyPath
 from fundamentallm.config.yaml.source import YamlDocument, read_yaml
 from fundamentallm.data.batch import Batch
-from fundamentallm.engine.console import say, speaking
+from fundamentallm.engine.console import console_output, say
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.engine.tuning.fit import gib
-from fundamentallm.engine.tuning.measuring import Measurement, measure_apart, rows_of
+from fundamentallm.engine.tuning.measuring import Measurement, measure_in_process, rows_of
 from fundamentallm.engine.tuning.search import Space, batch_sizes, search, thread_counts
 from fundamentallm.engine.wiring.assemble import check_names, open_machine, read_inputs, resolve
 from fundamentallm.engine.wiring.run_directory import nowhere
@@ -37,7 +37,7 @@ from fundamentallm.models.build import uses_attention
 from fundamentallm.models.layers.attention import KERNELS
 from fundamentallm.models.native.library import find_compiler
 
-LEAST_PATIENCE = 60.0  # seconds that a candidate gets at least, or the first could not finish
+LEAST_PATIENCE = 60.0  # seconds the least time for a candidate, so that the first can finish
 STEP_SECONDS = 2.0
 COLUMNS = "{:<15}{:<9}{:<11}{:<13}{:>7}{:>12}{:>13}{:>10}"
 
@@ -57,12 +57,12 @@ def tune(
         overrides: as for `run`; the new file has them.
         plugins: modules to import besides the file's.
         out: the new file, which must not exist; None for a free name beside the user's.
-        seconds: after which no other setting is begun.
-        keep: of precision, compile, attention, micro-batch and threads, which to leave as
+        seconds: after which no measurement starts.
+        keep: of precision, compile, attention, micro-batch and threads, the settings to keep as
             configured.
 
     Raises:
-        FundamentaLLMError: what `run` would raise, or no setting works.
+        FundamentaLLMError: as `run`, or no setting works.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MachineError(
@@ -72,15 +72,15 @@ def tune(
         )
     if not 0 < seconds < math.inf:
         raise ConfigError(
-            "this is no time to measure in",
+            "the time for measuring is invalid",
             where=f"--seconds {seconds:g}",
             expected="a number of seconds above 0",
         )
     target = _free_path(config_path, out)
     deadline = time.monotonic() + seconds
-    threads = torch.get_num_threads()  # that torch chooses, before a configuration does
+    threads = torch.get_num_threads()  # torch's choice, before a configuration changes it
     written = load_config(config_path, overrides)
-    with speaking():
+    with console_output():
         load_plugins([*written.plugins, *plugins], written.locate("plugins"))
         check_names(written)
         config, start, rows = _prepared(written)
@@ -111,12 +111,12 @@ def _free_path(config_path: Path, out: Path | None) -> Path:
     if out is not None:
         if out.exists():
             raise ConfigError(
-                "the file to write exists",
+                "the output file exists already",
                 where=f"--out {out}",
-                fix="name another, or remove it",
+                fix="choose another name with --out, or remove the file",
             )
         if not out.absolute().parent.is_dir():
-            raise MachineError("there is no such directory", where=f"--out {out}")
+            raise MachineError("the directory does not exist", where=f"--out {out}")
         return out
     names = numbered(config_path.with_suffix(".tuned"), config_path.suffix)
     return next(path for path in names if not path.exists())
@@ -130,7 +130,7 @@ def _prepared(written: RunConfig) -> tuple[RunConfig, Plan, Batch]:
     machine, directory = open_machine(written), nowhere(written)
     inputs = read_inputs(written, directory, machine.ranks)
     config, plan, _ = resolve(inputs, directory, machine)
-    # Random weights are as fast as trained ones, and the processes that measure need no folder.
+    # Random weights are as fast as trained ones, and the measuring processes need no folder.
     model = config.model.with_random_weights()
     rows = rows_of(inputs.loaders.train.window_at(0, 0))
     return config.model_copy(update={"model": model}), plan, rows
@@ -151,7 +151,7 @@ def _space(config: RunConfig, start: Plan, default_threads: int, keep: Sequence[
         if device.type == "cuda" and not torch.cuda.is_bf16_supported():
             types[1:] = [{"precision": "fp16", "bf16_weights": False}]
     compiling = [start.compile] if start.compile != "native" else []
-    # Documents apart have a kernel of their own, which is not compiled.
+    # Packed documents have a separate kernel, which is not compiled.
     apart = config.data.packing == "document"
     if "compile" not in keep and not apart and find_compiler() is not None:
         compiling = [False, True]
@@ -161,7 +161,7 @@ def _space(config: RunConfig, start: Plan, default_threads: int, keep: Sequence[
     kinds = [
         {**narrow, "compile": compiled, "attention": kernel}
         for compiled in compiling
-        # Compiling takes long, so what most often wins with it comes first.
+        # Compiling takes long, so the most promising combination comes first.
         for narrow, kernel in itertools.product(types[:: -1 if compiled else 1], kernels)
     ]
     native = {"precision": "bf16", "bf16_weights": False, "compile": "native"}
@@ -185,15 +185,15 @@ def _cores() -> int:
 
 
 class Table:
-    """Measures plans, and shows each as a row as soon as there is a figure.
+    """Measures plans, and prints each result as a row.
 
     Args:
         config: with everything resolved.
         rows: the data of a step.
         plugins: modules that the measuring processes import.
-        device: where they compute.
-        threads: of the CPU that torch chooses.
-        deadline: of `time.monotonic`, after which nothing is begun.
+        device: the device to measure.
+        threads: torch's choice of CPU threads.
+        deadline: of `time.monotonic`, after which no measurement starts.
 
     Attributes:
         measured: what was measured, in order.
@@ -217,13 +217,15 @@ class Table:
         self._tokens = self._rows * config.data.sequence_length
         self._threads = threads
         self._memory = "GPU memory" if device.type == "cuda" else "memory"
-        self._measure = partial(measure_apart, rows=rows, plugins=plugins, seconds=STEP_SECONDS)
+        self._measure = partial(
+            measure_in_process, rows=rows, plugins=plugins, seconds=STEP_SECONDS
+        )
 
     def seconds_of(self, plan: Plan) -> float | None:
         """Measure a setting and print its row; None where there is no time left."""
         left = self.deadline - time.monotonic()
         if left <= 0:
-            say("(the time is up; --seconds gives it more)")
+            say("(the time is used up; --seconds gives more)")
             return None
         try:
             measurement = self._measure(self.config, plan, patience=max(left, LEAST_PATIENCE))
@@ -231,21 +233,21 @@ class Table:
             if not any(not known.fault for known in self.measured.values()):
                 raise  # there is nothing to write yet
             self.interrupted = True
-            say("(interrupted; what follows is of the settings above)")
+            say("(interrupted; the result is the best of the settings above)")
             return None
         self.measured[plan] = measurement
         say(self._row(plan, measurement))
         return measurement.step_seconds
 
     def head(self) -> None:
-        """Print what the columns are."""
-        say(f"{self._tokens:,} tokens a step on {self.config.training.device}, each row measured")
-        say("in a process of its own:")
+        """Print the head of the table."""
+        say(f"{self._tokens:,} tokens per step on {self.config.training.device}; each is measured")
+        say("in a separate process:")
         say()
         self._columns()
 
     def ranking(self, best: Plan) -> None:
-        """Print the rows that have a figure, the fastest first."""
+        """Print the successful measurements, the fastest first."""
         say("The fastest first:")
         say()
         self._columns()
@@ -256,13 +258,13 @@ class Table:
                 say(self._row(plan, measurement) + mark)
 
     def gain(self, start: Plan, best: Plan) -> str:
-        """Return what the best setting is worth, in a line."""
+        """Return the gain of the best setting, in one line."""
         if best == start:
-            return "What the file says is the fastest that was found."
+            return "The settings of the file are the fastest found."
         before, after = (self.measured[plan].step_seconds for plan in (start, best))
         if self.measured[start].fault:
-            return f"As the file has it: {self.measured[start].fault}."
-        return f"{before / after:.2f} times as fast as the file has it."
+            return f"With the settings of the file: {self.measured[start].fault}."
+        return f"{before / after:.2f} times as fast as the settings of the file."
 
     def _columns(self) -> None:
         names = ("precision", "compile", "attention", "micro-batch", "threads", "tokens/s")
@@ -300,7 +302,7 @@ def _write(
     best: Plan,
     keep: Sequence[str],
 ) -> None:
-    """Write a copy of the user's file with the best setting in it, and check it as `run` would."""
+    """Write a copy of the user's file with the best settings, and check it as `run` would."""
     document = overridden(read_yaml(config_path), overrides)
     changes = _changes(document, config, best, keep)
     for path, value in changes.items():
@@ -320,9 +322,9 @@ def _write(
 def _changes(
     document: YamlDocument, config: RunConfig, best: Plan, keep: Sequence[str]
 ) -> dict[KeyPath, Any]:
-    """Return the values to write: the choice, and what of the rest is otherwise than it was.
+    """Return the values to write: the choice, and all other values that changed.
 
-    Of what is kept, an `auto` becomes what was measured for it: the run could choose otherwise.
+    A kept `auto` is written as the value that was measured: a run could choose another.
     """
     values = best.values(config.data.batch_size * config.training.accumulation_steps)
     given = document.data.get("training") or {}

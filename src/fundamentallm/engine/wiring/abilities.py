@@ -1,4 +1,4 @@
-"""Refuse what a configuration asks of a model that cannot do it, before the first step."""
+"""Refuse a configuration that needs abilities that the model lacks, before the first step."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from fundamentallm.training.losses import takes_hidden_states
 
 
 def check_abilities(config: RunConfig, model: nn.Module, loss_fn: Callable[..., Tensor]) -> None:
-    """Check that a model offers what the run needs; `models.families` has the table.
+    """Check that a model has the abilities that the run needs; `models.families` has the table.
 
     Raises:
-        ConfigError: it does not; the error names the setting that asks for it.
+        ConfigError: it lacks one; the error names the setting that needs it.
     """
     accepted = inspect.signature(model.forward).parameters
     has_head = "return_hidden" in accepted and hasattr(model, "logits_from_hidden")
     missing = {
         "data.packing": (
             config.data.packing == "document" and "document_ids" not in accepted,
-            "documents cannot be masked from each other: its `forward` has no `document_ids`",
+            "the model cannot mask documents from each other: its `forward` has no `document_ids`",
             "set data.packing to continuous",
         ),
         "training.loss": (
             takes_hidden_states(loss_fn) and not has_head,
-            "this loss needs the head on its own: `forward(return_hidden=)`, `logits_from_hidden`",
+            "this loss needs a model with `forward(return_hidden=)` and `logits_from_hidden`",
             "set training.loss to cross_entropy",
         ),
         "training.gradient_checkpointing": (
             config.training.gradient_checkpointing and not hasattr(model, "gradient_checkpointing"),
-            "activations cannot be computed again: it has no `gradient_checkpointing`",
+            "the model cannot recompute activations: it has no `gradient_checkpointing`",
             "set training.gradient_checkpointing to false",
         ),
     }

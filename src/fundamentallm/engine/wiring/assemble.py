@@ -1,4 +1,4 @@
-"""From a configuration to a wired run: the one place that knows every part.
+"""From a configuration to a connected run: the only place that knows every part.
 
 Read `assemble` from top to bottom as a recipe; a script can copy its lines and change one.
 """
@@ -52,7 +52,7 @@ from fundamentallm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-# What every run gets, in no order that matters: events decide who comes first. `handlers:` in a
+# The default handlers of every run; events decide their order. `handlers:` in a
 # configuration adds to these, changes their options, or switches one off with `name: false`.
 DEFAULT_HANDLERS: dict[str, dict[str, Any]] = {
     "schedule": {},
@@ -73,21 +73,21 @@ DEFAULT_HANDLERS: dict[str, dict[str, Any]] = {
 }
 
 
-# What checkpoints that lack these fields were trained with.
+# The values for checkpoints that lack these fields.
 BEFORE_THERE_WAS_A_CHOICE = {"bf16_weights": False, "attention": "flash"}
 
-LEAST_OVERLAP = 0.01  # share of the validation text to warn of
+LEAST_OVERLAP = 0.01  # share of the validation text that causes a warning
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads before its model is built.
+    """The inputs that a run reads before its model is built.
 
     Attributes:
-        start: where its weights come from; its `config` has what a folder decides filled in.
-        source: the text and where it came from.
+        start: where its weights come from; its `config` includes the folder's settings.
+        source: the text and its origin.
         tokenizer: between text and token ids.
-        loaders: of this rank.
+        loaders: the loaders of this rank.
     """
 
     start: StartingPoint
@@ -98,14 +98,14 @@ class Inputs:
 
 @dataclass
 class Run:
-    """A wired run.
+    """A run with all its parts connected.
 
     Attributes:
-        config: the configuration with everything resolved that was open in the file.
-        directory: where it lives.
+        config: the configuration with everything resolved that the file leaves open.
+        directory: the run's directory.
         trainer: ready to `run()`.
         tokenizer: between text and token ids.
-        source: the text and where it came from.
+        source: the text and its origin.
         notes: decisions to tell the user.
     """
 
@@ -129,18 +129,18 @@ def assemble(
     From a configuration to the first step: a folder to start from fills in its sizes; the text
     becomes tokens, and tokens become loaders; text and loaders fill in the sizes and budgets that
     the file leaves open, and the plan says how this machine computes them, by measuring where it
-    says `auto`; the model is built and put in its place; optimizer, schedule and loss stand on its
+    says `auto`; the model is built and put in its place; optimizer, schedule and loss use its
     parameters; the trainer makes the step of them; the handlers listen to it.
 
     Args:
         written: the configuration as written; its names were checked (`check_names`).
-        directory: where the run lives, and what it goes on from.
-        machine: where it computes, as `open_machine` finds it.
-        measuring: choose by measuring what `auto` leaves open, in a run that begins.
+        directory: the run's directory, and the checkpoint that it continues from.
+        machine: where it computes, from `open_machine`.
+        measuring: measure what `auto` leaves open, in a new run.
         first: handlers that listen before those of the configuration.
 
     Raises:
-        FundamentaLLMError: of the class of whatever part cannot be built.
+        FundamentaLLMError: of the class that fits the part that cannot be built.
     """
     begins, ranks = directory.checkpoint is None, machine.ranks
 
@@ -178,7 +178,7 @@ def assemble(
             training.scheduler.name,
             training.scheduler.options,
             optimizer=optimizer,
-            # Where only the clock ends a run, the schedule is asked by progress, not by step.
+            # If only the clock ends a run, the schedule follows progress, not steps.
             total_steps=training.total_steps or 10**9,
             warmup_steps=training.warmup_steps,
             min_lr=training.min_learning_rate,
@@ -225,7 +225,7 @@ def assemble(
 
 
 def read_inputs(written: RunConfig, directory: RunDirectory, ranks: Ranks) -> Inputs:
-    """Read all that the configuration names, and build the loaders of this rank.
+    """Read the source and the tokenizer, and build the loaders of this rank.
 
     Raises:
         FundamentaLLMError: as `settle_kept_checkpoints`, `starting_point`, `read_data`,
@@ -285,12 +285,12 @@ def open_machine(config: RunConfig, join: bool = False) -> Machine:
 def read_data(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Source:
     """Read the source, or the copy of a built-in one that the run keeps.
 
-    The text of a built-in source can differ between two Python releases, so a run that goes on
-    elsewhere must not read it anew.
+    The text of a built-in source can differ between two Python releases, so a run that is continued
+    elsewhere must not read it again.
 
     Raises:
         DataError: the source cannot be used.
-        CheckpointError: it is not the one that the run began with.
+        CheckpointError: it differs from the source that the run started with.
     """
     if not ranks.is_writer:
         ranks.barrier()  # the first rank downloads, the others find it in the cache
@@ -300,13 +300,13 @@ def read_data(data: DataConfig, directory: RunDirectory, ranks: Ranks) -> Source
     if directory.checkpoint is not None:
         source.require_unchanged(
             directory.checkpoint.metadata["data"]["sha256"],
-            fix="restore the text, or start a fresh run with --resume never",
+            fix="restore the text, or start a new run with --resume never",
         )
     return source
 
 
 def read_run_source(data: DataConfig, run: Path) -> Source:
-    """Read a run's source, with the run's own copies in place of built-in ones.
+    """Read a run's source, with the run's copies in place of built-in texts.
 
     Raises:
         DataError: as `read_source`.
@@ -323,9 +323,9 @@ def read_run_source(data: DataConfig, run: Path) -> Source:
 def choose_tokenizer(
     config: RunConfig, source: Source, given: Tokenizer | None, directory: RunDirectory
 ) -> Tokenizer:
-    """Return the tokenizer of token files, of a folder to start from, or the one configured.
+    """Return the tokenizer of the token files, of the `init_from` folder, or of the configuration.
 
-    A run that goes on takes the one in its checkpoint: it need not be learned again.
+    A continued run takes the tokenizer of its checkpoint, so it is not trained again.
 
     Raises:
         ConfigError: the configured one cannot be built.
@@ -335,7 +335,7 @@ def choose_tokenizer(
     if source.tokenizer is not None:
         if given is not None and tokenizer_json(given) != tokenizer_json(source.tokenizer):
             raise DataError(
-                "the tokens were made with another tokenizer than the weights to start from",
+                "the tokens were made with another tokenizer than the weights of init_from",
                 where=source.name,
                 got=f"tokenizer {source.tokenizer.fingerprint()[:16]}",
                 expected=f"tokenizer {given.fingerprint()[:16]}",
@@ -353,20 +353,24 @@ def choose_tokenizer(
 
 
 def without_effect(config: RunConfig, source: Source) -> list[str]:
-    """Return a note for each setting as written that something else has decided already."""
+    """Return a note for each written setting that another setting overrides."""
     data, training = config.data, config.training
     notes = []
     if data.packing == "document":
         if training.compile in (True, "native"):
-            notes.append("training.compile has no effect: data.packing: document is not compiled")
+            notes.append(
+                "training.compile has no effect: with data.packing: document nothing is compiled"
+            )
         if training.attention == "explicit":
-            notes.append("training.attention has no effect: data.packing: document has its own")
+            notes.append(
+                "training.attention has no effect: data.packing: document has its own attention"
+            )
     if training.compile == "native" and "attention" in training.model_fields_set:
-        notes.append("training.attention has no effect: compile: native has its own")
+        notes.append("training.attention has no effect: compile: native has its own attention")
     if "attention" in training.model_fields_set and not uses_attention(config.model):
-        notes.append(f"training.attention has no effect: {config.model.family} has none")
+        notes.append(f"training.attention has no effect: {config.model.family} has no attention")
     if training.bf16_weights is True and (training.precision or "fp32") == "fp32":
-        notes.append("training.bf16_weights has no effect in fp32")
+        notes.append("training.bf16_weights has no effect with precision fp32")
     if source.tokenizer is not None and "tokenizer" in data.model_fields_set:
         notes.append("data.tokenizer has no effect: the prepared text has its own")
     if source.has_own_split and "split" in data.model_fields_set:
@@ -375,18 +379,18 @@ def without_effect(config: RunConfig, source: Source) -> list[str]:
 
 
 def warn_of_overlap(data: DataConfig, source: Source, tokenizer: Tokenizer) -> None:
-    """Warn of validation text that a model has read in training."""
+    """Warn if validation text also occurs in the training text."""
     share = overlap(source, tokenizer, data.split)
     if share >= LEAST_OVERLAP:
         logger.warning(
-            "%.1f %% of the validation text stands in the training text too, so its loss says less"
-            " of new text; `prepare --split document` puts equal documents into the same part",
+            "%.1f %% of the validation text is in the training text too, so its loss says less"
+            " about new text; `prepare --split document` puts equal documents into the same part",
             100 * share,
         )
 
 
 def build_loaders(config: RunConfig, source: Source, tokenizer: Tokenizer, ranks: Ranks) -> Loaders:
-    """Cut the source into its parts and build the loaders for training and validation.
+    """Split the source into its parts and build the loaders for training and validation.
 
     Raises:
         DataError: there is too little, or an example does not fit.
@@ -404,19 +408,19 @@ def build_loaders(config: RunConfig, source: Source, tokenizer: Tokenizer, ranks
 
 
 def end_of_documents(config: RunConfig, source: Source) -> int | None:
-    """Return the id behind each document if they are packed apart, None if not.
+    """Return the end id for packed documents; None without document packing.
 
     Raises:
-        ConfigError: they are to be, and nothing marks where one ends.
+        ConfigError: they must be separate, but nothing marks where a document ends.
     """
     if config.data.packing == "continuous" or isinstance(source, ExampleSource):
-        return None  # an example is a row by itself
+        return None  # an example is always a separate row
     if source.end_id is None:
         with config.locating_errors("data.packing"):
             raise ConfigError(
                 "nothing in this source marks where a document ends",
                 got="packing: document",
-                fix="`prepare` the text, and name the folder in data.source",
+                fix="run `prepare` on the text, and set data.source to its folder",
             )
     return source.end_id
 
@@ -447,7 +451,7 @@ def resolve(
     if tokenizer.vocab_size > model.vocab_size:
         with config.locating_errors("model.vocab_size"):
             raise ConfigError(
-                "the tokenizer has more tokens than the model",
+                "the tokenizer has more tokens than the model's vocabulary",
                 got=f"model.vocab_size {model.vocab_size}",
                 expected=f"at least {tokenizer.vocab_size}, the tokenizer's",
                 fix="choose the model's own tokenizer"
@@ -472,9 +476,9 @@ def resolve(
 def as_it_began(
     training: TrainingConfig, checkpoint: Manifest, model: ModelFacts, device: torch.device
 ) -> tuple[TrainingConfig, list[str]]:
-    """Return what to resolve in a run that goes on, and notes for the user.
+    """Return the configuration to resolve for a continued run, and notes for the user.
 
-    What was chosen for the run stays: another precision would be another course.
+    Earlier choices stay: another precision would change the results.
     """
     known = {**BEFORE_THERE_WAS_A_CHOICE, **checkpoint.metadata["config"]["training"]}
     fields = ("precision", "mixed_precision", "bf16_weights", "attention", "compile")
@@ -483,13 +487,13 @@ def as_it_began(
     if not reason:
         return began, []
     return began.model_copy(update={"compile": False}), [
-        f"the run was compiled so far, which cannot be done here ({reason}): it goes on "
-        "without, and its numbers differ in their last bits"
+        f"the run was compiled so far, but this machine cannot compile ({reason}); it continues "
+        "without compiled code, and its numbers differ in the last bits"
     ]
 
 
 def _why_not_compiled(native: bool, model: ModelFacts, device: torch.device) -> str:
-    """Return why a run of compiled code cannot go on with it on this machine; empty if it can."""
+    """Return why this machine cannot compile for a continued run; empty if it can."""
     if find_compiler() is None:
         return "there is no C++ compiler"
     if not native:

@@ -1,4 +1,4 @@
-"""Settings that say one thing twice, and settings that no part of a run reads."""
+"""Settings that contradict each other, and settings without effect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fundamentallm.training.schedulers import SCHEDULERS
 KEEP_LAST = "training.keep_last"
 N_SAVED = "handlers.checkpointing.n_saved"
 
-# What only a handler reads: fields of `training`, and other handlers that listen to its events.
+# Fields of `training` that only one handler reads, and handlers that listen to its events.
 READ_BY_HANDLER = {
     "schedule": ("training.scheduler", "training.warmup_steps", "training.min_learning_rate"),
     "evaluation": (
@@ -28,15 +28,15 @@ READ_BY_HANDLER = {
 
 
 def settle_kept_checkpoints(config: RunConfig, *, begins: bool) -> RunConfig:
-    """Let `training.keep_last` and the option `n_saved` of `checkpointing` be one number.
+    """Make `training.keep_last` and the option `n_saved` of `checkpointing` agree.
 
     Args:
         config: as written.
-        begins: whether the run begins. One that goes on keeps what it was started with, from a
-            time when `n_saved` was taken in silence.
+        begins: whether the run is new. A continued run keeps its value of `n_saved`, which was once
+            used without comparing the two.
 
     Raises:
-        ConfigError: both are set in a run that begins, and they differ.
+        ConfigError: both are set in a new run, and they differ.
     """
     n_saved = _n_saved(config)
     if n_saved is None or n_saved == config.training.keep_last:
@@ -52,7 +52,7 @@ def settle_kept_checkpoints(config: RunConfig, *, begins: bool) -> RunConfig:
 
 
 def unread_settings(written: RunConfig) -> list[str]:
-    """Return a note for each setting as written that no part of the run reads."""
+    """Return a note for each written setting that no part of the run reads."""
     return [f"{key} has no effect: {reason}" for key, reason in _unread(written)]
 
 
@@ -62,15 +62,15 @@ def _n_saved(config: RunConfig) -> int | None:
 
 
 def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the keys that were written and that nobody reads, each with the reason."""
+    """Yield each written key that nothing reads, with the reason."""
     training = config.training
     n_saved = _n_saved(config)
     if n_saved is not None and n_saved != training.keep_last and _is_written(config, KEEP_LAST):
-        yield KEEP_LAST, f"the run keeps {n_saved} checkpoints, the n_saved that it began with"
+        yield KEEP_LAST, f"the run keeps {n_saved} checkpoints, the n_saved that it started with"
     for handler, keys in READ_BY_HANDLER.items():
         if config.handlers.get(handler) is False:
             for key in filter(lambda key: _is_written(config, key), keys):
-                yield key, f"the handler {handler} is off"
+                yield key, f"the handler {handler} is switched off"
     optimizer = training.optimizer.name
     for option in ("eps", "weight_decay"):
         key = f"training.optimizer_{option}"
@@ -80,11 +80,11 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
     parameters = inspect.signature(SCHEDULERS.get(schedule)).parameters
     for key, parameter in (("warmup_steps", "warmup_steps"), ("min_learning_rate", "min_lr")):
         if parameter not in parameters and _is_written(config, f"training.{key}"):
-            yield f"training.{key}", f"the schedule {schedule} has no use for it"
+            yield f"training.{key}", f"the schedule {schedule} does not use it"
 
 
 def _is_written(config: RunConfig, key: str) -> bool:
-    """Whether a key was set to another value than its default, or a handler switched on."""
+    """Return whether a key is set to a non-default value, or a handler is switched on."""
     section, name = key.split(".")
     if section == "handlers":
         return config.handlers.get(name, False) is not False

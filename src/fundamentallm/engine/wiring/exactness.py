@@ -1,4 +1,4 @@
-"""What a resumed run needs to be bit for bit the run that was not interrupted."""
+"""The conditions for a resumed run to equal the uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fundamentallm.training.checkpoint.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
-# The libraries whose arithmetic or order of random numbers makes the course of a run.
+# The libraries whose arithmetic or random numbers determine the results of a run.
 DECISIVE = ("fundamentallm", "torch")
 
 
@@ -66,33 +66,36 @@ def refuse_other_versions(manifest: Manifest, allow: bool) -> None:
 
     Args:
         manifest: the checkpoint's.
-        allow: say so and go on.
+        allow: only warn.
 
     Raises:
-        CheckpointError: one that decides the course differs.
+        CheckpointError: a library that determines the results differs.
     """
     saved, now = manifest.metadata.get("versions", {}), versions()
     differences = [
-        f"{name}: {saved[name]} there, {now[name]} here"
+        f"{name}: {saved[name]} then, {now[name]} now"
         for name in DECISIVE
         if name in saved and saved[name] != now[name]
     ]
     if differences and not allow:
         raise CheckpointError(
-            "the run was trained with other versions, so that it would not go on exactly:\n    "
+            "the run was trained with other library versions, so it cannot continue exactly:\n    "
             + "\n    ".join(differences),
             where=manifest.name,
-            fix="install those versions, or accept another course with --allow-inexact",
+            fix="install those versions, or accept different results with --allow-inexact",
         )
     for difference in differences:
-        logger.warning("not bit for bit the same run: %s", difference)
+        logger.warning("the run is not continued bit for bit: %s", difference)
 
 
 def tell_other_circumstances(manifest: Manifest, machine: Machine) -> None:
-    """Warn where the same numbers will be rounded in another way from here on."""
+    """Warn if numbers will be rounded differently from now on."""
     saved, now = manifest.metadata.get("circumstances", {}), machine.circumstances()
     for name, value in now.items():
         if name in saved and saved[name] != value and machine.ranks.is_writer:
             logger.warning(
-                "equal to rounding, not bit for bit: %s was %s and is %s", name, saved[name], value
+                "the run continues equal up to rounding, not bit for bit: %s was %s and is now %s",
+                name,
+                saved[name],
+                value,
             )

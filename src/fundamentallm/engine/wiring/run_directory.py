@@ -1,9 +1,9 @@
-"""Which directory a run uses, and whether it begins there or goes on.
+"""Which directory a run uses, and whether it starts there or continues.
 
-`auto`   the unfinished run of the same configuration goes on; another one's directory is left
-         alone and the next free `name-2`, `name-3`, ... is taken
+`auto`   the unfinished run of the same configuration continues; another run's directory is kept,
+         and the next free `name-2`, `name-3`, ... is used
 `never`  always the next free directory
-PATH     the run or checkpoint at PATH goes on; a configuration that differs is refused
+PATH     the run or checkpoint at PATH continues; a different configuration is refused
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ BUDGET_FIELDS = ("num_epochs", "total_steps", "max_tokens", "max_seconds")
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The place of a run.
+    """The directory of a run.
 
     Attributes:
         path: the directory.
         checkpoints: where the run's checkpoints lie.
-        checkpoint: what to go on from, None to begin.
-        survey: what was read of the checkpoints, None on a rank that has read none.
+        checkpoint: the checkpoint to continue from; None for a new run.
+        survey: the checkpoints as read; None on a rank that read none.
         note: what to tell the user about the choice; may be empty.
-        finished: why the run there is complete; empty if it is not.
+        finished: why the run there is finished; empty if it is not.
     """
 
     path: Path
@@ -79,11 +79,11 @@ def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory
             continue
         check_entries(candidate, config.checkpoints_in(candidate))
         if is_free:
-            note = f"the run is a new one, in {candidate}"
+            note = f"a new run starts in {candidate}"
             if differing:
                 note += f": {differing}"
             elif resume == "never" and candidate != base:
-                note += ": a fresh start was asked for"
+                note += ": --resume never was given"
             return RunDirectory(
                 candidate,
                 config.checkpoints_in(candidate),
@@ -100,16 +100,16 @@ def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory
 
 
 def nowhere(config: RunConfig) -> RunDirectory:
-    """Return the directory that a fresh run would have, for commands that make none."""
+    """Return the directory that a new run would get, for commands that create none."""
     path = Path("runs") / config.name
     return RunDirectory(path, config.checkpoints_in(path))
 
 
 def drift(manifest: Manifest, config: RunConfig) -> list[str]:
-    """Return the differences that make a configuration another run, as text."""
+    """Return the differences that make a configuration a different run, as text."""
     differences = config_differences(as_written(manifest), config.model_dump(mode="json"))
     return [
-        f"{key}: {was!r} there, {now!r} here"
+        f"{key}: {was!r} in the run, {now!r} now"
         for key, was, now in differences
         if not any(key == free or key.startswith(free + ".") for free in RESUME_MAY_DIFFER)
     ]
@@ -134,10 +134,10 @@ def newest_checkpoint(survey: Survey, pointer: str = "") -> Manifest | None:
     newest = survey.newest(pointer)
     if newest is None and survey.faults:
         raise CheckpointError(
-            "no checkpoint here can be gone on from",
+            "the run cannot continue: it has no usable checkpoint",
             where=str(survey.store.directory),
             got="\n            ".join(str(f).splitlines()[0] for f in survey.faults.values()),
-            fix="restore a copy, or start a fresh run with --resume never",
+            fix="restore a copy, or start a new run with --resume never",
         )
     return newest
 
@@ -152,13 +152,13 @@ def _at(path: Path, config: RunConfig, resume: str) -> RunDirectory:
         raise CheckpointError(
             "the directory is not empty and holds no run",
             where=str(path),
-            fix="choose an empty or a new directory with --run-dir",
+            fix="choose an empty or new directory with --run-dir",
         )
     if resume == "never":
         raise CheckpointError(
-            "the directory holds a run and a fresh start was asked for",
+            "the directory holds a run, but --resume never asks for a new one",
             where=str(path),
-            fix="choose a new directory with --run-dir, or leave out --resume never",
+            fix="choose a new directory with --run-dir, or remove --resume never",
         )
     _refuse_drift(newest, config, path)
     return _going_on(path, newest, survey)
@@ -178,10 +178,10 @@ def _continue_at(path: Path, config: RunConfig, run_dir: Path | None) -> RunDire
         raise CheckpointError("there is no checkpoint in this run", where=str(path))
     if run_dir is not None and run_dir.resolve() != run.resolve():
         raise ConfigError(
-            "--resume goes on in the directory of its run, and --run-dir names another",
+            "--resume continues in the directory of its run, but --run-dir names another",
             got=f"--run-dir {run_dir}",
             expected=str(run),
-            fix="leave out --run-dir",
+            fix="remove --run-dir",
         )
     _refuse_drift(manifest, config, path)
     _check_resumable(manifest)
@@ -201,9 +201,9 @@ def _refuse_drift(manifest: Manifest, config: RunConfig, path: Path) -> None:
     differences = drift(manifest, config)
     if differences:
         raise CheckpointError(
-            "the run there has another configuration:\n    " + "\n    ".join(differences),
+            "the run has a different configuration:\n    " + "\n    ".join(differences),
             where=str(path),
-            fix="undo the change, or start a fresh run with --resume never"
+            fix="undo the change, or start a new run with --resume never"
             " (budgets and logging may differ)",
         )
 
@@ -239,11 +239,11 @@ def _check_resumable(manifest: Manifest) -> None:
 
 
 def _note(path: Path, manifest: Manifest) -> str:
-    return f"going on with {path} from step {manifest.step}"
+    return f"continuing {path} from step {manifest.step}"
 
 
 def _is_free(path: Path, config: RunConfig) -> bool:
-    """Whether nothing is lost by beginning here: no such directory, or no checkpoint was saved."""
+    """Whether a new run may start here: the directory is missing or has no checkpoint."""
     if not path.exists():
         return True
     if not path.is_dir():
@@ -251,7 +251,7 @@ def _is_free(path: Path, config: RunConfig) -> bool:
     checkpoints = config.checkpoints_in(path)
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
         return False
-    # What a run leaves that ended before its first checkpoint.
+    # The files of a run that ended before its first checkpoint.
     left = {*BEFORE_A_CHECKPOINT, checkpoints.name}
     return all(
         entry.name in left
@@ -261,7 +261,7 @@ def _is_free(path: Path, config: RunConfig) -> bool:
 
 
 def describe(config: RunConfig, resolved: RunConfig, **parts: Any) -> Mapping[str, Any]:
-    """Return what each checkpoint's manifest says about its run."""
+    """Return the description of the run in each checkpoint's manifest."""
     return {
         "config_as_written": config.model_dump(mode="json"),
         "config": resolved.model_dump(mode="json"),

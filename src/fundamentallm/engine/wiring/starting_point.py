@@ -1,7 +1,7 @@
 """What a run starts from: random weights, a folder (`model.init_from`), or its own checkpoint.
 
-A folder is read once, when a run begins. A run that goes on has the sizes, the tokenizer and the
-weights in its checkpoint, so the folder may be gone by then.
+A folder is read once, when a run begins. A continued run takes the sizes, the tokenizer and the
+weights from its checkpoint, so the folder may be deleted by then.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class StartingPoint:
     """Where a run's weights come from.
 
     Attributes:
-        config: the run's, with what a folder decides filled in.
+        config: the run's, including the folder's settings.
         written: the run's, as written.
-        pretrained: the folder to read, None where nothing is to be read.
-        checkpoint: what the run goes on from, None to begin.
+        pretrained: the folder to read; None without one.
+        checkpoint: the checkpoint to continue from; None for a new run.
         notes: decisions to tell the user.
     """
 
@@ -61,14 +61,14 @@ class StartingPoint:
             return read_tokenizer_json(path, _end_of_text(path.with_name(TOKENIZER_CONFIG)))
         with self.written.locating_errors("data.tokenizer"):
             raise ConfigError(
-                "the folder to start from has no tokenizer, and a new one would give the ids"
+                "the init_from folder has no tokenizer, and a new one would give the ids"
                 " other meanings",
                 got=f"no {TOKENIZER} in {self.pretrained.folder}",
                 fix="set data.tokenizer to the one that the model was trained with",
             )
 
     def load_into(self, model: nn.Module) -> None:
-        """Put the folder's weights into a new transformer; without a folder, leave it as it is.
+        """Put the folder's weights into a new transformer; without a folder, do nothing.
 
         Raises:
             CheckpointError: the weights are not those that the folder describes.
@@ -80,11 +80,11 @@ class StartingPoint:
 
 
 def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
-    """Find out what a run starts from; a folder's weights are not read yet.
+    """Determine what a run starts from; a folder's weights are not read yet.
 
     Raises:
         CheckpointError: the folder cannot be read.
-        ConfigError: it is of another family, or the configuration says otherwise than it.
+        ConfigError: it is of another family, or the configuration contradicts it.
     """
     model = config.model
     if not isinstance(model, TransformerConfig) or model.init_from is None:
@@ -101,7 +101,7 @@ def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
     with config.locating_errors("model"):
         pretrained = Pretrained.open(folder)
         model = pretrained.adopt(model)
-    notes = [f"the weights start from {folder}"]
+    notes = [f"the weights are initialized from {folder}"]
     assert model.sequence_length is not None
     length = model.sequence_length
     if "sequence_length" not in config.left_to_init_from:
@@ -110,9 +110,11 @@ def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
         with config.locating_errors("data" if in_data else "model"):
             pretrained.check_length(length)
         if length < model.sequence_length:
-            notes.append(f"the context length is {length} in place of {model.sequence_length}")
+            notes.append(
+                f"the context length is {length} instead of the folder's {model.sequence_length}"
+            )
     if "tokenizer" not in config.left_to_init_from and (pretrained.folder / TOKENIZER).exists():
-        notes.append(f"data.tokenizer is used in place of the {TOKENIZER} in {folder}")
+        notes.append(f"data.tokenizer is used instead of the {TOKENIZER} in {folder}")
     completed = config.model_copy(
         update={
             "model": model.model_copy(update={"sequence_length": length}),
@@ -123,7 +125,7 @@ def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
 
 
 def _end_of_text(path: Path) -> str | None:
-    """Return the token that a folder's tokenizer_config.json calls the end of a text."""
+    """Return the token that a folder's tokenizer_config.json names as the end of a text."""
     if not path.exists():
         return None
     try:

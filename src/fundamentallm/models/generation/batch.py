@@ -1,18 +1,18 @@
-"""From prompts to texts: one token more for each row of a batch, again and again.
+"""From prompts to texts: one more token for each row of a batch, step by step.
 
-What the model sees of a text is its window, the same with a KV cache and without:
+The model sees a part of a text, its context, which is the same with and without a KV cache:
 
-- While the text fits into the context length T, the window is the whole text; of a longer prompt
+- While the text fits into the context length T, the context is the whole text; of a longer prompt
   it is the last T tokens.
-- When a token more would not fit, the window begins anew with the newest token and the T // 2
+- When one more token would not fit, the context restarts with the newest token and the T // 2
   before it, and grows from there.
 
-A window that slid by one token each time would give every kept key and value another position, and
+A context that slides by a token each time would give every key and value another position, and
 what the upper layers keep of a token also depends on the tokens before it; so each token would
-cost a whole context. Beginning anew every (T + 1) // 2 tokens costs half a context that often,
-and the cached text is exactly the text of plain forward passes over the same windows.
+cost a whole context. Restarting every (T + 1) // 2 tokens costs half a context that often,
+and the cached text is exactly the text of plain forward passes over the same contexts.
 
-A row never depends on the rows beside it: it has its own window, length and random numbers.
+A row never depends on the other rows: it has its own context, length and random numbers.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class Generation:
     Args:
         model: maps (B, T) int64 ids to logits (B, T, V), causally. It sees at most
             `model.sequence_length` tokens, or all of them if it has no such attribute. If it has
-            `new_cache`, as `Transformer` does, a step computes the new tokens alone.
+            `new_cache`, as `Transformer` does, a step computes only the new tokens.
         prompts: token ids, at least one each; any length.
         max_new_tokens: the most steps that will be taken, >= 0.
         rules: how a token is chosen.
         seeds: one for each row, 0 to 2^64 - 1; None: of chance. A row's text follows from its
-            prompt and seed alone, on any device.
-        use_cache: False recomputes the window at every step, the reference for the cache.
+            only on prompt and seed, on any device.
+        use_cache: False recomputes the context at every step, the reference for the cache.
         vocab_size: the ids that may be drawn are 0 to this, exclusive; None: all of the model's.
             A model whose vocabulary is padded has logits for ids that mean nothing.
 
     Attributes:
         rows: numbers of the prompts that still grow.
-        texts: all ids of each prompt so far, its own included, also of those that ended.
+        texts: all ids of each prompt and its generated ids, also of rows that ended.
 
     Raises:
         ValueError: an argument is out of range.
@@ -128,7 +128,7 @@ class Generation:
         return self._last.clone()
 
     def end(self, rows: Sequence[int]) -> None:
-        """Let rows grow no further.
+        """Stop growing rows.
 
         Args:
             rows: numbers of prompts.
@@ -162,7 +162,7 @@ class Generation:
         return self.model(self._last.unsqueeze(-1), cache=self._cache.step())[:, 0]  # type: ignore[no-any-return]
 
     def _fill(self, cache: KVCache, places: list[int]) -> None:
-        """Bring windows into the cache, without their last tokens, which are the step's."""
+        """Fill the cache with contexts, without their last tokens, which the step computes."""
         windows = [self._window(self.rows[place])[:-1] for place in places]
         use = cache.fill(places, [len(window) for window in windows])
         if all(window == windows[0] for window in windows):

@@ -1,4 +1,4 @@
-"""The KV cache: what attention read of a text before, so that a new token is computed alone.
+"""The KV cache: the keys and values of earlier tokens, so that a step computes only the new token.
 
 A cache lives for one generation. Its buffers are allocated once, for the whole context; nothing is
 ever concatenated. There are two uses, each made for one forward pass:
@@ -9,7 +9,7 @@ model(ids, cache=cache.fill([0, 1], [5, 3]))    # (2, 5): prompts, padded at the
 model(token, cache=cache.step())                # (2, 1): one token more in each row
 ```
 
-- A fill begins rows anew. Its tokens read one another alone, so it is the plain causal forward;
+- A fill restarts rows. Its tokens attend only to one another, so it is the plain causal forward;
   no token of a row sees the padding at its right, and the row's next token overwrites it.
 - A step adds one token to every row, each at its own length.
 
@@ -82,12 +82,12 @@ class KVCache:
         self.lengths = [0] * batch
 
     def fill(self, rows: Sequence[int], lengths: Sequence[int]) -> CacheUse:
-        """Begin rows anew with tokens that are padded at the right to the longest.
+        """Restart rows with tokens that are padded at the right to the longest.
 
         The tokens of the pass are (len(rows), T), or (1, T) where all rows begin alike.
 
         Args:
-            rows: distinct; what they held is forgotten.
+            rows: distinct; their old contents are dropped.
             lengths: tokens of each of them without padding; T is the largest.
         """
         time = max(lengths)
@@ -128,7 +128,7 @@ class KVCache:
         return CacheUse(places, layers, self._go_on)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these, which are numbered anew in this order."""
+        """Keep only these rows, renumbered in this order."""
         index = self._index(rows)
         self._keys = [keys[index] for keys in self._keys]
         self._values = [values[index] for values in self._values]
@@ -140,7 +140,7 @@ class KVCache:
         return torch.tensor(rows, dtype=torch.int64, device=self._columns.device)
 
     def _begin(self, lengths: Sequence[tuple[int, int]], x: Tensor) -> Tensor:
-        """Return the embeddings before those of rows that begin anew; keep those at their ends."""
+        """Return the embeddings before those of rows that restart; keep those at their ends."""
         last = torch.zeros_like(x[:1, :1]).repeat(len(self.lengths), 1, 1)
         if self._last is not None:
             last.copy_(self._last)

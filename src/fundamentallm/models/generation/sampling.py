@@ -1,8 +1,8 @@
 """From logits to tokens.
 
 A draw has two halves: `probabilities` applies the rules to the logits, and `draw` picks a token by
-one uniform number a row. So a row's token depends on its own logits and its own number alone,
-whoever stands beside it in the batch.
+one uniform number a row. So a row's token depends only on its own logits and number,
+not on the rest of the batch.
 
 Shapes: B batch, V vocabulary.
 """
@@ -20,7 +20,7 @@ from fundamentallm.errors import NumericalError
 
 @dataclass(frozen=True)
 class SamplingRules:
-    """How the next token is chosen. The rules apply in the order in which they stand here.
+    """How the next token is chosen. The rules apply in the order of the fields.
 
     Args:
         repetition_penalty: lowers the logits of tokens that the text holds already, > 0: positive

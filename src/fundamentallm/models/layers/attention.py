@@ -32,7 +32,7 @@ class Attention(nn.Module):
         bias: whether the linear layers have biases.
         qk_norm: whether each head's queries and keys are brought to root mean square 1, times a
             trained gain that the heads share, before positions are marked (Henry et al. 2020;
-            with RMSNorm as in Qwen3). It bounds the scores, whatever the weights grow to.
+            with RMSNorm as in Qwen3). It bounds the scores for any size of the weights.
         dropout: probability of dropping an attention weight, in training only.
 
     Attributes:
@@ -71,13 +71,13 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(self.head_width) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, positions: Marks, attend: Attend | None = None) -> Tensor:
-        """Return (B, T, D) from (B, T, D); row t depends on rows 0 to t alone.
+        """Return (B, T, D) from (B, T, D); row t depends only on rows 0 to t.
 
         Args:
             x: (B, T, D).
             positions: marks the queries and keys with their positions. It is passed in, not held,
                 because all layers share one.
-            attend: stands in for `flash_attention`, where x continues a text whose keys and
+            attend: replaces `flash_attention` if x continues a text whose keys and
                 values were kept (see `fundamentallm.models.generation.cache`).
         """
         batch, time, width = x.shape
@@ -126,7 +126,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
-    """Return what `flash_attention` does, by batched products and a softmax in float32.
+    """Compute `flash_attention` by batched products and a softmax in float32.
 
     On CPUs, whose fused kernel is slow backwards in bfloat16, this is the faster way where the
     context is short. Queries go in spans of `_SPAN` rows, each against the keys up to its own end:
@@ -154,7 +154,7 @@ def explicit_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float
 
 
 # Measured at context 256 on a CPU: spans of 128 rows save a quarter of the whole square's time. 64
-# save a tenth more, but each span is code of its own, and four take half as long again to compile
+# save a tenth more, but each span is separate code, and four take 1.5 times as long to compile
 # as the whole square.
 _SPAN = 128
 
@@ -164,10 +164,10 @@ KERNELS: dict[str, Kernel] = {"flash": flash_attention, "explicit": explicit_att
 
 
 def use_kernel(model: nn.Module, name: str) -> None:
-    """Have every `Attention` in the model computed by the kernel of that name.
+    """Set the kernel of every `Attention` in the model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no kernel has that name.
     """
     if name not in KERNELS:
         raise ValueError(f"unknown attention kernel {name!r}, expected {', '.join(KERNELS)}")
@@ -198,7 +198,7 @@ def _softmax_type(scores: Tensor) -> torch.dtype:
 def document_attention(
     visible: Tensor, dropout: float, query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
-    """Return `flash_attention` in which a position reads what is visible to it alone.
+    """Return `flash_attention` in which a position reads only positions visible to it.
 
     Args:
         visible: (B, 1, T, T) bool, true where row t may read column u; see `own_document`.

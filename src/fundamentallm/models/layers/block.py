@@ -1,6 +1,6 @@
 """The transformer block: two branches that read the residual stream and add to it.
 
-With a residual mix, x is first a x + b x0, where x0 is what the first block was given.
+With a residual mix, x is first a x + b x0, where x0 is the input of the first block.
 
 ```
 x ----+-- norm -- attention ----- dropout --(+)--+-- norm -- feed-forward -- dropout --(+)---- y
@@ -42,7 +42,7 @@ class Block(nn.Module):
         attention_norm: (B, T, D) -> (B, T, D), before the attention.
         attention: mixes positions.
         feedforward_norm: (B, T, D) -> (B, T, D), before the feed-forward.
-        feedforward: (B, T, D) -> (B, T, D), at each position by itself.
+        feedforward: (B, T, D) -> (B, T, D), at each position separately.
         dropout: probability of dropping an element of what a branch adds, in training only.
         residual_mix: whether the block reads a trained mixture of stream and embeddings.
     """
@@ -73,7 +73,7 @@ class Block(nn.Module):
         Args:
             x: (B, T, D).
             positions, attend: as in `Attention.forward`.
-            embedded: (B, T, D), what the first block was given; read only by a residual mix.
+            embedded: (B, T, D), the input of the first block; read only by a residual mix.
         """
         if self.residual_mix is not None:
             x = self.residual_mix(x, embedded)

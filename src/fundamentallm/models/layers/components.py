@@ -1,7 +1,7 @@
 """From the names in a `TransformerConfig` to modules.
 
 A `ConfigError` from here carries the dotted key inside the model's configuration, as
-`positions.base`, so that whoever read the file can name the line.
+`positions.base`, so that the reader of the file can add the line.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def check_components(config: TransformerConfig) -> None:
         ConfigError: as in `build_normalization`, or a weight is too large for any machine.
     """
     if config.open_fields:
-        # The sizes stand in the folder to start from, which is opened later, or never on resume.
+        # The sizes are in the init_from folder, which is opened later, or never on resume.
         for registry, field in _CHOICES:
             component = getattr(config, field)
             with inside(field):
@@ -122,7 +122,7 @@ def check_components(config: TransformerConfig) -> None:
 def follows_weight_type(config: TransformerConfig) -> bool:
     """Whether a block with bfloat16 weights maps bfloat16 to bfloat16.
 
-    A component from elsewhere may hold a float32 tensor that is no parameter: mixed with
+    A component from elsewhere may hold a float32 tensor that is not a parameter: mixed with
     activations it widens them, and the next linear layer refuses two types. It takes no memory.
     """
     x = torch.empty(1, 2, config.d_model, dtype=torch.bfloat16, device="meta")
@@ -149,7 +149,7 @@ def addressable(config: TransformerConfig) -> Iterator[None]:
         if "overflow" not in str(error):
             raise
         raise ConfigError(
-            "the model has a tensor that no machine can hold",
+            "the model has a tensor that is too large for any machine",
             key="d_model",
             got=f"d_model {config.d_model}, hidden width {config.hidden_width}, "
             f"sequence length {config.sequence_length}",
@@ -166,7 +166,7 @@ def required(config: ModelConfig, field: Literal["vocab_size", "sequence_length"
     size: int | None = getattr(config, field)
     if size is None:
         raise ConfigError(
-            f"the model has no {field}",
+            f"the model needs a {field}",
             key=field,
             got="None",
             expected="a whole number above 0",

@@ -1,4 +1,4 @@
-"""Feed-forwards: what a block computes at each position by itself.
+"""Feed-forwards: what a block computes at each position separately.
 
 Shapes: (..., D) in and out; D model width, F hidden width.
 

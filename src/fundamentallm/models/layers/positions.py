@@ -1,6 +1,6 @@
 """Positions: how a token's place in the text enters the computation.
 
-Attention alone sees a set of tokens. A `Positions` may act at two places, and leaves the one that
+Attention sees an unordered set. A `Positions` may act at two places, and leaves the one that
 it does not need as it is: `embed` adds to the embeddings, once; `rotate` turns the queries and
 keys of every layer. Generation with a cache computes tokens that do not start at position 0; `at`
 gives it the same two methods for the positions that it names.
@@ -40,7 +40,7 @@ class Marks(Protocol):
 
 
 class Positions(nn.Module):
-    """The interface; by itself it leaves the model without positions."""
+    """The interface; without a subclass the model has no positions."""
 
     def embed(self, x: Tensor) -> Tensor:
         """Return the embeddings (B, T, D) with positions 0 to T - 1 marked."""
@@ -160,7 +160,7 @@ class SinusoidalPositions(Positions):
 class RotaryPositions(Positions):
     """Queries and keys turned by angles proportional to their position (Su et al. 2021, eq. 34).
 
-    A product of a query and a key then depends on the positions through their distance alone.
+    A product of a query and a key then depends on the positions only through their distance.
     The pairs that turn together are columns i and i + K/2, the layout of GPT-NeoX and Llama.
 
     Args:

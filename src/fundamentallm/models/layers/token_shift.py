@@ -3,7 +3,7 @@
 Which token came last decides much of what comes next, above all among characters. Attention has to
 learn to look one place back, which takes the first layer; this is there from the first step, for D
 parameters and next to no time. After the token shift of Peng et al. 2023, "RWKV", section 3.1, here
-of the embeddings alone, as in the speed runs of modded-nanogpt ("smear").
+of the embeddings only, as in the speed runs of modded-nanogpt ("smear").
 
 Shapes: B batch, T time, D model width.
 """

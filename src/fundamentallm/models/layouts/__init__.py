@@ -1,4 +1,4 @@
-"""Layouts: the forms in which other tools keep a model, one file each."""
+"""Layouts: the forms in which other tools store a model, one file each."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a layout is: one model as `config.json` and named tensors, there and back.
 
 A layout never changes a model to make it fit. What it cannot express it refuses with the name of
-the field; what it reads it takes whole or not at all.
+the field; what it reads it reads completely or refuses.
 
 One table ties the tensors of both sides together, and both directions follow from it:
 
@@ -61,13 +61,13 @@ class Entry:
 
 
 class Layout(ABC):
-    """One family of models as the `transformers` library keeps it.
+    """One family of models as the `transformers` library stores it.
 
     Attributes:
         title: as people call it.
         components: the one choice that it has for `normalization`, `positions`, `feedforward`.
         always_has_biases: whether its files hold biases even where ours has none.
-        derived: ends of names of tensors that old files hold and that are no weights.
+        derived: ends of names of tensors that old files hold and that are not weights.
     """
 
     title: ClassVar[str]
@@ -102,7 +102,7 @@ class Layout(ABC):
         """Return the fields of `TransformerConfig` that a `config.json` decides.
 
         Raises:
-            ConfigError: it describes what this package's transformer cannot be.
+            ConfigError: this package's transformer cannot express it.
         """
 
     @abstractmethod
@@ -237,7 +237,7 @@ class Described:
             ConfigError: it is another.
         """
         value = self._value(key, default)
-        # 1 is no true here, as nowhere in a configuration.
+        # 1 is not true, as everywhere in a configuration.
         if not any(value == one and type(value) is type(one) for one in allowed):
             raise self._fault(key, " or ".join(map(repr, allowed)))
         return value
@@ -303,7 +303,7 @@ def layout_for(config: TransformerConfig) -> Layout:
     if not obstacles:
         return nearest
     raise ConfigError(
-        f"no layout of other tools can express this model; {nearest.title} comes nearest",
+        f"no layout of other tools can express this model; the nearest is {nearest.title}",
         key=f"model.{obstacles[0].field}",
         got=", ".join(f"model.{one.field} {one.got}" for one in obstacles),
         expected=", ".join(f"model.{one.field} {one.expected}" for one in obstacles),

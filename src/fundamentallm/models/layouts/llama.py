@@ -114,10 +114,10 @@ class LlamaLayout(Layout):
 
 
 def _rotary_base(described: Described) -> float:
-    """Return the base of plain rotary positions; whatever scales or cuts them is refused.
+    """Return the base of plain rotary positions; any scaling or cutting is refused.
 
-    As transformers reads it (`modeling_rope_utils`): `rope_scaling` stands in for `rope_parameters`
-    unless it is empty, and the older key `type` for `rope_type`. Linear scaling by 1 is none.
+    As transformers reads it (`modeling_rope_utils`): `rope_scaling` replaces `rope_parameters`
+    unless it is empty, and the older key `type` for `rope_type`. Linear scaling by 1 is ignored.
     """
     described.choice("partial_rotary_factor", [1, 1.0], 1)
     scaling = described.section("rope_scaling")

@@ -1,4 +1,4 @@
-"""A model to start from: the folder in which `transformers` keeps one.
+"""A model to start from: a folder of the `transformers` library.
 
 `config.json` says what it is and safetensors files hold its weights, one `model.safetensors` or
 several with `model.safetensors.index.json`. No other kind of file is opened: a pickle can run
@@ -33,7 +33,7 @@ _MAX_NAMED = 6
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A folder whose `config.json` was read.
+    """A folder whose `config.json` has been read.
 
     Attributes:
         folder: its path.
@@ -50,7 +50,7 @@ class Pretrained:
         """Read what a folder describes; its weights are not touched.
 
         Raises:
-            CheckpointError: there is no such folder, or it cannot be read.
+            CheckpointError: the folder does not exist, or it cannot be read.
             ConfigError: it describes a model that cannot be built here.
         """
         path = Path(folder)
@@ -124,7 +124,7 @@ class Pretrained:
                 another shape or type, or not finite.
             ConfigError: biases were switched off, and the folder's are not zero.
         """
-        # A table of positions has the folder's length, whatever the run's context length is.
+        # A table of positions has the folder's length, not the run's context length.
         whole = config.model_copy(update={"sequence_length": self.fields["sequence_length"]})
         tensors = self._read(whole)
         if self.layout.always_has_biases and not config.bias:
@@ -199,7 +199,7 @@ class Pretrained:
                 where=str(self.folder),
                 got=", ".join(others) or "no weight file",
                 expected=f"{WEIGHTS} or {INDEX}",
-                fix="save the model anew with transformers, which writes safetensors; other kinds"
+                fix="save the model again with transformers, which writes safetensors; other kinds"
                 " of weight files can run code and are never opened",
             )
         weight_map = _read_object(index).get("weight_map")
@@ -277,5 +277,5 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError("this cannot be read", where=str(path), got=str(error)) from error
     if not isinstance(value, dict):
-        raise CheckpointError("this is no JSON object", where=str(path), got=type(value).__name__)
+        raise CheckpointError("it is not a JSON object", where=str(path), got=type(value).__name__)
     return value

@@ -126,7 +126,7 @@ def require_native(config: ModelConfig, device: torch.device) -> None:
     reason = why_not(config, device)
     if reason:
         raise ConfigError(
-            "compile: native does not know this model's block",
+            "compile: native does not support this model's block",
             key="compile",
             got=reason,
             fix="change that, or set training.compile to auto or true",
@@ -134,14 +134,14 @@ def require_native(config: ModelConfig, device: torch.device) -> None:
 
 
 class NativeBlocks:
-    """Calls blocks through the compiled code where it knows them, in place of `run_block`.
+    """Calls blocks through the compiled code where it supports them, in place of `run_block`.
 
-    Which calls those are depends on shapes and types alone, so that a resumed run goes on with the
+    This depends only on shapes and types, so that a resumed run continues with the
     code that it began with. The model must be one of which `why_not` knows no reason.
 
     Args:
         plain: `plain(block, x, positions, embedded)`, for all other calls: without autocast to
-            bfloat16, lengths that are no multiple of 32 tokens, as a growing sample has, weights of
+            bfloat16, lengths that are not multiples of 32 tokens (a growing sample), weights of
             another type.
 
     Raises:
@@ -179,7 +179,7 @@ class NativeBlocks:
     def forward(
         self, sizes: _Sizes, seed: int, inputs: Sequence[Tensor | None], trains: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the output and, where it `trains`, what the backward pass reads besides."""
+        """Return the output and, where it `trains`, what else the backward pass reads."""
         x = inputs[0]
         assert x is not None
         y = torch.empty_like(x)
@@ -222,7 +222,7 @@ class NativeBlocks:
         return gradients
 
     def give_back(self, sizes: _Sizes, kept: tuple[Tensor, ...]) -> None:
-        """Take buffers back that nobody reads any more, for the next call of the same shape."""
+        """Take back buffers that are no longer read, for the next call of the same shape."""
         if any(tensor.is_inference() for tensor in kept):
             return  # no training step could save them
         with self._lock:
@@ -302,7 +302,7 @@ def _filled(weight: Tensor, dimension: int) -> Tensor:
 
 
 def _serves(x: Tensor, weights: list[Tensor | None]) -> bool:
-    """Whether bfloat16 is asked for, and shapes and types are those of the code."""
+    """Whether bfloat16 is requested, and the code supports the shapes and types."""
     if not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16):
         return False
     if not x.numel() or x.size(1) % SIDE or x.size(1) > LONGEST:

@@ -69,7 +69,7 @@ def load_library() -> ctypes.CDLL:
             return build(compiler, Path(name))  # a library in use needs no name
     except OSError as error:
         raise MachineError(
-            f"compiled code can neither be kept nor loaded: {error}",
+            f"compiled code can be neither stored nor loaded: {error}",
             fix="set TMPDIR to a directory with space, from which programs may be executed",
         ) from error
 
@@ -103,7 +103,7 @@ def build(compiler: str, directory: Path, processor: str = OWN_PROCESSOR) -> cty
 
     Args:
         compiler: path of a GCC.
-        directory: where nobody else can put one.
+        directory: where no other user can put one.
         processor: the compiler's option for the processor.
 
     Raises:
@@ -140,7 +140,7 @@ def _compiled(compiler: str, directory: Path, processor: str) -> Path:
                 got=reason[:200] or f"exit code {status}",
                 fix="name GCC 12 or newer in CXX, or set training.compile to true or false",
             )
-        new.replace(target)  # whole or not at all, whoever else compiles it now
+        new.replace(target)  # complete or absent, also if others compile it now
     return target
 
 
@@ -215,7 +215,7 @@ def _end_group(process: subprocess.Popen[str]) -> None:
 
 
 def _identity(compiler: str) -> list[str]:
-    """Return what the compiled code depends on besides its sources: compiler and processor."""
+    """Return what the compiled code depends on beside its sources: compiler and processor."""
     status = Path(compiler).resolve().stat()
     identity = [str(Path(compiler).resolve()), str(status.st_size), str(status.st_mtime_ns)]
     try:

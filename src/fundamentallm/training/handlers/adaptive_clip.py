@@ -18,10 +18,10 @@ class AdaptiveClip:
     z = (g - m) / sqrt(v) above `threshold` is clipped to m + sqrt(v) * threshold^2 / z: the
     further out, the harder. What enters the averages is the clipped norm, so that a spike does not
     raise the level (Kumar et al. 2025, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training",
-    arXiv:2504.02507, algorithm 1 with reciprocal clipping). `training.max_grad_norm` holds besides.
+    arXiv:2504.02507, algorithm 1 with reciprocal clipping). `training.max_grad_norm` also applies.
 
     Args:
-        threshold: z-score above which is clipped.
+        threshold: z-score above which a norm is clipped.
         decay: weight of the past in the averages, in (0, 1).
         warmup: applied updates whose norms begin the averages, before anything is clipped.
     """
@@ -32,7 +32,7 @@ class AdaptiveClip:
         if not 0.0 < decay < 1.0:
             raise ValueError(f"decay must lie in (0, 1), got {decay}")
         if warmup < 2:
-            raise ValueError(f"warmup must be at least 2, a variance needs it, got {warmup}")
+            raise ValueError(f"warmup must be at least 2 to compute a variance, got {warmup}")
         self.threshold = threshold
         self.decay = decay
         self.warmup = warmup
@@ -73,7 +73,7 @@ class AdaptiveClip:
         self.variance = self.decay * self.variance + (1.0 - self.decay) * distance
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages; None for those that there are not yet."""
+        """Return the averages; None before the first value."""
         begun = len(self.first_norms) == self.warmup
         return {
             "first_norms": list(self.first_norms),
@@ -83,7 +83,7 @@ class AdaptiveClip:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore saved averages."""
         self.first_norms = list(state_dict["first_norms"])
         mean, variance = state_dict["mean"], state_dict["variance"]
         self.mean = math.nan if mean is None else mean

@@ -19,7 +19,7 @@ at FLLM_EVALUATION_DUE), "recovery" (acts on refused steps), "throughput" (measu
 handler with `state_dict` and `load_state_dict` is part of every checkpoint from the moment that it
 is attached. Under `handlers:` in a YAML its options are the constructor's parameters, but for
 those that the program supplies (listed below) and those that take a function, a stream or another
-object: such are for callers in Python.
+object; those are for callers in Python.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The handlers that a script gets without asking."""
+"""The default handlers of a script."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fundamentallm.training.loop import TrainingLoop
 
 
 def default_handlers(trainer: TrainingLoop, checkpoint_dir: Path | None) -> Iterator[Handler]:
-    """Yield a handler for each role that nobody plays yet.
+    """Yield a handler for each role that no attached handler has.
 
     Args:
         trainer: has the schedule and the configuration.
-        checkpoint_dir: where checkpoints go; None for no checkpoints.
+        checkpoint_dir: where checkpoints go; None: no checkpoints.
     """
     if not trainer.has_role("schedule"):
         yield Schedule(trainer.scheduler)

@@ -21,7 +21,7 @@ class EarlyStopping:
     NaN for the best score and never stops.)
 
     Args:
-        patience: evaluations in a row that may fail to improve.
+        patience: evaluations in a row without improvement.
         min_delta: nats per token by which the loss must fall to count.
     """
 
@@ -38,7 +38,7 @@ class EarlyStopping:
         trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_COMPLETED, self.judge)
 
     def judge(self, trainer: TrainingLoop) -> None:
-        """Compare with the best loss so far."""
+        """Compare with the best loss."""
         loss = trainer.state.metrics["val/loss"]
         if loss < self.best - self.min_delta:
             self.best, self.waited = loss, 0
@@ -56,6 +56,6 @@ class EarlyStopping:
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on waiting where a run left off."""
+        """Restore a saved count."""
         self.best = state_dict["best"]
         self.waited = state_dict["waited"]

@@ -38,7 +38,7 @@ class Evaluation:
         try:
             completed = bool(trainer.validate())
         finally:
-            if not completed:  # a signal came, or an error; it runs again when the run goes on
+            if not completed:  # a signal or an error; it runs again when the run continues
                 state.evaluations -= 1
         if not completed:
             return

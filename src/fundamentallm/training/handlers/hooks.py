@@ -1,4 +1,4 @@
-"""Plain functions at the three moments that most scripts ask for."""
+"""Plain functions at three common moments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Hooks:
         self.on_checkpoint = on_checkpoint
 
     def attach(self, trainer: TrainingLoop) -> None:
-        """Listen where there is a function to call."""
+        """Listen for each function that is given."""
         if self.on_epoch_end is not None:
             trainer.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_end)
         if self.on_validation is not None:

@@ -16,7 +16,7 @@ class MetricsLog(MetricsWriter):
     """Observes: writes `metrics.jsonl`, one JSON object a line.
 
     Every line has `step`, `epoch`, `tokens` and `elapsed_seconds`, and the `train/` or the `val/`
-    metrics of that step. JSON has no NaN or infinity: they stand as the strings "NaN",
+    metrics of that step. JSON has no NaN or infinity: they are written as the strings "NaN",
     "Infinity" and "-Infinity", never as a number that was not measured. When a run is resumed or
     rolled back, lines of later steps are cut off, so that the file tells one history.
 
@@ -48,7 +48,7 @@ class MetricsLog(MetricsWriter):
 
 
 def json_number(value: float) -> float | str:
-    """Return the number, or its name where JSON has no such number."""
+    """Return the number, or its name if JSON has no such number."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -40,7 +40,7 @@ class LossEMA:
         return self.total / (1.0 - self.decay**self.count) if self.count else math.nan
 
     def update(self, trainer: TrainingLoop) -> None:
-        """Take in the step's loss, which the guard has brought to the host already."""
+        """Add the step's loss, which is on the host already."""
         output = trainer.state.output
         loss = output.loss
         if math.isfinite(loss) and not output.rejection:
@@ -53,6 +53,6 @@ class LossEMA:
         return {"total": self.total, "count": self.count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved mean."""
+        """Restore a saved mean."""
         self.total = state_dict["total"]
         self.count = state_dict["count"]

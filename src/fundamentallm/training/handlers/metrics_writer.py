@@ -1,6 +1,6 @@
-"""What all loggers share: which records there are, when they are written, and what a fault does.
+"""The base of all loggers: the records, when they are written, and what happens after a fault.
 
-A logger is a subclass of `MetricsWriter` that has `write`, and `cut_back` and `close` where it
+A logger is a subclass of `MetricsWriter` that has `write`, and `cut_back` and `close` if it
 needs them; `examples/own_logger.py` is one for SQLite.
 """
 
@@ -23,7 +23,7 @@ MAX_FAILURES = 3  # one after the other
 
 @dataclass(frozen=True)
 class Record:
-    """What is known at one step.
+    """The record of one step.
 
     Attributes:
         kind: "train" of a step, "val" of an evaluation; "incidents" and "rollbacks" of one that
@@ -35,7 +35,7 @@ class Record:
         metrics: numbers by name, in the order of the names, NaN and infinity among them:
             `train/...` of a step, `val/...` of an evaluation, else the count so far, under the
             kind's name.
-        text: what an incident or a rollback says; else empty.
+        text: the text of an incident or a rollback; else empty.
     """
 
     kind: Literal["train", "val", "incidents", "rollbacks"]
@@ -57,7 +57,7 @@ class MetricsWriter(ABC):
     three failures in a row the logger is left out for the rest of the run.
 
     Attributes:
-        target: what is written, for the warning.
+        target: the name of the output, for the warning.
     """
 
     target = "metrics"
@@ -69,10 +69,10 @@ class MetricsWriter(ABC):
         """Add a record; open what is not open, also after `close`."""
 
     def cut_back(self, step: int, evaluation_pending: bool) -> None:  # noqa: B027 (optional)
-        """Forget what the run has not done: it begins, is resumed or goes back.
+        """Remove later records when the run starts, is resumed or rolls back.
 
         Args:
-            step: where it stands; records of later steps are no longer true. Those of incidents
+            step: the run's present step; records of later steps are invalid. Those of incidents
                 and rollbacks are written again.
             evaluation_pending: the evaluation after `step` will run again, so that its record is to
                 go as well.
@@ -86,7 +86,7 @@ class MetricsWriter(ABC):
         if not trainer.ranks.is_writer:
             return
         self._marks: list[Record] = []
-        self._left_out: set[str] = set()  # metrics that are no numbers
+        self._left_out: set[str] = set()  # metrics that are not numbers
         for event, listener in (
             (TrainingEvents.FLLM_RUN_STARTED, self._begin),
             (TrainingEvents.FLLM_ROLLED_BACK, self._go_back),
@@ -166,7 +166,7 @@ class MetricsWriter(ABC):
         try:
             call(*args)
             self._failures = 0
-        except Exception as error:  # whatever a logger, its library or its disk raises
+        except Exception as error:  # anything that a logger, its library or its disk raises
             self._failures += 1
             logger.debug("%s: failure %d in a row", self.target, self._failures, exc_info=True)
             if not self._told:

@@ -1,4 +1,4 @@
-"""How much of the hardware training uses."""
+"""The share of the hardware's peak that training uses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ModelFlopsUtilization:
 
     Args:
         peak_tflops: of one device, in 10^12 FLOP/s; unset, the data sheet's for a GPU known by
-            name, else what matrix products are seen to reach when the run starts.
+            name, else the rate of matrix products measured when the run starts.
     """
 
     def __init__(self, peak_tflops: float | None = None) -> None:
@@ -42,8 +42,8 @@ class ModelFlopsUtilization:
     def prepare(self, trainer: TrainingLoop) -> None:
         """Count a token's FLOPs and find the devices' peak in FLOP/s."""
         if not trainer.has_role("throughput"):
-            logger.warning("mfu is NaN: the handler throughput, whose figure it is of, is off")
-        # Of a model that does not say, the attention is unknown.
+            logger.warning("mfu is NaN: it needs the handler throughput, which is switched off")
+        # The attention of a model that does not describe it is unknown.
         known = getattr(trainer.model, "flops_per_token", None)
         num_parameters = sum(p.numel() for p in trainer.model.parameters())
         self.flops_per_token = float(6 * num_parameters if known is None else known)

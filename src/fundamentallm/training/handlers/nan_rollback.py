@@ -1,4 +1,4 @@
-"""Survive numerical faults."""
+"""Recover from numerical faults."""
 
 from __future__ import annotations
 
@@ -34,43 +34,43 @@ from fundamentallm.training.recovery.incident import write_incident
 
 logger = logging.getLogger(__name__)
 
-# Windows passed over in a row for these weights alone, after which the weights are to blame.
+# Skipped step batches in a row for these weights, after which the weights are the cause.
 BLAMED = 2
 METRICS_KEPT = 200  # steps before an incident whose metrics go into its report
 
 
 @HANDLERS.register("nan_rollback")
 class NaNRollback:
-    """Controls: finds out why a step is not finite, acts on it, and goes on.
+    """Controls: finds out why a step is not finite, acts on it, and continues.
 
     The step has refused the update already, so the weights are clean. The step is then replayed
     under control (`diagnosis.py`), and the verdict decides:
 
-    - transient: the step is taken once more from the very same state.
-    - precision, data, data_with_weights: this window alone is passed over; after two in a row of
-      the last, a third is a divergence.
-    - divergence: the run goes back to a checkpoint that has proved healthy, with `healthy_after`
-      good steps behind it; the window and its neighbours are passed over, and the learning rate is
+    - transient: the step is repeated from the same state.
+    - precision, data, data_with_weights: only this step batch is skipped; after two in a row of
+      the last kind, a third is a divergence.
+    - divergence: the run rolls back to a checkpoint that has proved healthy, with `healthy_after`
+      good steps behind it; the step batch and its neighbours are skipped, and the learning rate is
       lowered for `rate_steps`. Distance and neighbourhood double with each retry in a region.
-    - spike, which the handler `spikes` asks for: this window alone is passed over.
+    - spike, requested by the handler `spikes`: only this step batch is skipped.
     - state (a moment or the learning rate is not finite): back to the newest checkpoint.
-    - unexplained (transient, but twice at the same step): back, without this window.
+    - unexplained (transient, but twice at the same step): back, without this step batch.
 
-    What is done enters the interventions, so that the healed run is, bit for bit, a clean run that
+    Actions are added to the interventions, so that the healed run is, bit for bit, a clean run that
     was given these interventions. An fp16 overflow is expected now and then and
     only counts when `max_overflows` come in a row.
 
     Args:
-        max_rollbacks: incidents with a window passed over or a way back, in one run, before it
+        max_rollbacks: incidents with a skipped step batch or a rollback, in one run, before it
             gives up.
         max_per_region: rollbacks in one region before it gives up; a region ends `rate_steps`
             after its last fault.
         max_overflows: fp16 overflows in a row that count as a fault.
-        max_transients: steps taken once more, in one run, before it gives up: a machine that errs
-            that often is no machine to train on.
-        max_spikes: spikes whose window is passed over, in one run, before it gives up.
+        max_transients: repeated steps, in one run, before it gives up: a machine with more errors
+            is not fit for training.
+        max_spikes: spikes whose step batch is skipped, in one run, before it gives up.
         healthy_after: good steps after a checkpoint that make it healthy.
-        neighbours: windows before and after a diverging one that are passed over with it.
+        neighbours: step batches before and after a diverging one that are skipped with it.
         rate_factor: the learning rate is multiplied by this after a divergence.
         rate_steps: for so many steps.
         run_dir: where `incidents/` is written; None writes no evidence.
@@ -94,7 +94,7 @@ class NaNRollback:
         tokenizer: Tokenizer | None = None,
     ) -> None:
         if not 0.0 < rate_factor <= 1.0:
-            raise ValueError(f"rate_factor must lie above 0 and at most at 1, got {rate_factor}")
+            raise ValueError(f"rate_factor must be above 0 and at most 1, got {rate_factor}")
         counts = {
             "max_rollbacks": max_rollbacks,
             "max_per_region": max_per_region,
@@ -134,14 +134,14 @@ class NaNRollback:
         self._metrics: deque[dict[str, Any]] = deque(maxlen=METRICS_KEPT)
 
     def attach(self, trainer: TrainingLoop) -> None:
-        """Listen to refusals, updates and states that are not fit to be saved."""
+        """Listen to refusals, updates and damaged states."""
         trainer.add_event_handler(TrainingEvents.FLLM_STEP_REJECTED, self.judge)
         trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, self.note_good_window)
         trainer.add_event_handler(TrainingEvents.FLLM_STATE_DAMAGED, self.judge_state)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self.note_metrics)
 
     def note_good_window(self, trainer: TrainingLoop) -> None:
-        """An applied update ends a series of overflows; its window is known to be good."""
+        """An applied update ends a series of overflows; its step batch is known to be good."""
         self.overflows = self._blamed = 0
         self._good_steps.append(trainer.state.iteration)
         self._good_window = trainer.window
@@ -280,7 +280,7 @@ class NaNRollback:
         doubled = 2 ** (self.in_region - 1)
         before = self._healthy_until(doubled) if verdict == DIVERGENCE else None
         target = trainer.restore_step(before)
-        decision = f"going back to step {target}" if target is not None else "going on from here"
+        decision = f"going back to step {target}" if target is not None else "continuing from here"
         if before is not None and target is not None and target > before:
             decision += " (the oldest kept: none has proved healthy)"
         # A step that the restored state has behind it was taken, and stays so.
@@ -319,7 +319,7 @@ class NaNRollback:
     ) -> None:
         self._report(trainer, fault, verdict, "giving up", diagnosis)
         raise NumericalError(
-            f"training cannot go on at step {trainer.state.iteration}: {fault}",
+            f"training cannot continue at step {trainer.state.iteration}: {fault}",
             where=str(self.run_dir / INCIDENTS) if self.run_dir is not None else "",
             fix="lower training.learning_rate, lengthen training.warmup_steps, or inspect the data"
             " of these steps; the last good checkpoint is kept",

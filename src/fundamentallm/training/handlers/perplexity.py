@@ -14,10 +14,10 @@ from fundamentallm.training.step import perplexity_of
 
 @HANDLERS.register("perplexity")
 class Perplexity:
-    """Observes: writes `train/perplexity`, exp of the token-weighted mean loss of the epoch so far.
+    """Observes: writes `train/perplexity`, exp of the token-weighted mean loss of the epoch.
 
     The mean of exponentials, or the exponential of a mean of batch means, would be another
-    number: the sum of nats and the count of tokens are kept apart, in float64.
+    number: the sum of nats and the count of tokens are kept separately, in float64.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Perplexity:
         self.num_tokens = 0
 
     def attach(self, trainer: TrainingLoop) -> None:
-        """Begin anew with each epoch's first step; listen at ITERATION_COMPLETED."""
+        """Reset at each epoch's first step; listen at ITERATION_COMPLETED."""
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self.update)
 
     def update(self, trainer: TrainingLoop) -> None:
@@ -46,6 +46,6 @@ class Perplexity:
         return {"nll": self.nll, "num_tokens": self.num_tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on within a saved epoch."""
+        """Restore the sums of a saved epoch."""
         self.nll = state_dict["nll"]
         self.num_tokens = state_dict["num_tokens"]

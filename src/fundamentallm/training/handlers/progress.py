@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 @HANDLERS.register("progress")
 class Progress:
-    """Observes: a progress bar on a terminal, a line now and then elsewhere.
+    """Observes: a progress bar on a terminal, regular lines elsewhere.
 
-    Both show loss, smooth loss, learning rate, tokens per second and the time that is left.
+    Both show loss, smooth loss, learning rate, tokens per second and the remaining time.
 
     Args:
-        min_interval: seconds between two lines where there is no terminal.
-        stream: where the bar goes; it is used only if it is a terminal.
+        min_interval: seconds between two lines without a terminal.
+        stream: the stream for the bar, used only if it is a terminal.
         clock: monotonic seconds.
     """
 
@@ -44,7 +44,7 @@ class Progress:
         self._shown_at = -math.inf
 
     def attach(self, trainer: TrainingLoop) -> None:
-        """Show at FLLM_METRICS_READY, on the rank that speaks."""
+        """Show at FLLM_METRICS_READY, on the rank that prints."""
         if not trainer.ranks.is_writer:
             return
         trainer.add_event_handler(Events.STARTED, self.open)
@@ -52,7 +52,7 @@ class Progress:
         trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, self.show)
 
     def open(self, trainer: TrainingLoop) -> None:
-        """Put up the bar at the run's current step; after a rollback, move it back."""
+        """Show the bar at the run's current step; after a rollback, move it back."""
         if self._stream is None or not self._stream.isatty():
             return
         if self._bar is None:
@@ -85,7 +85,7 @@ class Progress:
             logger.info("step %d%s: %s", state.iteration, total, self._figures(trainer))
 
     def close(self) -> None:
-        """Take the bar down, leaving its last state on the terminal."""
+        """Close the bar; its last state stays on the terminal."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

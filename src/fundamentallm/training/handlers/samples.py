@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 class Samples:
     """Observes: writes a sample of generated text to `samples.jsonl` after an evaluation.
 
-    The random numbers of a sample follow from the seed and the step and are its own, so that
+    The random numbers of a sample depend only on the seed and the step, so that
     sampling never changes the training.
 
     Args:
@@ -69,7 +69,7 @@ class Samples:
         )
 
     def begin(self, trainer: TrainingLoop) -> None:
-        """Tell one history, and write the sample that a stop cut off before this state."""
+        """Remove later samples, and write the sample that a stop skipped before this state."""
         self.cut_back(trainer)
         if self.owed == trainer.state.iteration:
             self.sample(trainer)
@@ -78,7 +78,7 @@ class Samples:
         """Drop samples of steps that the restored state has not taken."""
         if trainer.ranks.is_writer:
             step = trainer.state.iteration
-            # A process killed after it had made up for an owed sample has left that in the file.
+            # A process killed after writing a pending sample has left it in the file.
             owed = self.owed == step
             self.file.cut_back(step, trainer.evaluation_pending() or owed)
 
@@ -110,11 +110,11 @@ class Samples:
         logger.debug("sample at step %d:\n%s", step, text)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step whose sample was cut off, None if none was."""
+        """Return the step whose sample is pending; None without one."""
         return {"owed": self.owed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what is owed."""
+        """Restore the pending sample."""
         self.owed = state_dict["owed"]
 
     def _prompt_ids(self) -> list[int]:

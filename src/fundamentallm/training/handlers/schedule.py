@@ -52,9 +52,9 @@ class Schedule(ParamScheduler):
         return [base * multiplier for base in self.scheduler.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the progress of the last step: None where steps, not the clock, count."""
+        """Return the progress of the last step: None if steps, not the clock, count."""
         return {"progress": self.progress}
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Take the progress back; the clock goes on from there."""
+        """Restore the progress; the clock continues from there."""
         self.progress = state_dict["progress"]

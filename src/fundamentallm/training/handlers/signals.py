@@ -21,8 +21,8 @@ class Signals:
 
     The signal's own handler only sets a flag, which the Trainer reads between steps and during an
     evaluation. A second signal ends the process at once, with the exit code 128 + n. A signal that
-    the process was started to ignore, as under `nohup`, stays ignored. A handler that somebody
-    else has installed is put back at the run's end.
+    the process was started to ignore, as under `nohup`, stays ignored. A handler that other
+    code has installed is restored at the run's end.
     """
 
     def __init__(self) -> None:
@@ -41,12 +41,12 @@ class Signals:
             return
         for name in SIGNALS:
             number = getattr(signal, name, None)  # Windows lacks some
-            # Ignored from the start is somebody's wish: of nohup, or of a shell in the background.
+            # A signal ignored from the start stays ignored: nohup, or a background shell, set it.
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._receive)
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

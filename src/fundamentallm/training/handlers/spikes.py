@@ -15,7 +15,7 @@ from fundamentallm.training.recovery.outliers import RobustWindow
 
 logger = logging.getLogger(__name__)
 
-EVERY = 8  # accepted steps between two looks at the windows: of 128 values, 8 change little
+EVERY = 8  # accepted steps between two updates of the statistics: of 128 values, 8 change little
 
 
 @HANDLERS.register("spikes")
@@ -24,29 +24,29 @@ class Spikes:
 
     A spike: a step's figure is compared with the median of the last accepted steps, in units of
     their MAD; of the norm, which varies by factors, the logarithm. A step that stands out never
-    enters the window. A rise: the median of the newest losses has left the lowest one that the run
+    enters the history. A rise: the median of the newest losses has left the lowest one that the run
     has had, too slowly for any step to stand out. Both figures are sums over the ranks that the
     guard has read already, so every rank sees the same and nothing is read twice.
 
     Policies:
 
     - report: says so, once for a series of spikes, and lets the update pass. After `patience` in
-      a row this is the new level, and the windows begin anew; so after a rise.
-    - reject: the update is refused and the window of data passed over. After `patience` in a row,
-      and after a rise, the weights are to blame, and the run goes back as after a divergence.
-    - rollback: the run goes back at the first spike, and after a rise.
+      a row this is the new level, and the history is cleared; also after a rise.
+    - reject: the update is refused and the step batch skipped. After `patience` in a row,
+      and after a rise, the weights are the cause, and the run rolls back as after a divergence.
+    - rollback: the run rolls back at the first spike, and after a rise.
 
-    The last two leave the acting, and its bounds, to `nan_rollback`.
+    For the last two, `nan_rollback` acts and sets the limits.
 
     Args:
         policy: what a spike leads to.
         threshold: robust standard deviations above the median that make a spike.
         window: accepted steps that are remembered.
         needed: accepted steps before the statistics hold; until then a loss is a spike if it is
-            more than twice the median so far.
+            more than twice the median up to then.
         patience: spikes in a row, see above.
         rise: robust standard deviations by which the median of the newest `needed` losses may lie
-            above its lowest; None looks for no rise.
+            above its lowest; None: no check for a rise.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Spikes:
             trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, self.accept)
 
     def check(self, trainer: TrainingLoop) -> None:
-        """Refuse a policy that nobody would carry out.
+        """Refuse a policy that no handler would carry out.
 
         Raises:
             ConfigError: `nan_rollback` is switched off.
@@ -100,7 +100,7 @@ class Spikes:
                 f"policy {self.policy} needs the handler nan_rollback, which acts on it",
                 where="handlers.spikes.policy",
                 got=self.policy,
-                fix="switch nan_rollback on, or take policy: report",
+                fix="switch nan_rollback on, or set policy: report",
             )
 
     def look(self, trainer: TrainingLoop) -> None:
@@ -208,7 +208,7 @@ class Spikes:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore a saved state."""
         self.losses.load_state_dict(state_dict["losses"])
         self.norms.load_state_dict(state_dict["norms"])
         self.newest.load_state_dict(state_dict["newest"])

@@ -15,11 +15,11 @@ from fundamentallm.training.loop import TrainingLoop
 class StopFile:
     """Controls: saves and stops after the step in which the file STOP appears in the run directory.
 
-    For jobs that one can reach only through a shared disk: `touch runs/mine/STOP`. The file is
-    removed when the run has stopped, so that the next start goes on.
+    For jobs that are reachable only through a shared disk: `touch runs/mine/STOP`. The file is
+    removed when the run has stopped, so that the next start continues.
 
     Args:
-        run_dir: the directory that is watched.
+        run_dir: the directory to watch.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -38,5 +38,5 @@ class StopFile:
         return os.access(self._name, os.F_OK)  # in each step: a tenth of Path.exists' time
 
     def remove(self) -> None:
-        """Take the file away."""
+        """Remove the file."""
         self.path.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ class TensorBoard(MetricsWriter):
         self._flushed_at = 0.0
 
     def cut_back(self, step: int, evaluation_pending: bool) -> None:
-        """Begin a file behind the step; TensorBoard hides what older files say beyond it."""
+        """Start a new file after the step; TensorBoard hides later steps of older files."""
         self.close()
         self._open(step + 1)
 
@@ -62,7 +62,7 @@ class TensorBoard(MetricsWriter):
                 writer.close()
 
     def _open(self, step: int) -> None:
-        # Imported here: protobuf is not for those who switch this off. RecordWriter, since the
+        # Imported here: without this handler protobuf is not needed. RecordWriter, since the
         # thread of SummaryWriter dies of a full disk, and the run would wait for it forever.
         from tensorboardX.proto.event_pb2 import SessionLog
         from tensorboardX.record_writer import RecordWriter
@@ -73,7 +73,7 @@ class TensorBoard(MetricsWriter):
         # take them in the order of their names.
         number = len(list(self.directory.iterdir()))
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{number:04d}"
-        Filesystem().create(self.directory / name).close()  # private, and nobody's link
+        Filesystem().create(self.directory / name).close()  # private, and not a link
         self._writer = RecordWriter(str(self.directory / name))
         self._add(step, file_version="brain.Event:2")
         self._add(step, session_log=SessionLog(status=SessionLog.START))

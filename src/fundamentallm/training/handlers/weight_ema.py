@@ -62,7 +62,7 @@ class WeightEMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Run a block with the averages in the model; put the weights back whatever happens."""
+        """Run a block with the averages in the model; always restore the weights."""
         if not self.averages:
             yield
             return
@@ -84,7 +84,7 @@ class WeightEMA:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from saved averages.
+        """Restore saved averages.
 
         Raises:
             ValueError: they belong to another model.
@@ -92,7 +92,7 @@ class WeightEMA:
         saved = state_dict["averages"]
         if saved and saved.keys() != self._parameters.keys():
             odd = sorted(saved.keys() ^ self._parameters.keys())
-            raise ValueError(f"averages of another model: {', '.join(odd[:5])}")
+            raise ValueError(f"the averages belong to another model: {', '.join(odd[:5])}")
         self.num_updates = state_dict["num_updates"]
         self.averages = {
             name: tensor.to(self._parameters[name].device, torch.float32, copy=True)
