@@ -15,6 +15,8 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fundamentallm.compute.launchers import launched_as
 from fundamentallm.errors import MachineError
@@ -169,7 +171,13 @@ def join_ranks(device: str) -> Ranks:
         # For env:// of torch, and for whatever asks the environment which rank this is.
         os.environ.update(launched)
         try:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            rank, world_size = int(launched["RANK"]), int(launched["WORLD_SIZE"])
+            dist.init_process_group(
+                "nccl" if device == "cuda" else "gloo",
+                store=_store_of_this_start(),
+                rank=rank,
+                world_size=world_size,
+            )
             _tell_ignite()
         except (RuntimeError, ValueError) as error:
             raise MachineError(
@@ -181,6 +189,17 @@ def join_ranks(device: str) -> Ranks:
                 " choose others",
             ) from error
     return Ranks.current()
+
+
+def _store_of_this_start() -> PrefixStore:
+    """Return the store where the ranks meet, without what an earlier start has left there.
+
+    torchrun keeps one store through its restarts; a rank that read the address of a process that is
+    gone could not connect.
+    """
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, _, world_size = next(rendezvous("env://"))
+    return PrefixStore(f"start-{start}-of-{world_size}", store)
 
 
 def _tell_ignite() -> None:
