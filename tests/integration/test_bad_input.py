@@ -506,7 +506,7 @@ def test_a_disk_that_fills_up_keeps_the_earlier_checkpoints(place, capsys, monke
     says = ("the disk is full", "step-00000008", "free space")
     checked_message(capsys.readouterr().err, says)
     left = {path.name for path in Path("runs/tiny/checkpoints").iterdir()}
-    assert left == {"step-00000000", "step-00000004", "best", "last"}
+    assert left == {"step-00000000", "step-00000004", "best", "last", "scores.jsonl"}
     monkeypatch.undo()
     monkeypatch.chdir(place)
     assert main(["run", "tiny.yaml"]) == 0
@@ -602,7 +602,7 @@ def test_going_on_by_itself_with_another_text(done, place, refused):
 def test_going_on_with_another_tokenizer(done, refused):
     arguments = ["data.tokenizer=byte", "--resume", "runs/tiny"]
 
-    says = ("data.tokenizer: 'character' there, 'byte' here",)
+    says = ("data.tokenizer: 'character' in the run, 'byte' now",)
     refused("run", "tiny.yaml", *arguments, code=4, says=says)
 
 
@@ -672,7 +672,7 @@ def test_no_whole_checkpoint_is_an_error_that_names_each(done, refused):
     for step in ("00000000", "00000004", "00000008"):
         damage(done / "checkpoints" / f"step-{step}" / "model.safetensors")
 
-    says = ("no checkpoint here", "step-00000008", "step-00000004", "restore a copy")
+    says = ("no usable checkpoint", "step-00000008", "step-00000004", "restore a copy")
     for arguments in (["run", "tiny.yaml"], ["evaluate", "runs/tiny"], ["generate", "runs/tiny"]):
         refused(*arguments, code=4, says=says)
 

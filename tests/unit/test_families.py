@@ -192,7 +192,7 @@ class TestBuilding:
         assert model(torch.zeros(1, 3, dtype=torch.int64)).shape == (1, 3, 7)
 
     def test_a_missing_size_is_an_error(self):
-        with pytest.raises(ConfigError, match="no vocab_size"):
+        with pytest.raises(ConfigError, match="needs a vocab_size"):
             build_model(FamilyConfig(family="test_bigram"))
 
     def test_the_default_family_has_the_weights_of_the_class(self):
