@@ -425,6 +425,11 @@ def trial_directory(scratch: Path) -> Iterator[Path]:
         shutil.rmtree(outer)
 
 
+def own_places(place: Path) -> dict[str, str]:
+    """Return the variables by which programs and libraries keep their files inside a trial."""
+    return dict.fromkeys(("TMPDIR", "XDG_CACHE_HOME", "HOME"), str(place))
+
+
 def forked(kind: str, number: int, seed: int, material: Path, place: Path) -> str:
     """Do one trial in a child of this process; return the fault, empty for none."""
     report = place.parent.parent / "report"
@@ -438,7 +443,7 @@ def forked(kind: str, number: int, seed: int, material: Path, place: Path) -> st
             output = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (0, 1, 2):
                 os.dup2(quiet, stream)
-            os.environ.update(TMPDIR=str(place), XDG_CACHE_HOME=str(place), HOME=str(place))
+            os.environ.update(own_places(place))
             resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
             held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (held + ADDRESSES, held + ADDRESSES))
@@ -475,7 +480,7 @@ def cold(kind: str, number: int, seed: int, material: Path, place: Path) -> str:
     done = subprocess.run(
         command,
         cwd=place,
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, **own_places(place), "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=WALL_SECONDS,

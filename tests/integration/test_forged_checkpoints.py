@@ -154,6 +154,17 @@ RESUMED: dict[str, Change] = {
         total_steps="many"
     ),
     "buffers that are a number": state(buffers=5),
+    "averages of another shape": lambda it: it.tensors.update(
+        {name: tensor.flatten() for name, tensor in it.tensors.items() if ".averages." in name}
+    ),
+    "moments of another shape": lambda it: it.tensors.update(
+        {
+            name: torch.ones(3, 3)
+            for name, tensor in it.tensors.items()
+            if name.endswith("exp_avg") and tensor.ndim == 2
+        }
+    ),
+    "moments that are a word": lambda it: it.skeletons["state"]["optimizer"].update(state="x"),
 }
 
 

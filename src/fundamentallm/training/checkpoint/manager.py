@@ -284,6 +284,10 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any, where: s
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
         raise CheckpointError("the checkpoint holds no optimizer", where=where)
     saved, own = state["param_groups"], optimizer.param_groups
+    if not isinstance(state["state"], Mapping) or not all(
+        isinstance(kept, Mapping) for kept in state["state"].values()
+    ):
+        raise CheckpointError("the checkpoint's optimizer has no table of states", where=where)
     if not isinstance(saved, list) or not all(
         isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in saved
     ):
@@ -310,6 +314,23 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any, where: s
             got=f"options {', '.join(sorted(map(str, set(saved[0]) - {'params'})))}",
             expected=f"also {', '.join(sorted(missing))}, as {type(optimizer).__name__} has",
         )
+    numbers = [number for group in saved for number in group["params"]]
+    parameters = [parameter for group in own for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for name, value in state["state"].get(number, {}).items():
+            # A single number is a count of steps; what is kept in another form is the optimizer's.
+            if (
+                isinstance(value, Tensor)
+                and value.ndim == parameter.ndim
+                and value.numel() > 1
+                and value.shape != parameter.shape
+            ):
+                raise CheckpointError(
+                    f"the checkpoint's optimizer keeps '{name}' of another shape",
+                    where=where,
+                    got=str([*value.shape]),
+                    expected=str([*parameter.shape]),
+                )
 
 
 def _form(value: Any) -> str:

@@ -93,6 +93,9 @@ class WeightEMA:
         if saved and saved.keys() != self._parameters.keys():
             odd = sorted(saved.keys() ^ self._parameters.keys())
             raise ValueError(f"the averages belong to another model: {', '.join(odd[:5])}")
+        for name, tensor in saved.items():
+            if tensor.shape != (shape := self._parameters[name].shape):
+                raise ValueError(f"the average of {name} is {[*tensor.shape]}, not {[*shape]}")
         self.num_updates = state_dict["num_updates"]
         self.averages = {
             name: tensor.to(self._parameters[name].device, torch.float32, copy=True)
