@@ -17,8 +17,8 @@ class Evaluation:
     """Observes: measures the validation loss when it is due; writes `val/loss`, `val/perplexity`.
 
     Due means every `eval_steps`, at each epoch's end (unless `eval_epochs` is off) and at the last
-    step. The weights are those
-    that `trainer.evaluation_weights()` puts in: the averaged ones where weight EMA is attached.
+    step. The weights are those that `trainer.evaluation_weights()` puts in: the averaged ones where
+    weight EMA is attached.
     """
 
     role = "evaluation"
