@@ -25,7 +25,7 @@ from ignite.engine import Events
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.loaders import Batching, ValidationLoader
 from fundamentallm.data.tokenizer import CharacterTokenizer
-from fundamentallm.errors import CheckpointError
+from fundamentallm.errors import CheckpointError, MachineError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_loaders, tiny_model, tiny_tokens
@@ -160,14 +160,21 @@ def quiet(request, tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]]:
     return options, outcome(place, trainer)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broken"), MemoryError(), Killed()])
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RuntimeError("broken"), RuntimeError),
+        (MemoryError(), MachineError),
+        (Killed(), Killed),
+    ],
+)
 @pytest.mark.parametrize("at", range(BATCHES * len(AFTER)))
-def test_a_failing_evaluation_costs_no_step(tmp_path, quiet, error, at):
+def test_a_failing_evaluation_costs_no_step(tmp_path, quiet, error, raised, at):
     options, expected = quiet
     trainer = make_trainer(tmp_path / "run", Batches(at, raising(error)), **options)
     try:
         trainer.run()
-    except type(error):
+    except raised:
         pass
     else:
         pytest.skip("the run is over before that batch")
@@ -256,7 +263,7 @@ def test_scores_say_what_was_measured_and_what_ended_the_run(tmp_path):
 def test_the_last_evaluation_decides_whether_a_run_is_finished(tmp_path):
     place = tmp_path / "run"
     last = BATCHES * len(AFTER) - 1
-    with pytest.raises(MemoryError):
+    with pytest.raises(MachineError, match="out of memory"):
         make_trainer(place, Batches(last, raising(MemoryError())), patience=9).run()
     store = CheckpointStore(place / "checkpoints")
     manifest = store.manifest(store.directory / "step-00000010")
@@ -281,6 +288,73 @@ def test_a_run_that_stopped_early_goes_on_when_it_is_told_to(tmp_path):
     again.run()
     assert steps[:3] == [7, 8, 9]  # to the next evaluation, whose loss may be lower
     assert again.state.evaluations > 2
+
+
+def test_a_run_that_stopped_early_goes_on_elsewhere(tmp_path):
+    make_trainer(tmp_path / "run", patience=1, learning_rate=3.0).run()
+    again = make_trainer(tmp_path / "other", patience=1, learning_rate=3.0)
+    again.resume(tmp_path / "run" / "checkpoints" / "step-00000006")
+    again.run()
+    assert again.state.iteration > 6
+    best = (tmp_path / "other" / "checkpoints" / "best").read_text().strip()
+    assert (tmp_path / "other" / "checkpoints" / best).is_dir()
+
+
+def terminated(trainer: Trainer, step: int) -> Trainer:
+    """Have a handler end the run after a step that no evaluation is due after."""
+
+    def end(engine: Trainer) -> None:
+        if engine.state.iteration == step:
+            engine.terminate()
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, end)
+    return trainer
+
+
+def test_a_failing_evaluation_does_not_lose_the_wish_of_a_handler_to_end_the_run(tmp_path):
+    whole = terminated(make_trainer(tmp_path / "whole", patience=9), 4)
+    whole.run()
+    place = tmp_path / "run"
+    failing = terminated(
+        make_trainer(place, Batches(BATCHES + 1, raising(MemoryError())), patience=9), 4
+    )
+    with pytest.raises(MachineError, match="out of memory"):
+        failing.run()
+    again = terminated(go_on(place, patience=9), 4)
+    again.run()
+    assert again.finished == whole.finished != ""
+    assert_same(outcome(place, again), outcome(tmp_path / "whole", whole))
+    further = terminated(make_trainer(place, patience=9), 4)
+    further.resume(place / "checkpoints" / "step-00000004")  # complete now: it is to go on
+    further.run()
+    assert further.state.iteration == STEPS
+
+
+@pytest.mark.parametrize("write", [1, 2])
+def test_a_run_is_complete_only_once_its_best_is_pointed_at(tmp_path, write, monkeypatch):
+    place = tmp_path / "run"
+    trainer = make_trainer(place, patience=9, learning_rate=1e-3)
+    put, writes = Scores.put, []
+
+    def killed_after(self: Scores, score: Score) -> None:
+        put(self, score)
+        writes.extend([score] * (score.step == STEPS))
+        if len(writes) == write:
+            raise Killed
+
+    monkeypatch.setattr(Scores, "put", killed_after)
+    with pytest.raises(Killed):
+        trainer.run()
+    monkeypatch.undo()
+    store = CheckpointStore(place / "checkpoints")
+    manifest = store.manifest(store.directory / "step-00000010")
+    best = (store.directory / "best").read_text()
+    complete = Scores(store.directory).end_of(manifest) != ""
+    assert (complete, best) == [(False, "step-00000009\n"), (True, "step-00000010\n")][write - 1]
+    if not complete:
+        go_on(place, patience=9, learning_rate=1e-3).run()
+        assert (store.directory / "best").read_text() == "step-00000010\n"
+        assert Scores(store.directory).end_of(manifest) != ""
 
 
 @pytest.mark.parametrize("to", [3, 6])

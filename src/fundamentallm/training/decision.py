@@ -18,6 +18,8 @@ from enum import Enum
 
 from fundamentallm.config.training import TrainingConfig
 
+LAST_STEP = "the last step is done"
+USED_UP = "the budget is used up"
 STOPPED_BY = "stopped by "  # begins the reason of a run that a handler has terminated
 
 
@@ -188,9 +190,9 @@ def decide(at: StepEnd) -> Decision:
         return ROLL_BACK
     reason = facts.finish
     if not reason and facts.exhausted:
-        reason = "the budget is used up"
+        reason = USED_UP
     elif not reason and step == at.last_step:
-        reason = "the last step is done"
+        reason = LAST_STEP
     due = step > 0 and (bool(reason) or at.cadence.evaluates_at(step))
     pending = due and at.unmeasured
     evaluate = due and not facts.evaluated and (bool(reason) or not facts.leaving)

@@ -37,8 +37,10 @@ from fundamentallm.training.buffers import StateBuffers
 from fundamentallm.training.checkpoint.catalogue import Survey
 from fundamentallm.training.decision import (
     GO_ON,
+    LAST_STEP,
     ROLL_BACK,
     STOPPED_BY,
+    USED_UP,
     Cadence,
     Decision,
     End,
@@ -86,7 +88,10 @@ class RestorePoint(Protocol):
         """Note what became of a step whose state is kept: its evaluation, the end of the run."""
 
     def ended_at(self, step: int) -> str:
-        """Return why the run was complete with a kept state; empty if it was not."""
+        """Return why the run was complete with the state that it goes on from; empty if not."""
+
+    def to_end_at(self, step: int) -> str:
+        """Return why the run was to end with that state, had its evaluation been completed."""
 
     def is_scheduled(self, step: int) -> bool:
         """Whether a state is kept for the step that was not saved for a stop alone."""
@@ -287,9 +292,9 @@ class TrainingLoop(Dispatcher):
         if self.state.iteration == 0:
             return
         if self.state.iteration >= (self.limits.total_steps or math.inf):
-            self.finish("the last step is done")
+            self.finish(LAST_STEP)
         elif self.ranks.any(self._out_of_budget()):
-            self.finish("the budget is used up")
+            self.finish(USED_UP)
 
     def _settle(self) -> None:
         """Before a step from a state that was not just computed: what is still to be done there.
@@ -298,6 +303,8 @@ class TrainingLoop(Dispatcher):
         """
         facts, step, point = self._facts, self.state.iteration, self.restore_point
         facts.evaluated = True
+        if point is not None and (wish := point.to_end_at(step)) not in ("", LAST_STEP, USED_UP):
+            self.finish(wish)  # of a handler, which does not say it twice; budgets may have grown
         owed = self.evaluation_pending()
         if self.restore_step() is not None and (not owed or (point and point.is_scheduled(step))):
             facts.saved = End.FINISH  # as it is on the disk

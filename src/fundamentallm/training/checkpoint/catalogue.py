@@ -297,6 +297,12 @@ class Scores:
             return ""
         return str(manifest.metadata.get("finished", ""))
 
+    def end_due_at(self, manifest: Manifest) -> str:
+        """Return why the run was to end with a checkpoint whose evaluation is still to be made."""
+        if not manifest.metadata.get(AWAITS_EVALUATION) or self.of(manifest) is not None:
+            return ""
+        return str(manifest.metadata.get("finished", ""))
+
     def put(self, score: Score) -> None:
         """Write a score durably, in place of that of the same step.
 

@@ -176,6 +176,7 @@ class Checkpointing(Checkpoint):
         self.best_step: int | None = None
         self.catalogue = Catalogue()
         self._judged: int | None = None  # the step that was compared with the best
+        self._origin: tuple[int, str, str] | None = None  # step, why it ended, why it was to end
         self._is_ours = False
         self._background: BackgroundSave | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -346,8 +347,11 @@ class Checkpointing(Checkpoint):
         failure: CheckpointError | None = None
         if trainer.ranks.is_writer:
             try:
-                Scores(self.store.directory, self.store.filesystem).put(score)
+                scores = Scores(self.store.directory, self.store.filesystem)
+                scores.put(replace(score, finished=""))
                 self._point_at_best(self.best_step)
+                if score.finished:  # a run that is complete points at its best
+                    scores.put(score)
                 if self.best_step == score.step:
                     logger.info("step %d: the best %s so far", score.step, self.score_name)
                     pruned = self._prune(self.best_step, self.catalogue.names(for_a_stop=True))
@@ -364,9 +368,12 @@ class Checkpointing(Checkpoint):
             )
 
     def ended_at(self, step: int) -> str:
-        """Return why the run was complete with the checkpoint of a step; empty if it was not."""
-        entry = self.catalogue.get(step)
-        return entry.ended if entry is not None else ""
+        """Return why the run was complete with the step that it goes on from; empty if not."""
+        return self._origin[1] if self._origin is not None and self._origin[0] == step else ""
+
+    def to_end_at(self, step: int) -> str:
+        """Return why the run was to end there, had the evaluation been completed; or nothing."""
+        return self._origin[2] if self._origin is not None and self._origin[0] == step else ""
 
     def is_scheduled(self, step: int) -> bool:
         """Whether the step has a checkpoint that was not saved for a stop alone."""
@@ -565,11 +572,16 @@ class Checkpointing(Checkpoint):
         survey = survey or Survey(
             CheckpointStore(path.parent, self.store.filesystem), snapshot.check_usable
         )
+        manifest, scores = survey.open(path.name), Scores(path.parent, self.store.filesystem)
+        origin = manifest.step, scores.end_of(manifest), scores.end_due_at(manifest)
         self._load(trainer, survey.take(path.name), path)
+        self._origin = origin
         if path.parent.resolve() == self.store.directory.resolve():
             self._is_ours = False
             self._take_over(trainer, survey)
             self._leave_later_ones(trainer)
+        else:  # the best so far lies there, too, where no pointer of this directory leads
+            self.best_score, self.best_step = -math.inf, None
 
     def _load(self, trainer: TrainingLoop, state: Mapping[str, Any], path: Path) -> None:
         snapshot.restore(trainer, state)
