@@ -84,8 +84,8 @@ def at_step(monkeypatch) -> Callable[..., None]:
     def arrange(
         count: int, action: Callable[[Trainer], None], event: Any = Events.ITERATION_COMPLETED
     ) -> None:
-        def assemble_and_listen(*arguments: Any) -> assembly.Run:
-            run = assembly.assemble(*arguments)
+        def assemble_and_listen(*arguments: Any, **options: Any) -> assembly.Run:
+            run = assembly.assemble(*arguments, **options)
             run.trainer.add_event_handler(event(once=count), action)
             return run
 

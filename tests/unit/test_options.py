@@ -260,15 +260,15 @@ def test_it_goes_on_from_its_checkpoint_and_says_so(place):
     [
         (
             {"training": {"scheduler": "cosine"}, "handlers": {"schedule": False}},
-            "training.scheduler has no effect: the handler schedule is off",
+            "training.scheduler has no effect: the handler schedule is switched off",
         ),
         (
             {"handlers": {"evaluation": False, "early_stopping": True}},
-            "handlers.early_stopping has no effect: the handler evaluation is off",
+            "handlers.early_stopping has no effect: the handler evaluation is switched off",
         ),
         (
             {"training": {"checkpoint_steps": 1}, "handlers": {"checkpointing": False}},
-            "training.checkpoint_steps has no effect: the handler checkpointing is off",
+            "training.checkpoint_steps has no effect: the handler checkpointing is switched off",
         ),
         (
             {"training": {"optimizer": "lion", "optimizer_eps": 1e-6}},
@@ -276,7 +276,7 @@ def test_it_goes_on_from_its_checkpoint_and_says_so(place):
         ),
         (
             {"training": {"scheduler": "constant", "warmup_steps": 1}},
-            "training.warmup_steps has no effect: the schedule constant has no use for it",
+            "training.warmup_steps has no effect: the schedule constant does not use it",
         ),
         (
             {"training": {"scheduler": "linear_warmup", "min_learning_rate": 1e-5}},

@@ -491,7 +491,7 @@ def test_only_damaged_ones_left_is_an_error_with_reasons(store: CheckpointStore)
     flip(write(store, 1) / "model.safetensors")
     (write(store, 2) / MANIFEST).unlink()
 
-    with pytest.raises(CheckpointError, match="no checkpoint here is whole") as caught:
+    with pytest.raises(CheckpointError, match="there is no usable checkpoint here") as caught:
         store.resolve("last")
     assert "contents changed" in caught.value.got
     assert "no manifest" in caught.value.got

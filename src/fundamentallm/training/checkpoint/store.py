@@ -333,10 +333,10 @@ class CheckpointStore:
         whole, damaged = self.scan()
         if damaged and not whole:
             raise CheckpointError(
-                "no checkpoint here is whole",
+                "there is no usable checkpoint here",
                 where=str(self.directory),
                 got="; ".join(str(error).splitlines()[0] for error in damaged),
-                fix="restore a copy, or start a fresh run in another directory",
+                fix="restore a copy, or start a new run in another directory",
             )
         return self.directory / whole[0].name if whole else None
 
