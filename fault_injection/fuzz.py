@@ -427,7 +427,8 @@ def trial_directory(scratch: Path) -> Iterator[Path]:
 
 def own_places(place: Path) -> dict[str, str]:
     """Return the variables by which programs and libraries keep their files inside a trial."""
-    return dict.fromkeys(("TMPDIR", "XDG_CACHE_HOME", "HOME"), str(place))
+    names = ("TMPDIR", "XDG_CACHE_HOME", "HOME", "TORCHINDUCTOR_CACHE_DIR")
+    return dict.fromkeys(names, str(place))
 
 
 def forked(kind: str, number: int, seed: int, material: Path, place: Path) -> str:
