@@ -110,13 +110,13 @@ def trial(place: Path, phase: str, rank: int, patience: float) -> dict[str, Any]
         all of its steps.
     """
     prepare(place)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     if phase == "load":  # of something
-        first = command(patience, "training.stop_after_seconds=0.001")
+        first = [*torchrun, *command(patience, "training.stop_after_seconds=0.001")]
         subprocess.run([sys.executable, *first], cwd=place, env=environment("", 0), check=True)
     log, stopped, metrics = (
         place / name for name in ("log.txt", "stopped", "runs/stalled/metrics.jsonl")
     )
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, *torchrun, "--max-restarts=1", *command(patience)],
