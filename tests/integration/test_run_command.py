@@ -351,7 +351,7 @@ def test_an_evaluation_that_fails_runs_again_and_costs_no_step(done, at_step, ca
         raise MemoryError("too much")
 
     at_step(evaluation, fail, TrainingEvents.FLLM_EVALUATION_STARTED)
-    with pytest.raises(MemoryError):
+    with pytest.raises(MachineError, match="out of memory"):
         main(["run", "tiny.yaml", "--run-dir", "cut", "--debug"])
     assert last("cut") == f"step-{4 * evaluation:08d}"
     at_step(10**6, press_ctrl_c)

@@ -280,8 +280,7 @@ def test_it_goes_on_from_its_checkpoint_and_says_so(place):
         ),
         (
             {"training": {"scheduler": "linear_warmup", "min_learning_rate": 1e-5}},
-            "training.min_learning_rate has no effect: the schedule linear_warmup has no use for"
-            " it",
+            "training.min_learning_rate has no effect: the schedule linear_warmup does not use it",
         ),
     ],
 )
