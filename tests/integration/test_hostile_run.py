@@ -189,7 +189,7 @@ def test_a_linked_folder_of_checkpoints_goes_on_as_the_message_says(
     assert fix[:2] == ["rm", "runs/c/checkpoints,"]
     Path("runs/c/checkpoints").unlink()
     assert main([*arguments, fix[-1]]) == 0
-    assert "going on" in capsys.readouterr().err
+    assert "continuing" in capsys.readouterr().err
     assert (disk / "step-00000004").is_dir()
 
 

@@ -359,7 +359,7 @@ def test_an_evaluation_that_fails_runs_again_and_costs_no_step(done, at_step, ca
     assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 0
 
     output = capsys.readouterr()
-    assert f"going on with cut from step {4 * evaluation}" in output.err
+    assert f"continuing cut from step {4 * evaluation}" in output.err
     assert "Done: 12 steps" in output.out
     assert weights("cut") == weights(done)
     assert timeless("cut") == timeless(done)

@@ -10,7 +10,6 @@ from fundamentallm.config.training import TrainingConfig, resolve_warmup
 from fundamentallm.config.yaml.difference import (
     RESUME_MAY_DIFFER,
     config_differences,
-    config_hash,
     may_differ_on_resume,
 )
 
@@ -24,7 +23,6 @@ __all__ = [
     "TrainingConfig",
     "TransformerConfig",
     "config_differences",
-    "config_hash",
     "load_config",
     "may_differ_on_resume",
     "resolve_warmup",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,12 +81,3 @@ def with_defaults(stored: Mapping[str, Any], kind: type[BaseConfig]) -> dict[str
         if is_section and isinstance(completed[name], Mapping):
             completed[name] = with_defaults(completed[name], section)
     return completed
-
-
-def config_hash(config: BaseConfig) -> str:
-    """Return the SHA-256, in hexadecimal, of a configuration's content.
-
-    Equal configurations have equal hashes: it is taken over `to_dict` as JSON with sorted keys.
-    """
-    canonical = json.dumps(config.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()

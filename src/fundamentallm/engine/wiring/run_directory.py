@@ -15,8 +15,8 @@ from typing import Any
 
 from fundamentallm.config import RunConfig
 from fundamentallm.config.yaml.difference import (
-    RESUME_MAY_DIFFER,
     config_differences,
+    may_differ_on_resume,
     with_defaults,
 )
 from fundamentallm.errors import CheckpointError, ConfigError
@@ -111,7 +111,7 @@ def drift(manifest: Manifest, config: RunConfig) -> list[str]:
     return [
         f"{key}: {was!r} in the run, {now!r} now"
         for key, was, now in differences
-        if not any(key == free or key.startswith(free + ".") for free in RESUME_MAY_DIFFER)
+        if not may_differ_on_resume(key)
     ]
 
 
