@@ -423,7 +423,7 @@ ITEMS: dict[str, Item] = {
     ),
     "scaler scale": Item(reset("precision", "scale"), precisions=("fp16",)),
     "scaler growth tracker": Item(
-        reset("precision", "_growth_tracker"), Stop(55), precisions=("fp16",)
+        reset("precision", "_growth_tracker"), Stop(57), precisions=("fp16",)
     ),
     "random torch": Item(reset("random", "rank 0", "torch")),
     "random python": Item(reset("random", "rank 0", "python")),

@@ -328,7 +328,7 @@ def test_what_agrees_with_the_folder_may_be_written() -> None:
 def test_a_shorter_context_is_cut_and_told(capsys: pytest.CaptureFixture) -> None:
     values = start_from("out/gpt2", sequence_length=5)
     assert main(["run", write("next.yaml", values), "training.keep_last=9"]) == 0
-    assert "the context length is 5 in place of 16" in capsys.readouterr().err
+    assert "the context length is 5 instead of the folder's 16" in capsys.readouterr().err
     ours, theirs = initial_weights("runs/next"), weights("runs/gpt2")
     table = theirs.pop("positions.table.weight")
     assert torch.equal(ours.pop("positions.table.weight"), table[:5])

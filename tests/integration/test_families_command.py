@@ -226,7 +226,7 @@ def test_a_setting_of_attention_without_effect_is_told(plugins, tmp_path, monkey
     shutil.copy(TEXT, "text.txt")
     Path("tiny.yaml").write_text(CONFIG.replace("MODEL", MODELS["gru"]))
     assert main(["check", "tiny.yaml", "training.attention=flash"]) == 0
-    assert "training.attention has no effect: gru has none" in capsys.readouterr().out
+    assert "training.attention has no effect: gru has no attention" in capsys.readouterr().out
     assert main(["check", "tiny.yaml"]) == 0
     assert "no effect" not in capsys.readouterr().out
 

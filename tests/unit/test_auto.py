@@ -393,7 +393,7 @@ def test_a_failing_measurement_is_a_warning_and_the_plain_way(times, monkeypatch
     assert other == chosen
     assert notes == []
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "the measurement failed, so nothing is chosen by it: out of memory" in caplog.text
+    assert "the measurement failed and is ignored: out of memory" in caplog.text
 
 
 def test_a_broken_cache_is_no_obstacle(times, caplog):

@@ -11,6 +11,7 @@ from fundamentallm.errors import (
     InterruptedRunError,
     MachineError,
     NumericalError,
+    StalledRankError,
     did_you_mean,
 )
 
@@ -24,6 +25,7 @@ from fundamentallm.errors import (
         (CheckpointError("x"), 4),
         (MachineError("x"), 5),
         (NumericalError("x"), 20),
+        (StalledRankError("x"), 21),
         (InterruptedRunError("x", signal_number=2), 130),
         (InterruptedRunError("x", signal_number=15), 143),
     ],
@@ -39,7 +41,7 @@ def test_every_class_is_in_the_drawing():
         for name, value in vars(errors).items()
         if isinstance(value, type) and issubclass(value, FundamentaLLMError)
     ]
-    assert len(classes) == 7
+    assert len(classes) == 8
     for name in classes:
         assert name in (errors.__doc__ or "")
 
