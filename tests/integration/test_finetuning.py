@@ -161,7 +161,10 @@ def test_another_text_is_another_run(capsys: pytest.CaptureFixture[str]) -> None
     [
         ('{"prompt": "a"}', "pairs.jsonl:41: this line has no text under 'response'"),
         ('{"prompt": "a", "response": ""}', "pairs.jsonl:41: this example has no token to learn"),
-        ('{"prompt": "a", "response": "a\\na"}', "pairs.jsonl:41: this response contains data.response_end"),
+        (
+            '{"prompt": "a", "response": "a\\na"}',
+            "pairs.jsonl:41: this response contains data.response_end",
+        ),
         ('{"prompt": "aaaaaaaaaa", "response": "aaaa"}', "pairs.jsonl:41: this example is longer"),
     ],
 )
