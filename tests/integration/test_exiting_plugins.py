@@ -33,9 +33,15 @@ class Leaving:
 """
 
 
-@pytest.mark.parametrize("code", ["", "0"])
+# Each starts a process; the default run has one on import and one in a step.
 @pytest.mark.parametrize(
-    ("plugin", "more"), [(ON_IMPORT, ""), (IN_A_STEP, ", leaving: {}")], ids=["import", "step"]
+    ("plugin", "more", "code"),
+    [
+        pytest.param(ON_IMPORT, "", "0", id="import-0"),
+        pytest.param(ON_IMPORT, "", "", id="import", marks=pytest.mark.long),
+        pytest.param(IN_A_STEP, ", leaving: {}", "0", id="step-0"),
+        pytest.param(IN_A_STEP, ", leaving: {}", "", id="step", marks=pytest.mark.long),
+    ],
 )
 def test_the_run_ends_with_an_error(tmp_path, plugin, more, code):
     shutil.copy(TEXT, tmp_path / "text.txt")

@@ -87,7 +87,7 @@ FAULTS: dict[Callable[[random.Random], int], str] = {
 
 @pytest.mark.parametrize("use", FAULTS, ids=lambda use: use.__name__)
 def test_what_must_not_happen_is_noticed(tmp_path, monkeypatch, use):
-    monkeypatch.setattr(fuzzing, "CPU_SECONDS", 1)
+    monkeypatch.setattr(fuzzing, "CPU_SECONDS", 1 if use is takes_time else 20)
     monkeypatch.setitem(KINDS, "examples", Kind(lambda material, rng: None, use))
     with trial_directory(tmp_path) as place:
         assert FAULTS[use] in forked("examples", 0, 0, tmp_path, place)

@@ -128,7 +128,7 @@ def test_torchrun_on_two_nodes_of_a_job_of_slurm(script):
     assert answers(*nodes) == expected([0, 1, 0, 1], "4711")
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_srun(nodes):
     """Every task is a rank, on one node or on one each; nobody sets torchrun's variables."""
     local_ranks = [0, 1] if nodes == 1 else [0, 0]
@@ -148,6 +148,7 @@ def test_two_ranks_of_the_cpu_on_a_machine_with_one_gpu():
     assert answers(*ranks) == expected([0, 1], None)
 
 
+@pytest.mark.long
 def test_a_batch_script_without_srun_is_one_process():
     """Slurm gives it SLURM_PROCID=0 and the job's number of tasks, and starts it once."""
     (said,) = answers((PYTHON, BATCH))

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fundamentallm.training.checkpoint.store import CheckpointStore
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
@@ -35,6 +37,7 @@ plugins: [full_plugin]
 """
 
 
+@pytest.mark.long  # one process: tests/unit/test_memory.py
 def test_two_ranks_end_where_one_runs_out(tmp_path):
     shutil.copy(TEXT, tmp_path / "text.txt")
     (tmp_path / "full_plugin.py").write_text(PLUGIN)

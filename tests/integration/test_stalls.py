@@ -74,6 +74,7 @@ def test_a_stopped_rank_is_named_by_the_other(start, tmp_path):
     assert (tmp_path / "runs/stalled/checkpoints/last").read_text() == "step-00000000\n"
 
 
+@pytest.mark.long  # the default run stops the other rank
 def test_a_stopped_first_rank_takes_the_store_with_it(start):
     other, _ = start("step", 0, PATIENCE)
 
@@ -83,6 +84,7 @@ def test_a_stopped_first_rank_takes_the_store_with_it(start):
     assert re.search(r"error on rank 1: rank 0, which holds the store .* stands still", error)
 
 
+@pytest.mark.long
 def test_a_signal_is_heard_while_another_rank_stands_still(start, tmp_path):
     other, _ = start("step", 1, 1000.0)
     wait_for(tmp_path / "stopped", other)

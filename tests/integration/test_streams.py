@@ -159,6 +159,7 @@ def test_generate_says_which_checkpoint_step_and_loss() -> None:
     assert "from" not in result.stdout
 
 
+@pytest.mark.long
 def test_the_closing_sample_says_whose_it_is() -> None:
     result = engine(["run", "c.yaml", "--resume", "never", "training.total_steps=2"])
     assert "It writes:" in result.stdout

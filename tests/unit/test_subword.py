@@ -247,6 +247,23 @@ def test_no_text_of_any_origin_encodes_to_the_end(kind: str) -> None:
     assert again.to_dict() == tokenizer.to_dict()
 
 
+def test_bytes_to_fall_back_on_may_be_special_tokens() -> None:
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, show_progress=False
+    )
+    library.train_from_iterator(["the cat sat on the mat"], trainer)
+    decoders = tokenizers.decoders
+    library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = SubwordTokenizer(json.loads(library.to_str()))
+
+    ids = tokenizer.encode("\u00fc").tolist()
+
+    assert ids == [2 + byte for byte in "\u00fc".encode()]
+    assert tokenizer.end_id not in tokenizer.encode("</s>").tolist()
+
+
 def test_text_beside_a_merged_end_keeps_its_merges() -> None:
     assert SubwordTokenizer(merging(special=True)).encode("as</s>a").tolist() == [8, 5, 6, 7]
 

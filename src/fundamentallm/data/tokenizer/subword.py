@@ -411,9 +411,13 @@ def _unreachable(state: Mapping[str, Any], end: str | None) -> dict[str, Any]:
         added.sort(key=lambda token: token["id"])
     special = {token["content"] for token in added if token.get("special")}
     model = dict(state["model"])
+    kept: set[str] = set()
     if "merges" in model:
-        model["merges"] = _merges_without(model, special)
-    return _renamed({**state, "model": model, "added_tokens": added}, lambda n: f"\0{secret}{n}\0")
+        if model.get("byte_fallback"):  # the library looks these up by name; no merge makes them
+            kept = {name for name in special if _BYTE.fullmatch(name) and name != end}
+        model["merges"] = _merges_without(model, special - kept)
+    hidden = {**state, "model": model, "added_tokens": added}
+    return _renamed(hidden, lambda name: name if name in kept else f"\0{secret}{name}\0")
 
 
 def _merges_without(model: Mapping[str, Any], special: set[str]) -> list[Any]:
