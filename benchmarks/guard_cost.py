@@ -27,7 +27,7 @@ from torch import Tensor
 from fundamentallm.compute.rng import capture_generators
 from fundamentallm.config import TrainingConfig
 from fundamentallm.testing import tiny_loaders, tiny_model
-from fundamentallm.training import trainer as trainer_module
+from fundamentallm.training import loop
 from fundamentallm.training.handlers import NaNRollback, Spikes
 from fundamentallm.training.step import TrainStep
 from fundamentallm.training.trainer import Trainer
@@ -63,9 +63,9 @@ def make_trainer(guarded: bool) -> Trainer:
 def seconds_a_step(trainer: Trainer, steps: int, guarded: bool) -> float:
     """Take steps on one window, without the loop around them."""
     window = trainer.train_loader.window_at(0, 0)
-    capture = trainer_module.capture_generators
+    capture = loop.capture_generators
     if not guarded:
-        trainer_module.capture_generators = lambda device: {}
+        loop.capture_generators = lambda device: {}
     try:
         began = time.perf_counter()
         for _ in range(steps):
@@ -74,7 +74,7 @@ def seconds_a_step(trainer: Trainer, steps: int, guarded: bool) -> float:
             trainer.fire_event(Events.ITERATION_COMPLETED)
         return (time.perf_counter() - began) / steps
     finally:
-        trainer_module.capture_generators = capture
+        loop.capture_generators = capture
 
 
 def microseconds(work: Callable[[], Any], repeats: int = 2000) -> float:

@@ -10,7 +10,7 @@ from fault_injection import false_alarms, heal
 from fault_injection.heal import Tally
 
 from fundamentallm.models.transformer import Transformer
-from fundamentallm.training import trainer as trainer_module
+from fundamentallm.training import loop
 from fundamentallm.training.checkpoint import snapshot
 from fundamentallm.training.handlers import NaNRollback
 from fundamentallm.training.recovery.diagnosis import StepReplayer
@@ -81,7 +81,7 @@ def test_a_refusal_that_touches_an_average_is_noticed(monkeypatch):
 @pytest.mark.long
 def test_hooks_that_name_the_last_bad_module_are_noticed(monkeypatch):
     def last_bad(self, *kinds):
-        found = [r for r in self.readings if r.is_bad and r.kind in kinds]
+        found = [r for r in self.statistics if r.is_bad and r.kind in kinds]
         return found[-1] if found else None
 
     monkeypatch.setattr("fundamentallm.training.recovery.diagnosis.Replay.first_bad", last_bad)
@@ -102,7 +102,7 @@ def test_replays_that_see_nothing_are_noticed(monkeypatch):
 
 @pytest.mark.long
 def test_random_numbers_drawn_by_a_refused_step_are_noticed(monkeypatch):
-    monkeypatch.setattr(trainer_module, "restore_generators", lambda state: None)
+    monkeypatch.setattr(loop, "restore_generators", lambda state: None)
     assert wrong(heal.verdicts(5, seed=1))
 
 
