@@ -74,7 +74,7 @@ def test_a_report_that_lacks_a_part_is_refused(incident, capsys, missing):
     del report[missing]
     path.write_text(json.dumps(report))
     assert main(["replay", str(incident)]) == 4
-    assert "no incident" in capsys.readouterr().err
+    assert "not the directory of an incident" in capsys.readouterr().err
 
 
 def test_evidence_that_is_damaged_is_never_computed_with(incident, capsys):
@@ -132,7 +132,7 @@ def test_a_report_that_was_changed_is_refused_and_steers_no_terminal(incident, c
 def test_a_report_nested_without_end_is_refused(incident, capsys):
     (incident / "report.json").write_text("[" * 200_000)
     assert main(["replay", str(incident)]) == 4
-    assert "no incident" in capsys.readouterr().err
+    assert "not the directory of an incident" in capsys.readouterr().err
 
 
 def test_a_recorded_module_steers_no_terminal(incident, capsys):
@@ -174,5 +174,5 @@ def test_a_damaged_state_is_reproduced(tmp_path, capsys, part):
     assert main(["replay", str(incident)]) == 0
     said = capsys.readouterr().out
     assert ("model.token_embedding" if part == "weight" else "exp_avg") in said
-    end = "Reproduced." if part == "weight" else "Finite, as it was then."
+    end = "Reproduced." if part == "weight" else "Finite, as recorded."
     assert said.rstrip().endswith(end)

@@ -326,7 +326,7 @@ def test_a_source_is_an_address_with_its_hash(
     (kept,) = tmp_path.iterdir()
     assert kept.name == sha256(TEXT.encode())[:16] + "-input.txt"
     other = SourceConfig(url=server.url, sha256="0" * 64)
-    with pytest.raises(DataError, match="not the file that it should be"):
+    with pytest.raises(DataError, match="wrong contents"):
         read_source([other], cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == [kept]
 

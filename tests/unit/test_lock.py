@@ -72,5 +72,5 @@ def test_an_owner_that_said_nothing_is_refused_all_the_same(
     tmp_path: Path, owner: subprocess.Popen[str]
 ) -> None:
     (tmp_path / LOCK).write_text("\x1b[31m")
-    with pytest.raises(MachineError, match="did not say"):
+    with pytest.raises(MachineError, match="unknown process"):
         refuse_if_owned(tmp_path)

@@ -138,7 +138,7 @@ def test_a_secret_does_not_follow_to_another_place(server, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("address", ["http://***@h.org/a", "https://h.org/a?token=***"])
 def test_an_address_that_was_stored_says_how_to_pass_its_secret(tmp_path, address):
-    with pytest.raises(DataError, match="left out when it was stored") as caught:
+    with pytest.raises(DataError, match="stored without its secret") as caught:
         download(address, SHA256, tmp_path / "a.txt")
     assert "FUNDAMENTALLM_AUTHORIZATION_H_ORG" in caught.value.fix
 

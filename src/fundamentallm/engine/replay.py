@@ -1,4 +1,4 @@
-"""The `replay` command: a recorded numerical incident, once more."""
+"""The `replay` command: compute the step of a recorded numerical incident again."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ FORMS: dict[str, type] = {
     "first_bad": dict,
     "description": dict,
 }
-"""What a replay reads of a report, and what each must be."""
+"""The entries of a report that are read here, with their types."""
 
 
 def replay(options: argparse.Namespace) -> int:
     """Compute the recorded step again and compare the first bad module.
 
     Raises:
-        CheckpointError: the directory is no incident, or its evidence is damaged.
+        CheckpointError: the directory does not hold an incident, or its evidence is damaged.
         NumericalError: the incident is not reproduced.
     """
     with console_output():
@@ -72,9 +72,9 @@ def replay(options: argparse.Namespace) -> int:
             where=str(options.incident),
             got=_place(found["forward"] or found["backward"]),
             expected=_place(report["first_bad"]["forward"] or report["first_bad"]["backward"]),
-            fix="its parts may be a plugin's: name the module with --plugins",
+            fix="parts of the model may be from a plugin: name its module with --plugins",
         )
-    say("Reproduced." if found["forward"] or found["backward"] else "Finite, as it was then.")
+    say("Reproduced." if found["forward"] or found["backward"] else "Finite, as recorded.")
     return 0
 
 
@@ -82,7 +82,7 @@ def read_report(incident: Path) -> dict[str, Any]:
     """Return the report of an incident.
 
     Raises:
-        CheckpointError: there is none, or it is not what `write_incident` wrote.
+        CheckpointError: there is none, or `write_incident` did not write it.
     """
     path = incident / REPORT
     try:
@@ -93,24 +93,24 @@ def read_report(incident: Path) -> dict[str, Any]:
         _check_report(report)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            "this is no incident",
+            "this is not the directory of an incident",
             where=str(path),
             got=str(error),
-            fix="name a directory as runs/mine/incidents/00000137-data",
+            fix="name a directory like runs/mine/incidents/00000137-data",
         ) from error
     return dict(report)
 
 
 def _check_report(report: Any) -> None:
-    """Raise ValueError where a report has not the form that is read here."""
+    """Raise ValueError if a report lacks an entry or has one of a wrong type."""
     if not isinstance(report, dict):
-        raise ValueError("its report is no table")
+        raise ValueError("the report is not a JSON object")
     for key, form in FORMS.items():
         # True is an int to Python.
         if not isinstance(report.get(key), form) or isinstance(report[key], bool):
-            raise ValueError(f"its report lacks '{key}', or has something else there")
+            raise ValueError(f"the report has no '{key}', or one of a wrong type")
     if report["verdict"] not in VERDICTS:
-        raise ValueError(f"its verdict is unknown: {printable(report['verdict'][:40])}")
+        raise ValueError(f"the verdict is unknown: {printable(report['verdict'][:40])}")
     for part in ("forward", "backward"):
         place = report["first_bad"].get(part, "")
         if place is not None and not (
@@ -118,15 +118,15 @@ def _check_report(report: Any) -> None:
             and isinstance(place.get("module"), str)
             and isinstance(place.get("kind"), str)
         ):
-            raise ValueError(f"its report has no place in 'first_bad.{part}'")
+            raise ValueError(f"the report names no module in 'first_bad.{part}'")
 
 
 def replay_incident(incident: Path, report: dict[str, Any], device: str) -> Replay:
-    """Compute the step of an incident again, every module watched.
+    """Compute the step of an incident again and record each module.
 
     Raises:
         CheckpointError: the evidence is damaged, or does not fit its configuration.
-        ConfigError: a part is not registered (a plugin's).
+        ConfigError: a part of the model is not registered (it is from a plugin).
     """
     store = CheckpointStore(incident / EVIDENCE)
     manifest = store.newest()
@@ -135,9 +135,9 @@ def replay_incident(incident: Path, report: dict[str, Any], device: str) -> Repl
     state = store.read(store.directory / manifest.name)
     if "config" not in report["description"]:
         raise CheckpointError(
-            "the incident is of a script's run, which alone can build its model",
+            "the incident is from a script, and only the script can build its model",
             where=str(incident),
-            fix="build the model there and use StepReplayer of"
+            fix="build the model there and use StepReplayer from"
             " fundamentallm.training.recovery.diagnosis",
         )
     where = str(store.directory)
@@ -168,11 +168,11 @@ def replay_incident(incident: Path, report: dict[str, Any], device: str) -> Repl
 
 
 def _window(state: Mapping[str, Any], config: RunConfig, where: str) -> Window:
-    """Return the window of the evidence, once it is known to be one of the run's.
+    """Return the step batch of the evidence after checking that it fits the run.
 
     Raises:
-        CheckpointError: it has more micro-batches or rows than the run's, longer rows, or ids that
-            its model does not take.
+        CheckpointError: it has more micro-batches or rows than a step of the run, longer rows, or
+            ids outside the vocabulary.
     """
     batches = state.get("window")
     most, rows = config.training.accumulation_steps, config.data.batch_size
@@ -182,16 +182,16 @@ def _window(state: Mapping[str, Any], config: RunConfig, where: str) -> Window:
         for batch in batches:
             check_batch(batch, config.model.vocab_size or 0, config.model.sequence_length or 0)
             if len(batch["input_ids"]) > rows:
-                raise ValueError(f"{len(batch['input_ids'])} rows, where the run has {rows}")
+                raise ValueError(f"{len(batch['input_ids'])} rows; this run has at most {rows}")
     except ValueError as error:
         raise CheckpointError(
-            "the evidence holds no window of this run", where=f"{where}: window", got=str(error)
+            "the evidence is not a step batch of this run", where=f"{where}: window", got=str(error)
         ) from error
     return Window(batches, sum(count_valid(batch["target_ids"]) for batch in batches))
 
 
 def _print_modules(result: Replay) -> None:
-    """Show what passed by around the first bad place."""
+    """Print the statistics around the first bad one."""
     first = next((i for i, statistic in enumerate(result.statistics) if statistic.is_bad), None)
     if first is None:
         return

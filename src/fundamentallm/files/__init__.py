@@ -1,1 +1,1 @@
-"""Bytes on a disk: system calls, locks, names. Knows nothing of training."""
+"""Files: system calls, locks, downloads, the layout of a run. No code for training."""

@@ -1,7 +1,7 @@
-"""An address -> the request for it, with the secret that the environment holds for its host.
+"""Make the request for an address, with the secret that the environment has for its host.
 
-A secret belongs to a host and is chosen by the user, in a variable with the host's name; no
-configuration can say which variable is read, so that nobody's file can send a secret elsewhere.
+The user stores the secret of a host in a variable with the host's name. A configuration cannot
+choose the variable, so a configuration from somebody else cannot send a secret to another host.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def request_for(address: str) -> urllib.request.Request:
     """Return the request for an http or https address.
 
     The host's variable holds `user:password`, a bearer token, the whole value of the Authorization
-    header (`Bearer ...`), or `?name=value`, which is added to the address. It is sent over https or
-    to this machine only, and never to another host that a server points to.
+    header (`Bearer ...`), or `?name=value`, which is added to the address. It is sent only over
+    https or to this machine, and never to a host to which a server redirects.
 
     Raises:
         DataError: the address was stored without its secret, and the variable is not set.
-        ValueError: it is no address.
+        ValueError: it is not an address.
     """
     parts = urllib.parse.urlsplit(address)
     host = parts.hostname or ""
@@ -46,14 +46,14 @@ def request_for(address: str) -> urllib.request.Request:
     known = [pair for pair in pairs if pair.partition("=")[2] != REDACTED]
     if not secret and (login == REDACTED or known != pairs):
         raise DataError(
-            "the secret of this address was left out when it was stored",
+            "this address was stored without its secret",
             where=address,
             fix=f"set {variable} to user:password, to a token, or to ?name=value",
         )
     if secret.startswith("?"):
         known.append(secret[1:])
         secret = ""
-    request = urllib.request.Request(  # noqa: S310 (the caller looked)
+    request = urllib.request.Request(  # noqa: S310 (the caller checked the scheme)
         urllib.parse.urlunsplit(parts._replace(netloc=bare, query="&".join(known)))
     )
     header = _header(secret or (urllib.parse.unquote(login) if login != REDACTED else ""))

@@ -1,4 +1,4 @@
-"""Where this user's downloads, measurements and compiled code are kept."""
+"""The cache directory: downloads, measurements and compiled code of this user."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fundamentallm.errors import DataError
 
 
 def default_cache_dir() -> Path:
-    """Return the directory: `fundamentallm` in the user's cache directory.
+    """Return the path of `fundamentallm` in the user's cache directory.
 
     Raises:
-        DataError: the user has no home, as in some containers.
+        DataError: the user has no home directory, as in some containers.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     try:
@@ -20,5 +20,5 @@ def default_cache_dir() -> Path:
     except RuntimeError as error:
         raise DataError(
             f"there is no cache directory: {error}",
-            fix="set XDG_CACHE_HOME to a writable place",
+            fix="set XDG_CACHE_HOME to a writable directory",
         ) from error

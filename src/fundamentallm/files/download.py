@@ -1,4 +1,4 @@
-"""A file from the network, kept and known by its hash."""
+"""Download a file and check its hash."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ from fundamentallm.files.private import PRIVATE_FILE, make_directory
 
 TIMEOUT = 60  # seconds of silence
 CHUNK = 1 << 20  # bytes
-LARGEST_DOWNLOAD = 1 << 40  # bytes; an answer without an end must not go on for ever
+LARGEST_DOWNLOAD = 1 << 40  # bytes; a limit for a response that never ends
 
 
 def download(url: str, sha256: str, path: Path) -> Path:
-    """Return a file by its hash: at `path` if it is there and whole, else from the network.
+    """Download a file, unless `path` has it already.
 
-    What a broken connection leaves, `path` with `.part` behind it, is gone on with by the next
-    call, if the server knows how to send the rest. The file appears whole or not at all,
-    and any number of processes may ask for it at once.
+    After a broken connection the next call continues from `path` + `.part`, if the server supports
+    ranges. The file appears at `path` only when it is complete, and several processes may download
+    it at the same time.
 
     Args:
-        url: an http or https address; `files.authorization` says how a secret is passed.
+        url: an http or https address; `files.authorization` tells how a secret is passed.
         sha256: of the contents, in hexadecimal digits.
-        path: where the file is kept.
+        path: where the file is stored.
 
     Returns:
         `path`.
 
     Raises:
-        DataError: the network or the disk refuses, or the contents have another hash.
+        DataError: the download or the writing fails, or the contents have another hash.
     """
     if _whole(path, sha256):
         return path
     if not url.startswith(("https://", "http://")):
         raise DataError("a download needs an http or https address", got=url)
     with _Partial(path) as part:
-        if _whole(path, sha256):  # another process has been faster
+        if _whole(path, sha256):  # another process downloaded it meanwhile
             return path
         resumed = _fetch(url, part)
         found = part.sha256()
         if resumed and found != sha256:
-            part.file.truncate(0)  # it began as another version, or the server sent something else
+            part.file.truncate(0)  # the first part was of another version
             _fetch(url, part)
             found = part.sha256()
         if found != sha256:
             part.remove()
             raise DataError(
-                "the download is not the file that it should be",
+                "the downloaded file has the wrong contents",
                 where=url,
                 got=f"SHA-256 {found}",
                 expected=f"SHA-256 {sha256}",
-                fix=f"put a good copy at {path}",
+                fix=f"put a correct copy at {path}",
             )
         part.keep()
     return path
@@ -81,7 +81,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _whole(path: Path, sha256: str) -> bool:
-    """Whether the file is there; one that cannot be read is not."""
+    """Whether the file can be read and has this hash."""
     try:
         return path.is_file() and sha256_of(path) == sha256
     except OSError:
@@ -89,13 +89,13 @@ def _whole(path: Path, sha256: str) -> bool:
 
 
 class _Partial:
-    """What there is of a file that is being downloaded; this process alone writes to it.
+    """The part of a file that is downloaded so far; only this process writes to it.
 
-    It is `path` with `.part` behind it, locked. Where another process has that, or it is a link or
-    no plain file, it is a new file of this process, which goes when the block ends.
+    It is `path` + `.part`, locked. If another process holds the lock, or that path is not a plain
+    file, it is a new temporary file, which is removed at the end of the block.
 
     Raises:
-        DataError: the disk refuses.
+        DataError: it cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,20 +110,20 @@ class _Partial:
                 descriptor, name = tempfile.mkstemp(".part", path.name + ".", path.parent)
                 self.place, file = Path(name), os.fdopen(descriptor, "r+b")
         except OSError as error:
-            raise _unkept(path, error) from error
+            raise _cannot_store(path, error) from error
         self.file = file
 
     def __enter__(self) -> _Partial:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
-            if self._private or not os.fstat(self.file.fileno()).st_size:  # nothing to go on with
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the file is closed
+            if self._private or not os.fstat(self.file.fileno()).st_size:  # nothing to continue
                 self.remove()
         self.file.close()
 
     def _shared(self) -> BinaryIO | None:
-        """Return the file that everybody knows, open and locked, or None if it cannot be had."""
+        """Return `path` + `.part`, open and locked; None if it cannot be used."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         try:
@@ -138,7 +138,7 @@ class _Partial:
         file = os.fdopen(descriptor, "r+b")
         with contextlib.suppress(OSError):
             lock_file(file)
-            if self._is_ours(file):  # not moved away before it was locked
+            if self._is_ours(file):  # it was not replaced before it was locked
                 return file
         file.close()
         return None
@@ -148,12 +148,12 @@ class _Partial:
         return (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino)
 
     def sha256(self) -> str:
-        """Return the SHA-256 of all that the file holds."""
+        """Return the SHA-256 of the contents so far."""
         self.file.seek(0)
         return str(_hash_of(self.file).hexdigest())
 
     def keep(self) -> None:
-        """Put the file where it belongs."""
+        """Move the file to its final path."""
         try:
             self.file.flush()
             if not self._is_ours(self.file):
@@ -164,17 +164,17 @@ class _Partial:
             self._private = False
         except OSError as error:
             self.remove()
-            raise _unkept(self.path, error) from error
+            raise _cannot_store(self.path, error) from error
 
     def remove(self) -> None:
-        """Remove the file, if it is still there."""
+        """Remove the file if it exists."""
         with contextlib.suppress(OSError):
             if self._is_ours(self.file):
                 self.place.unlink()
 
 
 def _fetch(url: str, part: _Partial) -> bool:
-    """Download behind what the file holds already; return whether that was gone on with."""
+    """Download what the file lacks; return whether a part of it existed and was used."""
     file, path = part.file, part.path
     begun = file.seek(0, os.SEEK_END)
     try:
@@ -195,9 +195,9 @@ def _fetch(url: str, part: _Partial) -> bool:
                 size += len(data)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it is the response, with its connection
+            error.close()  # this closes the connection
             if begun and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                return True  # nothing is missing
+                return True  # the file is complete
         raise _failed(url, str(error), path) from error
     if expected is not None and size < min(expected, LARGEST_DOWNLOAD):
         raise _failed(url, f"the connection ended after {size:,} of {expected:,} bytes", path)
@@ -223,7 +223,7 @@ def _write(file: BinaryIO, data: bytes, path: Path) -> None:
         file.write(data)
         file.flush()
     except OSError as error:
-        raise _unkept(path, error) from error
+        raise _cannot_store(path, error) from error
 
 
 def _failed(url: str, got: str, path: Path) -> DataError:
@@ -231,13 +231,13 @@ def _failed(url: str, got: str, path: Path) -> DataError:
         "the download failed",
         where=url,
         got=got,
-        fix=f"try again, put a copy at {path}, or name a text of your own in data.source",
+        fix=f"try again, put a copy at {path}, or set data.source to a text of your own",
     )
 
 
-def _unkept(path: Path, error: OSError) -> DataError:
+def _cannot_store(path: Path, error: OSError) -> DataError:
     return DataError(
-        f"the download cannot be kept: {error.strerror}",
+        f"the download cannot be stored: {error.strerror}",
         where=str(path),
-        fix="set XDG_CACHE_HOME to a writable place",
+        fix="set XDG_CACHE_HOME to a writable directory",
     )

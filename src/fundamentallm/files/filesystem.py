@@ -1,10 +1,10 @@
-"""Every call to the operating system that a checkpoint depends on.
+"""The calls to the operating system that a checkpoint depends on.
 
-`Filesystem` is the seam: the store and the portable file touch the disk through its methods
-alone, so a test that overrides one of them can fail, stop or record any operation. The functions
-below it are the few durable sequences made of those calls.
+The checkpoint store accesses the disk only through the methods of `Filesystem`, so a test can
+override one of them to make any operation fail, stop or be recorded. The functions below combine
+them into durable operations.
 
-A file is durable once its own contents are synced *and* the directory that names it is synced.
+A file is durable once its contents *and* the directory that contains it are synced.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Filesystem:
     """The disk operations, one system call each. All raise OSError.
 
     Attributes:
-        file_mode, directory_mode: of what is made; private, since it may hold the user's text.
+        file_mode, directory_mode: of new files and directories; private, since they may contain the
+            user's text.
     """
 
     file_mode = PRIVATE_FILE
@@ -58,11 +59,11 @@ class Filesystem:
         path.mkdir(self.directory_mode)
 
     def create(self, path: Path) -> FileIO:
-        """Open a new file for writing, without a buffer; nothing of that name may exist."""
+        """Create a file and open it for writing, unbuffered; the path must not exist."""
         return FileIO(path, "xb", opener=partial(os.open, mode=self.file_mode))
 
     def write(self, file: FileIO, data: memoryview) -> int:
-        """Write and return how many bytes the system took, which may be fewer than given."""
+        """Write; return the number of bytes written, which may be smaller than given."""
         return file.write(data)
 
     def sync(self, file: FileIO) -> None:
@@ -70,8 +71,8 @@ class Filesystem:
         os.fsync(file.fileno())
 
     def sync_directory(self, path: Path) -> None:
-        """Wait until the names in the directory are on the disk."""
-        if os.name == "nt":  # Windows cannot open a directory; its renames are journalled
+        """Wait until the entries of the directory are on the disk."""
+        if os.name == "nt":  # Windows cannot open a directory; NTFS journals renames
             return
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -80,7 +81,7 @@ class Filesystem:
             os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Rename in one atomic step; a file at the target is replaced, a full directory is not."""
+        """Rename atomically; a file at the target is replaced, a non-empty directory is not."""
         source.replace(target)
 
     def remove_file(self, path: Path) -> None:
@@ -100,19 +101,19 @@ class Filesystem:
         return tuple(sorted(path.name for path in directory.iterdir()))
 
     def status(self, path: Path) -> os.stat_result | None:
-        """Return what lies at the path (a link is not followed), or None for nothing."""
+        """Return the status of a path (links are not followed); None if it does not exist."""
         try:
             return path.lstat()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def free_bytes(self, directory: Path) -> int:
-        """Return the bytes that this user may still write on the directory's volume."""
+        """Return the free bytes for this user on the directory's volume."""
         return shutil.disk_usage(directory).free
 
 
 class ReadableFilesystem(Filesystem):
-    """A `Filesystem` for what is made to be handed on: others may read it, never write."""
+    """A `Filesystem` for files that other users may read, as exports."""
 
     file_mode = READABLE_FILE
     directory_mode = READABLE_DIRECTORY
@@ -120,17 +121,17 @@ class ReadableFilesystem(Filesystem):
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be: its size in bytes and the SHA-256 of its contents in hexadecimal."""
+    """Size in bytes and SHA-256 (hexadecimal) of a file."""
 
     size: int
     sha256: str
 
 
 def write_all(filesystem: Filesystem, file: FileIO, data: memoryview) -> None:
-    """Write all of `data`, however little the system takes at a time."""
+    """Write all of `data`, with as many calls as needed."""
     while data.nbytes:
         written = filesystem.write(file, data)
-        if written == 0:  # a loop here would never end
+        if written == 0:  # or the loop would never end
             raise OSError(errno.EIO, "the system wrote nothing", str(file.name))
         data = data[written:]
 
@@ -138,7 +139,7 @@ def write_all(filesystem: Filesystem, file: FileIO, data: memoryview) -> None:
 def write_file(
     filesystem: Filesystem, path: Path, chunks: Iterable[bytes | memoryview]
 ) -> FileRecord:
-    """Write a new file, hash it on the way, and sync its contents (not its directory)."""
+    """Write a new file, hash it meanwhile, and sync its contents (not its directory)."""
     size = 0
     with filesystem.create(path) as file, HashBeside() as digest:
         for chunk in chunks:
@@ -151,10 +152,10 @@ def write_file(
 
 
 class HashBeside:
-    """SHA-256 of what is being written, computed in a thread beside the writing.
+    """SHA-256 of the written bytes, computed in a second thread.
 
-    Hashing costs as much as writing, and neither holds Python's lock meanwhile. A few chunks wait
-    in a queue at most; nothing may change them before the block ends.
+    Hashing takes as long as writing, and both release the GIL. At most a few chunks wait in a
+    queue; they must not change before the block ends.
     """
 
     def __init__(self) -> None:
@@ -163,21 +164,21 @@ class HashBeside:
         self._thread = threading.Thread(target=self._work, name="sha256", daemon=True)
 
     def __enter__(self) -> HashBeside:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Wait until everything handed over is hashed."""
+        """Wait until all chunks are hashed."""
         self._chunks.put(None)
         self._thread.join()
 
     def update(self, chunk: memoryview) -> None:
-        """Hand over the next bytes."""
+        """Add the next bytes."""
         self._chunks.put(chunk)
 
     def hexdigest(self) -> str:
-        """Return the hash, once the block has ended."""
+        """Return the hash, after the end of the block."""
         return self._digest.hexdigest()
 
     def _work(self) -> None:
@@ -188,7 +189,7 @@ class HashBeside:
 def replace_file(
     filesystem: Filesystem, path: Path, chunks: Iterable[bytes | memoryview]
 ) -> FileRecord:
-    """Put a durable file at the path: at every instant the old or the new one is there, whole."""
+    """Write a file durably and atomically: a crash leaves the old or the new contents."""
     staging = path.with_name(f".{path.name}.tmp-{random_suffix()}")
     try:
         record = write_file(filesystem, staging, chunks)
@@ -206,26 +207,26 @@ def make_directories(filesystem: Filesystem, path: Path) -> None:
     if filesystem.status(path) is not None:
         return
     make_directories(filesystem, path.parent)
-    with contextlib.suppress(FileExistsError):  # another process made it in between
+    with contextlib.suppress(FileExistsError):  # another process created it meanwhile
         filesystem.make_directory(path)
     filesystem.sync_directory(path.parent)
 
 
 def read_chunks(filesystem: Filesystem, path: Path) -> Iterator[bytes]:
-    """Yield the contents of a file in pieces of at most READ_CHUNK_BYTES bytes."""
+    """Yield the contents of a file in chunks of at most READ_CHUNK_BYTES bytes."""
     with filesystem.open(path) as file:
         while chunk := file.read(READ_CHUNK_BYTES):
             yield chunk
 
 
 def same_contents(filesystem: Filesystem, path: Path, chunks: Iterable[bytes | memoryview]) -> bool:
-    """Tell whether a file holds these bytes and no more."""
+    """Return whether a file contains exactly these bytes."""
     with filesystem.open(path) as file:
         for chunk in chunks:
             rest = memoryview(chunk).cast("B")
             while rest.nbytes:
                 data = file.read(min(READ_CHUNK_BYTES, rest.nbytes))
-                # As bytes: two of them are compared at once, views element by element.
+                # Bytes are compared in one call, memory views element by element.
                 if not data or bytes(rest[: len(data)]) != data:
                     return False
                 rest = rest[len(data) :]
@@ -233,13 +234,13 @@ def same_contents(filesystem: Filesystem, path: Path, chunks: Iterable[bytes | m
 
 
 def random_suffix() -> str:
-    """Return 12 hexadecimal digits that no other call returns (no global RNG is drawn from)."""
+    """Return 12 hexadecimal digits, different in each call; no global generator is used."""
     return uuid.uuid4().hex[:12]
 
 
 @contextlib.contextmanager
 def saving_to(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into the error that tells a user why the save failed."""
+    """Turn an OSError of the block into a CheckpointError with the reason."""
     try:
         yield
     except OSError as error:
@@ -249,13 +250,13 @@ def saving_to(path: Path) -> Iterator[None]:
             f"the checkpoint could not be saved: {reason}",
             where=str(path),
             got=str(error),
-            fix="free space or choose a writable place; checkpoints saved earlier are untouched",
+            fix="free space or choose a writable directory; earlier checkpoints are unchanged",
         ) from error
 
 
 @contextlib.contextmanager
 def reading_from(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into an error that names the checkpoint."""
+    """Turn an OSError of the block into a CheckpointError with the path."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A file of JSON records, one a line, that tells one history through resumes and rollbacks."""
+"""A file of JSON records, one per line, that stays consistent over resumes and rollbacks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ logger = logging.getLogger(__name__)
 class JsonLines:
     """Records that each have a `step`.
 
-    A disk that fails is no reason to end a run: it is said once, and training goes on.
+    If the file cannot be written, a warning is logged once and training continues.
 
     Args:
-        path: the file; made by the first record.
-        of_evaluation: tells the records that an evaluation after the step wrote from those of the
-            step itself.
+        path: the file; the first record creates it.
+        of_evaluation: returns whether a record is from an evaluation after its step.
     """
 
     def __init__(self, path: Path, of_evaluation: Callable[[Mapping[str, Any]], bool]) -> None:
@@ -35,16 +34,16 @@ class JsonLines:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record."""
-        # In ASCII: text may hold characters such as U+2028 that end a line for some readers.
+        # ASCII, because some readers take characters like U+2028 for the end of a line.
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         try:
-            # Opened for each line: a line is then on its way to the disk when it is written, and
-            # a file that was moved or a disk that was full for a while is no lasting harm. Without
-            # a buffer a line is written in half the time.
+            # Opened for each line, so that a line reaches the system at once, and writing works
+            # again after the file was moved or the disk was full. Unbuffered, a line takes half
+            # the time.
             with open_to_append(self.path) as file:
                 end = file.tell()
                 if file.write(line) != len(line):
-                    file.truncate(end)  # or the next line would be joined to the torn one
+                    file.truncate(end)  # or the next line would be appended to a partial one
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except (OSError, CheckpointError) as error:
             self._give_up(error)

@@ -1,7 +1,7 @@
-"""One process a run: whoever trains in a directory holds its lock.
+"""The lock of a run: only one process trains in a directory.
 
-The lock is the system's own on an open file, so it ends with its process, however that ends: there
-is never a stale one to remove by hand. What the file says is for the message alone.
+It is the operating system's lock on an open file, so it ends with its process, also after a kill,
+and a stale lock never has to be removed. The contents of the file are used only in the message.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def run_lock(run: Path) -> Iterator[None]:
         run: the run's directory, which exists.
 
     Raises:
-        CheckpointError: the lock is no plain file.
-        MachineError: another process holds it; the message has its pid and host.
+        CheckpointError: the lock is not a plain file.
+        MachineError: another process holds it; the message tells its pid and host.
     """
     with open_to_update(run / LOCK) as file:
         _take(file, run)
@@ -45,10 +45,10 @@ def run_lock(run: Path) -> Iterator[None]:
 
 
 def refuse_if_owned(run: Path) -> None:
-    """Look whether another process trains in a directory, without writing anything.
+    """Refuse a directory in which another process trains; nothing is written.
 
     Raises:
-        MachineError: one does.
+        MachineError: another process trains there.
     """
     with contextlib.suppress(OSError), open_to_update(run / LOCK, create=False) as file:
         _take(file, run)
@@ -59,15 +59,15 @@ def _take(file: FileIO, run: Path) -> None:
         lock_file(file)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            # A network file system without locks: better no guard than no run.
-            logger.warning("%s cannot be locked, so two processes could use it: %s", run, error)
+            # A network file system without locks: training without a lock is better than none.
+            logger.warning("%s cannot be locked; two processes could use it: %s", run, error)
             return
         owner = _owner(file)
         raise MachineError(
             "another process is training in this directory",
             where=str(run),
             got=owner,
-            fix="wait for it or stop it; --run-dir or --resume never takes another directory",
+            fix="wait for it or stop it; --run-dir or --resume never uses another directory",
         ) from error
 
 
@@ -77,15 +77,15 @@ def _owner(file: FileIO) -> str:
         said = json.loads(file.read(1_000))
         return f"process {int(said['pid'])} on {str(said['host'])[:100]}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "a process that did not say which"
+        return "an unknown process"
 
 
 if sys.platform == "win32":
     import msvcrt
 
     def lock_file(file: IO[bytes]) -> None:
-        """Take the system's lock on an open file, which ends with it; OSError: it is taken."""
-        # A byte beyond what is written, so that the owner's name can be read.
+        """Lock an open file until it is closed; OSError: another process holds the lock."""
+        # Lock a byte behind the contents, so that others can read those.
         file.seek(1 << 20)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
@@ -93,5 +93,5 @@ else:
     import fcntl
 
     def lock_file(file: IO[bytes]) -> None:
-        """Take the system's lock on an open file, which ends with it; OSError: it is taken."""
+        """Lock an open file until it is closed; OSError: another process holds the lock."""
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,9 +1,9 @@
-"""Files of a run: private, plain, and never a way out of the run's directory.
+"""Open the files of a run safely: plain files only, readable only by their owner.
 
-A run's directory may come from somebody else. What is opened here is a plain file under its own
-name: a link is not followed, a pipe, device or folder is refused before it can hang a run or fill
-the memory, and a file that has a second name elsewhere (a hard link) is not written to. What is
-made here is for its owner alone, 0600 and 0700, since it may hold the user's text.
+A run directory may come from somebody else. Only plain files are opened: links are not followed;
+pipes, devices and directories are refused, since they could block a run or fill the memory; and
+files with hard links are not written to. New files and directories have the modes 0600 and 0700,
+since they may contain the user's text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PRIVATE_DIRECTORY = 0o700
 READABLE_FILE = 0o644
 READABLE_DIRECTORY = 0o755
 
-# Windows lacks some; there the look before the opening has to do.
+# Windows lacks some of these; there only the check before opening applies.
 _PLAIN = sum(
     getattr(os, name, 0)
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
@@ -30,17 +30,17 @@ _PLAIN = sum(
 
 
 def open_to_read(path: Path) -> FileIO:
-    """Open a file that exists.
+    """Open an existing file for reading.
 
     Raises:
-        CheckpointError: it is no plain file.
-        OSError: there is none, or the system refuses.
+        CheckpointError: it is not a plain file.
+        OSError: it does not exist, or the system call fails.
     """
     return FileIO(_opened(path, os.O_RDONLY), "rb")
 
 
 def open_to_append(path: Path) -> FileIO:
-    """Open a file for writing at its end; one that does not exist is made.
+    """Open a file for appending; create it if it does not exist.
 
     Raises:
         CheckpointError, OSError: as `open_to_read`.
@@ -58,40 +58,40 @@ def open_to_update(path: Path, create: bool = True) -> FileIO:
 
 
 def narrow(path: str, flags: int) -> int:
-    """Open as `open` does: an `opener` whose new files others may read at most, never write."""
+    """Open a file: an `opener` for `open` whose new files other users may only read."""
     return os.open(path, flags, READABLE_FILE)
 
 
 def check_file(path: Path, writing: bool = True) -> None:
-    """Refuse what lies at a path unless it is nothing or a plain file.
+    """Refuse a path that exists and is not a plain file.
 
     Args:
         path: a file of a run.
-        writing: refuse a file with a second name as well, which would be changed too.
+        writing: refuse a file with several hard links too, since writing would change them all.
 
     Raises:
-        CheckpointError: it is something else.
+        CheckpointError: it is not a plain file.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         _check_status(path, path.lstat(), writing)
 
 
 def check_directory(path: Path, fix: str = "") -> None:
-    """Refuse what lies at a path unless it is nothing or a directory.
+    """Refuse a path that exists and is not a directory.
 
     Args:
         path: a directory of a run.
-        fix: the way on, for the message; "{target}" stands for where a link leads.
+        fix: for the message, if the path is a link; "{target}" is replaced by its target.
 
     Raises:
-        CheckpointError: it is something else, a link to a directory too.
+        CheckpointError: it is not a directory, or it is a link.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         mode = path.lstat().st_mode
         if not stat.S_ISDIR(mode):
             target = os.path.realpath(path) if stat.S_ISLNK(mode) else ""
             raise CheckpointError(
-                "this is not a directory of the run's own",
+                "this is not a directory of the run",
                 where=str(path),
                 got=_kind(path, mode),
                 expected="a directory",
@@ -100,10 +100,10 @@ def check_directory(path: Path, fix: str = "") -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a private directory, unless there is one; missing parents may be read by others.
+    """Create a private directory if it does not exist; other users may read new parents.
 
     Raises:
-        OSError: something else lies there, or the system refuses.
+        OSError: the path is something else, or the system call fails.
     """
     missing = [parent for parent in path.parents if not parent.exists()]
     for parent in reversed(missing):
@@ -117,7 +117,7 @@ def _opened(path: Path, flags: int) -> int:
     try:
         descriptor = os.open(path, flags | _PLAIN, PRIVATE_FILE)
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a link that came in between
+        if error.errno == errno.ELOOP:  # it became a link after the check
             check_file(path, writing)
         raise
     try:
@@ -131,12 +131,12 @@ def _opened(path: Path, flags: int) -> int:
 def _check_status(path: Path, status: os.stat_result, writing: bool) -> None:
     if stat.S_ISREG(status.st_mode) and not (writing and status.st_nlink > 1):
         return
-    names = f" with {status.st_nlink} names (hard links)" if stat.S_ISREG(status.st_mode) else ""
+    names = f" with {status.st_nlink} hard links" if stat.S_ISREG(status.st_mode) else ""
     raise CheckpointError(
-        "this is not a plain file of the run's own",
+        "this is not a plain file of the run",
         where=str(path),
         got=_kind(path, status.st_mode) + names,
-        expected="a file, with one name",
+        expected="a file without further hard links",
         fix=f"look at it, and remove it if it is not yours: rm {path}",
     )
 

@@ -1,18 +1,18 @@
-"""Every name in a run's directory, and what RUN_OR_CHECKPOINT means.
+"""All file names of a run directory, and the parser of RUN_OR_CHECKPOINT.
 
 runs/mine/
   config.yaml             resolved
   metrics.jsonl, samples.jsonl, log.txt, tensorboard/
-  corpus.txt              the text of a built-in source; of one in a mixture: corpus-NAME.txt
-  checkpoints/            or another directory, by training.checkpoint_dir
+  corpus.txt              the text of a built-in source; in a mixture: corpus-NAME.txt
+  checkpoints/            or training.checkpoint_dir
     step-00000200/        MANIFEST.json, model.safetensors, state.safetensors, state.json
-    best, last            pointer files: the name of a checkpoint
-    scores.jsonl          what evaluations said of checkpoints, a line each
+    best, last            pointer files, each with the name of a checkpoint
+    scores.jsonl          results of evaluations, one checkpoint per line
     superseded/, corrupt/
   incidents/00000137-data/    report.json, evidence/
-  stacks-rank-0.txt       of each rank that ended because one stood still: where its threads were
-  .lock                   held by the process that trains
-  STOP                    made by the user to end the run
+  stacks-rank-0.txt       stack traces of a rank that ended because a rank stalled
+  .lock                   locked by the process that trains
+  STOP                    created by the user to end the run
 """
 
 from __future__ import annotations
@@ -48,30 +48,30 @@ REPORT = "report.json"
 EVIDENCE = "evidence"
 
 BEFORE_A_CHECKPOINT = frozenset({CONFIG, LOG, METRICS, TENSORBOARD, LOCK})
-"""What a run has written that ended before its first checkpoint, beside `corpus*.txt`
-and `stacks-rank-*.txt`."""
+"""Files that a run may have before its first checkpoint, besides `corpus*.txt` and
+`stacks-rank-*.txt`."""
 
 
 def corpus_of(source: str) -> str:
-    """Return the name of the file with the text of a built-in source in a mixture."""
+    """Return the name of the file for the text of a built-in source in a mixture."""
     return f"corpus-{source}.txt"
 
 
 def stacks_of(rank: int) -> str:
-    """Return the name of the file with the stacks of a rank."""
+    """Return the name of the file for the stack traces of a rank."""
     return f"stacks-rank-{rank}.txt"
 
 
 def check_entries(run: Path, checkpoints: Path) -> None:
-    """Refuse a run whose files are something else, before anything is read or written there.
+    """Check the types of a run's files before anything is read or written there.
 
     Args:
-        run: its directory, which need not exist; it may be a link itself, for the user named it.
-        checkpoints: where its checkpoints lie. At a place of its own that may be a link too.
+        run: the run directory, which need not exist. It may be a link, because the user named it.
+        checkpoints: the checkpoint directory. It may be a link if it lies outside the run.
 
     Raises:
         CheckpointError: a file is a link, a pipe, a device or a directory, or a directory is a
-            link; the message says how to go on.
+            link; the message tells what to do.
     """
     for name in (CONFIG, METRICS, SAMPLES, LOG, LOCK, STOP):
         check_file(run / name)
@@ -90,12 +90,12 @@ def check_entries(run: Path, checkpoints: Path) -> None:
 
 @dataclass(frozen=True)
 class RunOrCheckpoint:
-    """What a RUN_OR_CHECKPOINT names: a run, a checkpoint in it, or a pointer to one.
+    """A parsed RUN_OR_CHECKPOINT: a run, one of its checkpoints, or a pointer to one.
 
     Attributes:
-        checkpoints: the directory in which the checkpoints lie.
-        checkpoint: the name of the one that is meant; empty for a run or a pointer.
-        pointer: "best" or "last", where such a file is meant.
+        checkpoints: the directory of the checkpoints.
+        checkpoint: name of the checkpoint; empty for a run or a pointer.
+        pointer: "best" or "last"; empty for a run or a checkpoint.
     """
 
     checkpoints: Path
@@ -104,23 +104,23 @@ class RunOrCheckpoint:
 
     @property
     def is_run(self) -> bool:
-        """Whether it is a run, of which any checkpoint may be meant."""
+        """Whether it is a run, not one of its checkpoints."""
         return not (self.checkpoint or self.pointer)
 
     @classmethod
     def parse(cls, path: Path, checkpoints_in: Callable[[Path], Path]) -> RunOrCheckpoint:
-        """Find out what a path names; no file is opened.
+        """Parse a path; no file is opened.
 
         Args:
             path: a run's directory, a checkpoint's directory, or a pointer file.
-            checkpoints_in: returns where a run keeps its checkpoints.
+            checkpoints_in: returns the checkpoint directory of a run.
 
         Raises:
-            CheckpointError: there is nothing, or something that is none of the three.
+            CheckpointError: the path does not exist, or is none of these.
         """
         if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
             raise CheckpointError(
-                "files that torch.save wrote are not opened here, for they can run code",
+                "files written by torch.save are not opened here, since they can run code",
                 where=str(path),
                 fix="name the run or its checkpoint directory; CheckpointManager.load in Python"
                 " reads a .pt of this package",

@@ -1,4 +1,4 @@
-"""A trained model from a run or a checkpoint."""
+"""Load a trained model from a run or a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fundamentallm.training.checkpoint.store import CheckpointStore
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that was trained, ready to be used.
+    """A trained model, ready for use.
 
     Attributes:
-        model: in evaluation mode, on the device asked for.
-        tokenizer: the run's.
-        config: the run's, resolved.
-        checkpoint: the checkpoint's directory.
-        manifest: the checkpoint's.
+        model: in evaluation mode, on the requested device.
+        tokenizer: of the run.
+        config: of the run, resolved.
+        checkpoint: directory of the checkpoint.
+        manifest: of the checkpoint.
         averaged: whether the weights are the averaged ones (weight EMA).
     """
 
@@ -42,45 +42,45 @@ class Trained:
 
     @property
     def data_sha256(self) -> str:
-        """The hash of the text that it was trained on; empty if nobody knows."""
+        """The SHA-256 of the training text; empty if it is not recorded."""
         return self.manifest.metadata.get("data", {}).get("sha256") or ""
 
     @property
     def stop(self) -> list[str]:
-        """The stop strings that it learnt: what ended the responses that it was fine-tuned on."""
+        """The stop strings: the end of the responses in fine-tuning."""
         end = self.manifest.metadata.get("data", {}).get("response_end")
         return [] if end is None else [end]
 
     @property
     def stop_ids(self) -> list[int]:
-        """The token behind each document, where the tokenizer has one."""
+        """The token that ends a document, if the tokenizer has one."""
         end = self.tokenizer.end_id
         return [] if end is None else [end]
 
     @property
     def origin(self) -> str:
-        """The checkpoint in words, for whoever looks at what the model does."""
+        """The checkpoint, its step, and whether its weights are averages, as text."""
         weights = ", averaged weights" if self.averaged else ""
         return f"{self.checkpoint} (step {self.manifest.step}{weights})"
 
     @property
     def val_loss(self) -> float | None:
-        """The validation loss of the checkpoint in nats per token, None without one."""
+        """The validation loss of the checkpoint in nats per token; None if it has none."""
         return Scores(self.checkpoint.parent).val_loss(self.manifest)
 
     @property
     def run_dir(self) -> Path:
-        """The run that the checkpoint lies in."""
+        """The run directory of the checkpoint."""
         return self.config.run_of(self.checkpoint.parent)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that RUN_OR_CHECKPOINT stands for.
+    """Return the checkpoint that RUN_OR_CHECKPOINT names.
 
-    A run stands for its best checkpoint, else for its newest whole one.
+    A run means its best checkpoint, else its newest undamaged one.
 
     Raises:
-        CheckpointError: there is none, or none that is whole.
+        CheckpointError: there is none, or all are damaged.
     """
     named = RunOrCheckpoint.parse(path, checkpoints_in)
     found = named_checkpoint(named) or CheckpointStore(named.checkpoints).resolve(BEST)
@@ -88,18 +88,18 @@ def find_checkpoint(path: Path) -> Path:
         raise CheckpointError(
             "there is no checkpoint here",
             where=str(path),
-            fix="name a run directory, as runs/quickstart",
+            fix="name a run directory like runs/quickstart",
         )
     return found
 
 
 def named_checkpoint(named: RunOrCheckpoint) -> Path | None:
-    """Return the checkpoint that was named itself or by a pointer; None for a run.
+    """Return the checkpoint that was named by its directory or by a pointer; None for a run.
 
-    A pointer to a damaged checkpoint stands for the newest whole one.
+    A pointer to a damaged checkpoint means the newest undamaged one.
 
     Raises:
-        CheckpointError: there are checkpoints and none of them is whole.
+        CheckpointError: there are checkpoints and all of them are damaged.
     """
     if named.pointer:
         return CheckpointStore(named.checkpoints).resolve(named.pointer)
@@ -107,7 +107,7 @@ def named_checkpoint(named: RunOrCheckpoint) -> Path | None:
 
 
 def checkpoints_in(run: Path) -> Path:
-    """Return where a run keeps its checkpoints; the directory itself if it is no run."""
+    """Return the checkpoint directory of a run; the path itself if it is not a run."""
     check_file(run / CONFIG, writing=False)
     if (run / CONFIG).exists():
         return RunConfig.from_yaml(run / CONFIG).checkpoints_in(run)
@@ -117,11 +117,11 @@ def checkpoints_in(run: Path) -> Path:
 def load_trained(path: Path, device: torch.device) -> Trained:
     """Load the model, tokenizer and configuration of a run or checkpoint.
 
-    Every byte is verified before anything is built from it.
+    All hashes are verified before anything is built.
 
     Raises:
-        CheckpointError: nothing whole is there, or it is no run's checkpoint.
-        ConfigError: it names parts that are not registered (a plugin's).
+        CheckpointError: there is no undamaged checkpoint, or `run` did not write it.
+        ConfigError: a part of the model is not registered (it is from a plugin).
     """
     checkpoint = find_checkpoint(path)
     store = CheckpointStore(checkpoint.parent)
@@ -130,10 +130,10 @@ def load_trained(path: Path, device: torch.device) -> Trained:
     for part in ("config", "tokenizer"):
         if part not in manifest.metadata:
             raise CheckpointError(
-                "the checkpoint does not say what it was trained with",
+                "the checkpoint does not say how it was trained",
                 where=where,
                 got=f"no {part} in its manifest",
-                fix="name a checkpoint that `run` wrote",
+                fix="name a checkpoint written by `run`",
             )
     config = stored_config(manifest.metadata["config"], where)
     tokenizer = tokenizer_from_dict(manifest.metadata["tokenizer"], where)
@@ -151,14 +151,14 @@ def load_trained(path: Path, device: torch.device) -> Trained:
 
 
 def weights_of(state: dict[str, Any], where: str = "") -> tuple[dict[str, torch.Tensor], bool]:
-    """Return the weights to use, and whether they are averages.
+    """Return the weights to use, and whether they are averages (weight EMA).
 
     Raises:
-        CheckpointError: the averages are not those of these weights; `where` names the checkpoint.
+        CheckpointError: the averages do not fit the weights; `where` names the checkpoint.
     """
     weights = dict(state["model"])
     averages = _averages(state, where)
-    # A tied weight stands in the state under each of its names and in the averages under one.
+    # A tied weight has several names in the state and one in the averages.
     for name, average in averages.items():
         for other, weight in state["model"].items():
             if other == name or (
@@ -171,7 +171,7 @@ def weights_of(state: dict[str, Any], where: str = "") -> tuple[dict[str, torch.
 
 
 def _averages(state: dict[str, Any], where: str) -> dict[str, torch.Tensor]:
-    """Return the averaged weights of a state by name, none where weight EMA was off."""
+    """Return the averaged weights of a state by name; empty without weight EMA."""
     found: Any = state
     for key in ("handlers", "weight_ema", "averages"):
         if not isinstance(found, dict):
@@ -182,7 +182,7 @@ def _averages(state: dict[str, Any], where: str) -> dict[str, torch.Tensor]:
         for name, average in found.items()
     ):
         raise CheckpointError(
-            "the averaged weights in the checkpoint are not those of its model",
+            "the averaged weights in the checkpoint do not fit its model",
             where=f"{where}: handlers.weight_ema.averages",
             fix="use another checkpoint",
         )

@@ -148,9 +148,9 @@ def choose_auto(
         and plan.compile != "native"
     )
     may_compile = written.training.compile == "auto"
-    apart = resolved.data.packing == "document"  # which is not compiled
-    if may_compile and (apart or ranks.any(plan.compile is False)):
-        if plan.compile and not apart:
+    masked = resolved.data.packing == "document"  # document masks are not compiled
+    if may_compile and (masked or ranks.any(plan.compile is False)):
+        if plan.compile and not masked:
             logger.warning(
                 "compile: auto: another rank found no C++ compiler, so nothing is compiled"
             )

@@ -152,11 +152,11 @@ def _space(config: RunConfig, start: Plan, default_threads: int, keep: Sequence[
             types[1:] = [{"precision": "fp16", "bf16_weights": False}]
     compiling = [start.compile] if start.compile != "native" else []
     # Packed documents have a separate kernel, which is not compiled.
-    apart = config.data.packing == "document"
-    if "compile" not in keep and not apart and find_compiler() is not None:
+    masked = config.data.packing == "document"
+    if "compile" not in keep and not masked and find_compiler() is not None:
         compiling = [False, True]
     kernels = [start.attention]
-    if "attention" not in keep and not apart and uses_attention(config.model):
+    if "attention" not in keep and not masked and uses_attention(config.model):
         kernels = list(KERNELS)
     kinds = [
         {**narrow, "compile": compiled, "attention": kernel}
@@ -168,7 +168,7 @@ def _space(config: RunConfig, start: Plan, default_threads: int, keep: Sequence[
     axis_of = {"precision": "precision", "bf16_weights": "precision", "compile": "compile"}
     fixed = [name for name, axis in axis_of.items() if axis in keep]
     may_be = all(native[name] == getattr(start, name) for name in fixed)
-    if may_be and not apart and find_compiler() is not None and not facts.why_not_native(device):
+    if may_be and not masked and find_compiler() is not None and not facts.why_not_native(device):
         kinds.insert(0, {**native, "attention": start.attention})
     rows = config.data.batch_size * config.training.accumulation_steps
     sizes = [start.batch_size] if "micro-batch" in keep else batch_sizes(rows, start.batch_size)

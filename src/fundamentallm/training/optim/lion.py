@@ -11,17 +11,17 @@ from torch.optim import Optimizer
 
 
 class Lion(Optimizer):
-    """Moves every weight by the same amount, in the direction of a momentum (algorithm 2).
+    """Moves every weight by the same amount, by the sign of a momentum (algorithm 2).
 
     With gradient g and momentum m: w <- w - lr (sign(b1 m + (1 - b1) g) + decay w), then
-    m <- b2 m + (1 - b2) g. One number of state a weight, where Adam has two. A good learning rate
-    is 3 to 10 times below Adam's, a good decay as much above (section 5 there).
+    m <- b2 m + (1 - b2) g. It stores one number per weight, Adam two. A good learning rate is 3 to
+    10 times smaller than Adam's, a good weight decay 3 to 10 times larger (section 5).
 
     Args:
         params: parameters or groups of them.
         lr: learning rate.
         betas: (b1, b2), each in [0, 1).
-        weight_decay: decoupled, times lr.
+        weight_decay: decoupled; multiplied by lr.
 
     Raises:
         ValueError: a beta or the decay is out of range.

@@ -1,13 +1,12 @@
 """Muon: momentum whose matrices are orthogonalized (Jordan et al. 2024, kellerjordan.github.io/
 posts/muon).
 
-A gradient of a linear layer is of low rank in effect: a few directions are large, the others
-drown. Muon replaces the update by the nearest matrix whose directions all have one size, which a
-few matrix products approximate. Whatever is no map between hidden spaces (embeddings, the head,
-vectors, scalars) goes by AdamW.
+The gradient of a linear layer is nearly of low rank: a few directions dominate it. Muon replaces
+the update by the nearest orthogonal matrix, which a few matrix products approximate. AdamW updates
+the parameters that do not map one hidden space to another: embeddings, the head, vectors, scalars.
 
-Matrices of one shape are orthogonalized together, in one batched product: matrix by matrix, the
-calls cost more than the arithmetic on CPUs, and leave a GPU idle.
+Matrices of one shape are orthogonalized in one batched product. One call for each matrix would cost
+more than the arithmetic on a CPU, and leave a GPU idle.
 
 Shapes: N matrices of R rows and C columns; `...` any leading dimensions.
 """
@@ -25,30 +24,30 @@ from torch.optim import Optimizer
 
 Scale = Literal["spectral", "adamw"]
 
-# Jordan's quintic: after 5 steps singular values from 0.01 to 1 lie within about [0.7, 1.2]. A
-# higher slope at 0 matters more than an exact 1, which a convergent polynomial would reach.
+# Jordan's quintic: after 5 steps singular values from 0.01 to 1 lie within about [0.7, 1.2]. Its
+# large slope at 0 matters more than the exact 1 that a convergent polynomial would reach.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, num_steps: int = 5) -> Tensor:
     """Bring all singular values of each matrix near 1, by a Newton-Schulz iteration.
 
-    X <- a X + (b A + c A^2) X with A = X X^T, which maps each singular value s to
-    a s + b s^3 + c s^5 and leaves the singular vectors.
+    X <- a X + (b A + c A^2) X with A = X X^T. It maps each singular value s to
+    a s + b s^3 + c s^5 and keeps the singular vectors.
 
     Args:
-        matrices: (..., R, C) floating point; all products are taken in its type.
+        matrices: (..., R, C) floating point; the products are computed in its dtype.
         num_steps: iterations, >= 1.
 
     Returns:
-        (..., R, C); 0 where a matrix is 0.
+        (..., R, C); a matrix of zeros stays 0.
     """
     a, b, c = _QUINTIC
     *_, rows, columns = matrices.shape
     tall = rows > columns
     x = (matrices.mT if tall else matrices).reshape(-1, min(rows, columns), max(rows, columns))
-    # The Frobenius norm bounds the largest singular value, from where the iteration may begin.
-    # Squares of what is below 1e-18 have no float32 left; that matrix counts as next to 0.
+    # The iteration needs singular values of at most 1; the Frobenius norm bounds the largest.
+    # Squares of numbers below 1e-18 underflow in float32; such a matrix is left near 0.
     x = x / torch.linalg.matrix_norm(x.float(), keepdim=True).clamp(min=1e-18).to(x.dtype)
     for _ in range(num_steps):
         gram = x @ x.mT
@@ -58,27 +57,28 @@ def orthogonalize(matrices: Tensor, num_steps: int = 5) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Muon for some groups, AdamW for the others, in one state.
+    """Muon for one parameter group, AdamW for the others, with one common state.
 
-    For a matrix with gradient g and momentum m: m <- mu m + (1 - mu) g; the update is
-    `orthogonalize` of (1 - mu) g + mu m with Nesterov, of m without; then
-    w <- (1 - lr decay) w - lr s update, with a scale s by shape.
+    For a matrix with gradient g and momentum m: m <- mu m + (1 - mu) g. The update is
+    `orthogonalize` of (1 - mu) g + mu m with Nesterov, else of m. Then
+    w <- (1 - lr decay) w - lr s update, with a scale s that depends on the shape.
 
     Args:
         matrices: a parameter group, of weights with at least two dimensions (the last two are the
             matrix), with `lr` and `weight_decay`.
-        others: parameter groups for `torch.optim.AdamW`, with whatever it takes.
+        others: parameter groups for `torch.optim.AdamW`, with its options.
         momentum: mu, in [0, 1).
-        nesterov: look ahead along the momentum.
+        nesterov: use Nesterov momentum.
         num_steps: iterations of `orthogonalize`, >= 1.
-        scale: "spectral": s = sqrt(max(1, R / C)), Jordan's; "adamw": s = 0.2 sqrt(max(R, C)),
-            the root mean square of a usual AdamW update, so that AdamW's learning rates fit (Liu
-            et al. 2025, "Muon is scalable", section 2.2).
-        dtype: type in which matrices are orthogonalized; None: bfloat16 on a GPU, else that of
-            the gradient, at least float32.
+        scale: "spectral": s = sqrt(max(1, R / C)), as Jordan; "adamw": s = 0.2 sqrt(max(R, C)),
+            which gives the root mean square of a usual AdamW update, so that AdamW's learning
+            rates can be used (Liu et al. 2025, "Muon is scalable", section 2.2).
+        dtype: in which matrices are orthogonalized; None: bfloat16 on a GPU, else the gradient's,
+            at least float32.
 
     Raises:
-        ValueError: an argument is out of range, or a parameter of the first group is no matrix.
+        ValueError: an argument is out of range, or a parameter in `matrices` has fewer than two
+            dimensions.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Muon(Optimizer):
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
         if any(weight.ndim < 2 for weight in matrices["params"]):
             raise ValueError("Muon updates matrices; vectors and scalars go to AdamW")
-        # AdamW computes; its parameters' state is kept here, with all else.
+        # AdamW does the arithmetic; the state of its parameters is stored in this optimizer.
         self._adamw = optim.AdamW(others) if others else None
         group = {**matrices, "momentum": momentum, "nesterov": nesterov, "num_steps": num_steps}
         group["scale"] = scale
@@ -114,7 +114,7 @@ class Muon(Optimizer):
                 loss = closure()
         self._step_matrices(self.param_groups[0])
         if self._adamw is not None:
-            # A loaded state brings new groups and a new mapping.
+            # `load_state_dict` replaces the groups and the state.
             self._adamw.param_groups, self._adamw.state = self.param_groups[1:], self.state
             self._adamw.step()
         return loss
@@ -159,13 +159,13 @@ class Muon(Optimizer):
 def hidden_matrices(model: nn.Module, linear_weights: list[nn.Parameter]) -> list[nn.Parameter]:
     """Return those linear weights that map one hidden space to another.
 
-    Left out are `model.head` and whatever is an embedding too: their rows belong to tokens, each of
-    which has a scale of its own. In a model without `head` the last linear layer is taken for it if
-    it has as many rows as an embedding.
+    `model.head` and weights shared with an embedding are left out: each of their rows belongs to
+    one token. In a model without `head`, the last linear layer counts as the head if it has as many
+    rows as an embedding.
 
     Args:
         model: the model.
-        linear_weights: candidates, which also may have one dimension.
+        linear_weights: candidates; those of one dimension are left out.
     """
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     tables = {id(embedding.weight) for embedding in embeddings}

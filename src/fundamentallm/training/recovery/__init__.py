@@ -1,1 +1,1 @@
-"""After a number went wrong: replay, verdict, evidence, interventions."""
+"""What happens after a numerical fault: replay, verdict, evidence."""

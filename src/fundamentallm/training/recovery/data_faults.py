@@ -1,4 +1,4 @@
-"""Data that one rank cannot read ends the run on all of them, at the same step."""
+"""When one rank cannot read its data, all ranks end the run at the same step."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _FIELDS = ("what", "where", "got", "expected", "fix")
 
 
 class DataFaults:
-    """Holds an error back until every rank has heard of it.
+    """Delays a rank's data error until all ranks have been told.
 
-    A rank that left the loop by itself would strand the others in their next collective, and what
-    all of them have done could not be saved. Alone, nothing is held back.
+    If one rank left the loop, the others would wait for it in their next collective operation, and
+    the run could not be saved. A single process raises its error at once.
 
     Args:
         ranks: the ranks of the run.
 
     Attributes:
-        own: this rank's error, None while its data can be read.
-        everyone_knows: whether all ranks are told at once.
+        own: this rank's error; None while its data can be read.
+        everyone_knows: whether all ranks have been told of the error.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -33,24 +33,24 @@ class DataFaults:
         self._ranks = ranks
 
     def kept_from(self, loader: Iterable[Any]) -> Iterable[Any]:
-        """Return a loader that yields a window of nothing, its last, in place of an error."""
-        return loader if self._ranks.alone else _Kept(loader, self)
+        """Return a loader that ends with an empty step batch where the other raises DataError."""
+        return loader if self._ranks.alone else _Guarded(loader, self)
 
     def raise_everywhere(self) -> None:
-        """Raise the error of the first rank that has one; every rank must call it.
+        """Raise the error of the first rank that has one; every rank must call this.
 
         Raises:
-            DataError: on all ranks, if there is one on any.
+            DataError: on all ranks, if any rank has one.
         """
         if self._ranks.alone or (source := self._ranks.first(self.own is not None)) is None:
             return
         fields = {name: getattr(self.own, name, "") for name in _FIELDS}
-        said = json.loads(self._ranks.broadcast_text(json.dumps(fields), source))
+        received = json.loads(self._ranks.broadcast_text(json.dumps(fields), source))
         self.everyone_knows = True
-        raise DataError(said.pop("what"), **said) from self.own
+        raise DataError(received.pop("what"), **received) from self.own
 
 
-class _Kept:
+class _Guarded:
     def __init__(self, loader: Iterable[Any], faults: DataFaults) -> None:
         self._loader = loader
         self._faults = faults

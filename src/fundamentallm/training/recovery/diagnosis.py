@@ -1,6 +1,7 @@
-"""Why is a step not finite? The step is replayed under control, and the first bad place named.
+"""Why is a step not finite? The step is replayed, and the first bad module is found.
 
-Nothing here changes the training: weights, moments, gradients and random numbers are as before.
+Nothing here changes the training: weights, optimizer state, gradients and random generators are as
+before.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ VERDICTS = frozenset(
 )
 """The verdicts:
 
-transient           the same batch from the same state is finite: the machine erred
+transient           the same batch from the same state is finite: a hardware fault
 precision           it is finite in float32
-divergence          another batch, which was good, is bad at these weights too
-data                this batch alone is bad, at earlier weights as well
-data_with_weights   this batch alone is bad, and only at these weights
+divergence          a batch that was finite earlier is not finite at these weights either
+data                only this batch is not finite, with earlier weights too
+data_with_weights   only this batch is not finite, and only with these weights
 state               the optimizer's state or the learning rate is not finite
-spike               finite, but far above what was usual
+spike               finite, but far above the values of earlier steps
 overflow            the fp16 loss scale overflowed too often in a row
 unexplained         transient, but twice at the same step
 """
@@ -63,12 +64,12 @@ unexplained         transient, but twice at the same step
 
 @dataclass(frozen=True)
 class TensorStatistics:
-    """One tensor as it passed by.
+    """Statistics of one tensor of a forward or backward pass.
 
     Attributes:
         module: dotted name of the module; "loss" for the objective itself.
-        kind: "output" in the forward pass, "gradient" (of the loss by the module's output) in the
-            backward pass, or "parameter" (a gradient that only a weight has).
+        kind: "output" in the forward pass, "gradient" (of the loss with respect to the module's
+            output) in the backward pass, or "parameter" (the gradient of a weight).
         shape: of the tensor.
         dtype: of the tensor.
         smallest: over its finite values; NaN if none is.
@@ -88,11 +89,11 @@ class TensorStatistics:
 
     @property
     def is_bad(self) -> bool:
-        """Whether it holds anything that is not finite."""
+        """Whether it holds NaN or infinity."""
         return self.num_nan + self.num_inf > 0
 
     def __str__(self) -> str:
-        """Return one line for people."""
+        """Return a line for the terminal."""
         return (
             f"{self.kind} of {self.module} {list(self.shape)}: {self.num_nan} NaN,"
             f" {self.num_inf} infinite, others {self.smallest:.4g} to {self.largest:.4g}"
@@ -101,12 +102,12 @@ class TensorStatistics:
 
 @dataclass
 class Replay:
-    """A step that was computed once more and not applied.
+    """The result of computing a step again without updating the weights.
 
     Attributes:
-        loss: nats per valid token of this rank's share.
-        grad_norm: of this rank's gradient.
-        statistics: of every module's output and gradient, in the order of the passes, if asked for.
+        loss: nats per valid token of this rank's rows.
+        grad_norm: norm of this rank's gradient.
+        statistics: of every module's output and gradient in order of computation, if recorded.
     """
 
     loss: float = math.nan
@@ -115,7 +116,7 @@ class Replay:
 
     @property
     def is_finite(self) -> bool:
-        """Whether both figures are."""
+        """Whether loss and gradient norm are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     def first_bad(self, *kinds: str) -> TensorStatistics | None:
@@ -129,11 +130,11 @@ class Replay:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A sequence that is bad on its own.
+    """A sequence whose loss or gradient is not finite without the other sequences.
 
     Attributes:
-        micro_batch: its micro-batch in this rank's window.
-        row: its row there.
+        micro_batch: number of its micro-batch in this rank's step batch.
+        row: its row in the micro-batch.
         position: the first of its tokens whose loss is not finite; -1 if only gradients are not.
     """
 
@@ -144,12 +145,12 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the replays say.
+    """The verdict of the replays.
 
     Attributes:
         verdict: one of the verdicts above.
         replay: the first replay, with its statistics.
-        bad_rows: sequences that are bad on their own, on this rank; of a spike the worst.
+        bad_rows: this rank's bad sequences; for a spike those with the highest loss.
     """
 
     verdict: str
@@ -169,14 +170,14 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Incident:
-    """A refused step or a damaged state, judged.
+    """A refused step or a damaged state, with its verdict.
 
     Attributes:
-        step: at which it was noticed.
-        fault: what was seen, in words.
+        step: at which it was detected.
+        fault: a description of what was detected.
         verdict: that of the diagnosis, or "overflow", "unexplained", "spike".
-        decision: what is done about it, in words.
-        diagnosis: the replays; None where none were needed.
+        decision: a description of what is done about it.
+        diagnosis: the replays; None if none were needed.
     """
 
     step: int
@@ -186,20 +187,19 @@ class Incident:
     diagnosis: Diagnosis | None = None
 
     def __str__(self) -> str:
-        """Return the one line that the log has of it."""
+        """Return the line for the log."""
         return f"step {self.step}: {self.fault}; verdict: {self.verdict}; {self.decision}"
 
 
 @dataclass(frozen=True)
 class StepReplayer:
-    """All that a replay needs.
+    """Computes steps again without changing the training.
 
     Attributes:
-        model: without a wrapper for ranks; blocks that are compiled are called as they are where
-            modules are watched.
+        model: without a wrapper for ranks. Its blocks run uncompiled while modules are recorded.
         loss_fn: `loss_fn(logits, targets, reduction="sum")`, or on hidden states, as in training.
         precision: autocast as in training.
-        ranks: who must agree on what was seen.
+        ranks: the ranks of the run, which decide together.
     """
 
     model: nn.Module
@@ -215,13 +215,13 @@ class StepReplayer:
         narrow: bool = True,
         watch: bool = False,
     ) -> Replay:
-        """Compute loss and gradient of a window and leave everything as it was.
+        """Compute loss and gradient of a step batch; restore everything afterwards.
 
         Args:
-            window: this rank's share.
-            rng: random numbers to begin with; the current ones if None.
-            narrow: False computes in float32 whatever the precision of the training.
-            watch: record every module's output and gradient.
+            window: this rank's rows of the step batch.
+            rng: state of the random generators to begin with; the current one if None.
+            narrow: False computes in float32, also if the training does not.
+            watch: record statistics of every module's output and gradient.
         """
         model = self.model
         precision = self.precision if narrow else Precision("fp32", self.precision.device)
@@ -237,7 +237,7 @@ class StepReplayer:
             model.train()
             for parameter in parameters:
                 parameter.grad = None
-            # Compiled code calls no hook, and in another precision it would be compiled again.
+            # Compiled code calls no hooks, and another precision would compile it again.
             with (
                 uncompiled(model) if watch or not narrow else nullcontext(),
                 watched(model, result.statistics) if watch else nullcontext(),
@@ -272,7 +272,7 @@ class StepReplayer:
                     objective = self._objective(model, moved)
                 if watch:
                     statistics.append(read("loss", "output", objective.detach()))
-                # The loss scale of fp16 is left out: what it alone breaks is an overflow, no fault.
+                # Without the loss scale of fp16: what only the scale breaks is an overflow.
                 (objective / max(window.num_tokens, 1)).backward()  # type: ignore[no-untyped-call]
             total += float(objective.detach())
         return total
@@ -282,7 +282,7 @@ class StepReplayer:
         return summed_objective(states, model, batch["target_ids"], self.loss_fn)
 
     def bad_rows(self, window: Window, rng: Mapping[str, Any]) -> list[BadRow]:
-        """Bisect a window to the sequences of this rank that are not finite on their own."""
+        """Bisect a step batch to those sequences of this rank that are not finite."""
         found = []
         for number, batch in enumerate(window.micro_batches):
             for row in self._bisect(batch, 0, len(batch["input_ids"]), rng):
@@ -301,14 +301,14 @@ class StepReplayer:
         yield from self._bisect(batch, middle, end, rng)
 
     def _first_bad_position(self, batch: Batch) -> int:
-        """Return the first token whose loss is not finite; dropout is off, so it is a hint."""
+        """Return the first token whose loss is not finite, computed without dropout; else -1."""
         bad = ~torch.isfinite(self._token_losses(batch).flatten())
         return int(bad.nonzero()[0]) if bool(bad.any()) else -1
 
     def worst_rows(self, window: Window, count: int = 3) -> list[BadRow]:
-        """Return the sequences of this rank with the highest mean loss, the worst first.
+        """Return the sequences of this rank with the highest mean loss, the highest first.
 
-        Dropout is off. The position is that of the token with the highest loss.
+        Computed without dropout. The position is that of the token with the highest loss.
         """
         found = []
         for number, batch in enumerate(window.micro_batches):
@@ -319,7 +319,7 @@ class StepReplayer:
         return [place for _, place in found[:count]]
 
     def _token_losses(self, batch: Batch) -> Tensor:
-        """Return one loss a token, (B, T), without dropout."""
+        """Return the loss of each token, (B, T), without dropout."""
         precision, was_training = self.precision, self.model.training
         self.model.eval()
         try:
@@ -337,14 +337,14 @@ class StepReplayer:
         good_window: Window | None,
         earlier_weights: Callable[[], AbstractContextManager[bool]],
     ) -> Diagnosis:
-        """Find out why a step was not finite; every rank must call it.
+        """Find out why a step was not finite; every rank must call this.
 
         Args:
-            window: the step's.
-            rng: the random numbers before it.
-            good_window: one that was finite shortly before, None if there was none.
-            earlier_weights: a context in which the model holds weights of an earlier good state;
-                it yields False if there is none. Entered only if it matters.
+            window: the step batch.
+            rng: state of the random generators before the step.
+            good_window: a recent step batch that was finite; None if there was none.
+            earlier_weights: a context in which the model holds the weights of an earlier finite
+                state; it yields False if there is none. Entered only if the verdict depends on it.
         """
         first = self.replay(window, rng, watch=True)
         if not self._any_bad(first):
@@ -358,10 +358,10 @@ class StepReplayer:
             if self._any_bad(self.replay(good_window, rng)):
                 return Diagnosis(DIVERGENCE, first, rows)
         elif not self.ranks.any(len(rows) < _num_rows(window)):
-            # Nothing was ever good: where every sequence is bad, the weights are.
+            # No step was finite yet: if all sequences are bad, the cause is the weights.
             return Diagnosis(DIVERGENCE, first, rows)
-        with earlier_weights() as are_there:
-            if are_there and not self._any_bad(self.replay(window, rng)):
+        with earlier_weights() as available:
+            if available and not self._any_bad(self.replay(window, rng)):
                 return Diagnosis(DATA_WITH_WEIGHTS, first, rows)
         return Diagnosis(DATA, first, rows)
 
@@ -370,12 +370,12 @@ class StepReplayer:
 
 
 def window_of(batch: Batch) -> Window:
-    """Return one micro-batch as a window."""
+    """Return a step batch of one micro-batch."""
     return Window([batch], int((batch["target_ids"] >= 0).sum()))
 
 
 def read(module: str, kind: str, tensor: Tensor) -> TensorStatistics:
-    """Take down what matters of a tensor."""
+    """Return the statistics of a tensor."""
     values = tensor.detach()
     finite = values[torch.isfinite(values)].float()
     return TensorStatistics(
@@ -392,10 +392,10 @@ def read(module: str, kind: str, tensor: Tensor) -> TensorStatistics:
 
 @contextmanager
 def watched(model: nn.Module, statistics: list[TensorStatistics]) -> Iterator[None]:
-    """Record each module's output as it is made, and the gradient that comes back to it.
+    """Record statistics of each module's output, and of the gradient with respect to it.
 
-    A module's hook runs after those of the modules inside it, so the first bad output in the list
-    is that of the innermost module that made it.
+    A module's hook runs after those of its submodules, so the first bad output in the list is that
+    of the innermost module which computed it.
     """
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -424,7 +424,7 @@ def watched(model: nn.Module, statistics: list[TensorStatistics]) -> Iterator[No
 def _parameter_statistics(
     model: nn.Module, statistics: Sequence[TensorStatistics]
 ) -> list[TensorStatistics]:
-    """Return the bad gradients that only weights have: no gradient that passed by shows them."""
+    """Return the bad gradients of weights if no recorded output or gradient is bad."""
     if any(statistic.is_bad for statistic in statistics):
         return []
     return [

@@ -1,12 +1,13 @@
-"""A numerical incident: what happened, what was decided, and the evidence on disk.
+"""A numerical incident on disk: what happened, what was decided, and the evidence.
 
 incidents/00000137-data/
-  report.json         fault, verdict, decision, modules, bad sequences with their text (else the
-                      window's), the metrics before, environment, configuration
-  evidence/step-00000136/   a checkpoint directory: the weights before the step, the random
-                      generators before it and the window's tokens, with hashes. Of a transient
-                      fault and a spike it has no weights; of a state that was found damaged after
-                      its step it has the damaged weights, under the number of that step.
+  report.json         fault, verdict, decision, modules, bad sequences with their text (all
+                      sequences of the step if none is known to be bad), earlier metrics,
+                      environment, configuration
+  evidence/step-00000136/   a checkpoint directory: weights and random generators before the step,
+                      and the tokens of the step batch, with hashes. After a transient fault or a
+                      spike it has no weights. If the state was found damaged after a step, it has
+                      the damaged weights, under the number of that step.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from fundamentallm.training.recovery.diagnosis import (
 )
 
 MAX_TOKENS_SHOWN = 1 << 18
-# Named, not filtered: whatever else the environment holds may be a secret.
+# A list of names, not a filter: other variables may hold secrets.
 ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED", "RANK", "WORLD_SIZE")
 
 
@@ -50,28 +51,28 @@ def write_incident(
     metrics: Iterable[Mapping[str, Any]] = (),
     tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """Write the evidence; return its directory.
+    """Write report and evidence of an incident; return its directory.
 
-    The trainer's weights are written as they are: those before the step if it was refused, which
-    the evidence's name says (one step less), else those after it.
+    The current weights are written: those before the step if it was refused (the evidence then has
+    the number of the step before), else those after it.
 
     Args:
         run_dir: the run's directory.
         incident: what happened.
-        trainer: the run; its window is the incident's.
+        trainer: the run, with the step batch of the incident.
         metrics: of the steps before, oldest first.
-        tokenizer: decodes the bad sequences.
+        tokenizer: decodes the sequences of the report.
 
     Raises:
-        OSError, CheckpointError: the disk refuses.
+        OSError, CheckpointError: the files cannot be written.
     """
     named = run_dir / INCIDENTS / f"{incident.step:08d}-{incident.verdict}"
     directory = next(path for path in numbered(named) if not os.path.lexists(path))
     check_directory(directory.parent)
     make_directory(directory.parent)
     make_directory(directory)
-    # Those without weights may come often. What a machine did once no evidence can show again, and
-    # a finite step has no bad module.
+    # Transient faults and spikes may be frequent. A replay of the first is finite, and a finite
+    # step has no bad module, so weights would show nothing.
     has_weights = incident.verdict not in (TRANSIENT, SPIKE)
     evidence = {
         "model": trainer.model.state_dict() if has_weights else {},
@@ -104,7 +105,7 @@ def write_incident(
 
 
 def first_bad(diagnosis: Diagnosis | None) -> dict[str, Any]:
-    """Return the names of the first bad places, None where there is none."""
+    """Return the first bad module of the forward and backward pass, None where there is none."""
     forward = diagnosis.first_bad_forward if diagnosis else None
     backward = diagnosis.first_bad_backward if diagnosis else None
     return {"forward": _place(forward), "backward": _place(backward)}
@@ -113,7 +114,7 @@ def first_bad(diagnosis: Diagnosis | None) -> dict[str, Any]:
 def bad_sequences(
     incident: Incident, trainer: TrainingLoop, tokenizer: Tokenizer | None
 ) -> list[dict[str, Any]]:
-    """Say which sequences of the window are bad, where they stand in the corpus, and their text."""
+    """Return the bad sequences with their place in the corpus and their text."""
     return [
         {
             "first_bad_position": bad.position,
@@ -124,9 +125,9 @@ def bad_sequences(
 
 
 def window_sequences(trainer: TrainingLoop, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
-    """Say the same of a window none of whose sequences is known to be bad.
+    """Return all sequences of the step batch, with their place in the corpus and their text.
 
-    A huge window is cut off at `MAX_TOKENS_SHOWN`; the evidence has all of it.
+    At most `MAX_TOKENS_SHOWN` tokens; the evidence has all of them.
     """
     found: list[dict[str, Any]] = []
     num_tokens = 0
@@ -155,7 +156,8 @@ def _sequence(
 def corpus_place(trainer: TrainingLoop, micro_batch: int, row: int) -> dict[str, int | None]:
     """Return where a sequence begins in the training split: `corpus_offset` in tokens.
 
-    In a mixture that is the offset in one source, and `source` its number. None if nobody knows.
+    In a mixture it is the offset in one source, and `source` is that source's number. None if the
+    loader does not tell.
     """
     rows_at = getattr(trainer.train_loader, "rows_at", None)
     if rows_at is None:
@@ -170,7 +172,7 @@ def corpus_place(trainer: TrainingLoop, micro_batch: int, row: int) -> dict[str,
 
 
 def environment() -> dict[str, Any]:
-    """Return what may matter of the machine, and nothing else of it."""
+    """Return versions, threads and the variables in `ENVIRONMENT`."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -181,7 +183,7 @@ def environment() -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as strict JSON has it: numbers that it lacks by their names."""
+    """Return a value in strict JSON: NaN and infinities become strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
@@ -203,7 +205,7 @@ def _checkpoint_before(trainer: TrainingLoop) -> dict[str, Any] | None:
         return None
     try:
         manifest = CheckpointStore(path.parent).manifest(path)
-    except CheckpointError as error:  # what is known of it must not cost the rest of the report
+    except CheckpointError as error:  # the report is worth more than this entry
         return {"name": path.name, "error": str(error)}
     files = {name: record.sha256 for name, record in manifest.files.items()}
     return {"name": manifest.name, "manifest": manifest.hash, "files": files}

@@ -1,7 +1,7 @@
-"""Is a number unusual among the ones before it? Median and MAD over a window.
+"""Outliers of a series, by the median and the median absolute deviation (MAD) of its history.
 
-Both resist what they are to find: half of the window would have to be outliers before the verdict
-moves (Rousseeuw and Croux, "Alternatives to the Median Absolute Deviation", 1993).
+Both are robust: half of the history would have to be outliers before they change much (Rousseeuw
+and Croux, "Alternatives to the Median Absolute Deviation", 1993).
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ NORMAL_MAD = 0.6744897501960817
 
 
 class RobustWindow:
-    """The last accepted values of a quantity, and how far a new one lies above them.
+    """The last accepted values of a quantity, and how far above them a new value lies.
 
     Args:
-        size: values remembered.
-        needed: values before anything is called unusual.
-        floor: smallest scale, as a share of the median: values that hardly vary make every change
-            look large.
-        smallest: smallest scale, in the quantity's own unit.
-        early: the scale while there are too few values, as a share of the median of those that
-            there are; None calls nothing unusual then.
+        size: number of values stored.
+        needed: number of values from which the MAD is used.
+        floor: smallest scale, as a fraction of the median, for values that hardly vary.
+        smallest: smallest scale, in the quantity's unit.
+        early: the scale while there are fewer than `needed` values, as a fraction of their median;
+            None gives no outliers until then.
 
     Attributes:
         median: of the values; NaN if there are none.
-        scale: what a score is measured in: the values' robust standard deviation, at least as large
-            as its floors; infinity while nothing is called unusual.
+        scale: the unit of a score: the robust standard deviation of the values, not below its
+            floors; infinity while there are too few values.
     """
 
     def __init__(
@@ -52,43 +51,43 @@ class RobustWindow:
         self._values: deque[float] = deque(maxlen=size)
 
     def __len__(self) -> int:
-        """Return how many values are remembered."""
+        """Return the number of values."""
         return len(self._values)
 
     @property
     def full(self) -> bool:
-        """Whether there are enough values for the MAD to hold."""
+        """Whether there are enough values for the MAD."""
         return len(self._values) >= self.needed
 
     def score(self, value: float) -> float:
         """Return how many robust standard deviations a value lies above the median.
 
-        While nothing is called unusual it is 0; infinity for NaN and infinity.
+        It is 0 while there are too few values, and infinity for NaN and infinity.
         """
         if not math.isfinite(value):
             return math.inf if value != -math.inf else 0.0
         return 0.0 if self.scale == math.inf else (value - self.median) / self.scale
 
     def limit(self, threshold: float) -> float:
-        """Return the largest value whose score is no more than a threshold; it may be infinity."""
+        """Return the largest value whose score does not exceed a threshold; it may be infinity."""
         return math.inf if self.scale == math.inf else self.median + threshold * self.scale
 
     def extend(self, values: Iterable[float]) -> None:
-        """Remember values of healthy steps; those that are not finite never enter."""
+        """Add values of accepted steps; values that are not finite are left out."""
         self._values.extend(value for value in values if math.isfinite(value))
         self._measure()
 
     def clear(self) -> None:
-        """Forget all values."""
+        """Remove all values."""
         self._values.clear()
         self._measure()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the window."""
+        """Return the values."""
         return {"values": list(self._values)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a window; of a larger one the newest values."""
+        """Load values; the newest `size` of them are used."""
         self._values.clear()
         self._values.extend(state_dict["values"])
         self._measure()
