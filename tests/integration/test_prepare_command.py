@@ -15,7 +15,7 @@ import pytest
 
 from fundamentallm.data.prepared import read_prepared
 from fundamentallm.engine.cli import main
-from fundamentallm.training.checkpoint.catalogue import Scores
+from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import HANDLERS
 

@@ -32,6 +32,7 @@ from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_model, tiny_tokens
 from fundamentallm.training.handlers import Checkpointing, Evaluation, NaNRollback
+from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss, compute_loss
 from fundamentallm.training.step import evaluate
 from fundamentallm.training.trainer import Trainer
@@ -384,9 +385,9 @@ def undisturbed_with_evaluations(ranks: Ranks, directory: Path) -> dict[str, Any
 def out_of_time(ranks: Ranks) -> dict[str, Any]:
     """The clock of rank 1 alone reaches the limit, in its sixth step."""
     trainer = make_trainer(ranks)
-    trainer.limits = type(trainer.limits)(trainer.limits.total_steps, max_seconds=1000.0)
+    trainer.budget.limits = Limits(trainer.total_steps, max_seconds=1000.0)
     if ranks.rank == 1:
-        trainer.clock = lambda: 2000.0 if trainer.state.iteration >= FAULT_AT else 0.0
+        trainer.budget.clock = lambda: 2000.0 if trainer.state.iteration >= FAULT_AT else 0.0
     return run_and_report(trainer)
 
 

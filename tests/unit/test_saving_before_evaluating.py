@@ -30,7 +30,8 @@ from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_loaders, tiny_model, tiny_tokens
 from fundamentallm.training.checkpoint import snapshot
-from fundamentallm.training.checkpoint.catalogue import MAX_SCORES_BYTES, Score, Scores, Survey
+from fundamentallm.training.checkpoint.catalogue import Survey
+from fundamentallm.training.checkpoint.scores import MAX_SCORES_BYTES, Score, Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import (
     Checkpointing,
@@ -104,7 +105,7 @@ def make_trainer(
         ),
     )
     # So that two runs may be equal to the last bit.
-    trainer.run_id, trainer.clock = "0" * 32, lambda: 0.0
+    trainer.run_id, trainer.budget.clock = "0" * 32, lambda: 0.0
     trainer.attach_defaults()
     return trainer
 

@@ -64,9 +64,9 @@ def capture(trainer: Trainer) -> dict[str, Any]:
 
 def go_on(trainer: Trainer, to: int) -> dict[str, Any]:
     """Train on; return everything that the steps have brought about."""
-    trainer.limits = Limits(to)
+    trainer.budget.limits = Limits(to)
     trainer.history.cut_back(0)
-    trainer.clock = lambda: 0.0
+    trainer.budget.clock = lambda: 0.0
     trainer.run()
     return {
         "state": capture(trainer),
@@ -132,7 +132,7 @@ def test_restores_a_spoilt_trainer_to_the_same_next_steps():
 
     trainer = make_trainer()
     trainer.run_id = run_id
-    trainer.clock = lambda: 0.0
+    trainer.budget.clock = lambda: 0.0
     state = capture(trainer)
     spoil(trainer)
     snapshot.restore(trainer, state)
@@ -178,7 +178,7 @@ def test_holds_what_its_drawing_says():
 def test_a_state_of_another_model_changes_nothing():
     state = capture(make_trainer(d_model=32))
     trainer = make_trainer()
-    trainer.clock = lambda: 0.0
+    trainer.budget.clock = lambda: 0.0
     before = capture(trainer)
     with pytest.raises(CheckpointError):
         snapshot.restore(trainer, state)
@@ -189,12 +189,12 @@ def test_a_refused_state_leaves_the_seconds_of_earlier_processes():
     state = capture(make_trainer(d_model=32))
     trainer = make_trainer()
     trainer.state.elapsed_before = 40.0
-    trainer.clock = lambda: 7.0
+    trainer.budget.clock = lambda: 7.0
     with pytest.raises(CheckpointError):
         snapshot.restore(trainer, state)
     # 47 would count the 7 seconds of this process twice.
     assert trainer.state.elapsed_before == 40.0
-    assert trainer.elapsed_seconds() == 47.0
+    assert trainer.budget.elapsed_seconds() == 47.0
 
 
 def test_handlers_that_one_side_does_not_know_are_named(caplog):

@@ -52,7 +52,7 @@ def test_what_no_rollback_takes_back_is_a_counter():
 def test_counters_go_through_a_checkpoints_state():
     trainer = make_trainer()
     trainer.run()
-    trainer.clock = lambda: 0.0
+    trainer.budget.clock = lambda: 0.0
     for number, name in enumerate(COUNTERS, 1):
         setattr(trainer.state, name, type(COUNTERS[name])(number))
     other = make_trainer()

@@ -24,7 +24,7 @@ from fundamentallm.testing import (
     tiny_model,
     tiny_tokens,
 )
-from fundamentallm.training.checkpoint.catalogue import Scores
+from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import LossEMA, NaNRollback, Perplexity, WeightEMA
 from fundamentallm.training.optimizers import OptimizerBuilder
@@ -308,7 +308,7 @@ def test_max_tokens_ends_the_run_at_the_first_step_that_reaches_it() -> None:
 def test_max_seconds_ends_the_run_by_the_clock() -> None:
     trainer = make_trainer(max_seconds=5.0)
     seconds = iter(range(1_000))
-    trainer.clock = lambda: float(next(seconds))
+    trainer.budget.clock = lambda: float(next(seconds))
     trainer.train()
     assert trainer.finished == "the budget is used up"
     assert 0 < trainer.state.iteration < 10
@@ -322,7 +322,7 @@ def test_max_seconds_goes_on_counting_in_a_resumed_run(tmp_path: Path) -> None:
         if newest is not None:
             trainer.resume(tmp_path / newest.name)
             began = trainer.state.iteration
-        trainer.clock = lambda: float(trainer.state.iteration - began)  # a second a step
+        trainer.budget.clock = lambda: float(trainer.state.iteration - began)  # a second a step
         trainer.train()
         return trainer
 
@@ -335,7 +335,7 @@ def test_max_seconds_goes_on_counting_in_a_resumed_run(tmp_path: Path) -> None:
 
 def test_stop_after_seconds_saves_and_stops_unfinished(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, stop_after_seconds=1.0)
-    trainer.clock = lambda: float(trainer.state.iteration)
+    trainer.budget.clock = lambda: float(trainer.state.iteration)
     trainer.train(num_epochs=1)
     assert not trainer.finished
     assert trainer.state.iteration == 1

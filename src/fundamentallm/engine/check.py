@@ -62,7 +62,7 @@ def _print_costs(run: Run, seconds: float) -> None:
         say(f"FLOPs            {cost.flops_per_token * computed * trainer.total_steps:.3g}")
     say(f"memory           about {gib(cost.total_bytes)}" + (f" of {gib(limit)}" if limit else ""))
     speed = f"{seconds * 1e3:.0f} ms a step, {computed / seconds:,.0f} tokens/s"
-    longest = trainer.limits.max_seconds
+    longest = trainer.budget.limits.max_seconds
     if trainer.total_steps is not None:
         expected = trainer.total_steps * seconds
         if longest is None or expected < longest:

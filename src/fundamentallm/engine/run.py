@@ -36,8 +36,8 @@ from fundamentallm.files.filesystem import Filesystem, replace_file
 from fundamentallm.files.lock import refuse_if_owned, run_lock
 from fundamentallm.files.private import make_directory, open_to_read
 from fundamentallm.files.run_layout import BEST, CONFIG, LOG, SAMPLES, TENSORBOARD
-from fundamentallm.training.checkpoint.catalogue import Scores
 from fundamentallm.training.checkpoint.manifest import Manifest
+from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.decision import STOPPED_BY
 from fundamentallm.training.handlers.phases import Phases
@@ -189,7 +189,7 @@ def _announce(run: Run) -> None:
     steps = (
         f"{trainer.total_steps:,} steps"
         if trainer.total_steps
-        else (f"{trainer.limits.max_seconds:g} seconds")
+        else (f"{trainer.budget.limits.max_seconds:g} seconds")
     )
     logger.info(
         "text: %s, SHA-256 %s; %s tokens in a vocabulary of %d",
@@ -222,7 +222,7 @@ def _conclude(run: Run, again: str) -> None:
     say()
     say(
         f"Done: {state.iteration:,} steps, {state.tokens_seen:,} tokens"
-        f" in {trainer.elapsed_seconds():.0f} s ({trainer.finished})."
+        f" in {trainer.budget.elapsed_seconds():.0f} s ({trainer.finished})."
         + (f" Updates refused: {state.skipped_steps:,}." if state.skipped_steps else "")
     )
     best = _best(run.directory)

@@ -11,7 +11,7 @@ from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.run_layout import RunOrCheckpoint
 from fundamentallm.inference.load import checkpoints_in, named_checkpoint
 from fundamentallm.inference.stored_model import stored_config, stored_shapes
-from fundamentallm.training.checkpoint.catalogue import Scores
+from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.snapshot import check_usable
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.checkpoint.tree import flatten

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -53,9 +52,9 @@ from fundamentallm.training.decision import (
 from fundamentallm.training.dispatch import Dispatcher, caller_name
 from fundamentallm.training.history import History
 from fundamentallm.training.interventions import Interventions
-from fundamentallm.training.limits import Limits
+from fundamentallm.training.limits import Budget, Limits
 from fundamentallm.training.recovery.data_faults import DataFaults
-from fundamentallm.training.recovery.diagnosis import StepReplayer
+from fundamentallm.training.recovery.diagnosis import Incident
 from fundamentallm.training.schedulers import LearningRateScheduler
 from fundamentallm.training.state import COUNTERS, IRREVERSIBLE, TrainingState
 from fundamentallm.training.step import StepOutput, TrainStep, evaluate
@@ -102,33 +101,31 @@ class TrainingLoop(Dispatcher):
 
     Args:
         model: takes `input_ids` (B, T) int64, returns logits (B, T, V); the plan has placed it.
-        train_loader: of step batches, or a DataLoader whose batches are grouped into step batches.
+        train_loader: of step batches (`as_window_loader`).
         val_loader: batches of the same form; None or empty: no validation.
         optimizer: over the model's parameters.
         scheduler: on that optimizer.
         loss_fn: `loss_fn(logits, targets, reduction="sum")`.
         plan: how the steps are computed.
-        config: budgets, cadence and clipping.
+        config: cadence and clipping.
+        limits: when the run ends.
 
     Attributes:
         model: the model, without a wrapper for ranks or compilation.
         history: the course of the run so far.
         plan: how the steps are computed.
-        limits: the resolved budgets.
+        budget: the limits of the run, its clock, and how much is used.
         interventions: step batches to skip, and lowered learning rates.
         description: plain JSON about the run (its configuration, tokenizer, data) that every
             checkpoint carries in its manifest.
-        evaluation_weights: a context that puts the weights to evaluate and sample into the model;
-            a handler may replace it (weight EMA does).
-        restore_point: the store of earlier states; the handler checkpointing sets itself.
-        clock: seconds of the run in this process.
+        evaluation_weights: returns a context in which the model has the weights to evaluate and
+            sample with.
+        restore_point: the store of earlier states; None without one.
         window: this rank's share of the current step's data.
         tokens_computed: tokens of the current step over all ranks, those with a masked target
             and padding too; what speed and FLOPs go by.
         generators_before: random generators of the device before the current step.
         interrupted_by: the number of the signal that asked the run to stop.
-        pause_when: functions called with every step and validation batch; on True the run
-            saves and stops, to be resumed later.
     """
 
     state: TrainingState
@@ -143,6 +140,7 @@ class TrainingLoop(Dispatcher):
         loss_fn: Callable[..., Tensor],
         plan: Plan,
         config: TrainingConfig,
+        limits: Limits,
     ) -> None:
         super().__init__(lambda engine, window: self._train_step(window))
         self.state = TrainingState()
@@ -153,16 +151,14 @@ class TrainingLoop(Dispatcher):
         self.model = model
         self.precision = plan.build_precision()
         self._buffers = StateBuffers(self.model)
-        self.train_loader = as_window_loader(train_loader, config.accumulation_steps, config.seed)
+        self.train_loader = train_loader
         self.val_loader = val_loader
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.loss_fn = loss_fn
         self.steps_per_epoch = len(self.train_loader)
         self._cadence = Cadence.resolve(self.config, self.steps_per_epoch)
-        self.limits = Limits.resolve(
-            self.config, self.steps_per_epoch, getattr(self.train_loader, "steps_for_tokens", None)
-        )
+        self.budget = Budget(limits, self.state, self.ranks)
         self.run_id = uuid.uuid4().hex
         self.description: dict[str, Any] = {}
         self.history = History()
@@ -170,9 +166,7 @@ class TrainingLoop(Dispatcher):
         self.evaluation_weights: Callable[[], AbstractContextManager[None]] = nullcontext
         self.restore_point: RestorePoint | None = None
         self.interrupted_by: int | None = None
-        self.pause_when: list[Callable[[], bool]] = []
-        constructed = time.monotonic()
-        self.clock: Callable[[], float] = lambda: time.monotonic() - constructed
+        self._asked_to_pause: list[Callable[[], bool]] = []
         self._step = TrainStep(
             self.plan.prepare(self.model, batch_shape_of(self.train_loader)),
             self.model,
@@ -192,7 +186,6 @@ class TrainingLoop(Dispatcher):
         self._decision = GO_ON
         self._saving: Save | None = None
         self._stopped_by = ""
-        self._began = (0.0, 0)
 
         self.keep_last(Events.ITERATION_COMPLETED, self._after_step)
         self.keep_last(Events.EPOCH_COMPLETED, self._after_epoch)
@@ -227,10 +220,10 @@ class TrainingLoop(Dispatcher):
         self.steps_per_epoch = epoch_length or len(self.train_loader)
         self._cadence = Cadence.resolve(self.config, self.steps_per_epoch)
         if max_iters is not None or max_epochs is not None:
-            self.limits = Limits(max_iters or (max_epochs or 1) * self.steps_per_epoch)
+            self.budget.limits = Limits(max_iters or (max_epochs or 1) * self.steps_per_epoch)
         self._facts, self._stopped_by = StepFacts(), ""
         self._faults = DataFaults(self.ranks)
-        self._began = (self.clock(), self.state.iteration)
+        self.budget.begin()
         self._step.vetoes_possible = self.ranks.any(
             bool(self._event_handlers[TrainingEvents.FLLM_GRADIENTS_READY])
         )
@@ -269,7 +262,7 @@ class TrainingLoop(Dispatcher):
         self.should_terminate = False
         self.state.max_epochs = None
         # Where only the clock ends the run there is no last step; Ignite wants a number.
-        self.state.max_iters = self.limits.total_steps or 2**62
+        self.state.max_iters = self.total_steps or 2**62
         self.state.epoch_length = self.steps_per_epoch
         super().run(
             self._faults.kept_from(ahead(self.train_loader, self.device)),
@@ -291,9 +284,9 @@ class TrainingLoop(Dispatcher):
         """A run that is resumed may have nothing left to do but its last evaluation."""
         if self.state.iteration == 0:
             return
-        if self.state.iteration >= (self.limits.total_steps or math.inf):
+        if self.state.iteration >= (self.total_steps or math.inf):
             self.finish(LAST_STEP)
-        elif self.ranks.any(self._out_of_budget()):
+        elif self.ranks.any(self.budget.is_used_up()):
             self.finish(USED_UP)
 
     def _settle(self) -> None:
@@ -370,7 +363,7 @@ class TrainingLoop(Dispatcher):
                 window.num_tokens,
                 sequences,
                 count_computed(window),
-                self._out_of_budget(),
+                self.budget.is_used_up(),
                 self._wants_to_leave(),
                 bool(self._stopped_by),
                 self._faults.own is not None,
@@ -445,7 +438,7 @@ class TrainingLoop(Dispatcher):
         """Fire what follows a step, behind every other handler of ITERATION_COMPLETED."""
         facts = self._facts
         if self.ranks.alone:
-            facts.exhausted, facts.leaving = self._out_of_budget(), self._wants_to_leave()
+            facts.exhausted, facts.leaving = self.budget.is_used_up(), self._wants_to_leave()
         self._decision = self._decide()
         if self._decision is not ROLL_BACK:
             self.notify(TrainingEvents.FLLM_METRICS_MEASURED)
@@ -485,7 +478,7 @@ class TrainingLoop(Dispatcher):
     def _decide(self) -> Decision:
         step = self.state.iteration
         unmeasured = self.state.evaluated_step != step
-        at = StepEnd(step, self.limits.total_steps, self._cadence, self._facts, unmeasured)
+        at = StepEnd(step, self.total_steps, self._cadence, self._facts, unmeasured)
         decision = decide(at)
         if decision.pending and not self._is_evaluated():
             return decide(replace(at, unmeasured=False))
@@ -604,6 +597,33 @@ class TrainingLoop(Dispatcher):
         """Ask the run to save and stop after this step, to be resumed later."""
         self.interrupted_by = signal_number
 
+    def pause_when(self, asked: Callable[[], bool]) -> None:
+        """Ask a function with every step and validation batch; on True the run saves and stops.
+
+        It can be resumed later, as after `interrupt_run`.
+        """
+        self._asked_to_pause.append(asked)
+
+    # ------------------------------------------------------------------ what handlers provide
+
+    def evaluate_with(self, weights: Callable[[], AbstractContextManager[None]]) -> None:
+        """Evaluate and sample in this context, which puts other weights into the model."""
+        self.evaluation_weights = weights
+
+    def restore_from(self, point: RestorePoint) -> None:
+        """Return to the states of this store in a rollback, and note there how steps end."""
+        self.restore_point = point
+
+    def report_incident(self, incident: Incident) -> None:
+        """Make a numerical incident known: `state.incident`, FLLM_INCIDENT_DETECTED."""
+        self.state.incident = incident
+        self.notify(TrainingEvents.FLLM_INCIDENT_DETECTED)
+
+    def report_saved(self, path: Path) -> None:
+        """Make a checkpoint known: `state.last_checkpoint`, FLLM_CHECKPOINT_SAVED."""
+        self.state.last_checkpoint = path
+        self.notify(TrainingEvents.FLLM_CHECKPOINT_SAVED)
+
     # ------------------------------------------------------------------ what handlers may ask
 
     @property
@@ -627,10 +647,6 @@ class TrainingLoop(Dispatcher):
     def window_grad_norm(self) -> float:
         """The norm of the current step's gradient, as `window_loss`."""
         return self._step.norm
-
-    def step_replayer(self) -> StepReplayer:
-        """Return what replays of the current step need."""
-        return StepReplayer(self.model, self.loss_fn, self.precision, self.ranks)
 
     def restore_step(self, before: int | None = None) -> int | None:
         """Return the step that a rollback would go to, None if there is none."""
@@ -665,8 +681,8 @@ class TrainingLoop(Dispatcher):
 
     @property
     def total_steps(self) -> int | None:
-        """The last step, None where only the clock ends the run."""
-        return self.limits.total_steps
+        """The last step; None where only the clock or the tokens end the run."""
+        return self.budget.limits.total_steps
 
     @property
     def epoch(self) -> int:
@@ -684,47 +700,11 @@ class TrainingLoop(Dispatcher):
         """Whether the current step's metrics belong in the logs."""
         return self._cadence.logs_at(self.state.iteration) or bool(self.finished)
 
-    def elapsed_seconds(self) -> float:
-        """Seconds of this run, those of earlier processes included."""
-        return float(self.state.elapsed_before) + self.clock()
-
-    def clock_progress(self) -> float | None:
-        """How much of a budget in seconds is spent, in [0, 1]; None where steps count.
-
-        By the first rank's clock; every rank must call it.
-        """
-        if not self.limits.follows_clock:
-            return None
-        assert self.limits.max_seconds is not None
-        progress = min(1.0, self.elapsed_seconds() / self.limits.max_seconds)
-        if self.ranks.alone:
-            return progress
-        # Clocks differ, and ranks with different learning rates would drift apart.
-        return self.ranks.sum_counts([round(progress * 1e9) * self.ranks.is_writer])[0] / 1e9
-
-    def seconds_remaining(self) -> float | None:
-        """Estimate the seconds to the end of the run; None while there is nothing to go by."""
-        began_at, first_step = self._began
-        done = self.state.iteration - first_step
-        estimates = []
-        if self.limits.max_seconds is not None:
-            estimates.append(max(0.0, self.limits.max_seconds - self.elapsed_seconds()))
-        if self.total_steps is not None and done > 0:
-            per_step = (self.clock() - began_at) / done
-            estimates.append(per_step * (self.total_steps - self.state.iteration))
-        return min(estimates) if estimates else None
-
-    def _out_of_budget(self) -> bool:
-        limits = self.limits
-        return (
-            limits.max_seconds is not None and self.elapsed_seconds() >= limits.max_seconds
-        ) or (limits.max_tokens is not None and self.state.tokens_seen >= limits.max_tokens)
-
     def _wants_to_leave(self) -> bool:
         pause = self.config.stop_after_seconds
-        if self.interrupted_by is not None or (pause is not None and self.clock() >= pause):
+        if self.interrupted_by is not None or (pause is not None and self.budget.clock() >= pause):
             return True
-        for asks in self.pause_when:  # noqa: SIM110 (any() would make a generator in each step)
+        for asks in self._asked_to_pause:  # noqa: SIM110 (any() would make a generator in each step)
             if asks():
                 return True
         return False
@@ -742,7 +722,7 @@ class TrainingLoop(Dispatcher):
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Return the position, the counters, the interventions and the run's id."""
         state = {name: getattr(self.state, name) for name in COUNTERS}
-        state["elapsed_before"] = self.elapsed_seconds()
+        state["elapsed_before"] = self.budget.elapsed_seconds()
         state["checkpoints"] += self._saving is Save.ON_SCHEDULE
         return {
             "iteration": self.state.iteration,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config.training import TrainingConfig
+from fundamentallm.data.loaders import as_window_loader
 from fundamentallm.training.checkpoint.catalogue import Survey
 from fundamentallm.training.dispatch import timeline
 from fundamentallm.training.handlers.base import Handler
@@ -41,6 +42,7 @@ class Trainer(TrainingLoop):
             already: it says how to compute in place of the config.
         config: budgets, cadence, clipping and precision; the defaults if None.
         handlers: attached in this order.
+        limits: when the run ends; from the config and the training data if None.
 
     Further methods for scripts and handlers are in `TrainingLoop`.
     """
@@ -56,6 +58,7 @@ class Trainer(TrainingLoop):
         device: str | torch.device | Plan = "auto",
         config: TrainingConfig | None = None,
         handlers: Sequence[Handler] = (),
+        limits: Limits | None = None,
     ) -> None:
         self._checkpoint_dir = Path(config.checkpoint_dir) if config is not None else None
         config = config if config is not None else TrainingConfig()
@@ -70,6 +73,10 @@ class Trainer(TrainingLoop):
                 f"scheduler must be one of this package's schedules, not {type(scheduler).__name__}"
                 ": torch's schedulers hold state that a rollback cannot take back"
             )
+        train_loader = as_window_loader(train_loader, config.accumulation_steps, config.seed)
+        if limits is None:
+            steps_for_tokens = getattr(train_loader, "steps_for_tokens", None)
+            limits = Limits.resolve(config, len(train_loader), steps_for_tokens)
         super().__init__(
             model,
             train_loader,
@@ -79,6 +86,7 @@ class Trainer(TrainingLoop):
             loss_fn if loss_fn is not None else LanguageModelingLoss(),
             device,
             config,
+            limits,
         )
         for handler in handlers:
             handler.attach(self)
@@ -101,7 +109,7 @@ class Trainer(TrainingLoop):
         if num_epochs is not None:
             if num_epochs < 1:
                 raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
-            self.limits = Limits(num_epochs * self.steps_per_epoch)
+            self.budget.limits = Limits(num_epochs * self.steps_per_epoch)
         self.attach_defaults()
         self.run()
         return self.history
@@ -129,12 +137,12 @@ class Trainer(TrainingLoop):
     def train_epoch(self) -> float:
         """Train to the end of the current epoch; return its mean loss in nats per token."""
         end = (self.state.iteration // self.steps_per_epoch + 1) * self.steps_per_epoch
-        limits, self.limits = self.limits, Limits(end)
+        limits, self.budget.limits = self.budget.limits, Limits(end)
         try:
             self.attach_defaults()
             self.run()
         finally:
-            self.limits = limits
+            self.budget.limits = limits
         return float(self.state.metrics.get("train/epoch_loss", math.nan))
 
     def attach_defaults(self) -> None:

@@ -122,7 +122,7 @@ def test_a_run_is_told_from_its_begin_to_its_end():
         assert list(record.metrics) == sorted(record.metrics)
         assert all(name.startswith(record.kind + "/") for name in record.metrics)
         assert (record.epoch, record.tokens, record.text) == (1, 32 * record.step, "")
-        assert 0 < record.elapsed_seconds < trainer.elapsed_seconds()
+        assert 0 < record.elapsed_seconds < trainer.budget.elapsed_seconds()
     assert records[0].metrics["train/loss"] == trainer.history.train_loss[2]
     assert records[1].metrics["val/loss"] == trainer.history.val_loss[0]
 

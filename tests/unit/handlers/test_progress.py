@@ -63,7 +63,7 @@ def test_a_terminal_shows_a_bar_with_all_figures():
         Progress(stream=terminal, clock=TickingClock(1.0)), LossEMA(), Throughput()
     )
     # Two seconds a step, so that what is left of the six steps is known.
-    trainer.clock = lambda: 2.0 * trainer.state.iteration
+    trainer.budget.clock = lambda: 2.0 * trainer.state.iteration
     trainer.run()
     shown = frames(terminal)
     for step in range(1, 7):
@@ -100,7 +100,7 @@ def lines(caplog: Any) -> list[str]:
 def test_elsewhere_there_are_lines(caplog):
     stream = io.StringIO()
     trainer = make_trainer(Progress(5.0, stream, TickingClock(2.0)), LossEMA(), Throughput())
-    trainer.clock = lambda: 2.0 * trainer.state.iteration
+    trainer.budget.clock = lambda: 2.0 * trainer.state.iteration
     with caplog.at_level(logging.INFO, "fundamentallm"):
         trainer.run()
     assert stream.getvalue() == ""
@@ -129,7 +129,7 @@ def test_a_run_by_the_clock_shows_no_last_step(caplog, terminal):
     trainer = make_trainer(
         Progress(0.0, stream, TickingClock(1.0)), total_steps=None, max_seconds=4.0
     )
-    trainer.clock = lambda: float(trainer.state.iteration)
+    trainer.budget.clock = lambda: float(trainer.state.iteration)
     with caplog.at_level(logging.INFO, "fundamentallm"):
         trainer.run()
     assert trainer.state.iteration == 4

@@ -12,8 +12,10 @@ from fundamentallm.compute.distributed import Ranks
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model
 from fundamentallm.training.handlers import Checkpointing, NaNRollback, Schedule
+from fundamentallm.training.limits import Budget, Limits
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.schedulers import CosineAnnealingScheduler, LearningRateScheduler
+from fundamentallm.training.state import TrainingState
 from fundamentallm.training.trainer import Trainer
 
 
@@ -116,7 +118,7 @@ def test_goes_by_the_clock_only_where_the_clock_alone_ends_the_run(total_steps):
         config=TrainingConfig(total_steps=total_steps, max_seconds=5.0),
     )
     Schedule(trainer.scheduler).attach(trainer)
-    trainer.clock = lambda: trainer.state.iteration * 1.25
+    trainer.budget.clock = lambda: trainer.state.iteration * 1.25
     trainer.run()
     shares = [0.25, 0.5, 0.75, 1.0] if total_steps is None else [-1.0] * 4
     assert trainer.history.lr == pytest.approx([0.02 * share for share in shares])
@@ -124,26 +126,23 @@ def test_goes_by_the_clock_only_where_the_clock_alone_ends_the_run(total_steps):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_ranks_go_by_the_first_ones_clock(rank, monkeypatch):
-    train, _ = tiny_loaders()
-    config = TrainingConfig(total_steps=None, max_seconds=5.0)
-    trainer = Trainer(tiny_model(), train, device="cpu", config=config)
-    trainer.clock = lambda: [1.25, 4.0][rank]
-    trainer.ranks = Ranks(rank, 2)
+    budget = Budget(Limits(None, max_seconds=5.0), TrainingState(), Ranks(rank, 2))
+    budget.clock = lambda: [1.25, 4.0][rank]
     # What all_reduce gives each rank: its own share and the other's.
     monkeypatch.setattr(
         Ranks, "sum_counts", lambda self, counts: [counts[0] + [0, 250_000_000][self.rank]]
     )
-    assert trainer.clock_progress() == 0.25
+    assert budget.clock_progress() == 0.25
 
 
 def test_a_resumed_run_goes_on_from_the_progress_in_its_state():
     train, _ = tiny_loaders()
     config = TrainingConfig(total_steps=None, max_seconds=8.0)
     first, second = (Trainer(tiny_model(), train, device="cpu", config=config) for _ in range(2))
-    first.clock = lambda: 3.0
-    second.clock = lambda: 1.0  # of its own process
+    first.budget.clock = lambda: 3.0
+    second.budget.clock = lambda: 1.0  # of its own process
     second.load_state_dict(first.state_dict())
-    assert second.clock_progress() == 0.5
+    assert second.budget.clock_progress() == 0.5
 
 
 def test_a_trainer_without_a_schedule_keeps_the_rate():

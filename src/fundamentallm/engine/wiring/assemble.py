@@ -188,9 +188,18 @@ def assemble(
         loss_fn = LOSSES.build(training.loss.name, training.loss.options)
     check_abilities(config, model, loss_fn)
     trainer = Trainer(
-        model, train_loader, val_loader, optimizer, scheduler, loss_fn, plan, training, first
+        model,
+        train_loader,
+        val_loader,
+        optimizer,
+        scheduler,
+        loss_fn,
+        plan,
+        training,
+        first,
+        Limits(training.total_steps, training.max_seconds, training.max_tokens),
     )
-    trainer.clock = seconds_since_start
+    trainer.budget.clock = seconds_since_start
     trainer.description = dict(
         describe(
             written,

@@ -23,8 +23,9 @@ from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.names import numbered
 from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint, check_entries
 from fundamentallm.inference.stored_model import stored_config
-from fundamentallm.training.checkpoint.catalogue import Scores, Survey
+from fundamentallm.training.checkpoint.catalogue import Survey
 from fundamentallm.training.checkpoint.manifest import Manifest
+from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.snapshot import check_usable
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.decision import STOPPED_BY

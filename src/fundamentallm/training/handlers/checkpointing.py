@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +18,16 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.run_layout import BEST, CORRUPT, LAST, SUPERSEDED
 from fundamentallm.training.checkpoint import snapshot
-from fundamentallm.training.checkpoint.catalogue import (
+from fundamentallm.training.checkpoint.background_save import BackgroundSave
+from fundamentallm.training.checkpoint.catalogue import Catalogue, Entry, Survey
+from fundamentallm.training.checkpoint.finite import DamagedStateError, bit_sum
+from fundamentallm.training.checkpoint.scores import (
     AWAITS_EVALUATION,
     FOR_A_STOP,
-    Catalogue,
-    Entry,
     Score,
     Scores,
-    Survey,
     finite,
 )
-from fundamentallm.training.checkpoint.finite import DamagedStateError, bit_sum
 from fundamentallm.training.checkpoint.store import STEP_NAME, CheckpointStore, step_name, step_of
 from fundamentallm.training.checkpoint.tree import Stateful, copied
 from fundamentallm.training.handlers.base import HANDLERS
@@ -44,76 +42,6 @@ def negative_val_loss(trainer: TrainingLoop) -> float | None:
     if loss is None or trainer.state.evaluated_step != trainer.state.iteration:
         return None
     return -float(loss)
-
-
-class BackgroundSave:
-    """One save, in this thread or in one of its own, and how it ended.
-
-    Args:
-        entry: what the catalogue says of it while it is being written.
-        replaced: what the catalogue said of its step before, and says again if the save fails.
-        best_before: best score and step that hold again if the save fails.
-        best_step: the step of the best checkpoint when the save began.
-
-    Attributes:
-        committed: whether the checkpoint is on the disk; what fails after that loses nothing.
-        score: what the evaluation of its step has said in the meantime.
-        pruned: the names of the checkpoints that were deleted for it.
-    """
-
-    def __init__(
-        self,
-        entry: Entry,
-        replaced: Entry | None,
-        best_before: tuple[float, int | None],
-        best_step: int | None,
-    ) -> None:
-        self.step, self.name = entry.step, entry.name
-        self.entry = entry
-        self.replaced = replaced
-        self.best_before = best_before
-        self.best_step = best_step
-        self.committed = False
-        self.score: Score | None = None
-        self.pruned: Sequence[str] = ()
-        self._failure: Exception | None = None
-        self._thread: threading.Thread | None = None
-
-    def run(self, work: Callable[[], None]) -> None:
-        """Do the work and keep its error."""
-        try:
-            work()
-        except Exception as error:  # raised again by whoever waits
-            self._failure = error
-
-    def fail(self, error: Exception) -> None:
-        """End it before it has begun."""
-        self._failure = error
-
-    def start(self, work: Callable[[], None]) -> None:
-        """Do the work in a thread."""
-        self._thread = threading.Thread(target=self.run, args=(work,), name=f"save-{self.step}")
-        self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether it is still being written."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def join(self) -> None:
-        """Wait for the end."""
-        if self._thread is not None:
-            self._thread.join()
-
-    def wait(self) -> Exception | None:
-        """Wait for the end; return the error, None if the checkpoint is committed."""
-        self.join()
-        return self._failure
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether nothing was committed, once it has ended."""
-        return self.wait() is not None and not self.committed
 
 
 @HANDLERS.register("checkpointing")
@@ -188,7 +116,7 @@ class Checkpointing(Checkpoint):
 
     def attach(self, trainer: TrainingLoop) -> None:
         """Save at FLLM_CHECKPOINT_DUE; offer the trainer the way back."""
-        trainer.restore_point = self
+        trainer.restore_from(self)
         trainer.add_event_handler(TrainingEvents.FLLM_CHECKPOINT_DUE, self)
         if self.asynchronous:
             trainer.add_event_handler(Events.ITERATION_COMPLETED, self._look_at_background)
@@ -422,8 +350,7 @@ class Checkpointing(Checkpoint):
             logger.warning("step %d: %s, training goes on: %s", save.step, what, error)
             if lost:
                 return
-        trainer.state.last_checkpoint = self.store.directory / step_name(save.step)
-        trainer.notify(TrainingEvents.FLLM_CHECKPOINT_SAVED)
+        trainer.report_saved(self.store.directory / save.name)
         if save.score is not None and entry is not None:
             self._write_score(trainer, replace(save.score, manifest=entry.hash))
 

@@ -156,7 +156,7 @@ class MetricsWriter(ABC):
     def _record(
         trainer: TrainingLoop, kind: Any, step: int, metrics: dict[str, float], text: str = ""
     ) -> Record:
-        seconds = trainer.elapsed_seconds()
+        seconds = trainer.budget.elapsed_seconds()
         tokens = trainer.state.tokens_seen
         return Record(kind, step, trainer.epoch, tokens, seconds, metrics, text)
 

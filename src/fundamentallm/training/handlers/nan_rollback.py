@@ -29,6 +29,7 @@ from fundamentallm.training.recovery.diagnosis import (
     UNEXPLAINED,
     Diagnosis,
     Incident,
+    StepReplayer,
 )
 from fundamentallm.training.recovery.incident import write_incident
 
@@ -207,7 +208,7 @@ class NaNRollback:
 
     def _look(self, trainer: TrainingLoop, verdict: str, num_worst: int = 0) -> Diagnosis:
         """Replay a step whose verdict is known: what every module gave, and the worst sequences."""
-        replayer = trainer.step_replayer()
+        replayer = _replayer(trainer)
         replay = replayer.replay(trainer.window, trainer.generators_before, watch=True)
         rows = replayer.worst_rows(trainer.window, num_worst) if num_worst else ()
         return Diagnosis(verdict, replay, rows)
@@ -229,7 +230,7 @@ class NaNRollback:
             finally:
                 trainer.model.load_state_dict(kept)
 
-        return trainer.step_replayer().diagnose(
+        return _replayer(trainer).diagnose(
             trainer.window, trainer.generators_before, self._known_good(trainer), earlier_weights
         )
 
@@ -334,11 +335,10 @@ class NaNRollback:
         diagnosis: Diagnosis | None = None,
     ) -> None:
         incident = Incident(trainer.state.iteration, fault, verdict, decision, diagnosis)
-        trainer.state.incident = incident
         logger.log(logging.WARNING if trainer.ranks.is_writer else logging.DEBUG, "%s", incident)
         if self._is_witness(trainer, diagnosis):
             self._write_evidence(trainer, incident)
-        trainer.notify(TrainingEvents.FLLM_INCIDENT_DETECTED)
+        trainer.report_incident(incident)
 
     def _is_witness(self, trainer: TrainingLoop, diagnosis: Diagnosis | None) -> bool:
         """Tell whether this rank is the first whose own share is bad; the first of all if none."""
@@ -390,6 +390,10 @@ class NaNRollback:
             self.total, self.transients, self.spikes = counts
             self.region_end = state_dict["region_end"]
             self.in_region = state_dict["in_region"]
+
+
+def _replayer(trainer: TrainingLoop) -> StepReplayer:
+    return StepReplayer(trainer.model, trainer.loss_fn, trainer.precision, trainer.ranks)
 
 
 def _damage(trainer: TrainingLoop) -> str:

@@ -101,7 +101,7 @@ class Progress:
             parts.append(f"{metrics['train/tokens_per_second']:,.0f} tok/s")
         if "train/mfu" in metrics:
             parts.append(f"MFU {metrics['train/mfu']:.1%}")
-        remaining = trainer.seconds_remaining()
+        remaining = trainer.budget.seconds_remaining()
         if remaining is not None:
             parts.append(f"ETA {format_seconds(remaining)}")
         return ", ".join(parts)

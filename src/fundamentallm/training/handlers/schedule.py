@@ -38,7 +38,7 @@ class Schedule(ParamScheduler):
         """Write the rates for step `state.iteration`, lowered by interventions; note `train/lr`."""
         # Ignite counts events from 0 and would count on after a rollback; the step knows better.
         step = self.event_index = trainer.state.iteration
-        self.progress = trainer.clock_progress()
+        self.progress = trainer.budget.clock_progress()
         multiplier = self.scheduler.multiplier(step, self.progress)
         factor = trainer.interventions.rate_factor(step) if trainer.interventions.cuts else 1.0
         groups = self.optimizer.param_groups

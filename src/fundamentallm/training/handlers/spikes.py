@@ -161,10 +161,9 @@ class Spikes:
         if lasting or self.in_a_row == 1:
             decision = "reported, and taken for the level from now on" if lasting else "reported"
             incident = Incident(trainer.state.iteration, self._found, SPIKE, decision)
-            trainer.state.incident = incident
             if trainer.ranks.is_writer:
                 logger.warning("%s", incident)
-            trainer.notify(TrainingEvents.FLLM_INCIDENT_DETECTED)
+            trainer.report_incident(incident)
         if lasting:
             self._begin_anew()
 

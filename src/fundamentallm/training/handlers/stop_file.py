@@ -30,7 +30,7 @@ class StopFile:
         """Be asked with every step, on the rank that writes; remove the file at FLLM_RUN_ENDED."""
         if not trainer.ranks.is_writer:
             return
-        trainer.pause_when.append(self.is_there)
+        trainer.pause_when(self.is_there)
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_ENDED, self.remove)
 
     def is_there(self) -> bool:

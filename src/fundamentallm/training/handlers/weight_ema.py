@@ -38,7 +38,7 @@ class WeightEMA:
     def attach(self, trainer: TrainingLoop) -> None:
         """Average at FLLM_OPTIMIZER_STEPPED; lend the averages to every evaluation."""
         self._parameters = dict(trainer.model.named_parameters())
-        trainer.evaluation_weights = self.swapped_in
+        trainer.evaluate_with(self.swapped_in)
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.start)
         trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, self.update)
 

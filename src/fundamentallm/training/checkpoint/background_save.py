@@ -1,0 +1,79 @@
+"""A save under way, in a thread or not, and how it ended."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from fundamentallm.training.checkpoint.catalogue import Entry
+from fundamentallm.training.checkpoint.scores import Score
+
+
+class BackgroundSave:
+    """One save, in this thread or in one of its own, and how it ended.
+
+    Args:
+        entry: what the catalogue says of it while it is being written.
+        replaced: what the catalogue said of its step before, and says again if the save fails.
+        best_before: best score and step that hold again if the save fails.
+        best_step: the step of the best checkpoint when the save began.
+
+    Attributes:
+        committed: whether the checkpoint is on the disk; what fails after that loses nothing.
+        score: what the evaluation of its step has said in the meantime.
+        pruned: the names of the checkpoints that were deleted for it.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        replaced: Entry | None,
+        best_before: tuple[float, int | None],
+        best_step: int | None,
+    ) -> None:
+        self.step, self.name = entry.step, entry.name
+        self.entry = entry
+        self.replaced = replaced
+        self.best_before = best_before
+        self.best_step = best_step
+        self.committed = False
+        self.score: Score | None = None
+        self.pruned: Sequence[str] = ()
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do the work and keep its error."""
+        try:
+            work()
+        except Exception as error:  # raised again by whoever waits
+            self._failure = error
+
+    def fail(self, error: Exception) -> None:
+        """End it before it has begun."""
+        self._failure = error
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Do the work in a thread."""
+        self._thread = threading.Thread(target=self.run, args=(work,), name=f"save-{self.step}")
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def join(self) -> None:
+        """Wait for the end."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def wait(self) -> Exception | None:
+        """Wait for the end; return the error, None if the checkpoint is committed."""
+        self.join()
+        return self._failure
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing was committed, once it has ended."""
+        return self.wait() is not None and not self.committed
