@@ -4,6 +4,7 @@
 """
 
 from fundamentallm.training.handlers.adaptive_clip import AdaptiveClip
+from fundamentallm.training.handlers.background import BackgroundWriter
 from fundamentallm.training.handlers.base import HANDLERS, Handler
 from fundamentallm.training.handlers.checkpointing import Checkpointing
 from fundamentallm.training.handlers.early_stopping import EarlyStopping
@@ -30,6 +31,7 @@ from fundamentallm.training.handlers.weight_ema import WeightEMA
 __all__ = [
     "HANDLERS",
     "AdaptiveClip",
+    "BackgroundWriter",
     "Checkpointing",
     "EarlyStopping",
     "Evaluation",

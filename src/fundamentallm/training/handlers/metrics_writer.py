@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fundamentallm.events import TrainingEvents
+from fundamentallm.redaction import redacted
 from fundamentallm.training.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
@@ -112,10 +113,10 @@ class MetricsWriter(ABC):
 
     def _log_training(self, trainer: TrainingLoop) -> None:
         if trainer.is_log_step():
-            self._try(self._write_metrics, trainer, "train")
+            self._try(self.write, self._measured(trainer, "train"))
 
     def _log_validation(self, trainer: TrainingLoop) -> None:
-        self._try(self._write_metrics, trainer, "val")
+        self._try(self.write, self._measured(trainer, "val"))
 
     def _mark_incident(self, trainer: TrainingLoop) -> None:
         incident = trainer.state.incident
@@ -138,7 +139,7 @@ class MetricsWriter(ABC):
         self._marks.append(mark)
         self._try(self.write, mark)
 
-    def _write_metrics(self, trainer: TrainingLoop, kind: Literal["train", "val"]) -> None:
+    def _measured(self, trainer: TrainingLoop, kind: Literal["train", "val"]) -> Record:
         metrics = trainer.state.metrics
         # In an order of names: that of the dict depends on where the process began.
         numbers = {}
@@ -146,11 +147,11 @@ class MetricsWriter(ABC):
             try:
                 number = metrics[name]
                 numbers[name] = number if isinstance(number, (int, float)) else float(number)
-            except (TypeError, ValueError, RuntimeError):  # of a user's own handler
+            except Exception:  # of a user's own handler
                 if name not in self._left_out:
                     self._left_out.add(name)
                     logger.warning("%s lacks %s: it is not a number", self.target, name)
-        self.write(self._record(trainer, kind, trainer.state.iteration, numbers))
+        return self._record(trainer, kind, trainer.state.iteration, numbers)
 
     @staticmethod
     def _record(
@@ -171,7 +172,9 @@ class MetricsWriter(ABC):
             logger.debug("%s: failure %d in a row", self.target, self._failures, exc_info=True)
             if not self._told:
                 what = error if isinstance(error, OSError) else repr(error)
-                logger.warning("%s cannot be written, training goes on: %s", self.target, what)
+                logger.warning(
+                    "%s cannot be written, training goes on: %s", self.target, redacted(str(what))
+                )
             self._told = True
             with suppress(Exception):
                 self.close()
