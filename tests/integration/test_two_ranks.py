@@ -31,10 +31,10 @@ from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_model, tiny_tokens
+from fundamentallm.training.evaluator import Evaluator
 from fundamentallm.training.handlers import Checkpointing, Evaluation, NaNRollback
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss, compute_loss
-from fundamentallm.training.step import evaluate
 from fundamentallm.training.trainer import Trainer
 
 VOCABULARY = 11
@@ -411,7 +411,8 @@ def evaluation(ranks: Ranks) -> dict[str, Any]:
     )
     model = make_model()
     trainer = make_trainer(ranks)
-    output = evaluate(model, loader, trainer.precision, ranks)
+    output = Evaluator(model, trainer.precision, ranks)
+    output.run(loader)
     return {"nll": output.nll, "num_tokens": output.num_tokens, "batches": len(list(loader))}
 
 

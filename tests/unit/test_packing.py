@@ -17,9 +17,9 @@ from fundamentallm.errors import ConfigError
 from fundamentallm.models.layers.attention import own_document, places_in_documents
 from fundamentallm.models.layers.positions import POSITIONS, Positions
 from fundamentallm.models.transformer import Transformer
+from fundamentallm.training.evaluator import evaluate_batch
 from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss
 from fundamentallm.training.recovery.diagnosis import StepReplayer
-from fundamentallm.training.step import evaluate_batch
 
 END = 0
 
@@ -137,7 +137,7 @@ def test_a_step_tells_the_model_of_the_documents() -> None:
     transformer = model("rotary")
     ids = torch.tensor([[1, 2, END, 3, 4, 5]])
     batch = add_documents({"input_ids": ids[:, :-1], "target_ids": ids[:, 1:]}, END)
-    nll, count = evaluate_batch(transformer, batch, Precision("fp32", torch.device("cpu")))
+    nll, count, _ = evaluate_batch(transformer, batch, Precision("fp32", torch.device("cpu")))
     alone = [transformer(torch.tensor([part]))[0] for part in ([1, 2], [END, 3, 4])]
     expected = LanguageModelingLoss()(torch.cat(alone)[None], ids[:, 1:], reduction="sum")
     assert count == 5

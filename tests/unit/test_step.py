@@ -18,17 +18,10 @@ from fundamentallm.compute.precision import Precision
 from fundamentallm.data.batch import Window
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import UniformModel, tiny_loaders, tiny_model
+from fundamentallm.training.evaluator import Evaluator, evaluate_batch
 from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss
 from fundamentallm.training.optimizers import OptimizerBuilder
-from fundamentallm.training.step import (
-    EvaluationOutput,
-    StepOutput,
-    TrainStep,
-    evaluate,
-    evaluate_batch,
-    perplexity_of,
-    undisturbed,
-)
+from fundamentallm.training.step import StepOutput, TrainStep, perplexity_of, undisturbed
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", CPU)
@@ -437,6 +430,14 @@ def test_a_bare_function_is_an_objective_whose_likelihood_is_measured_apart():
 # ---------------------------------------------------------------- evaluation
 
 
+def evaluate(
+    model: nn.Module, batches: list[dict[str, Tensor]], loss_fn: Callable[..., Tensor] | None = None
+) -> Evaluator:
+    evaluator = Evaluator(model, FP32, loss_fn=loss_fn)
+    evaluator.run(batches)
+    return evaluator
+
+
 def validation_batches() -> list[dict[str, Tensor]]:
     # The last one is padded with masked targets.
     batches = list(tiny_loaders(LENGTH)[1])
@@ -448,18 +449,18 @@ def test_evaluation_is_the_sum_over_every_target():
     model = tiny_model(VOCABULARY, LENGTH).eval()
     batches = validation_batches()
     nll, count = naive_nll(model, batches)
-    output = evaluate(model, batches, FP32)
+    output = evaluate(model, batches)
     assert output.num_tokens == count == 79
     assert output.nll == pytest.approx(nll, rel=1e-6)
-    assert output.loss == pytest.approx(nll / count, rel=1e-6)
-    assert output.perplexity == pytest.approx(math.exp(nll / count), rel=1e-6)
+    assert output.state.metrics["loss"] == pytest.approx(nll / count, rel=1e-6)
+    assert output.state.metrics["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-6)
 
 
 def test_evaluation_in_float64_has_the_digits_of_float64():
     model = tiny_model(VOCABULARY, LENGTH).double().eval()
     batches = validation_batches()
     nll, _ = naive_nll(model, batches)
-    assert evaluate(model, batches, FP32).nll == pytest.approx(nll, rel=1e-14)
+    assert evaluate(model, batches).nll == pytest.approx(nll, rel=1e-14)
 
 
 def test_evaluation_adds_up_in_float64_where_float32_would_lose_terms():
@@ -478,14 +479,14 @@ def test_evaluation_adds_up_in_float64_where_float32_would_lose_terms():
             return super().forward(input_ids)
 
     batch = {"input_ids": torch.zeros(1, 1).long(), "target_ids": torch.zeros(1, 1).long()}
-    output = evaluate(Model(2), [batch] * 51, FP32, loss_fn=Fixed())
-    assert output == EvaluationOutput(2.0**24 + 50, 51)
+    output = evaluate(Model(2), [batch] * 51, Fixed())
+    assert (output.nll, output.num_tokens) == (2.0**24 + 50, 51)
 
 
 def test_one_batch_gives_its_sum_and_count_without_a_graph():
     model = tiny_model(VOCABULARY, LENGTH)
     batch = window(1, masked=3).micro_batches[0]
-    nll, count = evaluate_batch(model, batch, FP32)
+    nll, count, _ = evaluate_batch(model, batch, FP32)
     wanted, num_valid = naive_nll(model, [batch])
     assert count == num_valid == 10
     assert not nll.requires_grad
@@ -498,7 +499,7 @@ def test_a_loss_on_hidden_states_is_evaluated_without_the_full_logits(smoothing)
     widths = []
     handle = model.register_forward_hook(lambda m, args, out: widths.append(out.size(-1)))
     batches = validation_batches()
-    output = evaluate(model, batches, FP32, loss_fn=ChunkedCrossEntropy(3, smoothing))
+    output = evaluate(model, batches, ChunkedCrossEntropy(3, smoothing))
     handle.remove()
     assert set(widths) == {16}
     assert output.nll == pytest.approx(naive_nll(model, batches)[0], rel=1e-6)
@@ -507,36 +508,41 @@ def test_a_loss_on_hidden_states_is_evaluated_without_the_full_logits(smoothing)
 def test_smoothing_of_the_objective_does_not_enter_the_evaluation():
     model = tiny_model(VOCABULARY, LENGTH)
     smooth = LanguageModelingLoss(label_smoothing=0.4)
-    assert evaluate(model, validation_batches(), FP32, loss_fn=smooth) == evaluate(
-        model, validation_batches(), FP32
-    )
+    smoothed = evaluate(model, validation_batches(), smooth)
+    plain = evaluate(model, validation_batches())
+    assert (smoothed.nll, smoothed.num_tokens) == (plain.nll, plain.num_tokens)
 
 
 def test_no_targets_give_nan_and_not_a_perfect_score():
     model = tiny_model(VOCABULARY, LENGTH)
     for batches in ([], window(2, masked=LENGTH).micro_batches):
-        output = evaluate(model, batches, FP32)
+        output = evaluate(model, batches)
         assert (output.nll, output.num_tokens) == (0.0, 0)
-        assert math.isnan(output.loss)
-        assert math.isnan(output.perplexity)
+        assert math.isnan(output.state.metrics["loss"])
+        assert math.isnan(output.state.metrics["perplexity"])
 
 
-def test_progress_hears_the_tokens_of_each_batch_and_may_end_the_pass():
+def test_a_pass_may_be_cut_short_after_each_batch():
     model = tiny_model(VOCABULARY, LENGTH)
-    heard = []
-    batches = validation_batches()
-    assert evaluate(model, batches, FP32, progress=lambda n: bool(heard.append(n))) is not None
-    assert heard == [int((b["target_ids"] >= 0).sum()) for b in batches]
-    heard.clear()
     modes = [module.training for module in model.modules()]
+    batches = validation_batches()
+    evaluator = Evaluator(model, FP32)
+    asked = []
+    evaluator.leaves = lambda: bool(asked.append(evaluator.state.iteration))
+    whole = dict(evaluator.run(batches).metrics)
+    assert asked == list(range(1, len(batches) + 1))
+    asked.clear()
 
-    def stop_at_second(count: int) -> bool:
-        heard.append(count)
-        return len(heard) == 2
+    def leave_at_the_second() -> bool:
+        asked.append(evaluator.state.iteration)
+        return len(asked) == 2
 
-    assert evaluate(model, batches, FP32, progress=stop_at_second) is None
-    assert len(heard) == 2
+    evaluator.leaves = leave_at_the_second
+    assert evaluator.run(batches).metrics == {}
+    assert asked == [1, 2]
     assert [module.training for module in model.modules()] == modes
+    evaluator.leaves = lambda: False
+    assert evaluator.run(batches).metrics == whole
 
 
 class Restless(nn.Module):
@@ -576,9 +582,9 @@ def test_evaluation_leaves_generators_and_each_module_s_mode_as_they_were(fails)
     before = draws()
     if fails:
         with pytest.raises(RuntimeError, match="no luck"):
-            evaluate(model, validation_batches(), FP32)
+            evaluate(model, validation_batches())
     else:
-        evaluate(model, validation_batches(), FP32)
+        evaluate(model, validation_batches())
     assert model.seen
     assert not any(map(any, model.seen))
     assert (model.training, model.frozen_part.training, model.live_part.training) == (
@@ -619,7 +625,7 @@ def test_evaluation_between_two_steps_changes_nothing_of_the_second():
         torch.manual_seed(3)
         bench.take(window())
         if bench is twin:
-            evaluate(bench.model, validation_batches(), FP32)
+            evaluate(bench.model, validation_batches())
         bench.take(window(seed=1))
     assert_same_bits(twin.state(), quiet.state())
 

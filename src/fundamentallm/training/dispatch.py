@@ -68,9 +68,7 @@ class Dispatcher(Engine):
         self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> RemovableEventHandle:
         """Attach a handler, as Ignite does; add its owner's state; keep the internal one last."""
-        owner = getattr(handler, "__self__", handler)
-        if owner is not self and hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
-            self._admit(owner)
+        self.admit(handler)
         handle = super().add_event_handler(event_name, handler, *args, **kwargs)
         for event, last in self._last_handlers.items():
             if event_name == event:  # also where it has a filter
@@ -78,7 +76,17 @@ class Dispatcher(Engine):
                 super().add_event_handler(event, last)
         return handle
 
-    def _admit(self, owner: Any) -> None:
+    def admit(self, handler: Callable[..., Any]) -> None:
+        """Make the state of a handler's owner, if it has one, a part of every checkpoint.
+
+        Raises:
+            ValueError: an owner of the same name is part of it already.
+        """
+        owner = getattr(handler, "__self__", handler)
+        if owner is self or not (
+            hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")
+        ):
+            return
         if any(known is owner for known in self.attached.values()):
             return
         name = registered_name(type(owner)) or type(owner).__name__

@@ -50,6 +50,7 @@ from fundamentallm.training.decision import (
     decide,
 )
 from fundamentallm.training.dispatch import Dispatcher, caller_name
+from fundamentallm.training.evaluator import Evaluator
 from fundamentallm.training.history import History
 from fundamentallm.training.interventions import Interventions
 from fundamentallm.training.limits import Budget, Limits
@@ -57,7 +58,7 @@ from fundamentallm.training.recovery.data_faults import DataFaults
 from fundamentallm.training.recovery.diagnosis import Incident
 from fundamentallm.training.schedulers import LearningRateScheduler
 from fundamentallm.training.state import COUNTERS, IRREVERSIBLE, TrainingState
-from fundamentallm.training.step import StepOutput, TrainStep, evaluate
+from fundamentallm.training.step import StepOutput, TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ class TrainingLoop(Dispatcher):
         interventions: step batches to skip, and lowered learning rates.
         description: plain JSON about the run (its configuration, tokenizer, data) that every
             checkpoint carries in its manifest.
+        evaluator: the engine of the validation pass; metrics of Ignite are attached to it.
         evaluation_weights: returns a context in which the model has the weights to evaluate and
             sample with.
         restore_point: the store of earlier states; None without one.
@@ -178,7 +180,12 @@ class TrainingLoop(Dispatcher):
             self.notify,
             self.config.max_grad_value,
         )
-        self._faults = DataFaults(self.ranks)
+        self.evaluator = Evaluator(self.model, self.precision, self.ranks, self.loss_fn)
+        self.evaluator.weights = lambda: self.evaluation_weights()
+        # Ranks agree on leaving at the next step: one that left here would strand the others.
+        self.evaluator.leaves = lambda: self.ranks.alone and self._wants_to_leave()
+        self.evaluator.admit = self.admit
+        self._faults = self.evaluator.faults
         self.generators_before: dict[str, Any] = {}
         self.window = Window([], 0)
         self.tokens_computed = 0
@@ -222,7 +229,7 @@ class TrainingLoop(Dispatcher):
         if max_iters is not None or max_epochs is not None:
             self.budget.limits = Limits(max_iters or (max_epochs or 1) * self.steps_per_epoch)
         self._facts, self._stopped_by = StepFacts(), ""
-        self._faults = DataFaults(self.ranks)
+        self._faults = self.evaluator.faults = DataFaults(self.ranks)
         self.budget.begin()
         self._step.vetoes_possible = self.ranks.any(
             bool(self._event_handlers[TrainingEvents.FLLM_GRADIENTS_READY])
@@ -505,26 +512,19 @@ class TrainingLoop(Dispatcher):
             super().terminate()
 
     def validate(self) -> dict[str, float]:
-        """Measure the loss over the whole validation loader, with the evaluation weights.
-
-        Random numbers and the model's modes stay as they were.
+        """Measure the whole validation data, in one pass of the evaluator.
 
         Returns:
-            `val/loss` and `val/perplexity`, which also enter `state.metrics`; empty without
-            validation data, or when a signal cut the pass short.
+            `val/loss`, `val/perplexity` and the metrics that are attached to the evaluator, which
+            also enter `state.metrics`; empty without validation data, or when the pass was cut
+            short.
         """
         if not self._can_evaluate():
             return {}
-        # Ranks agree on leaving at the next step: one that left here would strand the others.
-        poll = (lambda _: self._wants_to_leave()) if self.ranks.alone else None
-        windows = map(as_window, self._faults.kept_from(self.val_loader))
-        batches = (micro for window in windows for micro in window.micro_batches)
-        with self.evaluation_weights():
-            output = evaluate(self.model, batches, self.precision, self.ranks, poll, self.loss_fn)
-        self._faults.raise_everywhere()
-        if output is None:
+        measured = self.evaluator.run(self.val_loader).metrics
+        if not measured:
             return {}
-        metrics = {"val/loss": output.loss, "val/perplexity": output.perplexity}
+        metrics = {f"val/{name}": value for name, value in measured.items()}
         self.state.metrics.update(metrics)
         self.state.evaluated_step = self.state.iteration
         self.history.record_validation(self.state.iteration, metrics)

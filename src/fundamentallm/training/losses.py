@@ -203,7 +203,9 @@ def _token_losses(logits: Tensor, targets: Tensor, label_smoothing: float, z_los
     """Return one loss per target, in its shape (...), 0 where it is masked."""
     losses = _cross_entropy(logits, targets, "none", label_smoothing).reshape(targets.shape)
     if z_loss:
-        losses = losses + z_loss * (_wide(logits).logsumexp(-1) ** 2).masked_fill(targets < 0, 0.0)
+        losses = losses + z_loss * (widened(logits).logsumexp(-1) ** 2).masked_fill(
+            targets < 0, 0.0
+        )
     return losses
 
 
@@ -211,7 +213,7 @@ def _cross_entropy(
     logits: Tensor, targets: Tensor, reduction: str, label_smoothing: float = 0.0
 ) -> Tensor:
     return F.cross_entropy(
-        _wide(logits).reshape(-1, logits.size(-1)),
+        widened(logits).reshape(-1, logits.size(-1)),
         targets.long().clamp_min(_MASKED).reshape(-1),
         ignore_index=_MASKED,
         reduction=reduction,
@@ -219,7 +221,8 @@ def _cross_entropy(
     )
 
 
-def _wide(logits: Tensor) -> Tensor:
+def widened(logits: Tensor) -> Tensor:
+    """Return logits in float32 where they are in half precision, else as they are."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 

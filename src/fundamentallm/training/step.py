@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation pass: the only code that touches gradients.
+"""One optimizer step: the only code that touches gradients.
 
 - The loss of a window is the sum over its valid targets divided by their count N over all
   micro-batches and ranks, so that any split of the same tokens gives the same gradient
@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -163,7 +163,7 @@ class TrainStep:
             with self._gradient_sync(index == last), self.precision.weights(self.model):
                 objective, nll = self._objective(to_device(batch, device))
                 self._backward(objective, scale)
-            total = nll if total is None else total.to(_accumulator(device)) + nll
+            total = nll if total is None else total.to(accumulator(device)) + nll
             self.notify(TrainingEvents.FLLM_MICRO_BATCH_COMPLETED)
         assert total is not None, "a window has at least one micro-batch"
         return total
@@ -199,7 +199,7 @@ class TrainStep:
         """Sum over the ranks and read once. NaN and infinity survive a sum: that is the vote."""
         if self.ranks.alone and nll.device.type == "cpu":  # nothing to wait for: packing costs more
             return nll.item() / num_tokens, grad_norm.item()
-        nll = nll.to(_accumulator(nll.device))
+        nll = nll.to(accumulator(nll.device))
         bad_rate = torch.full_like(nll, not self._rates_are_finite())
         mine = [nll / num_tokens, grad_norm.to(nll.dtype) / self.ranks.world_size, bad_rate]
         loss, norm, bad_rates = self.ranks.sum_tensor(torch.stack(mine)).tolist()
@@ -234,29 +234,6 @@ class TrainStep:
                 parameter.grad = None
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluationOutput:
-    """A loss over a whole data set.
-
-    Attributes:
-        nll: summed negative log-likelihood in nats.
-        num_tokens: valid target tokens.
-    """
-
-    nll: float
-    num_tokens: int
-
-    @property
-    def loss(self) -> float:
-        """Nats per token; NaN for no tokens."""
-        return self.nll / self.num_tokens if self.num_tokens else math.nan
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return perplexity_of(self.loss)
-
-
 def states_for(
     loss_fn: Callable[..., Tensor] | None, forward: Callable[..., Tensor], batch: Batch
 ) -> Tensor:
@@ -287,59 +264,6 @@ def summed_nll(
     if takes_hidden_states(loss_fn):
         return loss_fn.nll(states, model, targets)  # type: ignore[union-attr, no-any-return]
     return compute_loss(states, targets, reduction="sum")
-
-
-def evaluate_batch(
-    model: nn.Module,
-    batch: Batch,
-    precision: Precision,
-    loss_fn: Callable[..., Tensor] | None = None,
-) -> tuple[Tensor, int]:
-    """Return the summed NLL (a scalar on the device) and the count of valid targets.
-
-    A loss that avoids the full logits in training avoids them here as well.
-    """
-    num_tokens = int((batch["target_ids"] >= 0).sum())
-    batch = to_device(batch, precision.device)
-    with torch.no_grad(), precision.weights(model), precision.autocast():
-        states = states_for(loss_fn, model, batch)
-        return summed_nll(states, model, batch["target_ids"], loss_fn), num_tokens
-
-
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    precision: Precision,
-    ranks: Ranks | None = None,
-    progress: Callable[[int], bool] | None = None,
-    loss_fn: Callable[..., Tensor] | None = None,
-) -> EvaluationOutput | None:
-    """Measure the loss over batches, in float64, leaving modes and random numbers as they were.
-
-    Args:
-        model: without a wrapper for ranks, which may hold different numbers of batches.
-        batches: this rank's share.
-        precision: the compute type, as in training.
-        ranks: over which sums are taken at the end.
-        progress: called with the tokens of each batch; True ends the pass early.
-        loss_fn: the training objective, as in `summed_nll`.
-
-    Returns:
-        None if `progress` ended it.
-    """
-    device = precision.device
-    nll = torch.zeros((), dtype=_accumulator(device), device=device)
-    num_tokens = 0
-    with undisturbed(model):
-        for batch in batches:
-            batch_nll, count = evaluate_batch(model, batch, precision, loss_fn)
-            nll += batch_nll
-            num_tokens += count
-            if progress is not None and progress(count):
-                return None
-    ranks = ranks or Ranks()
-    ranks.sum_tensor(nll)
-    return EvaluationOutput(float(nll), ranks.sum_counts([num_tokens])[0])
 
 
 @contextmanager
@@ -388,5 +312,6 @@ def _plain_norm(gradients: list[Tensor]) -> Tensor:
     return norm
 
 
-def _accumulator(device: torch.device) -> torch.dtype:
+def accumulator(device: torch.device) -> torch.dtype:
+    """Return the type that sums are taken in on a device."""
     return torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
