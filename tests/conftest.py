@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
+from hypothesis import is_hypothesis_test
+from tests import properties
+
 # Tests are small and run in two processes: torch's threads would only wait for each other. Before
 # anything imports torch, and for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,3 +17,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # the programs whose answer to Ctrl-C is tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let property tests draw a few examples by default and all of them with `-m long`."""
+    properties.use(all_examples=config.option.markexpr == "long")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Select the property tests for the long run too."""
+    if config.option.markexpr == "long":
+        for item in items:
+            if is_hypothesis_test(getattr(item, "obj", None)):
+                item.add_marker("long")

@@ -1,7 +1,8 @@
 """The engine in processes of their own, without an import of torch for each.
 
 A server imports what every command needs once and forks for each start. What a test sees is a real
-process all the same: its own id, streams, signals, environment and exit code.
+process all the same: its own id, streams, signals, environment and exit code. Any number of them
+may run at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 
 ENGINE = "fundamentallm.engine"
 SECONDS = 100.0  # until a process counts as hanging
+GRACE = 10.0  # seconds for the others when one of several has failed
 PRELOADED = ("fundamentallm.testing", "tensorboardX", "tqdm")
 
 
@@ -33,6 +36,7 @@ class Forked:
         streams: file descriptors of its standard input, output and error.
         environment: its whole environment.
         program: a module, as with `python -m`, or a file that ends in .py.
+        ignored: signals that it ignores from the start, as under `nohup`.
     """
 
     def __init__(
@@ -41,17 +45,22 @@ class Forked:
         streams: Sequence[int],
         environment: Mapping[str, str],
         program: str = ENGINE,
+        ignored: Sequence[int] = (),
     ) -> None:
-        self.server = _server()
         request = {
             "program": program,
             "arguments": list(arguments),
             "directory": str(Path.cwd()),
             "environment": dict(environment),
+            "ignored": list(ignored),
+            "path": sys.path,
         }
-        socket.send_fds(self.server, [json.dumps(request).encode()], list(streams))
-        self.server.settimeout(SECONDS)
-        self.pid = int(self.server.recv(64))
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        message = [json.dumps(request).encode()]
+        socket.send_fds(_server(), message, [*streams, theirs.fileno()])
+        theirs.close()
+        self._channel.settimeout(SECONDS)
+        self.pid = int(self._channel.recv(64))
         self.returncode: int | None = None
 
     def send_signal(self, number: int) -> None:
@@ -67,27 +76,84 @@ class Forked:
     def wait(self, timeout: float = SECONDS) -> int:
         """Return its exit code, below 0 after a signal."""
         if self.returncode is None:
-            self.server.settimeout(timeout)
-            self.returncode = int(self.server.recv(64))
+            self._channel.settimeout(timeout)
+            self.returncode = int(self._channel.recv(64))
+            self._channel.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Return its exit code, None while it runs."""
+        with contextlib.suppress(BlockingIOError):
+            self.wait(0.0)
         return self.returncode
 
 
 def run(
-    arguments: Sequence[str], directory: Path, program: str = ENGINE, **variables: str
+    arguments: Sequence[str],
+    directory: Path,
+    program: str = ENGINE,
+    ignored: Sequence[int] = (),
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of the engine to its end, with its output in files of a directory."""
-    paths = [directory / f"{name}.txt" for name in ("stdout", "stderr")]
-    with Path(os.devnull).open() as nothing, paths[0].open("w") as out, paths[1].open("w") as err:
-        streams = [file.fileno() for file in (nothing, out, err)]
-        process = Forked(arguments, streams, {**os.environ, **variables}, program)
+    (result,) = run_all([(arguments, variables)], directory, program, ignored)
+    return result
+
+
+def run_ranks(
+    arguments: Sequence[str], directory: Path, program: str = ENGINE, ranks: int = 2
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a command as the ranks of one group, without torchrun."""
+    commands = [(arguments, place) for place in rank_environments(ranks)]
+    return run_all(commands, directory, program)
+
+
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """Return what torchrun sets for each rank of a group."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def run_all(
+    commands: Sequence[tuple[Sequence[str], Mapping[str, str]]],
+    directory: Path,
+    program: str = ENGINE,
+    ignored: Sequence[int] = (),
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run commands at once, each with variables of its own; the first failure ends the others."""
+    processes: list[Forked] = []
+    outputs = []
+    deadline = time.monotonic() + SECONDS
     try:
-        code = process.wait()
+        for number, (arguments, variables) in enumerate(commands):
+            paths = [directory / f"{name}-{number}.txt" for name in ("stdout", "stderr")]
+            outputs.append(paths)
+            with contextlib.ExitStack() as stack:
+                files = [stack.enter_context(Path(os.devnull).open())]
+                files += [stack.enter_context(path.open("w")) for path in paths]
+                streams = [file.fileno() for file in files]
+                environment = {**os.environ, **variables}
+                processes.append(Forked(arguments, streams, environment, program, ignored))
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                deadline = min(deadline, time.monotonic() + GRACE)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
     finally:
-        process.kill()
-    texts = [path.read_text(encoding="utf-8") for path in paths]
-    for path in paths:
-        path.unlink()
-    return subprocess.CompletedProcess(list(arguments), code, *texts)
+        for process in processes:
+            process.kill()
+            process.wait()
+    results = []
+    for (arguments, _), process, paths in zip(commands, processes, outputs, strict=True):
+        texts = [path.read_text(encoding="utf-8") for path in paths]
+        for path in paths:
+            path.unlink()
+        results.append(subprocess.CompletedProcess(list(arguments), process.wait(), *texts))
+    return results
 
 
 @cache
@@ -102,34 +168,50 @@ def _server() -> socket.socket:
 
 
 def serve(connection: socket.socket) -> dict[str, Any] | None:
-    """Fork for each request and tell its id and its end; return the request in the new process."""
+    """Fork for each request; return the request in the new process, None at the end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that attend
     while True:
-        data, streams, *_ = socket.recv_fds(connection, 1 << 20, 3)
+        data, descriptors, *_ = socket.recv_fds(connection, 1 << 20, 4)
         if not data:
             return None
-        pid = os.fork()
-        if pid == 0:
+        if os.fork() == 0:
             connection.close()
-            for number, stream in enumerate(streams):
-                os.dup2(stream, number)
-                os.close(stream)
-            request: dict[str, Any] = json.loads(data)
-            return request
-        for stream in streams:
+            return attend(json.loads(data), descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def attend(request: dict[str, Any], descriptors: Sequence[int]) -> dict[str, Any]:
+    """Fork once more, tell the id and the exit code; return the request in the new process."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    *streams, report = descriptors
+    pid = os.fork()
+    if pid == 0:
+        os.close(report)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
             os.close(stream)
-        connection.send(str(pid).encode())
+        return request
+    for stream in streams:
+        os.close(stream)
+    with socket.socket(fileno=report) as channel:
+        channel.send(str(pid).encode())
         _, status = os.waitpid(pid, 0)
-        connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+        with contextlib.suppress(OSError):  # whoever asked may have ended
+            channel.send(str(os.waitstatus_to_exitcode(status)).encode())
+    os._exit(0)
 
 
 def become(request: Mapping[str, Any]) -> None:
     """Make of this process what a new one is when it begins, but for the imports."""
     # Tests may run under nohup, whose children ignore a hangup, and rightly so.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for number in request["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["directory"])
-    sys.path[0] = request["directory"]
+    sys.path[:] = [request["directory"], *request["path"]]
     sys.argv = [request["program"], *request["arguments"]]
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - open until the end
     for name, number, buffering in (("stdout", 1, os.isatty(1)), ("stderr", 2, True)):

@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -106,17 +107,17 @@ def test_a_plugin_takes_part_in_a_run(name, tmp_path):
     assert generated.returncode == 0, generated.stderr
 
 
-def test_a_handler_of_ones_own_takes_part_in_a_run(tmp_path):
-    run = run_train_yaml(
-        tmp_path,
-        "training.total_steps=10",
-        "handlers.samples=false",
-        "--plugins",
-        "own_handler",
-        "handlers.gradient_noise.every=5",
-    )
+def test_a_handler_of_ones_own_takes_part_in_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    words = ["run", str(ROOT / "configs" / "train.yaml"), f"data.source={TINY}"]
+    words += ["training.total_steps=10", "handlers.samples=false"]
+    words += ["--plugins", "own_handler", "handlers.gradient_noise.every=5"]
+    result = forked.run(words, tmp_path)
+    assert result.returncode == 0, result.stderr
 
-    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    metrics = tmp_path / "runs" / "train" / "metrics.jsonl"
+    line = json.loads(metrics.read_text().splitlines()[0])
     assert line["step"] == 10
     assert line["train/gradient_noise"] > 0
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests import forked
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
 CONFIG = """\
@@ -43,19 +41,12 @@ class Leaving:
         pytest.param(IN_A_STEP, ", leaving: {}", "", id="step", marks=pytest.mark.long),
     ],
 )
-def test_the_run_ends_with_an_error(tmp_path, plugin, more, code):
+def test_the_run_ends_with_an_error(tmp_path, monkeypatch, plugin, more, code):
+    monkeypatch.chdir(tmp_path)
     shutil.copy(TEXT, tmp_path / "text.txt")
     (tmp_path / "tiny.yaml").write_text(CONFIG % more)
     (tmp_path / "leaving.py").write_text(plugin % code)
-    done = subprocess.run(
-        [sys.executable, "-m", "fundamentallm.engine", "run", "tiny.yaml"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = forked.run(["run", "tiny.yaml"], tmp_path)
     assert done.returncode == 2
     assert "plugin" in done.stderr
     assert "Traceback" not in done.stderr

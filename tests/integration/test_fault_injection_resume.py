@@ -57,7 +57,14 @@ def test_the_run_has_something_of_everything(reference):
     assert len(reference.leaves) > 300
 
 
-@pytest.mark.parametrize("name", ITEMS)
+# By default every third item, one of each handler and of each kind of state.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if number % 3 == 0 else pytest.mark.long)
+        for number, name in enumerate(ITEMS)
+    ],
+)
 def test_forgetting_an_item_of_the_state_is_noticed(forgetting, name):
     assert bool(forgetting.forget(name)) != bool(ITEMS[name].unnoticed_because)
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests import forked
 
 # What a rank does: join, let Ignite ask too, add up, leave.
 JOIN = """
@@ -54,12 +55,13 @@ BATCH = {  # a batch script of `sbatch --nodes=2 --ntasks-per-node=1`
     "SLURM_LOCALID": "0",
 }
 SLURM_OR_RANK = re.compile("SLURM_|RANK$|WORLD_SIZE$|MASTER_|ENVIRONMENT$")
-PYTHON = [sys.executable, "-c", JOIN]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> str:
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name in filter(SLURM_OR_RANK.search, list(os.environ)):
+        monkeypatch.delenv(name)
     path = tmp_path / "join.py"
     path.write_text(JOIN)
     return str(path)
@@ -73,11 +75,10 @@ def free_port() -> str:
 
 @contextmanager
 def started(*commands: tuple[list[str], dict[str, str]]) -> Iterator[list[subprocess.Popen[str]]]:
-    clean = {name: value for name, value in os.environ.items() if not SLURM_OR_RANK.search(name)}
     processes = [
         subprocess.Popen(
             command,
-            env={**clean, "OMP_NUM_THREADS": "1", **variables},
+            env={**os.environ, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -94,13 +95,21 @@ def started(*commands: tuple[list[str], dict[str, str]]) -> Iterator[list[subpro
 
 def answers(*commands: tuple[list[str], dict[str, str]]) -> list[dict[str, object]]:
     """Run the commands at once; return what their ranks said, in the order of ranks."""
-    said = []
+    ended = []
     with started(*commands) as processes:
         for process in processes:
-            output, error = process.communicate(timeout=200)
-            assert process.returncode == 0, error[-3000:]
-            said += [json.loads(line) for line in output.splitlines()]
-    return sorted(said, key=lambda answer: answer["ranks"])
+            texts = process.communicate(timeout=200)
+            ended.append(subprocess.CompletedProcess([], process.returncode, *texts))
+    return said(ended)
+
+
+def said(processes: list[subprocess.CompletedProcess[str]]) -> list[dict[str, object]]:
+    """Return what the ranks said that these processes were or started, in the order of ranks."""
+    assert not any(process.returncode for process in processes), [
+        process.stderr[-3000:] for process in processes
+    ]
+    lines = [line for process in processes for line in process.stdout.splitlines()]
+    return sorted(map(json.loads, lines), key=lambda answer: answer["ranks"])
 
 
 def expected(local_ranks: list[int], job: str | None) -> list[dict[str, object]]:
@@ -110,9 +119,10 @@ def expected(local_ranks: list[int], job: str | None) -> list[dict[str, object]]
     return [{"ranks": place, "ignite": place, "sum": total, "job": job} for place in places]
 
 
-def test_torchrun_inside_a_job_of_slurm(script):
-    torchrun = [*TORCHRUN, "--standalone", "--nproc_per_node=2", script]
-    assert answers((torchrun, BATCH)) == expected([0, 1], "4711")
+def test_torchrun_inside_a_job_of_slurm(script, tmp_path):
+    torchrun = ["--standalone", "--nproc_per_node=2", script]
+    started_by = forked.run(torchrun, tmp_path, "torch.distributed.run", **BATCH)
+    assert said([started_by]) == expected([0, 1], "4711")
 
 
 @pytest.mark.long
@@ -129,27 +139,26 @@ def test_torchrun_on_two_nodes_of_a_job_of_slurm(script):
 
 
 @pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_srun(nodes):
+def test_srun(nodes, script, tmp_path):
     """Every task is a rank, on one node or on one each; nobody sets torchrun's variables."""
     local_ranks = [0, 1] if nodes == 1 else [0, 0]
     step = {"SLURM_STEP_ID": str(os.getpid()), "SLURM_STEP_NUM_NODES": str(nodes)}
     if nodes == 2:  # no host of the list exists here
         step |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     tasks = [
-        (PYTHON, {**BATCH, **step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank)})
+        ([], {**BATCH, **step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank)})
         for rank, local_rank in enumerate(local_ranks)
     ]
-    assert answers(*tasks) == expected(local_ranks, "4711")
+    assert said(forked.run_all(tasks, tmp_path, script)) == expected(local_ranks, "4711")
 
 
-def test_two_ranks_of_the_cpu_on_a_machine_with_one_gpu():
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GPUS": "1"}
-    ranks = [(PYTHON, {**group, "RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]
-    assert answers(*ranks) == expected([0, 1], None)
+def test_two_ranks_of_the_cpu_on_a_machine_with_one_gpu(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPUS", "1")
+    assert said(forked.run_ranks([], tmp_path, script)) == expected([0, 1], None)
 
 
 @pytest.mark.long
-def test_a_batch_script_without_srun_is_one_process():
+def test_a_batch_script_without_srun_is_one_process(script):
     """Slurm gives it SLURM_PROCID=0 and the job's number of tasks, and starts it once."""
-    (said,) = answers((PYTHON, BATCH))
-    assert said["ranks"] == [0, 1, 0]
+    (rank,) = answers(([sys.executable, script], BATCH))
+    assert rank["ranks"] == [0, 1, 0]

@@ -3,68 +3,60 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from fault_injection.stalls import command, environment, prepare, trial, violations
+from tests.forked import Forked, rank_environments
 
-PATIENCE = 4.0
-Start = Callable[[str, int, float], tuple[subprocess.Popen[str], subprocess.Popen[str]]]
+PATIENCE = 3.0
+Start = Callable[[str, int, float], Forked]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start two ranks without torchrun, one of which stops in a phase; return it last."""
-    processes: list[subprocess.Popen[str]] = []
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Start two ranks without torchrun, one of which stops in a phase; return the other.
 
-    def start_both(
-        phase: str, rank: int, patience: float
-    ) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+    What that one writes is in `error`.
+    """
+    processes: list[Forked] = []
+
+    def start_both(phase: str, rank: int, patience: float) -> Forked:
         prepare(tmp_path)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for own in ("0", "1"):
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *command(patience)],
-                    cwd=tmp_path,
-                    env={**environment(phase, rank), **group, "RANK": own, "LOCAL_RANK": own},
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        return processes[1 - rank], processes[rank]
+        monkeypatch.chdir(tmp_path)
+        for own, group in enumerate(rank_environments(2)):
+            with Path(os.devnull).open("r+") as nothing, Path(f"error-{own}").open("w") as error:
+                streams = [nothing.fileno(), nothing.fileno(), error.fileno()]
+                variables = {**environment(phase, rank), **group}
+                processes.append(Forked(command(patience)[2:], streams, variables))
+        return processes[1 - rank]
 
     yield start_both
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: Forked) -> None:
     deadline = time.monotonic() + 100
     while not path.exists():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
 def test_a_stopped_rank_is_named_by_the_other(start, tmp_path):
-    other, _ = start("save", 1, PATIENCE)
+    other = start("save", 1, PATIENCE)
 
-    _, error = other.communicate(timeout=150)
+    code = other.wait(150)
 
-    assert other.returncode == 21, error
+    error = Path("error-0").read_text()
+    assert code == 21, error
     assert re.search(
         r"error on rank 0: rank 1 on \S+, in step 4 \(save\) stands still, since", error
     )
@@ -76,23 +68,25 @@ def test_a_stopped_rank_is_named_by_the_other(start, tmp_path):
 
 @pytest.mark.long  # the default run stops the other rank
 def test_a_stopped_first_rank_takes_the_store_with_it(start):
-    other, _ = start("step", 0, PATIENCE)
+    other = start("step", 0, PATIENCE)
 
-    _, error = other.communicate(timeout=150)
+    code = other.wait(150)
 
-    assert other.returncode == 21, error
+    error = Path("error-1").read_text()
+    assert code == 21, error
     assert re.search(r"error on rank 1: rank 0, which holds the store .* stands still", error)
 
 
 @pytest.mark.long
 def test_a_signal_is_heard_while_another_rank_stands_still(start, tmp_path):
-    other, _ = start("step", 1, 1000.0)
+    other = start("step", 1, 1000.0)
     wait_for(tmp_path / "stopped", other)
 
     other.send_signal(signal.SIGTERM)
-    _, error = other.communicate(timeout=60)
+    code = other.wait(60)
 
-    assert other.returncode == 128 + signal.SIGTERM, error
+    error = Path("error-0").read_text()
+    assert code == 128 + signal.SIGTERM, error
     assert "rank 1 on" in error
 
 

@@ -9,10 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tests import forked
 
 from fundamentallm.engine.cli import main
 
@@ -82,7 +83,7 @@ COMMANDS = {
     "prepare -": ["prepare", "-", "--out", "prepared"],
 }
 CLOSED = ["2>&-", ">&-", "<&-", "<&- >&- 2>&-"]
-OFTEN = [("run", "<&- >&- 2>&-"), ("generate", "<&-"), ("evaluate", ">&-")]
+OFTEN = [("run", "<&- >&- 2>&-")]
 
 
 @pytest.mark.parametrize(
@@ -98,12 +99,12 @@ def test_a_closed_stream_ends_nothing(command: str, redirect: str) -> None:
     assert result.returncode == expected, result.stderr
     assert "Traceback" not in result.stderr
     if command == "run":
-        assert engine(["verify", "runs/c-2"]).returncode == 0
+        assert main(["verify", "runs/c-2"]) == 0
         assert len(Path("runs/c-2/metrics.jsonl").read_text().splitlines()) == 6
 
 
 def test_an_error_without_a_stream_for_it_keeps_its_code() -> None:
-    assert engine(["evaluate", "runs/none"], "2>&-").returncode == 4
+    assert engine(["run", "nowhere.yaml"], "2>&-").returncode == 2
     assert engine(["nonsense"], "2>&-").returncode == 2
 
 
@@ -123,40 +124,29 @@ def test_a_terminal_that_has_gone_ends_nothing(command: str) -> None:
     assert process.returncode == 0
 
 
-def ignoring(number: int) -> Callable[[], None]:
-    return lambda: signal.signal(number, signal.SIG_IGN) and None
-
-
 LATER = [pytest.param(name, marks=pytest.mark.long) for name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", *LATER])
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored(name: str) -> None:
     number = int(getattr(signal, name))
-    command = [*ENGINE, "run", "c.yaml", "name=d"]
+    command = ["run", "c.yaml", "name=d"]
     command += ["plugins=[sender]", f"handlers.sender.number={number}"]
-    environment = {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{Path.cwd()}"}
-    heard = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    heard = forked.run(command, Path.cwd())
     assert heard.returncode == 128 + number, heard.stderr
 
     shutil.rmtree("runs/d")
-    ignored = subprocess.run(
-        command,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        preexec_fn=ignoring(number),
-    )
+    ignored = forked.run(command, Path.cwd(), ignored=[number])
     assert ignored.returncode == 0, ignored.stderr
     assert "Done: 4 steps" in ignored.stdout
 
 
-def test_generate_says_which_checkpoint_step_and_loss() -> None:
-    result = engine(["generate", "runs/c", "--max-tokens", "5"])
+def test_generate_says_which_checkpoint_step_and_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "runs/c", "--max-tokens", "5"]) == 0
+    said = capsys.readouterr()
     best = Path("runs/c/checkpoints/best").read_text().strip()
-    assert f"from runs/c/checkpoints/{best} (step {int(best[5:])})" in result.stderr
-    assert "from" not in result.stdout
+    assert f"from runs/c/checkpoints/{best} (step {int(best[5:])})" in said.err
+    assert "from" not in said.out
 
 
 @pytest.mark.long

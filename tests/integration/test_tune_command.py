@@ -292,7 +292,15 @@ def test_ranks_are_refused(machine, monkeypatch, capsys):
     assert "without torchrun" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+# Each waits until a measuring process has started.
+@pytest.mark.parametrize(
+    "stop",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.long),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.long),
+    ],
+)
 def test_nothing_is_left_of_a_tune_that_was_stopped(stop, tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()

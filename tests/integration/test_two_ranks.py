@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Events
+from tests import forked
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,7 +37,6 @@ from fundamentallm.training.trainer import Trainer
 
 VOCABULARY = 11
 LENGTH = 8
-SECONDS = 90  # until a run of both processes counts as hanging
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 GRADIENT_BOUND = {"float64": 1e-12, "float32": 1e-6}
 DRIFT = {"float64": 1e-10, "float32": 1e-6}
@@ -499,35 +496,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def both(place: Path) -> list[dict[str, Any]]:
     """Results of rank 0 and rank 1; a rank that waits for ever is ended and is a failure."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    logs = [place / f"rank-{rank}.log" for rank in range(2)]
-    processes = []
-    for rank, log in enumerate(logs):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        with log.open("w") as output:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, __file__, str(place)],
-                    env={**os.environ, **group, **own},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    deadline = time.monotonic() + SECONDS
-    try:
-        while any(process.poll() is None for process in processes):
-            if time.monotonic() > deadline or any(process.poll() for process in processes):
-                break
-            time.sleep(0.05)
-    finally:
-        codes = [process.poll() for process in processes]
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], [log.read_text()[-3000:] for log in logs]
+    processes = forked.run_ranks([str(place)], place, program=__file__)
+    assert [process.returncode for process in processes] == [0, 0], [
+        process.stderr[-3000:] for process in processes
+    ]
     return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 

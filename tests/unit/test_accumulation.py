@@ -17,6 +17,7 @@ import torch
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from ignite.engine import Events
+from tests.properties import examples
 from torch import Tensor, nn
 
 from fundamentallm.compute.distributed import Ranks
@@ -302,35 +303,27 @@ def has_targets(case: Case) -> bool:
     return case.num_valid() > 0
 
 
-# A wrong rule is found within a hundred layouts (below); more of them are tried in the long run.
+# A wrong rule is found within a hundred layouts (below).
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 @given(case=cases().filter(has_targets))
 def test_any_split_gives_the_gradient_of_one_large_batch(dtype, case):
     check_law(train_step, case, dtype)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@settings(max_examples=500, deadline=None)
-@given(case=cases().filter(has_targets))
-def test_many_splits_give_the_gradient_of_one_large_batch(dtype, case):
-    check_law(train_step, case, dtype)
-
-
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(cases(clipped=True).filter(has_targets), st.sampled_from(list(BOUNDS)))
 def test_the_gradient_is_clipped_once_over_the_whole_window(case, dtype):
     check_law(train_step, case, dtype)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(cases().filter(has_targets), st.sampled_from(list(BOUNDS)))
 def test_a_loss_on_hidden_states_obeys_the_same_law(case, dtype):
     check_law(chunked_train_step, case, dtype)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(cases(clipped=True).filter(has_targets))
 def test_the_wrong_rules_stand_on_a_right_one(case):
     for dtype in BOUNDS:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.properties import examples
 from torch import Tensor
 
 from fundamentallm.models.layers import attention as attention_module
@@ -155,7 +156,7 @@ def test_shared_heads_equal_repeated_heads() -> None:
     qk_norm=st.booleans(),
     kernel=st.sampled_from(list(KERNELS)),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 def test_changing_a_row_leaves_the_rows_before_it_bitwise_unchanged(
     changed: int, seed: int, num_kv_heads: int, qk_norm: bool, kernel: str
 ) -> None:

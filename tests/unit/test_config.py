@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tests.properties import examples
 
 from fundamentallm.config import (
     RESUME_MAY_DIFFER,
@@ -676,7 +677,7 @@ def runs(draw) -> RunConfig:
 
 
 class TestRoundTrip:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=examples(60), deadline=None)
     @given(runs())
     def test_yaml(self, config):
         text = config.to_yaml()

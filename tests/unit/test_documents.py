@@ -12,6 +12,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.properties import examples
 
 from fundamentallm.data import documents as documents_module
 from fundamentallm.data.documents import InputReader, find_inputs
@@ -103,7 +104,7 @@ def test_a_missing_package_is_named_with_its_extra(
         read(tmp_path / "a.txt.zst")
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=examples(50))
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 def test_any_text_is_read_as_it_is(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.mktemp("any") / "a.txt"

@@ -308,6 +308,7 @@ class TestWhatAFamilyMayLack:
         assert (caught.value.key, caught.value.got) == ("model.family", "test_bigram")
 
 
+@pytest.mark.long  # a start of Python
 def test_the_default_family_is_known_wherever_models_are_built():
     code = "from fundamentallm.models.build import MODELS; print(MODELS.names())"
     result = subprocess.run(

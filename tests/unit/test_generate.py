@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.properties import examples
 
 from fundamentallm.config import TransformerConfig
 from fundamentallm.data.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
@@ -40,7 +41,7 @@ def pieces(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> 
 
 
 @given(st.lists(st.integers(0, 255) | st.sampled_from([0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0xFF, 0x41])))
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_pieces_of_any_bytes_join_to_their_text(ids: list[int]) -> None:
     assert "".join(pieces(BYTES, ids)) == BYTES.decode(ids)
 
@@ -85,7 +86,7 @@ def until(text: str, stop: tuple[str, ...]) -> str:
     text=st.text("abc", max_size=30),
     stop=st.lists(st.text("abc", min_size=1, max_size=5), max_size=3),
 )
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 def test_text_ends_before_the_stop_string_that_is_whole_first(text: str, stop: list[str]) -> None:
     strings = tuple(stop)
     given_out = pieces(ABC, ABC.encode(text).tolist(), strings)
@@ -97,7 +98,7 @@ def test_text_ends_before_the_stop_string_that_is_whole_first(text: str, stop: l
     stop=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=2),
     cuts=st.lists(st.integers(1, 4), min_size=12, max_size=12),
 )
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_what_the_text_comes_in_makes_no_difference_to_its_end(
     text: str, stop: list[str], cuts: list[int]
 ) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.properties import examples
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.examples import EncodedExamples
@@ -64,7 +65,7 @@ def test_follows_the_clock_where_nothing_else_tells_the_last_step(limits, expect
     assert limits.follows_clock is expected
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     num_tokens=st.integers(10, 400),
     length=st.integers(1, 9),

@@ -523,6 +523,7 @@ def test_a_block_whose_sums_leave_the_cache():
         assert difference(found[name], exact[name]) < 4 * ROUNDING, name
 
 
+@pytest.mark.long  # a start of Python
 def test_a_system_that_grants_fewer_threads_gives_the_same():
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import torch; import test_native_block as t;"
@@ -740,6 +741,7 @@ class TestLibrary:
         os.chown(folders[level], 12345, -1)
         assert not library.is_ours(folders[-1])
 
+    @pytest.mark.usefixtures("calls")
     def test_a_library_that_others_may_write_or_that_is_a_link_is_made_anew(
         self, tmp_path, monkeypatch
     ):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.properties import examples
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -100,7 +101,7 @@ LAYERS = [
 ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.lists(st.sampled_from(LAYERS), max_size=5), st.integers(0, 4))
 def test_each_trainable_parameter_is_in_one_group_once(layers, copies):
     shared = nn.Linear(2, 2)

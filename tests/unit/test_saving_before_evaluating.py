@@ -9,7 +9,6 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
+from tests import forked
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.loaders import Batching, ValidationLoader
@@ -165,8 +165,8 @@ def quiet(request, tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]]:
     ("error", "raised"),
     [
         (RuntimeError("broken"), RuntimeError),
-        (MemoryError(), MachineError),
-        (Killed(), Killed),
+        pytest.param(MemoryError(), MachineError, marks=pytest.mark.long),
+        pytest.param(Killed(), Killed, marks=pytest.mark.long),
     ],
 )
 @pytest.mark.parametrize("at", range(BATCHES * len(AFTER)))
@@ -208,11 +208,8 @@ def test_a_process_that_is_killed_in_an_evaluation_loses_no_step(tmp_path, quiet
     options, expected = quiet
     place = tmp_path / "run"
     rate = options.get("learning_rate", 0.3)
-    process = subprocess.run(
-        [sys.executable, __file__, str(place), str(at), str(options["patience"]), str(rate)],
-        timeout=120,
-        check=False,
-    )
+    words = [str(place), str(at), str(options["patience"]), str(rate)]
+    process = forked.run(words, tmp_path, program=__file__)
     if process.returncode == 0:
         pytest.skip("the run is over before that batch")
     assert process.returncode == -signal.SIGKILL

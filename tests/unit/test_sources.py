@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.properties import examples
 
 from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
 from fundamentallm.data.sources import SOURCES, TextSource, read_source, split_tokens
@@ -294,7 +295,7 @@ def test_a_split_loses_no_token_to_rounding() -> None:
     assert len(splits["test"]) == 0
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(num_tokens=st.integers(min_value=40, max_value=300), length=st.integers(1, 8))
 def test_no_token_is_both_trained_and_validated_on(num_tokens: int, length: int) -> None:
     splits = split_tokens(np.arange(num_tokens), (0.5, 0.3, 0.2))

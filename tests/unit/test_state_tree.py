@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.properties import examples
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint.tree import flatten, unflatten
@@ -59,7 +60,7 @@ trees = st.recursive(
 
 
 @given(trees)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_any_tree_survives(tree: Any) -> None:
     assert_same(through_json(tree), tree)
 

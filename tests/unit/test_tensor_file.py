@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tests.properties import examples
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint.tensor_file import (
@@ -91,7 +92,7 @@ def test_a_dtype_that_the_format_lacks_is_named() -> None:
 
 
 @given(st.binary(max_size=200) | st.just(b"\xff" * 200) | st.just(b"\x80\x04."))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(CheckpointError, match="where"):
         parse_tensor_file(data, "where")

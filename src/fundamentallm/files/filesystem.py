@@ -250,7 +250,7 @@ def saving_to(path: Path) -> Iterator[None]:
             f"the checkpoint could not be saved: {reason}",
             where=str(path),
             got=str(error),
-            fix="free space or choose a writable directory; earlier checkpoints are unchanged",
+            fix="free space or choose a writable directory; earlier checkpoints are untouched",
         ) from error
 
 
