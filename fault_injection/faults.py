@@ -17,6 +17,7 @@ from fundamentallm.files.filesystem import Filesystem
 CHANGES = (
     "make_directory",
     "create",
+    "truncate",
     "write",
     "sync",
     "sync_directory",
@@ -84,6 +85,9 @@ class FaultyFilesystem(Filesystem):
     def create(self, path: Path) -> FileIO:
         file: FileIO = self._step("create", lambda: Filesystem.create(self, path))
         return file
+
+    def truncate(self, file: FileIO, size: int) -> None:
+        self._step("truncate", lambda: Filesystem.truncate(self, file, size))
 
     def write(self, file: FileIO, data: memoryview) -> int:
         half = data[: len(data) // 2]

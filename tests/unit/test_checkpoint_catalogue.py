@@ -261,14 +261,19 @@ def test_without_a_checkpoint_left_a_rollback_ends_the_run(tmp_path):
 def test_weights_of_an_earlier_step_are_verified_when_they_are_read(tmp_path):
     trainer = make_trainer(tmp_path)
     store = CheckpointStore(tmp_path)
-    found = []
+    found: list[list[int]] = []
+    nothing_early_enough: list[dict[str, set[int]]] = []
+    reads = Reads()
 
     @trainer.on(Events.ITERATION_STARTED(once=7))
     def look() -> None:
         expected = {step: store.read(tmp_path / f"step-{step:08d}")["model"] for step in (0, 2, 6)}
         damage(tmp_path, "step-00000004")
         for before in (None, 5, 1, -1):
+            reads.opened.clear()
             weights = trainer.weights_before(before)
+            if before == -1:
+                nothing_early_enough.append(reads.taken())
             found.append(
                 [
                     step
@@ -277,6 +282,8 @@ def test_weights_of_an_earlier_step_are_verified_when_they_are_read(tmp_path):
                 ]
             )
 
+    handler_of(trainer).store.filesystem = reads
     trainer.run()
     assert found == [[6], [2], [0], []]
+    assert nothing_early_enough == [{}]
     assert not (tmp_path / "corrupt").exists()  # to look is not to go back

@@ -24,6 +24,7 @@ from fundamentallm.engine.wiring.assemble import (
 from fundamentallm.engine.wiring.conflicts import settle_kept_checkpoints
 from fundamentallm.engine.wiring.run_directory import RunDirectory, choose, nowhere
 from fundamentallm.errors import ConfigError
+from fundamentallm.inference.stored_model import stored_config
 from fundamentallm.models.families import ADAPTERS, MODELS
 from fundamentallm.models.layers.feedforward import FEEDFORWARDS
 from fundamentallm.models.layers.normalization import NORMALIZATIONS
@@ -250,6 +251,23 @@ def test_it_goes_on_from_its_checkpoint_and_says_so(place):
     assert run.trainer.restore_point.n_saved == 2
     note = "training.keep_last has no effect: the run keeps 2 checkpoints, the n_saved that it"
     assert [known for known in run.notes if known.startswith(note)]
+
+
+def test_a_run_whose_configuration_names_its_score_is_read_and_continues_without_the_name(place):
+    named = {"n_saved": 2, "score_name": "loss"}  # an option of an earlier release
+    first = assembled(place, handlers={"checkpointing": {"n_saved": 2}})
+    first.directory.path.mkdir(parents=True)
+    for stored in ("config", "config_as_written"):
+        first.trainer.description[stored]["handlers"]["checkpointing"] = named
+    first.trainer.run()
+    sections = {"training": {"total_steps": 4}, "handlers": {"checkpointing": {"n_saved": 2}}}
+    config = configuration(place / "c.yaml", tiny(**sections))
+    directory = choose(config, str(first.directory.path), None)
+    assert directory.checkpoint is not None
+    assert stored_config(directory.checkpoint.metadata["config"], "here").handlers
+    assert assembled(place, directory, **sections).trainer.restore_point.n_saved == 2
+    with pytest.raises(ConfigError, match="has no option 'score_name'"):
+        assembled(place, handlers={"checkpointing": named})
 
 
 # ---------------------------------------------------------------- to no effect

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import math
 import os
@@ -31,7 +30,7 @@ from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_loaders, tiny_model, tiny_tokens
 from fundamentallm.training.checkpoint import snapshot
 from fundamentallm.training.checkpoint.catalogue import Survey
-from fundamentallm.training.checkpoint.scores import MAX_SCORES_BYTES, Score, Scores
+from fundamentallm.training.checkpoint.scores import Score, Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import (
     Checkpointing,
@@ -288,6 +287,136 @@ def test_a_run_that_stopped_early_goes_on_when_it_is_told_to(tmp_path):
     assert again.state.evaluations > 2
 
 
+def test_a_run_that_was_told_to_go_on_does_so_again_after_a_kill(tmp_path):
+    place = tmp_path / "run"
+    make_trainer(place, patience=1, learning_rate=3.0).run()
+    killed = make_trainer(place, patience=1, learning_rate=3.0)
+    killed.resume(place / "checkpoints" / "step-00000006")
+    killed.add_event_handler(Events.ITERATION_STARTED(once=7), raising(Killed()))
+    with pytest.raises(Killed):
+        killed.run()
+    store = CheckpointStore(place / "checkpoints")
+    score = Scores(store.directory).of(store.manifest(store.directory / "step-00000006"))
+    assert (score.went_on, score.finished) == (True, "")
+    assert score.val_loss == Scores(store.directory).val_loss(
+        store.manifest(store.directory / "step-00000006")
+    )
+    again = go_on(place, patience=1, learning_rate=3.0)
+    again.run()
+    assert again.state.iteration > 6
+    assert again.state.evaluations > 2
+
+
+def test_a_run_without_validation_that_was_told_to_go_on_does_so_again(tmp_path):
+    def make() -> Trainer:
+        trainer = make_trainer(tmp_path / "run")
+        trainer.val_loader = None
+        return terminated(trainer, 4)
+
+    make().run()
+    path = tmp_path / "run" / "checkpoints" / "step-00000004"
+    store = CheckpointStore(path.parent)
+    assert Scores(path.parent).end_of(store.manifest(path)).startswith("stopped by")
+    killed = make()
+    killed.resume(path)
+    killed.add_event_handler(Events.ITERATION_STARTED(once=5), raising(Killed()))
+    with pytest.raises(Killed):
+        killed.run()
+    assert Scores(path.parent).end_of(store.manifest(path)) == ""
+    assert Scores(path.parent).has_ended_at(store.manifest(path))
+
+
+def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
+    """The files of a checkpoint, and which ones they are: a file written again is another one."""
+    return {p.name: (p.stat().st_ino, p.read_bytes()) for p in directory.iterdir()}
+
+
+def test_a_wish_to_finish_after_a_save_leaves_the_checkpoint_as_it_is(tmp_path):
+    def make(place: Path, batches: Batches | None = None) -> Trainer:
+        trainer = make_trainer(place, batches, patience=9, checkpoint_steps=2, eval_steps=9)
+
+        @trainer.on(TrainingEvents.FLLM_CHECKPOINT_SAVED)
+        def end(engine: Trainer) -> None:
+            if engine.state.iteration == 4:
+                seen.setdefault(place.name, contents(engine.state.last_checkpoint))
+                engine.terminate()
+
+        return trainer
+
+    seen: dict[str, dict[str, tuple[int, bytes]]] = {}
+    whole = make(tmp_path / "whole")
+    whole.run()
+    path = tmp_path / "whole" / "checkpoints" / "step-00000004"
+    assert contents(path) == seen["whole"]
+    (score,) = Scores(path.parent).all()
+    assert (score.step, score.measured, score.due) == (4, True, "")
+    assert score.finished == whole.finished != ""
+    assert whole.history.val_loss == [score.val_loss]
+    assert (path.parent / "best").read_text() == "step-00000004\n"
+    # The wish is on the disk before the evaluation, so a kill there does not lose it.
+    with pytest.raises(Killed):
+        make(tmp_path / "run", Batches(1, raising(Killed()))).run()
+    again = go_on(tmp_path / "run", patience=9, checkpoint_steps=2, eval_steps=9)
+    again.run()
+    assert again.finished == whole.finished
+    assert_same(
+        {**outcome(tmp_path / "run", again), "files": None},
+        {**outcome(tmp_path / "whole", whole), "files": None},
+    )
+    assert contents(tmp_path / "run" / "checkpoints" / "step-00000004") == seen["run"]
+
+
+def test_a_state_that_a_handler_changed_after_its_save_is_written_again(tmp_path):
+    trainer = make_trainer(tmp_path / "run", patience=9, checkpoint_steps=2, eval_steps=9)
+
+    @trainer.on(TrainingEvents.FLLM_CHECKPOINT_SAVED)
+    def end(engine: Trainer) -> None:
+        if engine.state.iteration == 4 and not engine.finished:
+            engine.attached["early_stopping"].waited = 7
+            engine.terminate()
+
+    trainer.run()
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    state = store.read(store.directory / "step-00000004")
+    assert state["handlers"]["early_stopping"]["waited"] == 7
+
+
+@pytest.mark.parametrize("at", [4, 9], ids=["a last step", "one that ends it early"])
+def test_a_state_that_was_saved_for_a_stop_is_what_the_run_ends_with(tmp_path, at):
+    options: dict[str, Any] = {"checkpoint_steps": 5, "eval_steps": 3, "patience": 9}
+    if at == 4:
+        options["total_steps"] = 4  # neither saved nor evaluated by the cadence
+    else:
+        options |= {"patience": 1, "learning_rate": 3.0}  # ends after 6, between two saves
+        at = 6
+    quiet = make_trainer(tmp_path / "quiet", **options)
+    quiet.run()
+    assert quiet.state.iteration == at
+    place = tmp_path / "run"
+    # Cut off in the evaluation of that step, before the second of its batches.
+    batches = Batches({4: BATCHES + 1, 6: BATCHES + 1}[at], lambda: stopped.interrupt_run(15))
+    stopped = make_trainer(place, batches, **options)
+    stopped.run()
+    assert (stopped.state.iteration, stopped.finished) == (at, "")
+    path = place / "checkpoints" / f"step-{at:08d}"
+    before = contents(path)
+    again = go_on(place, **options)
+    again.run()
+    assert contents(path) == before
+    assert again.finished == quiet.finished != ""
+    found, expected = outcome(place, again), outcome(tmp_path / "quiet", quiet)
+    for part in ("trainer", "handlers", "weights"):
+        assert found[part] == expected[part], part
+    for part in ("metrics.jsonl", "samples.jsonl"):
+        assert found["files"][part] == expected["files"][part]
+    # Whoever continues from there counts and goes back as after a run that was never stopped.
+    for where in (place, tmp_path / "quiet"):
+        further = make_trainer(where, **{**options, "total_steps": 12})
+        further.resume(where / "checkpoints" / f"step-{at:08d}")
+        assert further.state.checkpoints == quiet.state.checkpoints
+        assert further.restore_step() == at
+
+
 def test_a_run_that_stopped_early_goes_on_elsewhere(tmp_path):
     make_trainer(tmp_path / "run", patience=1, learning_rate=3.0).run()
     again = make_trainer(tmp_path / "other", patience=1, learning_rate=3.0)
@@ -427,7 +556,7 @@ class Held(Filesystem):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_score_is_written_when_its_checkpoint_is_committed(tmp_path, fails):
+def test_an_evaluation_begins_when_the_save_before_it_has_ended(tmp_path, fails):
     checkpointing = Checkpointing(
         tmp_path / "run" / "checkpoints", 9, asynchronous=True, on_error="continue"
     )
@@ -437,16 +566,15 @@ def test_a_score_is_written_when_its_checkpoint_is_committed(tmp_path, fails):
     scores = Scores(checkpointing.store.directory)
     seen = []
 
-    @trainer.on(Events.ITERATION_STARTED)
+    @trainer.on(TrainingEvents.FLLM_EVALUATION_STARTED)
     def look() -> None:
-        if trainer.state.iteration == 8:
-            seen.append([score.step for score in scores.all()])
-            seen.append((checkpointing.store.directory / "best").read_text())
-            disk.gate.set()
+        if trainer.state.iteration == 6:
+            seen.append((checkpointing.store.directory / "step-00000006").is_dir())
+            disk.gate.set()  # whoever began before would wait for ever
 
+    threading.Timer(0.3, disk.gate.set).start()
     trainer.run()
-    assert trainer.history.val_loss[1] < trainer.history.val_loss[0]
-    assert seen == [[3], "step-00000003\n"]
+    assert seen == [not fails]
     assert [score.step for score in scores.all()] == [s for s in AFTER if s != 6 or not fails]
     for score in scores.all():
         path = checkpointing.store.directory / f"step-{score.step:08d}"
@@ -463,64 +591,6 @@ def test_a_run_that_ends_early_waits_for_the_score_of_its_last_save(tmp_path):
     trainer.run()
     assert [score.step for score in Scores(checkpointing.store.directory).all()] == [3, 6]
     assert trainer.finished == Scores(checkpointing.store.directory).all()[-1].finished != ""
-
-
-# ------------------------------------------------------------------ the file
-
-
-SCORE = Score(3, "abc", True, 1.5, 4.5)
-
-
-def test_a_score_replaces_that_of_its_step_and_later_ones_are_cut_back(tmp_path):
-    scores = Scores(tmp_path)
-    assert scores.all() == []
-    scores.cut_back(0)
-    assert not scores.path.exists()
-    later = Score(6, "def", True, None, None, "ended")
-    scores.put(SCORE)
-    scores.put(later)
-    scores.put(Score(3, "new", True, 2.5, 9.5))
-    assert [score.manifest for score in scores.all()] == ["def", "new"]
-    scores.cut_back(3)
-    assert [score.manifest for score in scores.all()] == ["new"]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "",
-        "[]",
-        "{",
-        "nul",
-        '{"step": 3}',
-        json.dumps({"step": "3", "manifest": "a", "measured": True}),
-        json.dumps({"step": 3, "manifest": "a", "measured": True, "val_loss": "low"}),
-        json.dumps({"step": 3, "manifest": "a", "measured": True, "more": 1}),
-        "[" * 100_000,
-        "\udcff",
-    ],
-)
-def test_a_line_that_is_no_score_says_nothing(tmp_path, line):
-    scores = Scores(tmp_path)
-    scores.put(SCORE)
-    with scores.path.open("ab") as file:
-        file.write(line.encode("utf-8", "surrogateescape") + b"\n")
-    assert scores.all() == [SCORE]
-
-
-@pytest.mark.parametrize("kind", ["link", "pipe", "large"])
-def test_what_is_no_plain_file_of_scores_is_refused(tmp_path, kind):
-    scores = Scores(tmp_path)
-    if kind == "link":
-        (tmp_path / "other").write_text("{}")
-        scores.path.symlink_to(tmp_path / "other")
-    elif kind == "pipe":
-        os.mkfifo(scores.path)
-    else:
-        scores.path.touch()
-        os.truncate(scores.path, MAX_SCORES_BYTES + 1)
-    with pytest.raises(CheckpointError, match="no file of scores"):
-        scores.all()
 
 
 def test_a_disk_that_refuses_a_score_stops_the_run_or_not(tmp_path, caplog):

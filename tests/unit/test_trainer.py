@@ -480,7 +480,7 @@ def test_a_late_wish_to_finish_is_carried_out_in_that_step(tmp_path: Path, event
     assert [entry["step"] for entry in trainer.history.validations] == [10]
     newest = CheckpointStore(tmp_path).newest()
     assert newest is not None
-    assert newest.metadata["finished"] == trainer.finished == "enough"
+    assert Scores(tmp_path).end_of(newest) == trainer.finished == "enough"
 
 
 def test_nothing_of_a_step_that_the_run_goes_back_from_is_evaluated_or_saved(

@@ -29,6 +29,7 @@ from fundamentallm.files.private import (
     PRIVATE_FILE,
     READABLE_DIRECTORY,
     READABLE_FILE,
+    open_to_update,
 )
 
 READ_CHUNK_BYTES = 1 << 20
@@ -61,6 +62,14 @@ class Filesystem:
     def create(self, path: Path) -> FileIO:
         """Create a file and open it for writing, unbuffered; the path must not exist."""
         return FileIO(path, "xb", opener=partial(os.open, mode=self.file_mode))
+
+    def open_to_update(self, path: Path) -> FileIO:
+        """Open a plain file that exists for reading and writing, without a buffer."""
+        return open_to_update(path, create=False)
+
+    def truncate(self, file: FileIO, size: int) -> None:
+        """Cut a file off after so many bytes."""
+        file.truncate(size)
 
     def write(self, file: FileIO, data: memoryview) -> int:
         """Write; return the number of bytes written, which may be smaller than given."""
@@ -200,6 +209,27 @@ def replace_file(
         raise
     filesystem.sync_directory(path.parent)
     return record
+
+
+def append_line(filesystem: Filesystem, path: Path, line: bytes) -> None:
+    """Add a line to a file durably, in place of a torn one that a killed process has left.
+
+    Raises:
+        OSError: the disk refuses; the file has its whole lines as before.
+        CheckpointError: it is not a plain file with one name.
+    """
+    with filesystem.open_to_update(path) as file:
+        end = file.readall().rfind(b"\n") + 1
+        try:
+            if file.tell() > end:
+                filesystem.truncate(file, end)
+            file.seek(end)
+            write_all(filesystem, file, memoryview(line))
+            filesystem.sync(file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                filesystem.truncate(file, end)
+            raise
 
 
 def make_directories(filesystem: Filesystem, path: Path) -> None:

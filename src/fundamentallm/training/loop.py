@@ -87,11 +87,11 @@ class RestorePoint(Protocol):
     def note_end_of_step(self, trainer: TrainingLoop) -> None:
         """Note what became of a step whose state is kept: its evaluation, the end of the run."""
 
-    def ended_at(self, step: int) -> str:
-        """Return why the run was complete with the state that it goes on from; empty if not."""
+    def has_ended_at(self, step: int) -> bool:
+        """Return whether the run had ended with the state of a step, from which it continues."""
 
-    def to_end_at(self, step: int) -> str:
-        """Return why the run was to end with that state, had its evaluation been completed."""
+    def end_due_at(self, step: int) -> str:
+        """Return why the run is to end with that state, once it is evaluated; empty if not."""
 
     def is_scheduled(self, step: int) -> bool:
         """Whether a state is kept for the step that was not saved for a stop alone."""
@@ -303,15 +303,19 @@ class TrainingLoop(Dispatcher):
         """
         facts, step, point = self._facts, self.state.iteration, self.restore_point
         facts.evaluated = True
-        if point is not None and (wish := point.to_end_at(step)) not in ("", LAST_STEP, USED_UP):
+        if point is not None and (wish := point.end_due_at(step)) not in ("", LAST_STEP, USED_UP):
             self.finish(wish)  # of a handler, which does not say it twice; budgets may have grown
         owed = self.evaluation_pending()
         if self.restore_step() is not None and (not owed or (point and point.is_scheduled(step))):
             facts.saved = End.FINISH  # as it is on the disk
         if owed:
+            decision = self._decision = self._decide()
+            if decision.save is not None:
+                facts.saved = decision.end
+                self._save(decision.save)
             spent = facts.finish
             self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
-            if point is not None and point.ended_at(step):
+            if point is not None and point.has_ended_at(step):
                 facts.finish = spent  # that evaluation has ended the run, which is to go on
             # Cut off once more, it is still owed: no step may be taken before it.
             facts.leaving = self.evaluation_pending() and self.ranks.any(self._wants_to_leave())

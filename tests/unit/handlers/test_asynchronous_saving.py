@@ -70,7 +70,9 @@ def make_trainer(checkpointing: Checkpointing | None, **options: Any) -> Trainer
     handlers = [WeightEMA(), LossEMA(), Evaluation()]
     if checkpointing is not None:
         handlers.append(checkpointing)
-    fields = {"learning_rate": 1e-2, "total_steps": 12, "eval_steps": 3, **options}
+    # Saves of their own cadence: one before an evaluation is waited for.
+    cadence = {"checkpoint_steps": 3, "eval_steps": 100, "eval_epochs": False}
+    fields = {"learning_rate": 1e-2, "total_steps": 12, **cadence, **options}
     trainer = Trainer(
         tiny_model(dropout=0.1),
         train,
@@ -105,10 +107,11 @@ def saving_threads() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_run_is_bitwise_the_same_with_saves_on_and_off(tmp_path, asynchronous):
-    silent = make_trainer(None)
+    silent = make_trainer(None, eval_steps=3)
     silent.train()
     expected = learned(silent)
-    saving = make_trainer(Checkpointing(tmp_path, 2, asynchronous=asynchronous), checkpoint_steps=1)
+    checkpointing = Checkpointing(tmp_path, 2, asynchronous=asynchronous)
+    saving = make_trainer(checkpointing, checkpoint_steps=1, eval_steps=3)
     saving.train()
     assert saving.state.checkpoints == 13
     assert learned(saving) == expected
@@ -158,7 +161,7 @@ def test_training_goes_on_while_a_save_is_written_and_the_next_save_waits(tmp_pa
     )
     trainer.train()
     assert steps_before_gate == [4, 5]
-    expected = [f"step-{step:08d}" for step in (0, 3, 6, 9, 10, 12)]
+    expected = [f"step-{step:08d}" for step in (0, 3, 6, 9, 12)]
     assert filesystem.committed == expected
     assert [path.name for path in saved] == expected
     assert saving_threads() == []
@@ -200,7 +203,7 @@ def test_a_background_error_is_a_warning_where_the_run_may_go_on(tmp_path, caplo
     assert "step 6: not saved, training goes on" in caplog.text
     assert "the disk is full" in caplog.text
     assert trainer.state.iteration == 12
-    assert trainer.state.checkpoints == 5
+    assert trainer.state.checkpoints == 4
     assert CheckpointStore(tmp_path).newest().step == 12
 
     quiet = make_trainer(None)
@@ -210,7 +213,7 @@ def test_a_background_error_is_a_warning_where_the_run_may_go_on(tmp_path, caplo
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_best_score_is_taken_back_when_its_save_failed(tmp_path, asynchronous):
-    scores = {0: 1.0, 3: 2.0, 6: 9.0, 9: 3.0, 10: 1.0, 12: 1.0}
+    scores = {0: 1.0, 3: 2.0, 6: 9.0, 9: 3.0, 12: 1.0, 15: 1.0}
     checkpointing = Checkpointing(
         tmp_path,
         2,
@@ -219,11 +222,11 @@ def test_the_best_score_is_taken_back_when_its_save_failed(tmp_path, asynchronou
         on_error="continue",
     )
     checkpointing.store.filesystem = FullFilesystem(6)
-    make_trainer(checkpointing).train()
+    make_trainer(checkpointing, total_steps=15).train()
     assert (checkpointing.best_score, checkpointing.best_step) == (3.0, 9)
     store = CheckpointStore(tmp_path)
     assert store.resolve("best") == tmp_path / "step-00000009"
-    assert [manifest.step for manifest in store.list()] == [12, 10, 9]
+    assert [manifest.step for manifest in store.list()] == [15, 12, 9]
 
 
 def test_the_last_save_is_whole_when_training_returns(tmp_path):

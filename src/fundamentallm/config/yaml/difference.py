@@ -25,6 +25,7 @@ RESUME_MAY_DIFFER = frozenset(
         "training.keep_last",
         "training.checkpoint_dir",
         "training.checkpoint_steps",
+        "handlers.checkpointing.score_name",  # an option that is no longer there
         "handlers.progress",
         "handlers.logs",
         "handlers.tensorboard",

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 
 from fundamentallm.training.checkpoint.catalogue import Entry
-from fundamentallm.training.checkpoint.scores import Score
 
 
 class BackgroundSave:
@@ -20,7 +19,6 @@ class BackgroundSave:
 
     Attributes:
         committed: whether the checkpoint is on the disk; what fails after that loses nothing.
-        score: what the evaluation of its step has said in the meantime.
         pruned: the names of the checkpoints that were deleted for it.
     """
 
@@ -37,7 +35,6 @@ class BackgroundSave:
         self.best_before = best_before
         self.best_step = best_step
         self.committed = False
-        self.score: Score | None = None
         self.pruned: Sequence[str] = ()
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None

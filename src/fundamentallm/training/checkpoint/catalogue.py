@@ -14,7 +14,7 @@ from typing import Any
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint.manifest import Manifest
-from fundamentallm.training.checkpoint.scores import AWAITS_EVALUATION, FOR_A_STOP
+from fundamentallm.training.checkpoint.scores import AWAITS_EVALUATION, FOR_A_STOP, Scores
 from fundamentallm.training.checkpoint.store import Check, CheckpointStore, no_check, step_name
 
 
@@ -29,6 +29,8 @@ class Entry:
         for_a_stop: whether only a stop asked for it, and no schedule.
         awaits_evaluation: whether its state is that before the evaluation of its step.
         ended: why the run was complete with it; empty if it was not.
+        uncounted: whether its state was saved for a stop and later became one that the schedule
+            asks for, so that its own count of saves lacks it.
     """
 
     step: int
@@ -37,18 +39,25 @@ class Entry:
     for_a_stop: bool
     awaits_evaluation: bool = False
     ended: str = ""
+    uncounted: bool = False
 
     @classmethod
-    def of(cls, manifest: Manifest, ended: str) -> Entry:
-        """Return the entry of a checkpoint that was read."""
-        metadata = manifest.metadata
+    def of(cls, manifest: Manifest, scores: Scores) -> Entry:
+        """Return the entry of a checkpoint that was read.
+
+        A run that ends with a state that was saved for a stop keeps that state on schedule.
+        """
+        metadata, score = manifest.metadata, scores.of(manifest)
+        for_a_stop = bool(metadata.get(FOR_A_STOP))
+        is_of_an_end = score is not None and score.is_of_an_end
         return cls(
             manifest.step,
             manifest.hash,
             metadata.get("run_id"),
-            bool(metadata.get(FOR_A_STOP)),
-            bool(metadata.get(AWAITS_EVALUATION)),
-            ended,
+            for_a_stop and not is_of_an_end,
+            bool(metadata.get(AWAITS_EVALUATION)) or (score is not None and bool(score.due)),
+            scores.end_of(manifest),
+            for_a_stop and is_of_an_end,
         )
 
     @property

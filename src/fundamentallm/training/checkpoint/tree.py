@@ -108,6 +108,19 @@ def flatten(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     return encode(tree, ()), tensors
 
 
+def equal(tree: Any, other: Any) -> bool:
+    """Return whether two trees hold the same values, bit for bit in their tensors.
+
+    Raises:
+        CheckpointError: as `flatten`.
+    """
+    (skeleton, tensors), (other_skeleton, others) = flatten(tree), flatten(other)
+    return bool(skeleton == other_skeleton) and all(
+        tensor.dtype == others[name].dtype and torch.equal(tensor.cpu(), others[name].cpu())
+        for name, tensor in tensors.items()
+    )
+
+
 def copied(tree: Any, buffers: dict[str, Tensor] | None = None) -> Any:
     """Return a copy of a tree on the CPU that shares no memory with it; tied tensors stay tied.
 

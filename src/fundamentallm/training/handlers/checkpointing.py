@@ -29,7 +29,7 @@ from fundamentallm.training.checkpoint.scores import (
     finite,
 )
 from fundamentallm.training.checkpoint.store import STEP_NAME, CheckpointStore, step_name, step_of
-from fundamentallm.training.checkpoint.tree import Stateful, copied
+from fundamentallm.training.checkpoint.tree import Stateful, copied, equal
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
 
@@ -62,12 +62,12 @@ class Checkpointing(Checkpoint):
         n_saved: how many of the newest are kept; the best is kept besides.
         score_function: maps the trainer to a score, higher is better, or None for none at this
             step. The validation loss, negated, if not given.
-        score_name: what the score is called in the log.
         to_save: further objects with `state_dict` and `load_state_dict`, by name. The trainer,
             model, optimizer, loss scale, random numbers and attached handlers are always saved.
-        asynchronous: hold the training for a copy of the state alone, and write the copy in a
-            thread. The next save waits for it, and so does the end of the run; the last save is
-            always written before training ends.
+        asynchronous: stop training only to copy the state, and write the copy in a thread. The
+            next save waits for it, and so does the end of the run. A save that an evaluation
+            follows is written first, since the evaluation may fail: this option is of use for the
+            saves in between (`training.checkpoint_steps`).
         on_error: "stop" ends the run where a save fails, "continue" says so and trains on. Earlier
             checkpoints stay whole either way.
 
@@ -80,7 +80,6 @@ class Checkpointing(Checkpoint):
         checkpoint_dir: Path,
         n_saved: int = 3,
         score_function: Callable[[TrainingLoop], float | None] | None = None,
-        score_name: str = "validation loss",
         to_save: Mapping[str, Stateful] | None = None,
         asynchronous: bool = False,
         on_error: Literal["stop", "continue"] = "stop",
@@ -97,14 +96,14 @@ class Checkpointing(Checkpoint):
             n_saved=n_saved,
         )
         self.score = score_function or negative_val_loss
-        self.score_name = score_name
         self.asynchronous = asynchronous
         self.on_error = on_error
         self.best_score = -math.inf
         self.best_step: int | None = None
         self.catalogue = Catalogue()
         self._judged: int | None = None  # the step that was compared with the best
-        self._origin: tuple[int, str, str] | None = None  # step, why it ended, why it was to end
+        # The step that the run continues from, whether it has ended there, why it was to end there.
+        self._origin: tuple[int | None, bool, str] = None, False, ""
         self._is_ours = False
         self._background: BackgroundSave | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -113,6 +112,11 @@ class Checkpointing(Checkpoint):
     def directory(self) -> Path:
         """The directory of the checkpoints."""
         return self.store.directory
+
+    @property
+    def scores(self) -> Scores:
+        """What became of the checkpoints."""
+        return Scores(self.store.directory, self.store.filesystem)
 
     def attach(self, trainer: TrainingLoop) -> None:
         """Save at FLLM_CHECKPOINT_DUE; offer the trainer the way back."""
@@ -124,6 +128,8 @@ class Checkpointing(Checkpoint):
 
     def __call__(self, trainer: TrainingLoop) -> None:  # type: ignore[override]
         """Save the state of the current step on the rank that writes, then prune.
+
+        A state that is on the disk already is not written again.
 
         Raises:
             CheckpointError: the save failed, on any rank, and `on_error` is "stop"; earlier
@@ -138,6 +144,12 @@ class Checkpointing(Checkpoint):
             self._judge(trainer)
         state = snapshot.capture(trainer)
         state["objects"] = {name: thing.state_dict() for name, thing in self.to_save.items()}
+        self._judged = None if awaits_evaluation else step
+        known = self.catalogue.get(step)
+        if known is not None and self._is_on_disk(trainer, known, state):
+            if not trainer.saving_for_a_stop:
+                self._note_end_due(trainer, known)
+            return
         entry = Entry(
             step,
             "",
@@ -146,16 +158,14 @@ class Checkpointing(Checkpoint):
             awaits_evaluation,
             ended="" if awaits_evaluation else trainer.finished,
         )
-        save = self._background = BackgroundSave(
-            entry, self.catalogue.get(step), before, self.best_step
-        )
-        self._judged = None if awaits_evaluation else step
+        save = self._background = BackgroundSave(entry, known, before, self.best_step)
         self.catalogue = self.catalogue.including(entry)
         if (damage := self._damage_somewhere(trainer, state)) is not None:
             save.fail(damage)
             self._finish_background(trainer)
             return
-        beside = self.asynchronous and not trainer.stopping
+        # An evaluation may fail: what it would cost is on the disk before.
+        beside = self.asynchronous and not (awaits_evaluation or trainer.stopping)
         if trainer.ranks.is_writer:
             if beside:
                 state = copied(state, self._buffers)
@@ -166,6 +176,35 @@ class Checkpointing(Checkpoint):
                 save.run(work)
         if not beside:
             self._finish_background(trainer)
+
+    def _is_on_disk(self, trainer: TrainingLoop, known: Entry, state: Mapping[str, Any]) -> bool:
+        """Return whether a state, but for what each save changes in it, is that of a checkpoint."""
+        if known.awaits_evaluation and trainer.state.evaluated_step == known.step:
+            return True  # and its score has what the evaluation adds
+
+        def compare() -> bool:
+            try:
+                saved = self.store.read(self.store.directory / known.name)
+            except CheckpointError:
+                return False
+            return equal(_without_marks_of_a_save(state), _without_marks_of_a_save(saved))
+
+        return bool(trainer.ranks.first_decides(compare))
+
+    def _note_end_due(self, trainer: TrainingLoop, known: Entry) -> None:
+        """Note that the run is to end with a state that is on the disk."""
+        pending = trainer.evaluation_pending()
+        if pending:
+            self._put(trainer, Score(known.step, known.hash, False, due=trainer.finished))
+        entry = replace(
+            known,
+            for_a_stop=False,
+            awaits_evaluation=pending or known.awaits_evaluation,
+            uncounted=known.uncounted or known.for_a_stop,
+        )
+        self.catalogue = self.catalogue.including(entry)
+        if known.for_a_stop:
+            trainer.report_saved(self.store.directory / known.name)
 
     def _judge(self, trainer: TrainingLoop) -> None:
         """Compare the current step with the best so far."""
@@ -218,7 +257,7 @@ class Checkpointing(Checkpoint):
         save.committed = True
         self._point_at(step, save.best_step)
         if save.best_step == step:
-            logger.info("step %d: saved, the best %s so far", step, self.score_name)
+            logger.info("step %d: saved, the best so far", step)
         else:
             logger.debug("step %d: saved", step)
         save.pruned = self._prune(save.best_step, passing)
@@ -244,44 +283,46 @@ class Checkpointing(Checkpoint):
     def note_end_of_step(self, trainer: TrainingLoop) -> None:
         """Note what the evaluation of the saved step has said, and the end of the run.
 
-        The score is written first, then the best is pointed at: it is never one without a score. A
-        save in the background is waited for by its score, not by the training.
+        The score is written first, then the best is pointed at: it is never one without a score.
 
         Raises:
             CheckpointError: the disk refuses, and `on_error` is "stop".
         """
-        step, state = trainer.state.iteration, trainer.state
-        entry = self.catalogue.get(step)
-        if entry is not None:
-            measured = entry.awaits_evaluation and state.evaluated_step == step
-            is_new = measured and self._judged != step
-            if is_new:
-                self._judge(trainer)
-            if is_new or trainer.finished not in ("", entry.ended):
-                self.catalogue = self.catalogue.including(replace(entry, ended=trainer.finished))
-                val_loss, perplexity = (
-                    finite(state.metrics[name]) if measured else None
-                    for name in ("val/loss", "val/perplexity")
-                )
-                score = Score(step, entry.hash, measured, val_loss, perplexity, trainer.finished)
-                if self._background is not None and self._background.step == step:
-                    self._background.score = score
-                else:
-                    self._write_score(trainer, score)
         if trainer.stopping:
             self._finish_background(trainer)
+        step, state = trainer.state.iteration, trainer.state
+        entry = self.catalogue.get(step)
+        if entry is None or trainer.rolling_back:
+            return
+        measured = entry.awaits_evaluation and state.evaluated_step == step
+        is_new = measured and self._judged != step
+        went_on = self.has_ended_at(step) and not (trainer.finished or trainer.evaluation_pending())
+        if is_new:
+            self._judge(trainer)
+        if is_new or went_on or trainer.finished not in ("", entry.ended):
+            val_loss, perplexity = (
+                finite(state.metrics[name]) if measured else None
+                for name in ("val/loss", "val/perplexity")
+            )
+            score = Score(step, entry.hash, measured, val_loss, perplexity, trainer.finished)
+            self.catalogue = self.catalogue.including(replace(entry, ended=trainer.finished))
+            self._put(trainer, replace(score, went_on=went_on))
 
-    def _write_score(self, trainer: TrainingLoop, score: Score) -> None:
+    def _put(self, trainer: TrainingLoop, score: Score) -> None:
         failure: CheckpointError | None = None
         if trainer.ranks.is_writer:
             try:
-                scores = Scores(self.store.directory, self.store.filesystem)
-                scores.put(replace(score, finished=""))
+                known = self.scores.of_hash(score.manifest)
+                if known is not None and known.measured and not score.measured:
+                    score = replace(
+                        known, finished=score.finished, due=score.due, went_on=score.went_on
+                    )
+                self.scores.put(replace(score, finished="", due=score.due or score.finished))
                 self._point_at_best(self.best_step)
                 if score.finished:  # a run that is complete points at its best
-                    scores.put(score)
-                if self.best_step == score.step:
-                    logger.info("step %d: the best %s so far", score.step, self.score_name)
+                    self.scores.put(score)
+                if score.measured and self.best_step == score.step:
+                    logger.info("step %d: the best so far", score.step)
                     pruned = self._prune(self.best_step, self.catalogue.names(for_a_stop=True))
                     self.catalogue = self.catalogue.without(pruned)
             except CheckpointError as error:
@@ -295,13 +336,13 @@ class Checkpointing(Checkpoint):
                 "step %d: its score is not written, training goes on: %s", score.step, failure
             )
 
-    def ended_at(self, step: int) -> str:
-        """Return why the run was complete with the step that it goes on from; empty if not."""
-        return self._origin[1] if self._origin is not None and self._origin[0] == step else ""
+    def has_ended_at(self, step: int) -> bool:
+        """Return whether the run had ended with the step that it continues from."""
+        return self._origin[0] == step and self._origin[1]
 
-    def to_end_at(self, step: int) -> str:
-        """Return why the run was to end there, had the evaluation been completed; or nothing."""
-        return self._origin[2] if self._origin is not None and self._origin[0] == step else ""
+    def end_due_at(self, step: int) -> str:
+        """Return why the run is to end with the step that it continues from; empty if it is not."""
+        return self._origin[2] if self._origin[0] == step else ""
 
     def is_scheduled(self, step: int) -> bool:
         """Whether the step has a checkpoint that was not saved for a stop alone."""
@@ -331,8 +372,7 @@ class Checkpointing(Checkpoint):
         self.catalogue = self.catalogue.without([save.name, *save.pruned])
         entry = save.replaced
         if not lost:
-            ended = save.score.finished if save.score is not None else save.entry.ended
-            entry = replace(save.entry, hash=self.store.known_hash(save.name), ended=ended)
+            entry = replace(save.entry, hash=self.store.known_hash(save.name))
         if entry is not None:
             self.catalogue = self.catalogue.including(entry)
         self._tell_catalogue(trainer)
@@ -351,8 +391,6 @@ class Checkpointing(Checkpoint):
             if lost:
                 return
         trainer.report_saved(self.store.directory / save.name)
-        if save.score is not None and entry is not None:
-            self._write_score(trainer, replace(save.score, manifest=entry.hash))
 
     def _wait_at_the_end(self) -> None:
         """A run that ended in an exception must not leave a thread that writes."""
@@ -378,9 +416,8 @@ class Checkpointing(Checkpoint):
         def look_over() -> None:
             for manifest in survey.manifests():
                 self.store.trust(manifest)
-            scores = Scores(self.store.directory, self.store.filesystem)
             self.catalogue = Catalogue.of(
-                Entry.of(manifest, scores.end_of(manifest)) for manifest in survey.usable.values()
+                Entry.of(manifest, self.scores) for manifest in survey.usable.values()
             )
             newest = self.catalogue.newest
             if newest is not None and newest.run_id != trainer.run_id:
@@ -432,7 +469,7 @@ class Checkpointing(Checkpoint):
         self._finish_background(trainer)
         for entry, state, fault in self._readings(trainer, before):
             if fault is None:
-                self._load(trainer, state, self.store.directory / entry.name)
+                self._load(trainer, state, self.store.directory / entry.name, entry)
                 self._leave_later_ones(trainer)
                 return
             trainer.ranks.first_decides(functools.partial(self._set_aside, {entry.name: fault}))
@@ -445,9 +482,7 @@ class Checkpointing(Checkpoint):
         self, trainer: TrainingLoop, before: int | None = None
     ) -> Mapping[str, Tensor] | None:
         """Return the model's state in the newest checkpoint that is at most `before`, or None."""
-        for entry, state, fault in self._readings(trainer, before):
-            if before is not None and entry.step > before:
-                break
+        for _, state, fault in self._readings(trainer, before, or_oldest=False):
             if fault is None:
                 model: Mapping[str, Tensor] = state["model"]
                 return model
@@ -458,7 +493,7 @@ class Checkpointing(Checkpoint):
         return catalogue.to_restore(before, self.n_saved, self.best_step)
 
     def _readings(
-        self, trainer: TrainingLoop, before: int | None
+        self, trainer: TrainingLoop, before: int | None, or_oldest: bool = True
     ) -> Iterator[tuple[Entry, dict[str, Any], CheckpointError | None]]:
         """Read the checkpoint to restore, then the next older one, and so on, on every rank.
 
@@ -469,6 +504,8 @@ class Checkpointing(Checkpoint):
         if save is not None and trainer.ranks.any(save.is_lost):  # or wait until it is written
             catalogue = catalogue.without([save.name])
         while (entry := self._to_restore(catalogue, before)) is not None:
+            if not or_oldest and before is not None and entry.step > before:
+                return
             path = self.store.directory / entry.name
             state: dict[str, Any] = {}
             fault: CheckpointError | None = None
@@ -500,8 +537,8 @@ class Checkpointing(Checkpoint):
             CheckpointStore(path.parent, self.store.filesystem), snapshot.check_usable
         )
         manifest, scores = survey.open(path.name), Scores(path.parent, self.store.filesystem)
-        origin = manifest.step, scores.end_of(manifest), scores.end_due_at(manifest)
-        self._load(trainer, survey.take(path.name), path)
+        origin = manifest.step, scores.has_ended_at(manifest), scores.end_due_at(manifest)
+        self._load(trainer, survey.take(path.name), path, Entry.of(manifest, scores))
         self._origin = origin
         if path.parent.resolve() == self.store.directory.resolve():
             self._is_ours = False
@@ -510,8 +547,11 @@ class Checkpointing(Checkpoint):
         else:  # the best so far lies there, too, where no pointer of this directory leads
             self.best_score, self.best_step = -math.inf, None
 
-    def _load(self, trainer: TrainingLoop, state: Mapping[str, Any], path: Path) -> None:
+    def _load(
+        self, trainer: TrainingLoop, state: Mapping[str, Any], path: Path, entry: Entry
+    ) -> None:
         snapshot.restore(trainer, state)
+        trainer.state.checkpoints += entry.uncounted
         for name, thing in self.to_save.items():
             thing.load_state_dict(state["objects"][name])
         trainer.state.last_checkpoint = path
@@ -526,7 +566,7 @@ class Checkpointing(Checkpoint):
 
         def set_later_ones_aside() -> None:
             superseded = self.store.supersede(step)
-            Scores(self.store.directory, self.store.filesystem).cut_back(step)
+            self.scores.cut_back(step)
             self._point_at(step, self.best_step)
             if superseded:
                 logger.info(
@@ -546,3 +586,10 @@ class Checkpointing(Checkpoint):
         """Go on comparing with a saved best score."""
         self.best_score = state_dict["best_score"]
         self.best_step = state_dict["best_step"]
+
+
+def _without_marks_of_a_save(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state without what differs between two saves of one state."""
+    marks = ("checkpoints", "elapsed_before", "finished")
+    position = {name: value for name, value in state["trainer"].items() if name not in marks}
+    return {**state, "trainer": position}

@@ -1,0 +1,153 @@
+"""The file of scores: appended to durably, read after any crash, and kept small."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import asdict
+from itertools import count
+
+import pytest
+from fault_injection.faults import Crash, FaultyFilesystem
+
+from fundamentallm.errors import CheckpointError
+from fundamentallm.files.run_layout import SCORES
+from fundamentallm.training.checkpoint.scores import (
+    MAX_SCORES_BYTES,
+    PRUNE_BYTES,
+    Score,
+    Scores,
+)
+
+SCORE = Score(3, "abc", True, 1.5, 4.5)
+
+
+def test_a_score_replaces_that_of_its_step_and_later_ones_are_cut_back(tmp_path):
+    scores = Scores(tmp_path)
+    assert scores.all() == []
+    scores.cut_back(0)
+    assert not scores.path.exists()
+    later = Score(6, "def", True, None, None, "ended")
+    scores.put(SCORE)
+    scores.put(later)
+    scores.put(Score(3, "new", True, 2.5, 9.5))
+    assert [score.manifest for score in scores.all()] == ["def", "new"]
+    scores.cut_back(3)
+    assert [score.manifest for score in scores.all()] == ["new"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "[]",
+        "{",
+        "nul",
+        '{"step": 3}',
+        json.dumps({"step": "3", "manifest": "a", "measured": True}),
+        json.dumps({"step": 3, "manifest": "a", "measured": True, "val_loss": "low"}),
+        json.dumps({"step": 3, "manifest": "a", "measured": True, "more": 1}),
+        "[" * 100_000,
+        "\udcff",
+    ],
+)
+def test_a_line_that_is_no_score_says_nothing(tmp_path, line):
+    scores = Scores(tmp_path)
+    scores.put(SCORE)
+    with scores.path.open("ab") as file:
+        file.write(line.encode("utf-8", "surrogateescape") + b"\n")
+    assert scores.all() == [SCORE]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "large"])
+def test_what_is_no_plain_file_of_scores_is_refused(tmp_path, kind):
+    scores = Scores(tmp_path)
+    if kind == "link":
+        (tmp_path / "other").write_text("{}")
+        scores.path.symlink_to(tmp_path / "other")
+    elif kind == "pipe":
+        os.mkfifo(scores.path)
+    else:
+        scores.path.touch()
+        os.truncate(scores.path, MAX_SCORES_BYTES + 1)
+    with pytest.raises(CheckpointError, match="not a file of scores"):
+        scores.all()
+
+
+def test_what_a_kill_left_of_a_line_is_cut_off(tmp_path):
+    scores = Scores(tmp_path)
+    scores.put(SCORE)
+    whole = scores.path.read_bytes()
+    for torn in (whole[:-1], whole[:7], b"{"):
+        scores.path.write_bytes(whole + torn)
+        assert scores.all() == [SCORE]
+        later = Score(6, "def", True)
+        scores.put(later)
+        assert scores.all() == [SCORE, later]
+        assert scores.path.read_bytes().startswith(whole + b'{"step": 6')
+        scores.path.write_bytes(whole)
+
+
+def test_a_crash_at_any_operation_keeps_the_scores_before(tmp_path):
+    later = Score(6, "def", True)
+    for fail_at in count():
+        place = tmp_path / str(fail_at)
+        place.mkdir()
+        Scores(place).put(SCORE)
+        with (place / SCORES).open("ab") as file:
+            file.write(b'{"step"')
+        disk = FaultyFilesystem(fail_at, Crash)
+        try:
+            Scores(place, disk).put(later)
+        except Crash:
+            found = Scores(place).all()
+            assert found in ([SCORE], [SCORE, later])
+            Scores(place).put(later)
+            assert Scores(place).all() == [SCORE, later]
+        else:
+            assert disk.log == ["truncate", "write", "sync"]
+            return
+
+
+@pytest.mark.parametrize("operation", ["truncate", "write", "sync"])
+def test_a_disk_that_fails_once_leaves_whole_lines(tmp_path, operation):
+    scores = Scores(tmp_path)
+    scores.put(SCORE)
+    whole = scores.path.read_bytes()
+    with scores.path.open("ab") as file:
+        file.write(b'{"step"')
+    at = ["truncate", "write", "sync"].index(operation)
+    disk = FaultyFilesystem(at, lambda: OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        Scores(tmp_path, disk).put(Score(6, "def", True))
+    assert scores.path.read_bytes().startswith(whole)
+    assert scores.all() == [SCORE]
+
+
+def test_a_score_is_appended_and_the_file_stays_small(tmp_path):
+    scores = Scores(tmp_path)
+    scores.put(SCORE)
+    file = scores.path.stat().st_ino
+    scores.put(Score(6, "def", True))
+    assert scores.path.stat().st_ino == file
+    (tmp_path / "step-00000006").mkdir()
+    filler = json.dumps(asdict(Score(9, "x" * 900, True))).encode() + b"\n"
+    with scores.path.open("ab") as out:
+        out.write(filler * (PRUNE_BYTES // len(filler) + 1))
+    newest = Score(12, "abc", True)
+    scores.put(newest)
+    assert scores.all() == [Score(6, "def", True), newest]  # of what has no checkpoint, none
+    assert scores.path.stat().st_size < 1000
+
+
+def test_lines_of_an_earlier_release_keep_their_form(tmp_path):
+    line = (
+        '{"step": 3, "manifest": "abc", "measured": true, "val_loss": 1.5,'
+        ' "perplexity": 4.5, "finished": ""}\n'
+    )
+    (tmp_path / SCORES).write_text(line)
+    assert Scores(tmp_path).all() == [SCORE]
+    Scores(tmp_path / "new").path.parent.mkdir()
+    Scores(tmp_path / "new").put(SCORE)
+    assert (tmp_path / "new" / SCORES).read_text() == line
