@@ -111,6 +111,10 @@ class DataConfig(BaseConfig):
     batch_size: Count = 16
     """Sequences in one micro-batch of one rank."""
 
+    global_batch: Count | None = None
+    """Sequences in an optimizer step over all ranks; `training.accumulation_steps` follows from it,
+    and a run may be resumed on another number of ranks, or with another `batch_size`."""
+
     packing: Literal["continuous", "document"] = "continuous"
     """Whether tokens attend across document ends in a sequence (continuous), or only within their
     document (document; for text that `prepare` wrote)."""

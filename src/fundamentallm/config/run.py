@@ -31,7 +31,7 @@ class RunConfig(BaseConfig):
 
     `seed` and `data.sequence_length` hold for every section: `data.seed`, `training.seed` and
     `model.sequence_length` may repeat them and must then agree; left unset, they take the value.
-    `to_dict` and `to_yaml` write each value once.
+    `to_dict` and `to_yaml` write each value once, and none that follows from `data.global_batch`.
     """
 
     name: str = "run"
@@ -76,6 +76,8 @@ class RunConfig(BaseConfig):
         """Return the fields as plain values; values shared by all sections once."""
         plain = super().to_dict()
         del plain["data"]["seed"], plain["training"]["seed"]
+        if self.data.global_batch is not None:
+            del plain["training"]["accumulation_steps"]  # another on other ranks
         plain["model"].pop("sequence_length", None)
         for field in self.left_to_init_from:
             del plain["data"][field]

@@ -68,7 +68,7 @@ class TrainingConfig(BaseConfig):
     """Largest gradient element; larger ones are clipped, after the norm. None: no limit."""
 
     accumulation_steps: Count = 1
-    """Micro-batches of one rank in one step."""
+    """Micro-batches of one rank in one step; with `data.global_batch` it follows from that."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""

@@ -29,6 +29,7 @@ from fundamentallm.engine.wiring.exactness import (
     refuse_other_rules,
     refuse_other_versions,
     tell_other_circumstances,
+    tell_other_split,
 )
 from fundamentallm.engine.wiring.run_directory import RunDirectory
 from fundamentallm.errors import DataError, InterruptedRunError, MachineError
@@ -154,6 +155,7 @@ def _train(
         if ranks.is_writer:
             _announce(run)
         if directory.checkpoint is not None:
+            tell_other_split(directory.checkpoint, run.config, ranks)
             tell_other_circumstances(directory.checkpoint, machine)
             if watchdog is not None:
                 watchdog.enter("load", directory.checkpoint.step)

@@ -16,6 +16,7 @@ _NAMES = {
     " max_position_embeddings ctx_len",
     "data.batch_size": "bs micro_batch_size device_batch_size train_batch_size"
     " per_device_train_batch_size local_batch_size",
+    "data.global_batch": "global_batch_size gbs total_batch_size effective_batch_size",
     "data.tokenizer": "tokenizer_name tokenizer_path",
     "data.split": "val_split train_split val_fraction",
     "model.d_model": "n_embd n_embed hidden_size embed_dim embedding_dim hidden_dim dim model_dim",

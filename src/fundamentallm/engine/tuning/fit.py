@@ -70,7 +70,7 @@ def refuse_what_cannot_fit(config: RunConfig, device: torch.device) -> Estimate:
             f" {config.data.batch_size} x {config.model.sequence_length} tokens",
             expected=f"at most {gib(limit)} on {device}",
             fix="lower model.d_model, model.num_layers or data.batch_size"
-            " (training.accumulation_steps keeps the step's tokens), or set"
+            " (data.global_batch keeps the step's tokens), or set"
             " training.gradient_checkpointing: true or training.loss: chunked_cross_entropy",
         )
     return cost

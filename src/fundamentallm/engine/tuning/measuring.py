@@ -34,6 +34,7 @@ from fundamentallm.compute.memory import says_out_of_memory
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.compute.rng import capture_rng, restore_rng
 from fundamentallm.config import RunConfig
+from fundamentallm.config.global_batch import with_global_batch
 from fundamentallm.data.batch import Batch, Window, count_valid
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.tuning.fit import refuse_what_cannot_fit
@@ -249,7 +250,7 @@ def _answer(folder: Path) -> None:
     with contextlib.suppress(OSError):  # if memory runs out, kill this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
     request: dict[str, Any] = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
-    config = RunConfig.from_yaml(folder / CONFIG)
+    config = with_global_batch(RunConfig.from_yaml(folder / CONFIG), world_size=1)
     machine = Machine.open(config.training.device, config.training.threads)
     load_plugins([*config.plugins, *request["plugins"]], "plugins")
     try:

@@ -344,6 +344,8 @@ def _changes(
         del training["threads"]
     if best.batch_size == config.data.batch_size:
         del values["data"]["batch_size"], training["accumulation_steps"]
+    elif config.data.global_batch is not None and "accumulation_steps" not in given:
+        del training["accumulation_steps"]  # it follows, on any number of ranks
     return {
         (section, field): value for section in values for field, value in values[section].items()
     }

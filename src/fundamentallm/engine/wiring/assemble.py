@@ -16,6 +16,7 @@ import torch
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import DataConfig, RunConfig
+from fundamentallm.config.global_batch import with_global_batch
 from fundamentallm.config.training import TrainingConfig, resolve_warmup
 from fundamentallm.data.loaders import Batching
 from fundamentallm.data.overlap import overlap
@@ -32,7 +33,7 @@ from fundamentallm.engine.tuning.auto import choose_auto
 from fundamentallm.engine.tuning.fit import refuse_what_cannot_fit
 from fundamentallm.engine.wiring.abilities import check_abilities
 from fundamentallm.engine.wiring.conflicts import settle_kept_checkpoints, unread_settings
-from fundamentallm.engine.wiring.exactness import RULES, versions
+from fundamentallm.engine.wiring.exactness import RULES, refuse_other_rows, versions
 from fundamentallm.engine.wiring.run_directory import RunDirectory, describe
 from fundamentallm.engine.wiring.starting_point import StartingPoint, starting_point
 from fundamentallm.errors import ConfigError, DataError, MachineError
@@ -237,10 +238,13 @@ def read_inputs(written: RunConfig, directory: RunDirectory, ranks: Ranks) -> In
     """Read the source and the tokenizer, and build the loaders of this rank.
 
     Raises:
-        FundamentaLLMError: as `settle_kept_checkpoints`, `starting_point`, `read_data`,
-            `choose_tokenizer`, `build_loaders`.
+        FundamentaLLMError: as `settle_kept_checkpoints`, `with_global_batch`, `refuse_other_rows`,
+            `starting_point`, `read_data`, `choose_tokenizer`, `build_loaders`.
     """
-    agreed = settle_kept_checkpoints(written, begins=directory.checkpoint is None)
+    settled = settle_kept_checkpoints(written, begins=directory.checkpoint is None)
+    agreed = with_global_batch(settled, ranks.world_size)
+    if directory.checkpoint is not None:
+        refuse_other_rows(directory.checkpoint, agreed, ranks)
     start = starting_point(agreed, directory)
     source = read_data(start.config.data, directory, ranks)
     tokenizer = choose_tokenizer(start.config, source, start.tokenizer(), directory)

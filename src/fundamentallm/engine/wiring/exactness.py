@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
+from dataclasses import dataclass
 
 import ignite
 import numpy as np
 import torch
 
 import fundamentallm
+from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.plan import Machine
+from fundamentallm.config import RunConfig
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint.manifest import Manifest
 
@@ -88,9 +92,85 @@ def refuse_other_versions(manifest: Manifest, allow: bool) -> None:
         logger.warning("the run is not continued bit for bit: %s", difference)
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How the rows of a step are split.
+
+    Attributes:
+        batch_size: rows of a micro-batch.
+        accumulation_steps: micro-batches of one rank.
+        ranks: processes.
+    """
+
+    batch_size: int
+    accumulation_steps: int
+    ranks: int
+
+    @classmethod
+    def of(cls, config: RunConfig, ranks: Ranks) -> Split:
+        """Return the split of a configuration with its accumulation resolved."""
+        return cls(config.data.batch_size, config.training.accumulation_steps, ranks.world_size)
+
+    @classmethod
+    def saved_in(cls, manifest: Manifest) -> Split | None:
+        """Return the split by which a checkpoint's run was trained; None if it does not say."""
+        try:
+            config, circumstances = manifest.metadata["config"], manifest.metadata["circumstances"]
+            found = (
+                config["data"]["batch_size"],
+                config["training"]["accumulation_steps"],
+                circumstances["ranks"],
+            )
+        except (LookupError, TypeError):
+            return None
+        return cls(*found) if all(type(number) is int for number in found) else None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step over all ranks."""
+        return math.prod((self.batch_size, self.accumulation_steps, self.ranks))
+
+    def __str__(self) -> str:
+        """Return the split in words."""
+        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        return f"{ranks} x {self.accumulation_steps} micro-batches x {self.batch_size} rows"
+
+
+def refuse_other_rows(manifest: Manifest, config: RunConfig, ranks: Ranks) -> None:
+    """Refuse to go on with another number of rows a step.
+
+    Raises:
+        CheckpointError: the number of ranks is another one, and no `data.global_batch` makes the
+            rows as many as they were.
+    """
+    saved, now = Split.saved_in(manifest), Split.of(config, ranks)
+    if saved is None or saved.rows == now.rows:
+        return
+    raise CheckpointError(
+        "on another number of ranks a step would have other rows than the run's",
+        where=manifest.name,
+        got=f"{now} = {now.rows}",
+        expected=f"{saved} = {saved.rows}",
+        fix=f"start {saved.ranks} ranks, or set data.global_batch: {saved.rows}",
+    )
+
+
+def tell_other_split(manifest: Manifest, config: RunConfig, ranks: Ranks) -> None:
+    """Say what holds for a run that goes on with the same rows a step, split in another way."""
+    saved, now = Split.saved_in(manifest), Split.of(config, ranks)
+    if saved is not None and saved != now and ranks.is_writer:
+        logger.info(
+            "a step was %s and is now %s: the restored state is bitwise what was saved, and the"
+            " run goes on equal to rounding (dropout draws other numbers)",
+            saved,
+            now,
+        )
+
+
 def tell_other_circumstances(manifest: Manifest, machine: Machine) -> None:
-    """Warn if numbers will be rounded differently from now on."""
+    """Warn if numbers will be rounded differently from now on; `tell_other_split` tells of ranks."""
     saved, now = manifest.metadata.get("circumstances", {}), machine.circumstances()
+    del now["ranks"]
     for name, value in now.items():
         if name in saved and saved[name] != value and machine.ranks.is_writer:
             logger.warning(

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.config import RunConfig
+from fundamentallm.config.global_batch import FREE_WITH_EQUAL_ROWS
 from fundamentallm.config.yaml.difference import (
     config_differences,
     may_differ_on_resume,
     with_defaults,
 )
+from fundamentallm.engine.wiring.exactness import Split
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.names import numbered
 from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint, check_entries
@@ -107,12 +109,17 @@ def nowhere(config: RunConfig) -> RunDirectory:
 
 
 def drift(manifest: Manifest, config: RunConfig) -> list[str]:
-    """Return the differences that make a configuration a different run, as text."""
+    """Return the differences that make a configuration a different run, as text.
+
+    With a `data.global_batch` of as many rows as the run's steps have, they may be split otherwise.
+    """
     differences = config_differences(as_written(manifest), config.model_dump(mode="json"))
+    rows, split = config.data.global_batch, Split.saved_in(manifest)
+    free = FREE_WITH_EQUAL_ROWS if split is not None and rows == split.rows else frozenset()
     return [
         f"{key}: {was!r} in the run, {now!r} now"
         for key, was, now in differences
-        if not may_differ_on_resume(key)
+        if key not in free and not may_differ_on_resume(key)
     ]
 
 
