@@ -25,7 +25,14 @@ from typing import Any
 ENGINE = "fundamentallm.engine"
 SECONDS = 100.0  # until a process counts as hanging
 GRACE = 10.0  # seconds for the others when one of several has failed
-PRELOADED = ("fundamentallm.testing", "tensorboardX", "tqdm")
+# torch imports _dynamo late, for the first tensor without memory: each run would do it.
+PRELOADED = (
+    "fundamentallm.testing",
+    "fundamentallm.engine.run",
+    "torch._dynamo",
+    "tensorboardX",
+    "tqdm",
+)
 
 
 class Forked:

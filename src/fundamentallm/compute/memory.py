@@ -13,8 +13,8 @@ _WORDS = re.compile("out of memory|can't allocate memory|not enough memory|Memor
 
 FIX = (
     "lower data.batch_size (data.global_batch, or training.accumulation_steps raised by as much,"
-    " keeps the gradient), or set training.gradient_checkpointing: true, training.precision: bf16 or"
-    " training.loss: chunked_cross_entropy, or take a smaller model"
+    " keeps the gradient), or set training.gradient_checkpointing: true, training.precision: bf16"
+    " or training.loss: chunked_cross_entropy, or take a smaller model"
 )
 
 

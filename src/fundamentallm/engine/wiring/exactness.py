@@ -168,7 +168,7 @@ def tell_other_split(manifest: Manifest, config: RunConfig, ranks: Ranks) -> Non
 
 
 def tell_other_circumstances(manifest: Manifest, machine: Machine) -> None:
-    """Warn if numbers will be rounded differently from now on; `tell_other_split` tells of ranks."""
+    """Warn if another device or number of threads will round differently."""
     saved, now = manifest.metadata.get("circumstances", {}), machine.circumstances()
     del now["ranks"]
     for name, value in now.items():
