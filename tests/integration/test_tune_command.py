@@ -160,6 +160,43 @@ def test_all_candidates_take_the_same_step(machine):
         assert rows["input_ids"].shape == (12, 16)
 
 
+def test_with_a_global_batch_accumulation_follows_in_the_new_file(machine):
+    assert main(["tune", "tiny.yaml", "data.global_batch=12"]) == 0
+
+    written = load_config("tiny.tuned.yaml")
+    assert (written.data.batch_size, written.data.global_batch) == (2, 12)
+    assert "accumulation_steps" not in written.training.model_fields_set
+    assert {c.data.batch_size * c.training.accumulation_steps for c in machine.configs} == {12}
+    assert main(["check", "tiny.tuned.yaml"]) == 0
+
+
+def test_an_accumulation_beside_a_global_batch_agrees_in_the_new_file(machine):
+    words = ["data.global_batch=12", "training.accumulation_steps=3"]
+    assert main(["tune", "tiny.yaml", *words]) == 0
+    assert load_config("tiny.tuned.yaml").training.accumulation_steps == 6
+
+
+COUNTING = """
+import __main__
+
+if hasattr(__main__, "measure"):  # of the process that measures
+    __main__.measure = lambda config, plan, windows, seconds: __main__.failed(
+        f"{[len(window.micro_batches) for window in windows]} micro-batches"
+    )
+"""
+
+
+@pytest.mark.long
+def test_a_step_of_a_global_batch_is_measured_whole(capsys, monkeypatch, place):
+    """Accumulation is not in the file from which the measuring process reads."""
+    Path("counting.py").write_text(COUNTING)
+    monkeypatch.syspath_prepend(place)
+    words = ["data.global_batch=12", "plugins=[counting]", "training.precision=fp32"]
+    kept = ["--keep", "precision", "compile", "attention", "micro-batch", "threads"]
+    assert main(["tune", "tiny.yaml", *words, *kept]) == 5
+    assert "[3] micro-batches" in capsys.readouterr().err
+
+
 def test_the_written_file_runs_to_the_same_loss(machine, monkeypatch):
     """The settings change how a step is computed: at full precision, not its loss."""
     keep = ["--keep", "precision", "compile"]

@@ -116,6 +116,7 @@ class TestDefaults:
             "tokenizer": "character",
             "sequence_length": 128,
             "batch_size": 16,
+            "global_batch": None,
             "packing": "continuous",
             "split": [0.9, 0.1, 0.0],
             "seed": 42,
