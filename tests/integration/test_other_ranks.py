@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import random
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,26 +75,6 @@ class Course:
 '''
 
 
-RANKS = """
-import os, sys
-from fundamentallm.engine.cli import main
-
-ranks, children = int(os.environ.pop("RANKS")), []
-for rank in range(ranks) if ranks > 1 else ():
-    pid = os.fork()
-    if pid == 0:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
-        os.environ.update({name: str(value) for name, value in place.items()})
-        break
-    children.append(pid)
-else:
-    if children:
-        codes = {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children}
-        sys.exit(codes.pop() if len(codes) == 1 else f"unequal exit codes: {codes}")
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     chance = random.Random(3)
@@ -104,25 +83,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "text.txt").write_text(text[: 16 * 53 * 10 // 9 + 20])
     (tmp_path / "c.yaml").write_text(CONFIG)
     (tmp_path / "course.py").write_text(COURSE)
-    (tmp_path / "ranks.py").write_text(RANKS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     return tmp_path
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def start(ranks: int, *words: str, **variables: str) -> tuple[int, str]:
-    """Run the command on so many ranks; return their exit code and what they said."""
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} if ranks > 1 else {}
-    result = forked.run(
-        ["run", "c.yaml", *words], Path(), "ranks.py", RANKS=str(ranks), **group, **variables
-    )
-    return result.returncode, result.stderr
+def start(ranks: int, *words: str, **variables: str) -> tuple[set[int], str]:
+    """Run the command on so many ranks; return their exit codes and what the first one said."""
+    places = forked.rank_environments(ranks) if ranks > 1 else [{}]
+    commands = [(["run", "c.yaml", *words], {**place, **variables}) for place in places]
+    results = forked.run_all(commands, Path())
+    return {result.returncode for result in results}, results[0].stderr
 
 
 @dataclass
@@ -184,8 +155,8 @@ def go_through(stages: list[tuple[int, int, int]], **variables: str) -> Course:
         # Several ranks agree on a signal in the step after it.
         stop = {"STOP_AT": str(last - (ranks > 1))} if last < STEPS else {}
         words = (f"data.batch_size={batch_size}", "--run-dir", "split")
-        code, said = start(ranks, *words, **stop, **(variables if number == 0 else {}))
-        assert code == (143 if stop else 0), said
+        codes, said = start(ranks, *words, **stop, **(variables if number == 0 else {}))
+        assert codes == {143 if stop else 0}, said
         if number:
             before = stages[number - 1]
             assert f"continuing split from step {before[1]}" in said
@@ -196,7 +167,7 @@ def go_through(stages: list[tuple[int, int, int]], **variables: str) -> Course:
 
 
 def test_one_rank_then_two(place: Path) -> None:
-    assert start(1, "--run-dir", "whole")[0] == 0
+    assert start(1, "--run-dir", "whole")[0] == {0}
     found = go_through([(1, 2, 4), (2, 12, 3)])
     assert found.ranks == [1] * 2 + [2] * 10
     agree(found, course("whole"))
@@ -205,7 +176,7 @@ def test_one_rank_then_two(place: Path) -> None:
 @pytest.mark.long
 def test_one_rank_then_two_then_four_then_one(place: Path) -> None:
     """A step batch that is to be left out is left out on any number of ranks."""
-    assert start(1, "--run-dir", "whole", SKIP="8")[0] == 0
+    assert start(1, "--run-dir", "whole", SKIP="8")[0] == {0}
     found = go_through([(1, 3, 2), (2, 6, 2), (4, 9, 1), (1, 12, 6)], SKIP="8")
     whole = course("whole")
     assert found.ranks == [1] * 3 + [2] * 3 + [4] * 3 + [1] * 3
