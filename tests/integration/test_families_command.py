@@ -117,7 +117,13 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(scope="module", params=MODELS)
+# The family with its adapter by default; each of the two by itself in the long run.
+TWO_IN_ONE = [
+    pytest.param(name, marks=[] if name == "gru_low_rank" else pytest.mark.long) for name in MODELS
+]
+
+
+@pytest.fixture(scope="module", params=TWO_IN_ONE)
 def finished(request, plugins, tmp_path_factory) -> Path:
     """A directory with a finished run; tests take a copy."""
     folder = tmp_path_factory.mktemp("finished")
@@ -231,15 +237,7 @@ def test_a_setting_of_attention_without_effect_is_told(plugins, tmp_path, monkey
     assert "no effect" not in capsys.readouterr().out
 
 
-# The family with its adapter here; each of the two by itself in the long run.
-@pytest.mark.parametrize(
-    "finished",
-    [
-        pytest.param(name, marks=[] if name == "gru_low_rank" else pytest.mark.long)
-        for name in MODELS
-    ],
-    indirect=True,
-)
+@pytest.mark.long  # a start of Python
 def test_a_process_of_its_own_measures_it(finished, plugins, monkeypatch):
     monkeypatch.chdir(finished)
     path = f"{plugins}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"

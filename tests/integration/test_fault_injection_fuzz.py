@@ -17,13 +17,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_a_sample_of_every_kind_holds():
-    counts = dict.fromkeys(KINDS, 8)
+@pytest.mark.parametrize("count", [4, pytest.param(8, marks=pytest.mark.long)])
+def test_a_sample_of_every_kind_holds(count):
+    counts = dict.fromkeys(KINDS, count)
     result = fuzz(counts, seed=2)
     assert result.failures == []
     assert result.trials == counts
 
 
+@pytest.mark.long  # a start of Python
 def test_a_trial_in_a_process_of_its_own_holds():
     result = fuzz({"yaml": 0}, seed=3, num_cold=1)
     assert result.failures == []

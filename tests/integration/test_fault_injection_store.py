@@ -30,19 +30,20 @@ def scratch() -> Iterator[Path]:
 # Power loss
 
 
-def test_what_was_saved_survives_a_loss_of_power(scratch: Path) -> None:
-    result = power_loss.Trials(scratch).run(50)
+@pytest.mark.parametrize("count", [20, pytest.param(50, marks=pytest.mark.long)])
+def test_what_was_saved_survives_a_loss_of_power(scratch: Path, count: int) -> None:
+    result = power_loss.Trials(scratch).run(count)
 
     assert result.failures == []
-    assert result.states["ordered"] >= 50
-    assert result.states["reordered"] >= 50
-    assert result.second_cuts > 5
-    assert len(result.power_cuts) > 50
+    assert result.states["ordered"] >= count
+    assert result.states["reordered"] >= count
+    assert result.second_cuts > count / 10
+    assert len(result.power_cuts) > count
 
 
 @pytest.mark.parametrize("forgotten", ["sync", "sync_directory"])
 def test_a_store_that_does_not_sync_is_caught(scratch: Path, forgotten: str) -> None:
-    result = power_loss.Trials(scratch, forget=[forgotten]).run(20)
+    result = power_loss.Trials(scratch, forget=[forgotten]).run(10)
 
     assert result.violations["ordered"] > 0
     assert result.violations["reordered"] > 0
@@ -75,21 +76,22 @@ def damaged(scratch: Path) -> corruption.Campaign:
     return corruption.Trials(scratch)
 
 
+@pytest.mark.parametrize("count", [60, pytest.param(160, marks=pytest.mark.long)])
 def test_every_injection_is_detected_and_every_sound_one_loads(
-    damaged: corruption.Campaign,
+    damaged: corruption.Campaign, count: int
 ) -> None:
-    damaged.inject(160)
+    damaged.inject(count)
     damaged.refuse_nonfinite(every=10)
     damaged.refuse_unfit()
-    damaged.accept(25)
+    damaged.accept(10)
     result = damaged.result
 
     assert result.failures == []
-    assert result.detected == result.injections.total() == 160
+    assert result.detected == result.injections.total() == count
     assert set(result.injections) == set(corruption.INJECTIONS)
     assert result.nonfinite_refused == result.nonfinite == 30
     assert result.unfit_refused == result.unfit == len(corruption.UNFIT_WITHOUT)
-    assert result.accepted == result.clean == 25
+    assert result.accepted == result.clean == 10
     assert result.tensors_a_load > 90
 
 

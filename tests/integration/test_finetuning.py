@@ -114,7 +114,13 @@ def test_it_learns_to_stop_and_generate_stops_there(capsys: pytest.CaptureFixtur
     assert len(capsys.readouterr().out) == len("a:") + 20 + 1
 
 
-@pytest.mark.parametrize("tokenizer", ["{name: bpe, vocab_size: 280}", "{name: byte, end: true}"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        "{name: bpe, vocab_size: 280}",
+        pytest.param("{name: byte, end: true}", marks=pytest.mark.long),
+    ],
+)
 def test_it_learns_the_tokenizer_s_own_end(
     tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,7 +71,7 @@ def test_the_peak_of_each_optimizer(optimizer: Any) -> None:
     assert 0.97 < estimate_run(config).total_bytes / peak_bytes(config) < 1.45
 
 
-@pytest.mark.parametrize("softcap", [None, 15.0])
+@pytest.mark.parametrize("softcap", [None, pytest.param(15.0, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "loss",
     ["cross_entropy", {"name": "cross_entropy", "z_loss": 1e-4}, CHUNKED, {**CHUNKED, "z_loss": 1}],

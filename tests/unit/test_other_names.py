@@ -10,12 +10,12 @@ from fundamentallm.config.yaml.problems import class_at
 from fundamentallm.errors import ConfigError
 
 
-@pytest.mark.parametrize("ours", sorted(set(OTHER_NAMES.values())))
-def test_what_is_advised_is_a_key(ours: str) -> None:
-    *section, key = ours.split(".")
-    found = class_at(tuple(section), RunConfig)
-    assert found is not None
-    assert key in found.model_fields
+def test_what_is_advised_is_a_key() -> None:
+    for ours in set(OTHER_NAMES.values()):
+        *section, key = ours.split(".")
+        found = class_at(tuple(section), RunConfig)
+        assert found is not None, ours
+        assert key in found.model_fields
 
 
 def test_no_name_of_another_tool_hides_a_key_of_ours() -> None:
@@ -24,10 +24,10 @@ def test_no_name_of_another_tool_hides_a_key_of_ours() -> None:
     assert not own & set(OTHER_NAMES)
 
 
-@pytest.mark.parametrize("other", sorted(OTHER_NAMES))
 @pytest.mark.parametrize("section", ["", "data", "model", "training"])
-def test_a_habit_leads_to_our_key(other: str, section: str) -> None:
-    text = f"{section}: {{{other}: 1}}" if section else f"{other}: 1"
-    with pytest.raises(ConfigError) as raised:
-        RunConfig.from_yaml(text)
-    assert raised.value.fix == f"did you mean {OTHER_NAMES[other]}?"
+def test_a_habit_leads_to_our_key(section: str) -> None:
+    for other, ours in OTHER_NAMES.items():
+        text = f"{section}: {{{other}: 1}}" if section else f"{other}: 1"
+        with pytest.raises(ConfigError) as raised:
+            RunConfig.from_yaml(text)
+        assert raised.value.fix == f"did you mean {ours}?", text

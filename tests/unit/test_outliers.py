@@ -31,8 +31,7 @@ def test_the_score_is_the_distance_from_the_median_in_scaled_mads(values, new, s
 
 def test_a_normal_sample_has_a_scale_of_one():
     window = RobustWindow(5000, needed=5000)
-    for value in np.random.default_rng(0).normal(0.0, 1.0, 5000):
-        window.extend([float(value)])
+    window.extend(np.random.default_rng(0).normal(0.0, 1.0, 5000).tolist())
     assert window.score(3.0) == pytest.approx(3.0, rel=0.1)
 
 
