@@ -98,18 +98,13 @@ def test_each_token_is_predicted_once_from_its_context(
     assert total.bits_per_byte == pytest.approx(bits / len(text.encode()))
 
 
-def in_training(model: Transformer, loader: ValidationLoader) -> Evaluator:
-    evaluator = Evaluator(model, CPU)
-    evaluator.run(loader)
-    return evaluator
-
-
 def test_without_a_stride_it_is_the_loss_of_training(model: Transformer) -> None:
     tokens = TOKENIZER.encode("abcddcbé" * 20)
-    output = in_training(model, ValidationLoader(tokens, Batching(CONTEXT, 4)))
+    output = Evaluator(model, CPU)
+    output.run(ValidationLoader(tokens, Batching(CONTEXT, 4)))
     total, _ = evaluate_documents(model, TOKENIZER, [Document("", tokens)], CONTEXT, 4, CPU)
     assert total.num_tokens == output.num_tokens
-    assert total.loss == pytest.approx(output.nll / output.num_tokens, abs=1e-12)
+    assert total.loss == pytest.approx(output.state.metrics["loss"], abs=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -119,7 +114,8 @@ def test_documents_packed_apart_weigh_what_they_do_in_training(
     tokens = TOKENIZER.encode("abcdédcbédéacbbacdéaabé" * 7)
     end_id = int(TOKENIZER.encode("é")[0])
     loader = ValidationLoader(tokens, Batching(CONTEXT, 4), end_id=end_id)
-    output = in_training(model, loader)
+    output = Evaluator(model, CPU)
+    output.run(loader)
     documents = [Document("", tokens)]
     figures = [
         evaluate_documents(
@@ -128,9 +124,9 @@ def test_documents_packed_apart_weigh_what_they_do_in_training(
         for stride in (CONTEXT, 1)
     ]
     assert figures[0].num_tokens == figures[1].num_tokens == output.num_tokens
-    assert figures[0].loss == pytest.approx(output.nll / output.num_tokens, abs=1e-12)
+    assert figures[0].loss == pytest.approx(output.state.metrics["loss"], abs=1e-12)
     together = evaluate_documents(model, TOKENIZER, documents, CONTEXT, batch_size, CPU)[0]
-    assert abs(together.loss - output.nll / output.num_tokens) > 1e-3
+    assert abs(together.loss - output.state.metrics["loss"]) > 1e-3
     # No document is longer than the context: with each window as far back as it goes, each is
     # read whole, as if it stood alone.
     alone = split_documents(documents[0], end_id)

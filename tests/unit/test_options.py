@@ -32,11 +32,13 @@ from fundamentallm.models.layers.positions import POSITIONS
 from fundamentallm.registry import Registry, _type_hints
 from fundamentallm.training.handlers import HANDLERS, LossEMA
 from fundamentallm.training.losses import LOSSES
+from fundamentallm.training.metrics import METRICS
 from fundamentallm.training.optimizers import OPTIMIZERS
 from fundamentallm.training.schedulers import SCHEDULERS
 
 PLACES: dict[str, Registry[Any]] = {
     "handlers": HANDLERS,
+    "evaluation.metrics": METRICS,
     "training.optimizer": OPTIMIZERS,
     "training.scheduler": SCHEDULERS,
     "training.loss": LOSSES,
@@ -98,6 +100,8 @@ def component(place: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
     if place == "handlers":
         return {"handlers": {name: options}}
     section, field = place.split(".")
+    if place == "evaluation.metrics":
+        return {section: {field: {name: options}}}
     if place == "model.family":  # its options stand beside it
         return {section: {field: name, **options}}
     return {section: {field: {"name": name, **options}}}
@@ -114,7 +118,11 @@ def test_a_value_of_the_wrong_type_is_refused_at_its_line(tmp_path, place, name,
     }
     wrong = [value for value in VALUES if not fits(annotation, value)]
     assert len(wrong) >= 8
-    prefix = {"handlers": f"handlers.{name}", "model.family": "model"}.get(place, place)
+    prefix = {
+        "handlers": f"handlers.{name}",
+        "evaluation.metrics": f"evaluation.metrics.{name}",
+        "model.family": "model",
+    }.get(place, place)
     dotted = f"{prefix}.{key}"
     for value in wrong:
         path = tmp_path / "c.yaml"

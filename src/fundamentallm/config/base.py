@@ -160,6 +160,8 @@ def _plain(value: Any) -> Any:
         return value.to_dict()
     if isinstance(value, Component):
         return value.to_plain()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

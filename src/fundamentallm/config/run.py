@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from fundamentallm.config.base import BaseConfig, Seed
 from fundamentallm.config.component import plain_options
 from fundamentallm.config.data import DataConfig
+from fundamentallm.config.evaluation import EvaluationConfig
 from fundamentallm.config.model import ModelConfig, TransformerConfig, model_class
 from fundamentallm.config.parallel import ParallelConfig
 from fundamentallm.config.training import TrainingConfig
@@ -48,6 +49,9 @@ class RunConfig(BaseConfig):
 
     training: TrainingConfig = TrainingConfig()
     """How the model is trained."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What an evaluation measures."""
 
     parallel: ParallelConfig = ParallelConfig()
     """How several ranks work together."""

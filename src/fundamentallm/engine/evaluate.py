@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
+from ignite.metrics import Metric
 
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.data.examples import encode_examples
@@ -42,6 +45,9 @@ from fundamentallm.inference.evaluate import (
     text_size,
 )
 from fundamentallm.inference.load import Trained, load_trained
+from fundamentallm.training.metrics import METRICS, numbers_in
+
+logger = logging.getLogger(__name__)
 
 PARTS = {"train": "training", "val": "validation", "test": "test"}
 
@@ -87,6 +93,7 @@ def evaluate(options: argparse.Namespace) -> int:
             )
         facts, training = ModelFacts.of(trained.config.model), trained.config.training
         plan = Plan.again(training, facts, machine, fp16_elsewhere="fp32")
+        metrics = _metrics(trained, machine.device)
         total, each = evaluate_documents(
             plan.prepare(trained.model),
             trained.tokenizer,
@@ -96,7 +103,9 @@ def evaluate(options: argparse.Namespace) -> int:
             plan.build_precision(),
             stride,
             source.end_id if trained.config.data.packing == "document" else None,
+            metrics.values(),
         )
+        numbers = numbers_in({name: metric.compute() for name, metric in metrics.items()})
     comparable = all(document.size is not None for document in measured) or not changes_texts(
         trained.tokenizer
     )
@@ -113,6 +122,8 @@ def evaluate(options: argparse.Namespace) -> int:
             **total.to_dict(),
             "bits_comparable": comparable,
         }
+        if numbers:
+            about["metrics"] = numbers
         if apart:
             about["documents"] = [{"name": name, **one.to_dict()} for name, one in by_name]
             about["documents_too_short"] = num_left_out
@@ -126,6 +137,8 @@ def evaluate(options: argparse.Namespace) -> int:
     say(f"perplexity          {total.perplexity:.3f}")
     say(f"bits per character  {total.bits_per_character:.4f}")
     say(f"bits per byte       {total.bits_per_byte:.4f}")
+    for name, number in numbers.items():
+        say(f"{name:<20}{number:.4f}")
     say(f"tokens              {total.num_tokens:,}")
     if not comparable:
         say(
@@ -136,6 +149,21 @@ def evaluate(options: argparse.Namespace) -> int:
     if apart:
         _table(by_name, num_left_out)
     return 0
+
+
+def _metrics(trained: Trained, device: torch.device) -> dict[str, Metric]:
+    """Return the metrics that the run's validation measures."""
+    metrics = {}
+    for name, component in trained.config.evaluation.metrics.items():
+        if component.name in METRICS:
+            metrics[name] = METRICS.build(
+                component.name, component.options, device=device, tokenizer=trained.tokenizer
+            )
+        else:  # of a plugin, which is imported only if it is named again
+            logger.warning(
+                "the run's metric '%s' is left out: name its plugin with --plugins", component.name
+            )
+    return metrics
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from ignite.metrics import Metric
 from torch import Tensor, nn
 
 from fundamentallm.compute.precision import Precision
@@ -32,6 +33,7 @@ from fundamentallm.data.token_file import Tokens
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
 from fundamentallm.inference.decoding import REPLACEMENT, Decoder
+from fundamentallm.training.evaluator import predictions_of
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.step import documents_of, perplexity_of, to_device, undisturbed
 
@@ -119,6 +121,7 @@ def evaluate_documents(
     precision: Precision,
     stride: int | None = None,
     end_id: int | None = None,
+    metrics: Collection[Metric] = (),
 ) -> tuple[Evaluated, list[Evaluated]]:
     """Measure a model on documents, each separately.
 
@@ -133,6 +136,7 @@ def evaluate_documents(
         precision: the compute type, as in training.
         stride: S, 1 to T; None: T.
         end_id: the token after each document in a text, if documents are masked.
+        metrics: updated with each batch, as the validation pass updates them.
 
     Returns:
         The figures over all tokens, and those of each document in order.
@@ -147,7 +151,7 @@ def evaluate_documents(
     windows = _windows(documents, sequence_length, stride)
     with undisturbed(model):
         while some := list(itertools.islice(windows, batch_size)):
-            sums = _summed_nll(model, _batch(documents, some, end_id), precision)
+            sums = _summed_nll(model, _batch(documents, some, end_id), precision, metrics)
             np.add.at(nll, [window.document for window in some], sums.numpy())
     counts = [
         (document.num_predicted, *predicted_size(tokenizer, document)) for document in documents
@@ -247,12 +251,16 @@ def _batch(documents: Sequence[Document], windows: Sequence[_Window], end_id: in
     return add_documents({"input_ids": inputs, "target_ids": targets}, end_id)
 
 
-def _summed_nll(model: nn.Module, batch: Batch, precision: Precision) -> Tensor:
+def _summed_nll(
+    model: nn.Module, batch: Batch, precision: Precision, metrics: Collection[Metric]
+) -> Tensor:
     """Return the negative log-likelihood of each row, (B,) float64 on the CPU."""
     batch = to_device(batch, precision.device)
     with torch.no_grad(), precision.autocast():
         logits = model(batch["input_ids"], **documents_of(batch))
         losses = compute_loss(logits, batch["target_ids"], reduction="none")
+    for metric in metrics:
+        metric.update(predictions_of(logits, batch["target_ids"]))
     return losses.cpu().double().sum(dim=1)
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.precision import Precision
+from fundamentallm.config.evaluation import ALWAYS_MEASURED
 from fundamentallm.data.batch import Batch, as_window
 from fundamentallm.training.losses import Head, takes_hidden_states, widened
 from fundamentallm.training.recovery.data_faults import DataFaults
@@ -41,8 +42,6 @@ from fundamentallm.training.step import (
     to_device,
     undisturbed,
 )
-
-OWN_METRICS = ("loss", "perplexity")
 
 
 class Predictions(NamedTuple):
@@ -152,7 +151,7 @@ class Evaluator(Engine):
         """
         if not isinstance(getattr(handler, "__self__", handler), Metric):
             self.admit(handler)
-        elif args and args[0] in OWN_METRICS:
+        elif args and args[0] in ALWAYS_MEASURED:
             raise ValueError(
                 f"the evaluator measures '{args[0]}' itself, per token and in float64; attach the"
                 " metric under another name"
@@ -198,7 +197,7 @@ class Evaluator(Engine):
             return False
         self.nll, self.num_tokens = float(self._nll), num_tokens
         loss = self.nll / num_tokens if num_tokens else math.nan
-        self.state.metrics.update(zip(OWN_METRICS, (loss, perplexity_of(loss)), strict=True))
+        self.state.metrics.update(zip(ALWAYS_MEASURED, (loss, perplexity_of(loss)), strict=True))
         return True
 
 
@@ -224,12 +223,25 @@ def evaluate_batch(
     with torch.no_grad(), precision.weights(model), precision.autocast():
         states = states_for(loss_fn, model, batch)
         nll = summed_nll(states, model, targets, loss_fn)
-        if not with_predictions:
-            return nll, num_tokens, None
-        states, targets = states.flatten(0, -2), targets.flatten()
-        if num_tokens < len(targets):
-            valid = targets >= 0
-            states, targets = states[valid], targets[valid]
-        head = cast(Head, model).logits_from_hidden if takes_hidden_states(loss_fn) else None
-        logits = states if head is None else head(states)
-        return nll, num_tokens, Predictions(widened(logits), targets)
+        predictions = None
+        if with_predictions:
+            head = cast(Head, model).logits_from_hidden if takes_hidden_states(loss_fn) else None
+            predictions = predictions_of(states, targets, head)
+        return nll, num_tokens, predictions
+
+
+def predictions_of(
+    states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor] | None = None
+) -> Predictions:
+    """Return the logits of the valid targets, and those targets.
+
+    Args:
+        states: logits (..., V), or hidden states (..., D) with a head.
+        targets: (...) int64; negative ones are left out.
+        head: maps hidden states to logits.
+    """
+    states, targets = states.flatten(0, -2), targets.flatten()
+    valid = targets >= 0
+    if not valid.all():  # a copy
+        states, targets = states[valid], targets[valid]
+    return Predictions(widened(states if head is None else head(states)), targets)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fundamentallm.training.metrics import numbers_in
+
 
 @dataclass
 class History:
@@ -20,7 +22,8 @@ class History:
         lr: learning rate of the first parameter group.
         throughput_tokens_per_sec: empty without the `throughput` handler.
         epochs: per epoch `{"epoch", "step", "train_loss"}`.
-        validations: per validation `{"step", "val_loss", "perplexity"}`.
+        validations: per validation `{"step", "val_loss", "perplexity"}`, and each further metric
+            that is a number, by its name.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -68,15 +71,10 @@ class History:
         """Add the mean training loss of an epoch that ended at `step`."""
         self.epochs.append({"epoch": epoch, "step": step, "train_loss": train_loss})
 
-    def record_validation(self, step: int, metrics: dict[str, float]) -> None:
-        """Add a validation."""
-        self.validations.append(
-            {
-                "step": step,
-                "val_loss": metrics["val/loss"],
-                "perplexity": metrics["val/perplexity"],
-            }
-        )
+    def record_validation(self, step: int, metrics: dict[str, Any]) -> None:
+        """Add a validation from its metrics."""
+        numbers = {name.removeprefix("val/"): value for name, value in numbers_in(metrics).items()}
+        self.validations.append({"step": step, "val_loss": numbers.pop("loss"), **numbers})
 
     def cut_back(self, step: int, evaluation_pending: bool = False) -> None:
         """Remove everything after `step`, and its validation if that will run again."""

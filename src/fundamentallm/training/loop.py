@@ -515,7 +515,7 @@ class TrainingLoop(Dispatcher):
         elif self.state.iteration != self.total_steps:  # where Ignite stops by itself
             super().terminate()
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> dict[str, Any]:
         """Measure the whole validation data, in one pass of the evaluator.
 
         Returns:
@@ -528,7 +528,12 @@ class TrainingLoop(Dispatcher):
         measured = self.evaluator.run(self.val_loader).metrics
         if not measured:
             return {}
-        metrics = {f"val/{name}": value for name, value in measured.items()}
+        metrics = {
+            f"val/{name}": value
+            for name, value in measured.items()
+            # A mapping of results stands there item by item too, if the metric does not forbid it.
+            if not (isinstance(value, Mapping) and value.keys() <= measured.keys())
+        }
         self.state.metrics.update(metrics)
         self.state.evaluated_step = self.state.iteration
         self.history.record_validation(self.state.iteration, metrics)

@@ -15,6 +15,7 @@ RESUME_MAY_DIFFER = frozenset(
     {
         "name",
         "plugins",
+        "evaluation",
         "parallel",
         "training.num_epochs",
         "training.total_steps",
@@ -32,8 +33,8 @@ RESUME_MAY_DIFFER = frozenset(
         "handlers.samples",
     }
 )
-"""Keys, with all below them, that may change when a run is resumed: budgets, logging, retention,
-the place of the checkpoints."""
+"""Keys, with all below them, that may change when a run is resumed: budgets, metrics, logging,
+retention, the place of the checkpoints."""
 
 
 def may_differ_on_resume(key: str) -> bool:

@@ -47,6 +47,7 @@ from fundamentallm.training.clock import seconds_since_start
 from fundamentallm.training.handlers import HANDLERS, Handler
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import LOSSES
+from fundamentallm.training.metrics import METRICS
 from fundamentallm.training.optimizers import OPTIMIZERS, OptimizerBuilder
 from fundamentallm.training.schedulers import SCHEDULERS
 from fundamentallm.training.trainer import Trainer
@@ -217,6 +218,14 @@ def assemble(
         )
     )
 
+    # metrics share the validation pass
+    for name, component in config.evaluation.metrics.items():
+        with config.locating_errors(f"evaluation.metrics.{name}"):
+            metric = METRICS.build(
+                component.name, component.options, device=plan.device, tokenizer=tokenizer
+            )
+        metric.attach(trainer.evaluator, name)
+
     # handlers listen
     for name, options in chosen_handlers(config).items():
         with config.locating_errors(f"handlers.{name}"):
@@ -280,6 +289,9 @@ def check_names(config: RunConfig) -> None:
     ):
         with config.locating_errors(key):
             registry.check(component.name, component.options)
+    for name, metric in config.evaluation.metrics.items():
+        with config.locating_errors(f"evaluation.metrics.{name}"):
+            METRICS.check(metric.name, metric.options)
     for name, options in config.handlers.items():
         with config.locating_errors(f"handlers.{name}"):
             HANDLERS.check(name, options if isinstance(options, dict) else {})

@@ -20,6 +20,7 @@ READ_BY_HANDLER = {
     "evaluation": (
         "training.eval_steps",
         "training.eval_epochs",
+        "evaluation.metrics",
         "handlers.early_stopping",
         "handlers.samples",
     ),
@@ -86,6 +87,8 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _is_written(config: RunConfig, key: str) -> bool:
     """Return whether a key is set to a non-default value, or a handler is switched on."""
     section, name = key.split(".")
+    if section == "evaluation":
+        return bool(config.evaluation.metrics)
     if section == "handlers":
         return config.handlers.get(name, False) is not False
     written = name in config.training.model_fields_set

@@ -1,20 +1,23 @@
-"""Validation loss."""
+"""Validation."""
 
 from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
+from fundamentallm.training.metrics import numbers_in
 
 logger = logging.getLogger(__name__)
 
 
 @HANDLERS.register("evaluation")
 class Evaluation:
-    """Observes: measures the validation loss when it is due; writes `val/loss`, `val/perplexity`.
+    """Observes: measures the validation data when that is due; writes `val/loss`, `val/perplexity`
+    and `val/NAME` for each metric that is attached to `trainer.evaluator`.
 
     Due means every `eval_steps`, at each epoch's end (unless `eval_epochs` is off) and at the last
     step. The weights are those that `trainer.evaluation_weights()` puts in: the averaged ones where
@@ -34,19 +37,25 @@ class Evaluation:
         state = trainer.state
         trainer.notify(TrainingEvents.FLLM_EVALUATION_STARTED)
         started = time.perf_counter()
-        completed = False
+        metrics: dict[str, Any] = {}
         try:
-            completed = bool(trainer.validate())
+            metrics = trainer.validate()
         finally:
-            if not completed:  # a signal or an error; it runs again when the run continues
+            if not metrics:  # a signal or an error; it runs again when the run continues
                 state.evaluations -= 1
-        if not completed:
+        if not metrics:
             return
+        others = "".join(
+            f", {name.removeprefix('val/')} {number:.4g}"
+            for name, number in numbers_in(metrics).items()
+            if name not in ("val/loss", "val/perplexity")
+        )
         logger.info(
-            "step %d: validation loss %.4f, perplexity %.3f (%.1f s)",
+            "step %d: validation loss %.4f, perplexity %.3f%s (%.1f s)",
             state.iteration,
-            state.metrics["val/loss"],
-            state.metrics["val/perplexity"],
+            metrics["val/loss"],
+            metrics["val/perplexity"],
+            others,
             time.perf_counter() - started,
         )
         trainer.notify(TrainingEvents.FLLM_EVALUATION_COMPLETED)
