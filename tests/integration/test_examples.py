@@ -67,7 +67,7 @@ def final_val_loss(run: Path) -> float:
 def test_there_is_a_test_for_every_script():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
 
-    assert scripts == {"compose_handlers", "plot_run", *PLUGINS}
+    assert scripts == {"compose_handlers", "plot_run", "transformers_model", *PLUGINS}
 
 
 @pytest.mark.parametrize("name", [*PLUGINS])
@@ -152,6 +152,19 @@ def test_a_run_is_drawn_from_its_files(tmp_path):
     drawn = picture.read_text(encoding="utf-8")
     assert "<!-- optimizer step -->" in drawn
     assert "<!-- step 20 -->" in drawn  # a sample's title
+
+
+@pytest.mark.long
+def test_a_model_of_transformers_is_resumed_bit_for_bit(tmp_path):
+    pytest.importorskip("transformers", reason="the extra 'huggingface' is not installed")
+
+    result = python(str(EXAMPLES / "transformers_model.py"), cwd=tmp_path)
+
+    assert result.returncode == 0, result.stderr
+    assert "weights equal, bit for bit: True" in result.stdout
+    first, last = map(float, re.findall(r"\d\.\d{3}", result.stdout))
+    assert last < first
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.long

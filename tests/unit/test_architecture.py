@@ -26,7 +26,7 @@ LAYERS = [
     ["data.loaders"],
     ["data.sources", "data.dataset"],
     ["data.preparing", "data.overlap"],
-    ["models.layers"],
+    ["models.layers", "models.calling"],
     ["models.generation"],
     ["models"],
     ["models.layouts", "models.native"],

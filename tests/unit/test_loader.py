@@ -17,6 +17,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     SubsetRandomSampler,
     TensorDataset,
@@ -456,9 +457,42 @@ def test_pairs_are_batches_too() -> None:
 
 def test_mappings_of_other_kinds_and_more_keys_are_batches_too() -> None:
     ids = torch.zeros(2, 3, dtype=torch.int64)
-    batch = as_batch(UserDict(input_ids=ids, target_ids=ids + 1, attention_mask=ids))
+    batch = as_batch(UserDict(input_ids=ids, target_ids=ids + 1, length=ids))
     assert list(batch) == ["input_ids", "target_ids"]
     assert batch["target_ids"] is not batch["input_ids"]
+
+
+def test_labels_are_shifted_once_and_masked_ones_stay_masked() -> None:
+    ids = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 0]])
+    labels = torch.tensor([[5, 6, 7, 8], [1, -100, 3, -100]])
+    batch = as_batch({"input_ids": ids, "labels": labels, "attention_mask": ids.clamp(max=1)})
+    assert batch["input_ids"] is ids
+    assert batch["target_ids"].tolist() == [[6, 7, 8, -100], [-100, 3, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert "labels" not in batch
+    assert as_window(UserDict(input_ids=ids, labels=labels)).num_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (torch.zeros(2, dtype=torch.int64), r"labels \(2,\)"),
+        ([torch.zeros(2)] * 3, "a list.*collate_fn"),
+    ],
+    ids=["a class for each row", "not collated"],
+)
+def test_labels_that_are_not_one_for_each_token_are_refused(labels: Any, told: str) -> None:
+    with pytest.raises(DataError, match=f"(?s){told}"):
+        as_batch({"input_ids": torch.zeros(2, 3, dtype=torch.int64), "labels": labels})
+
+
+def test_a_loader_without_a_length_is_refused() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter([])
+
+    with pytest.raises(DataError, match="no length"):
+        WindowLoader(DataLoader(Stream()))
 
 
 def test_a_batch_is_a_window_of_one() -> None:

@@ -39,6 +39,7 @@ from fundamentallm.config import RunConfig
 from fundamentallm.config.model import ModelConfig, TransformerConfig
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.models.build import follows_weight_type
+from fundamentallm.models.calling import recompute_activations
 from fundamentallm.models.layers.attention import choose_kernel, use_kernel
 from fundamentallm.models.native.block import require_native, why_not
 
@@ -241,10 +242,10 @@ class Plan:
                 code is for that shape.
 
         Raises:
-            ConfigError, MachineError: as `compile_model`.
+            ConfigError, MachineError: as `recompute_activations` and `compile_model`.
         """
         if self.gradient_checkpointing:
-            model.gradient_checkpointing = True  # type: ignore[assignment]
+            recompute_activations(model)
         use_kernel(model, self.attention)
         uncompile(model)  # an earlier plan may have had another precision
         forward = model

@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fundamentallm.errors import DataError
+
 IGNORED = -100  # the target of a token that counts for nothing
 _REQUIRED, _OPTIONAL = ("input_ids", "target_ids"), ("document_ids",)
+# What a tokenizer of `transformers` may add; `models.calling` hands it to the model.
+_OF_A_TOKENIZER = ("attention_mask", "position_ids", "token_type_ids")
 
 Batch = dict[str, Tensor]
 """`input_ids` and `target_ids`, int64 (B, T); if documents are masked also `document_ids`,
-int64 (B, T): the number of the document that a token belongs to, rising along a row from 0."""
+int64 (B, T): the number of the document that a token belongs to, rising along a row from 0.
+A batch of `transformers` also has its `attention_mask`, `position_ids` and `token_type_ids`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +50,54 @@ def as_window(batch: Any) -> Window:
 def as_batch(batch: Any) -> Batch:
     """Return `{"input_ids", "target_ids"}` of a mapping or an (inputs, targets) pair.
 
+    `labels` stand in for `target_ids` that are shifted here: as in `transformers`, the label of a
+    token is the token itself, and the one before it predicts it.
+
     Raises:
         ValueError: it is neither.
+        DataError: labels that are not one for each token, or a value that is no tensor.
     """
     found = f"a {type(batch).__name__}"
     if isinstance(batch, Mapping):
+        keys = (*_REQUIRED, *_OPTIONAL, *_OF_A_TOKENIZER)
         if {"input_ids", "target_ids"} <= batch.keys():
-            return {key: batch[key] for key in (*_REQUIRED, *_OPTIONAL) if key in batch}
+            return {key: batch[key] for key in keys if key in batch}
+        if {"input_ids", "labels"} <= batch.keys():
+            targets = _shifted(batch["input_ids"], batch["labels"])
+            return {"input_ids": batch["input_ids"], "target_ids": targets} | {
+                key: batch[key] for key in keys if key in batch
+            }
         found += " with the keys " + ", ".join(map(str, batch))
     elif isinstance(batch, (tuple, list)):
         if len(batch) == 2:
             return {"input_ids": batch[0], "target_ids": batch[1]}
         found += f" of {len(batch)}"
     raise ValueError(
-        f"a batch must be {{'input_ids': ..., 'target_ids': ...}} or (inputs, targets), got {found}"
+        "a batch must be {'input_ids': ..., 'target_ids': ...}, (inputs, targets), or"
+        f" {{'input_ids': ..., 'labels': ...}} of DataCollatorForLanguageModeling(mlm=False), got"
+        f" {found}"
     )
+
+
+def _shifted(input_ids: Any, labels: Any) -> Tensor:
+    """Return the label of the next token for each token, (B, T); the last has none."""
+    for name, value in (("input_ids", input_ids), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise DataError(
+                f"{name} of a batch is not a tensor",
+                got=f"a {type(value).__name__}",
+                fix="give the DataLoader a collate_fn (DefaultDataCollator, or"
+                " DataCollatorForLanguageModeling(tokenizer, mlm=False)), or call"
+                " dataset.set_format('torch')",
+            )
+    if labels.ndim != 2 or labels.shape != input_ids.shape:
+        raise DataError(
+            "labels must be one for each token of a batch",
+            got=f"labels {tuple(labels.shape)} for input_ids {tuple(input_ids.shape)}",
+            expected="both (B, T)",
+            fix="collate with DataCollatorForLanguageModeling(tokenizer, mlm=False)",
+        )
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def add_documents(batch: Batch, end_id: int | None) -> Batch:

@@ -33,9 +33,10 @@ from fundamentallm.data.token_file import Tokens
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
 from fundamentallm.inference.decoding import REPLACEMENT, Decoder
+from fundamentallm.models.calling import inputs_for, logits_of
 from fundamentallm.training.evaluator import predictions_of
 from fundamentallm.training.losses import compute_loss
-from fundamentallm.training.step import documents_of, perplexity_of, to_device, undisturbed
+from fundamentallm.training.step import perplexity_of, to_device, undisturbed
 
 PIECE = 1 << 16  # tokens decoded at once
 
@@ -257,7 +258,7 @@ def _summed_nll(
     """Return the negative log-likelihood of each row, (B,) float64 on the CPU."""
     batch = to_device(batch, precision.device)
     with torch.no_grad(), precision.autocast():
-        logits = model(batch["input_ids"], **documents_of(batch))
+        logits = logits_of(model(batch["input_ids"], **inputs_for(model, batch)))
         losses = compute_loss(logits, batch["target_ids"], reduction="none")
     for metric in metrics:
         metric.update(predictions_of(logits, batch["target_ids"]))

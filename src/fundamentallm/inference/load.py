@@ -133,7 +133,8 @@ def load_trained(path: Path, device: torch.device) -> Trained:
                 "the checkpoint does not say how it was trained",
                 where=where,
                 got=f"no {part} in its manifest",
-                fix="name a checkpoint written by `run`",
+                fix="name a checkpoint written by `run`; for one of a script, resume it there and"
+                " use its model (generate, save_pretrained)",
             )
     config = stored_config(manifest.metadata["config"], where)
     tokenizer = tokenizer_from_dict(manifest.metadata["tokenizer"], where)

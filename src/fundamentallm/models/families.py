@@ -13,6 +13,7 @@ and `model: {family: gru, hidden_size: 512}` works. Logits at position t depend 
 0 to t, and rows do not depend on each other. `vocab_size` and `sequence_length` are supplied to a
 constructor that has parameters of these names; all others are options. A model must also be
 buildable on the meta device: that is how shapes are checked without memory.
+A causal language model of `transformers` is a model too: `calling.py`.
 
 Optional members of a model, and what happens without them:
 
@@ -22,7 +23,7 @@ Optional members of a model, and what happens without them:
 | `new_cache`, `forward(cache=)` | a token is computed from kept state | the text is recomputed |
 | `logits_from_hidden`, `forward(return_hidden=)` | the head on its own | no chunked loss |
 | `forward(document_ids=)` | rows of several documents | no `packing: document` |
-| `gradient_checkpointing` | an attribute to set to True | an error if it is requested |
+| `gradient_checkpointing` | set to True (or `gradient_checkpointing_enable`) | refused |
 | `run_block` | how its blocks are called | it is compiled as a whole |
 | `follows_weight_type()` | whether bfloat16 weights are enough | autocast |
 | `flops_per_token` | of one forward and backward pass | 6 a parameter |

@@ -18,6 +18,7 @@ spaces, and an embedding row would shrink in every step in which its token does 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -89,7 +90,8 @@ class OptimizerBuilder:
 def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into a group that decays and one that does not.
 
-    Linear weights decay: the `weight` of each `nn.Linear`, also where it is tied to an embedding.
+    Linear weights decay: the `weight` of each `nn.Linear` (and of the `Conv1D` of `transformers`,
+    which is one), also where it is tied to an embedding.
     Nothing else does, raw `nn.Parameter`s of unknown meaning included; a module that multiplies
     by such a matrix names it in an attribute, `linear_weights = ("experts_in", "experts_out")`.
 
@@ -327,9 +329,15 @@ def _linear_weights(module: nn.Module) -> list[nn.Parameter]:
             f"expected parameters among {', '.join(own) or 'none'}"
         )
     # A linear layer may lack the name: pruning and parametrization put another in its place.
-    if isinstance(module, nn.Linear) and "weight" in own:
+    if isinstance(module, _linear_kinds()) and "weight" in own:
         names.append("weight")
     return [own[name] for name in names]
+
+
+def _linear_kinds() -> tuple[type[nn.Module], ...]:
+    """Return the linear layers: torch's, and that of GPT-2 in `transformers`, if it is imported."""
+    theirs = sys.modules.get("transformers.pytorch_utils")
+    return (nn.Linear,) if theirs is None else (nn.Linear, theirs.Conv1D)
 
 
 def _fused(groups: list[Any]) -> bool | None:

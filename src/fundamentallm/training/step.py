@@ -3,6 +3,7 @@
 - The loss of a window is the sum over its valid targets divided by their count N over all
   micro-batches and ranks, so that any split of the same tokens gives the same gradient
   (huggingface/transformers#34191 tells what a mean of means costs).
+  For a single batch with `labels` it equals the loss that a model of `transformers` computes.
 - Gradients are checked before the update. A refused update leaves weights and optimizer
   untouched.
 - One host read a step: loss and gradient norm, packed, after they were summed over the ranks.
@@ -25,6 +26,7 @@ from fundamentallm.compute.precision import Precision
 from fundamentallm.compute.rng import capture_rng, restore_rng
 from fundamentallm.data.batch import Window
 from fundamentallm.events import TrainingEvents
+from fundamentallm.models.calling import inputs_for, logits_of
 from fundamentallm.training.losses import compute_loss, takes_hidden_states
 
 Batch = dict[str, Tensor]
@@ -183,7 +185,7 @@ class TrainStep:
         """Return the summed objective, with its graph, and the summed NLL, without."""
         targets = batch["target_ids"]
         with self.precision.autocast():
-            states = states_for(self.loss_fn, self.forward, batch)
+            states = states_for(self.loss_fn, self.model, batch, self.forward)
             objective = summed_objective(states, self.model, targets, self.loss_fn)
         if getattr(self.loss_fn, "is_nll", False):
             return objective, objective.detach()
@@ -235,11 +237,22 @@ class TrainStep:
 
 
 def states_for(
-    loss_fn: Callable[..., Tensor] | None, forward: Callable[..., Tensor], batch: Batch
+    loss_fn: Callable[..., Tensor] | None,
+    model: nn.Module,
+    batch: Batch,
+    forward: nn.Module | None = None,
 ) -> Tensor:
-    """Compute what a loss takes: hidden states (B, T, D), or logits (B, T, V)."""
+    """Compute what a loss takes: hidden states (B, T, D), or logits (B, T, V).
+
+    Args:
+        loss_fn: the objective.
+        model: the model; its `forward` tells what of the batch it takes.
+        batch: a micro-batch on the model's device.
+        forward: the model as it is wrapped for compilation or ranks; None for the model itself.
+    """
     options = {"return_hidden": True} if takes_hidden_states(loss_fn) else {}
-    return forward(batch["input_ids"], **options, **documents_of(batch))
+    call = model if forward is None else forward
+    return logits_of(call(batch["input_ids"], **options, **inputs_for(model, batch)))
 
 
 def summed_objective(
@@ -278,11 +291,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         restore_rng(rng)
-
-
-def documents_of(batch: Batch) -> dict[str, Tensor]:
-    """Return what a model must know of the documents in a batch: nothing where a row is one."""
-    return {key: batch[key] for key in ("document_ids",) if key in batch}
 
 
 def to_device(batch: Any, device: torch.device) -> Batch:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.loaders import as_window_loader
+from fundamentallm.models.calling import check_model
 from fundamentallm.training.checkpoint.catalogue import Survey
 from fundamentallm.training.dispatch import timeline
 from fundamentallm.training.handlers.base import Handler
@@ -20,7 +21,7 @@ from fundamentallm.training.handlers.defaults import default_handlers
 from fundamentallm.training.history import History as History
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.loop import TrainingLoop
-from fundamentallm.training.losses import LanguageModelingLoss
+from fundamentallm.training.losses import LanguageModelingLoss, takes_hidden_states
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.schedulers import ConstantLRScheduler, LearningRateScheduler
 
@@ -29,10 +30,12 @@ class Trainer(TrainingLoop):
     """An event-driven trainer for language models.
 
     Args:
-        model: takes `input_ids` (B, T) int64, returns logits (B, T, V). It is moved to `device`.
+        model: takes `input_ids` (B, T) int64, returns logits (B, T, V) or, as the causal language
+            models of `transformers`, an object with `.logits`. It is moved to `device`.
         train_loader: a loader of windows (`TokenWindowLoader`), or a DataLoader whose batches are
-            `{"input_ids", "target_ids"}` or `(inputs, targets)`; the latter is gathered into
-            windows of `config.accumulation_steps` batches.
+            `{"input_ids", "target_ids"}`, `(inputs, targets)`, or, as of a collator of
+            `transformers`, `{"input_ids", "labels", "attention_mask"}`, whose labels are shifted
+            here. It is gathered into windows of `config.accumulation_steps` batches.
         val_loader: batches of the same form; None or empty for no validation.
         optimizer: over the model's parameters; the config's optimizer if None.
         scheduler: a schedule of this package on that optimizer; a constant rate if None. Torch's
@@ -43,6 +46,10 @@ class Trainer(TrainingLoop):
         config: budgets, cadence, clipping and precision; the defaults if None.
         handlers: attached in this order.
         limits: when the run ends; from the config and the training data if None.
+
+    Raises:
+        ConfigError: a model of `transformers` for another task than the next token, or one that
+            lacks what the loss takes (`models.calling.check_model`).
 
     Further methods for scripts and handlers are in `TrainingLoop`.
     """
@@ -65,6 +72,7 @@ class Trainer(TrainingLoop):
         if not isinstance(device, Plan):
             machine = Machine.open(device, config.threads)
             device = Plan.resolve(config, ModelFacts.of(model), machine)
+        check_model(model, takes_hidden_states(loss_fn))
         model = device.place(model)
         if optimizer is None:
             optimizer = OptimizerBuilder.from_config(config, model)

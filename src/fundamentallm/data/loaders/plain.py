@@ -10,6 +10,7 @@ import torch
 from fundamentallm.data.batch import Window, as_batch, count_valid
 from fundamentallm.data.loaders.epoch import SHUFFLE
 from fundamentallm.data.permutation import derive_key
+from fundamentallm.errors import DataError
 
 
 class WindowLoader:
@@ -21,17 +22,28 @@ class WindowLoader:
     alike, and a sampler with `set_epoch` gets the epoch.
 
     Args:
-        loader: yields `{"input_ids", "target_ids"}` or `(inputs, targets)`; has a length.
+        loader: yields what `as_batch` takes; has a length.
         accumulation_steps: batches in a step batch; the last of an epoch may have fewer.
         seed: of the order.
 
     Raises:
+        DataError: the loader has no length.
         ValueError: accumulation_steps below 1.
     """
 
     def __init__(self, loader: Any, accumulation_steps: int = 1, seed: int = 0) -> None:
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+        try:
+            len(loader)
+        except TypeError as error:
+            raise DataError(
+                "the loader has no length, so that a step has no place in an epoch",
+                got=type(loader).__name__,
+                expected="a loader over a dataset with a length",
+                fix="read the stream into a file once (`fundamentallm prepare`, or"
+                " Dataset.from_generator of datasets), and train on that",
+            ) from error
         self.loader = loader
         self.accumulation_steps = accumulation_steps
         self.seed = seed

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 from fundamentallm.config.model import ModelConfig
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.models.build import build_model
+from fundamentallm.models.calling import logits_of
 from fundamentallm.training.losses import LOSSES, takes_hidden_states
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.step import summed_objective
@@ -87,15 +88,15 @@ def _loss_bytes(config: ModelConfig, training: TrainingConfig, num_tokens: int) 
         head = getattr(model, "logits_from_hidden", None)
         ids = torch.zeros(1, 1, dtype=torch.int64)
         with torch.no_grad():
-            given = model(ids) if head is None else model(ids, return_hidden=True)
+            given = logits_of(model(ids)) if head is None else model(ids, return_hidden=True)
         inputs = torch.empty(1, num_tokens, given.shape[-1], requires_grad=True)
         targets = torch.zeros(1, num_tokens, dtype=torch.int64)
         # The logits of a model without a head of its own are as large as a copy.
-        logits_of = head or torch.clone
+        to_logits = head or torch.clone
         peak = _Peak()
         with peak:
             with torch.autocast("cpu", torch.bfloat16) if narrow else nullcontext():
-                states = inputs if takes_hidden_states(loss_fn) else logits_of(inputs)
+                states = inputs if takes_hidden_states(loss_fn) else to_logits(inputs)
                 objective = summed_objective(states, model, targets, loss_fn)
             del states
             objective.backward()  # type: ignore[no-untyped-call]

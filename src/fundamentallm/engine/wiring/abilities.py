@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fundamentallm.config import RunConfig
 from fundamentallm.errors import ConfigError
+from fundamentallm.models.calling import can_recompute_activations
 from fundamentallm.training.losses import takes_hidden_states
 
 
@@ -32,7 +33,7 @@ def check_abilities(config: RunConfig, model: nn.Module, loss_fn: Callable[..., 
             "set training.loss to cross_entropy",
         ),
         "training.gradient_checkpointing": (
-            config.training.gradient_checkpointing and not hasattr(model, "gradient_checkpointing"),
+            config.training.gradient_checkpointing and not can_recompute_activations(model),
             "the model cannot recompute activations: it has no `gradient_checkpointing`",
             "set training.gradient_checkpointing to false",
         ),

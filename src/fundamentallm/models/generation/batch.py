@@ -25,6 +25,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fundamentallm.models.calling import context_of, inputs_for, logits_of
 from fundamentallm.models.generation.cache import KVCache
 from fundamentallm.models.generation.sampling import SamplingRules, sample_next
 
@@ -38,9 +39,9 @@ class Generation:
     modules are as they were. The global random state is never touched.
 
     Args:
-        model: maps (B, T) int64 ids to logits (B, T, V), causally. It sees at most
-            `model.sequence_length` tokens, or all of them if it has no such attribute. If it has
-            `new_cache`, as `Transformer` does, a step computes only the new tokens.
+        model: maps (B, T) int64 ids to logits (B, T, V), causally. It sees at most `context_of`
+            tokens. If it has `new_cache`, as `Transformer` does, a step computes only the new
+            tokens; of a model of `transformers` the context is computed at every step.
         prompts: token ids, at least one each; any length.
         max_new_tokens: the most steps that will be taken, >= 0.
         rules: how a token is chosen.
@@ -86,7 +87,7 @@ class Generation:
         self._modules = list(model.modules())
         parameter = next(model.parameters(), None)
         self._device = torch.device("cpu") if parameter is None else parameter.device
-        self._context: int | None = getattr(model, "sequence_length", None)
+        self._context = context_of(model)
         self._starts = [
             0 if self._context is None else max(0, len(text) - self._context) for text in self.texts
         ]
@@ -173,7 +174,7 @@ class Generation:
 
     def _recomputed_logits(self) -> Tensor:
         windows = [self._window(row) for row in self.rows]
-        logits: Tensor = self.model(self._padded(windows))
+        logits = logits_of(self.model(self._padded(windows), **inputs_for(self.model, {})))
         lasts = self._tensor([len(window) - 1 for window in windows])
         return logits[torch.arange(len(lasts), device=logits.device), lasts]
 

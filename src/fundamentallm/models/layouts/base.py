@@ -279,7 +279,7 @@ def require_transformer(config: ModelConfig) -> TransformerConfig:
         key="model.family",
         got=config.family,
         expected=TRANSFORMER,
-        fix="use --format torch",
+        fix="use --format torch; a script has its model's own ways (save_pretrained)",
     )
 
 
