@@ -39,6 +39,7 @@ import torch
 
 from fault_injection.faults import scratch_directory, silent
 from fault_injection.forge import Contents, forge
+from fault_injection.guard import Breach, watch
 from fault_injection.heal import make_incident
 from fundamentallm.config import load_config
 from fundamentallm.data.examples import encode_examples
@@ -102,18 +103,6 @@ LINES = (
     "? [complex, key]\n: 1",
     "%YAML 1.2\n---\n---",
 )
-OUTSIDE = (
-    "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod",
-    "os.truncate", "os.chown", "shutil.rmtree", "shutil.move",
-)  # fmt: skip
-STARTS = (
-    "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn",
-    "subprocess.Popen", "pty.spawn", "pickle.find_class", "ctypes.dlopen", "socket.connect",
-)  # fmt: skip
-
-
-class Breach(BaseException):
-    """The program did what no file may make it do."""
 
 
 def mutated_json(value: Any, rng: random.Random) -> Any:
@@ -375,34 +364,6 @@ def make_material(place: Path) -> None:
     (place / "heal").mkdir()
     incident, _ = make_incident(place / "heal", 3)
     shutil.copytree(incident, place / "incident")
-
-
-def watch(place: Path) -> None:
-    """Raise a `Breach` in this process from now on where it writes elsewhere or starts code."""
-    inside = str(place.resolve()) + os.sep
-    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-
-    def is_inside(path: Any) -> bool:
-        if not isinstance(path, str | bytes | os.PathLike):
-            return True  # a descriptor, which was opened before
-        real = os.path.realpath(os.fsdecode(path))
-        return (real + os.sep).startswith(inside) or real == os.devnull
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open":
-            path, _, flags = arguments
-            if isinstance(flags, int) and flags & writing and not is_inside(path):
-                raise Breach(f"{path!r} was opened for writing")
-        elif event in OUTSIDE:
-            paths = [value for value in arguments[:2] if isinstance(value, str | bytes)]
-            if event in ("os.symlink", "os.link"):
-                paths = paths[1:]
-            if not all(map(is_inside, paths)):
-                raise Breach(f"{event} of {paths}")
-        elif event in STARTS or (event == "import" and arguments[0] == "evil"):
-            raise Breach(f"{event} {arguments[:1]!r}")
-
-    sys.addaudithook(hook)
 
 
 def trial(kind: str, number: int, seed: int, material: Path) -> str:
