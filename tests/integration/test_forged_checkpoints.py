@@ -135,6 +135,16 @@ def test_verify_says_which_key_is_unknown(checkpoint, capsys):
     assert "model.experts: unknown key 'experts'" in said.out + said.err
 
 
+def moments(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda it: it.tensors.update(
+        {
+            name: change(tensor)
+            for name, tensor in it.tensors.items()
+            if name.endswith("exp_avg") and tensor.ndim == 2
+        }
+    )
+
+
 RESUMED: dict[str, Change] = {
     "no configuration": lambda it: it.metadata.pop("config"),
     "no tokenizer": lambda it: it.metadata.pop("tokenizer"),
@@ -157,12 +167,25 @@ RESUMED: dict[str, Change] = {
     "averages of another shape": lambda it: it.tensors.update(
         {name: tensor.flatten() for name, tensor in it.tensors.items() if ".averages." in name}
     ),
-    "moments of another shape": lambda it: it.tensors.update(
-        {
-            name: torch.ones(3, 3)
-            for name, tensor in it.tensors.items()
-            if name.endswith("exp_avg") and tensor.ndim == 2
-        }
+    "moments of another shape": moments(lambda it: torch.ones(3, 3)),
+    # The fused kernel would write behind the end of these, into memory that is not theirs.
+    "moments of less dimensions": moments(lambda it: torch.zeros(3)),
+    "empty moments": moments(lambda it: it[:0]),
+    "counts of steps that are many": lambda it: it.tensors.update(
+        {name: torch.ones(200) for name in it.tensors if name.endswith(".step")}
+    ),
+    "an option of the optimizer that is a word": lambda it: it.skeletons["state"]["optimizer"][
+        "param_groups"
+    ][0].update(eps="small"),
+    "a counter that is a word": lambda it: it.skeletons["state"]["trainer"].update(epoch_nll="x"),
+    "a counter that is a switch": lambda it: it.skeletons["state"]["trainer"].update(
+        checkpoints=True
+    ),
+    "a skipped step that is a word": lambda it: it.skeletons["state"]["trainer"]["ledger"].update(
+        skipped=["x"]
+    ),
+    "a lowered rate that is a word": lambda it: it.skeletons["state"]["trainer"]["ledger"].update(
+        cuts=[[1, 9, "x"]]
     ),
     "moments that are a word": lambda it: it.skeletons["state"]["optimizer"].update(state="x"),
 }

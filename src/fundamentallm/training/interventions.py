@@ -6,9 +6,12 @@ runs keep them under the key `ledger`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from fundamentallm.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,19 @@ class Interventions:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Replace these interventions by saved ones."""
-        self.skipped = set(state_dict["skipped"])
-        self.cuts = [RateCut(*cut) for cut in state_dict["cuts"]]
+        """Replace these interventions by saved ones.
+
+        Raises:
+            CheckpointError: a step or a factor among them is no number.
+        """
+        skipped, cuts = set(state_dict["skipped"]), [RateCut(*cut) for cut in state_dict["cuts"]]
+        steps = [*skipped, *(step for cut in cuts for step in (cut.first, cut.last))]
+        factors = [cut.factor for cut in cuts]
+        if not all(type(step) is int for step in steps) or not all(
+            type(factor) in (int, float) and math.isfinite(factor) for factor in factors
+        ):
+            raise CheckpointError(
+                "the checkpoint's skipped steps or lowered rates are no numbers",
+                got=repr(dict(state_dict))[:80],
+            )
+        self.skipped, self.cuts = skipped, cuts

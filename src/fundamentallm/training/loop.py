@@ -57,7 +57,7 @@ from fundamentallm.training.limits import Budget, Limits
 from fundamentallm.training.recovery.data_faults import DataFaults
 from fundamentallm.training.recovery.diagnosis import Incident
 from fundamentallm.training.schedulers import LearningRateScheduler
-from fundamentallm.training.state import COUNTERS, IRREVERSIBLE, TrainingState
+from fundamentallm.training.state import COUNTERS, IRREVERSIBLE, TrainingState, check_counters
 from fundamentallm.training.step import StepOutput, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -746,8 +746,9 @@ class TrainingLoop(Dispatcher):
         """Restore a saved position.
 
         Raises:
-            CheckpointError: the saved epochs have another number of steps.
+            CheckpointError: the saved epochs have another number of steps, or a counter is none.
         """
+        check_counters(state_dict)
         if state_dict["epoch_length"] != self.steps_per_epoch:
             raise CheckpointError(
                 "the checkpoint's epochs have another number of steps: the data, the batch or the"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ignite.engine import State
 
+from fundamentallm.errors import CheckpointError
 from fundamentallm.training.recovery.diagnosis import Incident
 from fundamentallm.training.step import StepOutput
 
@@ -27,7 +30,26 @@ COUNTERS: dict[str, int | float] = {
     "elapsed_before": 0.0,
 }
 # A rollback does not reset these: they happened, and stay.
+LARGEST = 2**63 - 1
 IRREVERSIBLE = ("incidents", "rollbacks", "elapsed_before")
+
+
+def check_counters(saved: Mapping[str, Any]) -> None:
+    """Refuse saved counters that are none: each is a finite number, and where it counts an integer.
+
+    Raises:
+        CheckpointError: one is something else.
+    """
+    for name, start in {"iteration": 0, **COUNTERS}.items():
+        value = saved.get(name, start)
+        if isinstance(start, int):
+            fits = isinstance(value, int) and -1 <= value <= LARGEST
+        else:
+            fits = isinstance(value, int | float) and math.isfinite(value)
+        if not fits or isinstance(value, bool):
+            raise CheckpointError(
+                f"the checkpoint's counter '{name}' is none", got=repr(value)[:80]
+            )
 
 
 class TrainingState(State):

@@ -26,6 +26,15 @@ from fundamentallm.files.run_layout import LAST
 from fundamentallm.training.checkpoint.store import CheckpointStore, step_name, step_of
 from fundamentallm.training.checkpoint.tree import Stateful
 
+# What torch's optimizers and ours keep of each parameter, in its shape.
+OF_A_PARAMETERS_SHAPE = {
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "momentum_buffer",
+    "momentum",
+    "sum",
+}
 MAX_NAMED_DIFFERENCES = 6
 
 
@@ -276,7 +285,7 @@ def check_model_state(model: nn.Module, state: Any, where: str = "") -> None:
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any, where: str = "") -> None:
-    """Check that a saved optimizer state fits an optimizer: groups, their sizes and options.
+    """Check that a saved optimizer state fits an optimizer: groups, options, shapes of moments.
 
     Raises:
         CheckpointError: it does not; the message says in what.
@@ -314,23 +323,60 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any, where: s
             got=f"options {', '.join(sorted(map(str, set(saved[0]) - {'params'})))}",
             expected=f"also {', '.join(sorted(missing))}, as {type(optimizer).__name__} has",
         )
+    for ours, theirs in zip(own, saved, strict=True):
+        for key in sorted(ours.keys() - {"params"}):
+            if not _is_of_one_kind(ours[key], theirs[key]):
+                raise CheckpointError(
+                    f"the checkpoint's optimizer has an option '{key}' of another kind",
+                    where=where,
+                    got=repr(theirs[key])[:80],
+                    expected=f"a value like {ours[key]!r}",
+                )
     numbers = [number for group in saved for number in group["params"]]
     parameters = [parameter for group in own for parameter in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
         for name, value in state["state"].get(number, {}).items():
-            # A single number is a count of steps; what is kept in another form is the optimizer's.
-            if (
-                isinstance(value, Tensor)
-                and value.ndim == parameter.ndim
-                and value.numel() > 1
-                and value.shape != parameter.shape
-            ):
+            if not _fits(name, value, parameter):
                 raise CheckpointError(
                     f"the checkpoint's optimizer keeps '{name}' of another shape",
                     where=where,
-                    got=str([*value.shape]),
-                    expected=str([*parameter.shape]),
+                    got=_form(value),
+                    expected="one number" if name == "step" else str([*parameter.shape]),
                 )
+
+
+def _fits(name: str, value: Any, parameter: Tensor) -> bool:
+    """Return whether an optimizer may keep this of a parameter.
+
+    The fused kernels of torch take shapes for granted: they would write behind a smaller tensor.
+    """
+    if name == "step":
+        return (isinstance(value, Tensor) and value.numel() == 1) or _is_of_one_kind(0, value)
+    if name in OF_A_PARAMETERS_SHAPE:
+        return isinstance(value, Tensor) and value.shape == parameter.shape
+    # What is kept under another name, in another form, is the optimizer's.
+    return (
+        not isinstance(value, Tensor)
+        or value.ndim != parameter.ndim
+        or value.numel() <= 1
+        or value.shape == parameter.shape
+    )
+
+
+def _is_of_one_kind(own: Any, saved: Any) -> bool:
+    """Return whether an option may be replaced by a saved one."""
+    if own is None or isinstance(own, bool):
+        return isinstance(saved, bool | None) or own is None
+    if isinstance(own, int | float) or (isinstance(own, Tensor) and own.numel() == 1):
+        is_number = isinstance(saved, int | float) and not isinstance(saved, bool)
+        return is_number or (isinstance(saved, Tensor) and saved.numel() == 1)
+    if isinstance(own, tuple | list):
+        return (
+            isinstance(saved, tuple | list)
+            and len(saved) == len(own)
+            and all(map(_is_of_one_kind, own, saved))
+        )
+    return isinstance(saved, type(own))
 
 
 def _form(value: Any) -> str:
