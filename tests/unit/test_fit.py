@@ -35,16 +35,17 @@ def run_config(batch_size: int = 1, training: Any = None, **model: Any) -> RunCo
     )
 
 
-def peak_bytes(config: RunConfig) -> int:
+def peak_bytes(config: RunConfig, bf16_weights: bool = False) -> int:
     """Return the most bytes that torch had allocated while it built a model and took two steps."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = build_model(config.model).train()
+        model.gradient_checkpointing = config.training.gradient_checkpointing
         step = TrainStep(
             model,
             model,
             OptimizerBuilder.from_config(config.training, model),
             LOSSES.build(config.training.loss.name, config.training.loss.options),
-            Precision("fp32", CPU),
+            Precision(config.training.precision, CPU, bf16_weights),
             Ranks(),
             1.0,
             lambda event: None,
@@ -67,8 +68,36 @@ def peak_bytes(config: RunConfig) -> int:
 )
 def test_the_peak_of_each_optimizer(optimizer: Any) -> None:
     config = run_config(training={"optimizer": optimizer})
-    # From above: gradients appear while activations go, and the estimate has both at once.
-    assert 0.97 < estimate_run(config).total_bytes / peak_bytes(config) < 1.45
+    assert 0.97 < estimate_run(config).total_bytes / peak_bytes(config) < 1.25
+
+
+@pytest.mark.parametrize("bf16_weights", [False, True], ids=["autocast", "copies"])
+@pytest.mark.parametrize(
+    ("batch_size", "gradient_checkpointing", "model"),
+    [
+        (1, False, {}),
+        (4, False, {"normalization": "layernorm", "feedforward": "gelu", "positions": "learned"}),
+        (4, True, {}),
+        (8, False, {"vocab_size": 2000, "num_layers": 2}),
+    ],
+)
+def test_the_peak_in_bfloat16(
+    batch_size: int, gradient_checkpointing: bool, model: dict[str, Any], bf16_weights: bool
+) -> None:
+    training = {"precision": "bf16", "gradient_checkpointing": gradient_checkpointing}
+    config = run_config(batch_size, training, **model)
+    assert 0.92 < estimate_run(config).total_bytes / peak_bytes(config, bf16_weights) < 1.2
+
+
+def test_accumulated_gradients_are_there_beside_all_activations() -> None:
+    config, accumulating = (
+        run_config(4, {"optimizer": {"name": "sgd", "momentum": 0.0}, "accumulation_steps": steps})
+        for steps in (1, 2)
+    )
+    cost = estimate_run(config)
+    head = 4 * 65 * 128
+    more = estimate_run(accumulating).total_bytes - cost.total_bytes
+    assert more == cost.gradient_bytes - head
 
 
 @pytest.mark.parametrize("softcap", [None, pytest.param(15.0, marks=pytest.mark.long)])

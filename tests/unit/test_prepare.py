@@ -372,6 +372,46 @@ def test_bad_inputs_write_nothing(
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("tokenizer", ["character", "byte"])
+def test_all_bad_files_are_named_at_once(tmp_path: Path, tokenizer: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, content in {
+        "a.txt": b"good",
+        "b.txt": b"ab\xff",
+        "c.jsonl": b'{"text": "x"}\n{"body": 1}\n',
+        "d.txt": b"PK\x03\x04",
+        "e.txt.gz": gzip.compress(b"some text", mtime=0)[:-2],
+        "f.txt": b"good too",
+    }.items():
+        (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match="4 of 6 inputs cannot be prepared") as caught:
+        write_prepared([str(folder)], tmp_path / "out", options(tokenizer))
+    lines = caught.value.got.splitlines()
+    assert len(lines) == 4
+    for line, says in zip(lines, ["b.txt: byte 2", "c.jsonl:2", "d.txt", "e.txt.gz"], strict=True):
+        assert says in line
+    assert "iconv" in caught.value.fix
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_of_very_many_bad_files_the_first_are_named(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number:02}.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="20 of 30 inputs cannot be prepared") as caught:
+        write_prepared([str(tmp_path)], tmp_path / "out", BYTE)
+    assert caught.value.got.count("not UTF-8") == 20
+
+
+def test_all_inputs_that_are_none_are_named_at_once(tmp_path: Path, inputs: list[str]) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    words = [str(tmp_path / "no"), *inputs, str(tmp_path / "model.safetensors"), "nor/this/*.txt"]
+    with pytest.raises(DataError, match="of 4 inputs cannot be read") as caught:
+        write_prepared(words, tmp_path / "out", BYTE)
+    for name in (str(tmp_path / "no"), "nor/this/*.txt"):
+        assert name in caught.value.got
+
+
 def test_a_character_outside_a_given_vocabulary_is_found(tmp_path: Path) -> None:
     """An input that changes between the two readings can bring one."""
     path = tmp_path / "a.txt"

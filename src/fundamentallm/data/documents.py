@@ -25,6 +25,7 @@ from fundamentallm.data.text_file import (
     UTF8_BOM,
     check_regular,
     encoding_fix,
+    raise_all,
     to_utf8,
     unreadable,
 )
@@ -103,9 +104,10 @@ def find_inputs(
         records: whether that is JSON lines; else it is text.
 
     Raises:
-        DataError: one of them matches nothing.
+        DataError: some match nothing, or are of a kind that is not read; all are named.
     """
     found: dict[Path, Input] = {}
+    faults: list[DataError] = []
     for word in words:
         if word == STANDARD_INPUT:
             assert standard_input is not None
@@ -113,9 +115,13 @@ def find_inputs(
                 standard_input, "standard input", "lines" if records else "text"
             )
             continue
-        for path in _paths(word):
-            refuse_other_data(path, ("other data", "tokens"))
-            found.setdefault(path.resolve(), Input(path, str(path), kind_of(path) or "text"))
+        try:
+            for path in _paths(word):
+                refuse_other_data(path, ("other data", "tokens"))
+                found.setdefault(path.resolve(), Input(path, str(path), kind_of(path) or "text"))
+        except DataError as error:
+            faults.append(error)
+    raise_all(faults, f"of {len(words):,} inputs cannot be read")
     return list(found.values())
 
 

@@ -79,13 +79,23 @@ def read_texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
             yield str(path), read_text(path)
         except DataError as error:
             faults.append(error)
+    raise_all(faults, f"of {len(paths):,} files are not text")
+
+
+def raise_all(faults: Sequence[DataError], are: str) -> None:
+    """Raise faults of several files as one error with a line for each; a single one as it is.
+
+    Args:
+        faults: of the files; nothing is raised where there are none.
+        are: what follows their number in the message.
+    """
     if len(faults) == 1:
         raise faults[0]
     if faults:
         more = len(faults) - MOST_NAMED
         lines = [str(fault).splitlines()[0] for fault in faults[:MOST_NAMED]]
         raise DataError(
-            f"{len(faults):,} of {len(paths):,} files are not text",
+            f"{len(faults):,} {are}",
             got="\n            ".join(lines + [f"and {more:,} more"] * (more > 0)),
             fix="\n            ".join(dict.fromkeys(fault.fix for fault in faults)),
         )

@@ -10,6 +10,7 @@ Shapes: B batch, T time, D model width, V vocabulary, L number of blocks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,11 @@ class Estimate:
             three float32 tensors (B, T, V): logits, log-probabilities and their gradient.
         update_bytes: what the optimizer adds for the time of an update, when the activations are
             gone.
+        early_gradient_bytes: gradients that are there while all activations still are: without
+            accumulation those of the head, for the others appear while activations go; None for
+            all.
+        late_activation_bytes: what is there besides all gradients at the end of the backward pass:
+            the first block's activations, and narrow copies of the weights.
     """
 
     parameters: int
@@ -56,12 +62,23 @@ class Estimate:
     optimizer_bytes: int
     activation_bytes: int
     update_bytes: int = 0
+    early_gradient_bytes: int | None = None
+    late_activation_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """The peak of memory, without the program itself and its buffers."""
-        lasting = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
-        return lasting + max(self.activation_bytes, self.update_bytes)
+        early = self.gradient_bytes
+        if self.early_gradient_bytes is not None:
+            early = min(early, self.early_gradient_bytes)
+        return (
+            self.weight_bytes
+            + self.optimizer_bytes
+            + max(
+                early + self.activation_bytes,
+                self.gradient_bytes + max(self.late_activation_bytes, self.update_bytes),
+            )
+        )
 
 
 def estimate(
@@ -94,6 +111,7 @@ def estimate(
     time = context if sequence_length is None else sequence_length
     if time > context:
         raise ValueError(f"a sequence of {time} tokens exceeds the context length of {context}")
+    narrow = bytes_per_activation < FLOAT32_BYTES
     with FakeTensorMode(), addressable(config):
         block, positions = build_block(config), build_positions(config)
         block_parameters = _count(block)
@@ -101,7 +119,9 @@ def estimate(
         norm_parameters = _count(build_normalization(config))
         stream = torch.empty(batch_size, time, config.d_model, requires_grad=True)
         stream_bytes = stream.nbytes
-        block_bytes = _kept_bytes(lambda: block(stream, positions, stream), (block, positions))
+        # Autocast keeps norms and the stream in float32, and narrow copies of the weights.
+        with torch.autocast("cpu", torch.bfloat16) if narrow else nullcontext():
+            block_bytes = _kept_bytes(lambda: block(stream, positions, stream), (block, positions))
 
     table = vocab_size * config.d_model
     body = config.num_layers * block_parameters + norm_parameters
@@ -116,7 +136,7 @@ def estimate(
     else:
         blocks_bytes = config.num_layers * block_bytes
     # After the blocks: the last normalization keeps its input, the head its own.
-    float32_bytes = blocks_bytes + 2 * stream_bytes
+    head_bytes = stream_bytes + stream_bytes * bytes_per_activation // FLOAT32_BYTES
     return Estimate(
         parameters=parameters,
         non_embedding_parameters=parameters - table - position_parameters,
@@ -125,10 +145,8 @@ def estimate(
         weight_bytes=parameters * FLOAT32_BYTES,
         gradient_bytes=parameters * FLOAT32_BYTES,
         optimizer_bytes=parameters * FLOAT32_BYTES * optimizer_states,
-        activation_bytes=(
-            float32_bytes * bytes_per_activation // FLOAT32_BYTES
-            + logits_bytes(batch_size * time, vocab_size)
-        ),
+        activation_bytes=blocks_bytes + head_bytes + logits_bytes(batch_size * time, vocab_size),
+        late_activation_bytes=block_bytes + (bytes_per_activation * parameters if narrow else 0),
     )
 
 

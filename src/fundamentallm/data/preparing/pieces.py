@@ -12,6 +12,7 @@ import numpy as np
 from fundamentallm.data.documents import Document, Fingerprint, Input, InputReader
 from fundamentallm.data.prepared import PARTS, WHOLE
 from fundamentallm.data.preparing.options import Options
+from fundamentallm.data.text_file import MOST_NAMED, raise_all
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
 
@@ -66,12 +67,40 @@ def read_documents(
     fingerprints: list[Fingerprint],
     on_bytes: Callable[[int], object],
 ) -> Iterator[Document]:
-    """Yield the documents of all inputs, and note what each input was."""
+    """Yield the documents of all inputs, and note what each input was.
+
+    Once an input is found to be bad nothing more is yielded: the others are looked at, and all bad
+    ones are raised together.
+
+    Raises:
+        DataError: as from `InputReader`; of several inputs, the message has a line for each.
+    """
+    faults: list[DataError] = []
     for source in inputs:
         reader = InputReader(source, text_field, on_bytes)
-        yield from reader.documents()
-        assert reader.fingerprint is not None
-        fingerprints.append(reader.fingerprint)
+        try:
+            for document in reader.documents():
+                chunks = _noting(document.chunks, faults)
+                if not faults:
+                    yield Document(document.where, chunks)
+                for _ in chunks:  # what was not asked for
+                    pass
+        except DataError as error:
+            faults.append(error)
+        if len(faults) >= MOST_NAMED:
+            break
+        if not faults:
+            assert reader.fingerprint is not None
+            fingerprints.append(reader.fingerprint)
+    raise_all(faults, f"of {len(inputs):,} inputs cannot be prepared")
+
+
+def _noting(chunks: Iterable[str], faults: list[DataError]) -> Iterator[str]:
+    """Yield chunks up to a fault, which is noted."""
+    try:
+        yield from chunks
+    except DataError as error:
+        faults.append(error)
 
 
 def cut(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from fundamentallm.config import RunConfig
+from fundamentallm.config import RunConfig, TransformerConfig
 from fundamentallm.engine.tuning.fake_step import loss_bytes, optimizer_bytes
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.build import estimate_model
@@ -40,6 +40,8 @@ def estimate_run(config: RunConfig) -> Estimate:
     if (held_twice := optimizer_bytes(config.model, training)) is not None:
         state, update = held_twice
         cost = replace(cost, optimizer_bytes=state, update_bytes=update)
+    if training.accumulation_steps == 1 and isinstance(config.model, TransformerConfig):
+        cost = replace(cost, early_gradient_bytes=4 * vocab_size * config.model.d_model)
     return cost
 
 
