@@ -480,7 +480,7 @@ def fuzz(
     counts: dict[str, int],
     seed: int = 0,
     num_cold: int = 0,
-    only: str = "",
+    only: Sequence[str] = (),
     tell: Callable[[str], object] = lambda line: None,
 ) -> Result:
     """Do so many trials of each kind; `tell` gets a line for a failure and one a minute."""
@@ -499,8 +499,8 @@ def fuzz(
         numbers = [(kind, n, forked) for kind, count in counts.items() for n in range(count)]
         numbers += [(kind, n, cold) for kind in counts for n in range(num_cold)]
         if only:
-            kind, _, number = only.partition(":")
-            numbers = [(kind, int(number), forked)]
+            pairs = [name.partition(":") for name in only]
+            numbers = [(kind, int(number), forked) for kind, _, number in pairs]
         told = time.monotonic()
         for done, (kind, number, way) in enumerate(numbers):
             started = time.monotonic()
@@ -531,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cold", type=int, default=0, metavar="N")
     parser.add_argument("--full", action="store_true", help="the counts of a release")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", metavar="KIND:NUMBER")
+    parser.add_argument("--only", nargs="+", default=(), metavar="KIND:NUMBER")
     parser.add_argument("--trial", default="", help=argparse.SUPPRESS)
     parser.add_argument("--material", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

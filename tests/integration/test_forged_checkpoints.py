@@ -199,6 +199,15 @@ def test_no_run_goes_on_from_such_a_checkpoint(checkpoint, capsys, change):
     assert "error: " in capsys.readouterr().err
 
 
+def test_how_an_update_is_computed_is_this_machines_choice(checkpoint, capsys):
+    def change(it: Contents) -> None:
+        for group in it.skeletons["state"]["optimizer"]["param_groups"]:
+            group.update(fused=True, foreign=True, differentiable=True, capturable=True)
+
+    forge(checkpoint, change)
+    assert main(["run", "tiny.yaml", "training.total_steps=6", "--resume", "runs/tiny"]) == 0
+
+
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     incident, _ = make_incident(tmp_path_factory.mktemp("recorded"), 3)

@@ -35,6 +35,7 @@ OF_A_PARAMETERS_SHAPE = {
     "momentum",
     "sum",
 }
+KERNELS = {"fused", "foreign", "capturable", "differentiable"}
 MAX_NAMED_DIFFERENCES = 6
 
 
@@ -125,14 +126,16 @@ class CheckpointManager:
         _check_form(tree, path)
         if model is not None:
             check_model_state(model, tree["model"], str(path))
+        optimizer_state = tree["optimizer"]
         if optimizer is not None:
-            check_optimizer_state(optimizer, tree["optimizer"], str(path))
+            check_optimizer_state(optimizer, optimizer_state, str(path))
+            optimizer_state = on_own_kernels(optimizer, optimizer_state)
         if scheduler is not None and not isinstance(tree["scheduler"], dict):
             raise CheckpointError("the checkpoint holds no scheduler", where=str(path))
         _restore_all(
             [
                 (model, tree["model"]),
-                (optimizer, tree["optimizer"]),
+                (optimizer, optimizer_state),
                 (scheduler, tree["scheduler"]),
             ],
             str(path),
@@ -343,6 +346,18 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any, where: s
                     got=_form(value),
                     expected="one number" if name == "step" else str([*parameter.shape]),
                 )
+
+
+def on_own_kernels(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checked optimizer state with the optimizer's own choice of kernels.
+
+    How an update is computed is decided for this machine when the optimizer is built.
+    """
+    groups = [
+        {**theirs, **{key: ours[key] for key in KERNELS & ours.keys()}}
+        for ours, theirs in zip(optimizer.param_groups, state["param_groups"], strict=True)
+    ]
+    return {**state, "param_groups": groups}
 
 
 def _fits(name: str, value: Any, parameter: Tensor) -> bool:

@@ -20,7 +20,11 @@ from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.rng import capture_rng, restore_rng
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint.finite import check_finite
-from fundamentallm.training.checkpoint.manager import check_model_state, check_optimizer_state
+from fundamentallm.training.checkpoint.manager import (
+    check_model_state,
+    check_optimizer_state,
+    on_own_kernels,
+)
 from fundamentallm.training.checkpoint.tree import copied
 from fundamentallm.training.loop import TrainingLoop
 
@@ -117,7 +121,7 @@ def restore(trainer: TrainingLoop, state: Mapping[str, Any]) -> None:
 def _load(trainer: TrainingLoop, state: Mapping[str, Any]) -> None:
     trainer.load_state_dict(state["trainer"])
     trainer.model.load_state_dict(state["model"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.optimizer.load_state_dict(on_own_kernels(trainer.optimizer, state["optimizer"]))
     trainer.precision.load_state_dict(state["precision"])
     for name, handler in trainer.attached.items():
         if name in state["handlers"]:
