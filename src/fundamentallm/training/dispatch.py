@@ -9,11 +9,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, Events, EventsList
 from ignite.engine.events import RemovableEventHandle
 
 from fundamentallm.events import LOOP, TrainingEvents
 from fundamentallm.registry import registered_name
+from fundamentallm.training.foreign import has_state, is_foreign, owner_of
 
 # Ignite logs each error that it passes on; the code that catches the error reports it.
 logging.getLogger("ignite").addHandler(logging.NullHandler())
@@ -67,14 +68,41 @@ class Dispatcher(Engine):
     def add_event_handler(
         self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> RemovableEventHandle:
-        """Attach a handler, as Ignite does; add its owner's state; keep the internal one last."""
+        """Attach a handler, as Ignite does; add its owner's state; keep the internal one last.
+
+        Raises:
+            ConfigError: it is one of Ignite's that could not do here what it does elsewhere.
+        """
+        owner = owner_of(handler)
+        if owner is not self and is_foreign(owner) and not isinstance(event_name, EventsList):
+            self.receive(owner, handler, event_name)
         self.admit(handler)
         handle = super().add_event_handler(event_name, handler, *args, **kwargs)
         for event, last in self._last_handlers.items():
             if event_name == event:  # also where it has a filter
-                self.remove_event_handler(last, event)
-                super().add_event_handler(event, last)
+                entries = self._event_handlers[event]
+                ours = [entry for entry in entries if _profiled(entry[0]) == last]
+                others = [entry for entry in entries if _profiled(entry[0]) != last]
+                self._event_handlers[event] = others + ours
         return handle
+
+    def receive(self, owner: Any, handler: Callable[..., Any], event_name: Any) -> None:
+        """Check one of Ignite's handlers before it is attached."""
+
+    def remove_event_handler(self, handler: Callable[..., Any], event_name: Any) -> None:
+        """Remove a handler, as Ignite does; forget one of Ignite's with its last method."""
+        super().remove_event_handler(handler, event_name)
+        owner = owner_of(handler)
+        if is_foreign(owner) and not any(
+            owner_of(entry[0]) is owner
+            for entries in self._event_handlers.values()
+            for entry in entries
+        ):
+            self.release(owner)
+
+    def release(self, owner: Any) -> None:
+        """Forget one of Ignite's handlers."""
+        self.attached = {name: known for name, known in self.attached.items() if known is not owner}
 
     def admit(self, handler: Callable[..., Any]) -> None:
         """Make the state of a handler's owner, if it has one, a part of every checkpoint.
@@ -82,14 +110,17 @@ class Dispatcher(Engine):
         Raises:
             ValueError: an owner of the same name is part of it already.
         """
-        owner = getattr(handler, "__self__", handler)
-        if owner is self or not (
-            hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")
-        ):
+        owner = owner_of(handler)
+        if owner is self or not has_state(owner):
             return
         if any(known is owner for known in self.attached.values()):
             return
-        name = registered_name(type(owner)) or type(owner).__name__
+        base = name = registered_name(type(owner)) or type(owner).__name__
+        if is_foreign(owner):  # one class serves many metrics: they are told apart by their order
+            number = 1
+            while name in self.attached:
+                number += 1
+                name = f"{base} {number}"
         if name in self.attached:
             raise ValueError(
                 f"a handler named '{name}' is attached already, and a checkpoint could not"
@@ -100,7 +131,7 @@ class Dispatcher(Engine):
     def has_role(self, role: str) -> bool:
         """Return whether a handler with this attribute `role` is attached."""
         return any(
-            getattr(_owner(handler), "role", None) == role
+            getattr(owner_of(handler), "role", None) == role
             for entries in self._event_handlers.values()
             for handler, _, _ in entries
         )
@@ -120,16 +151,14 @@ def timeline(engine: Engine) -> list[tuple[str, list[str]]]:
     return entries
 
 
-def _owner(handler: Any) -> Any:
-    """Return the object whose method a handler is, else the function itself."""
-    if not hasattr(handler, "__self__"):
-        handler = getattr(handler, "__wrapped__", handler)  # inside an event filter
-    return getattr(handler, "__self__", handler)
+def _profiled(handler: Any) -> Any:
+    """Return the handler inside the wrapper of Ignite's HandlersTimeProfiler."""
+    return getattr(handler, "_profiler_original", handler)
 
 
 def _handler_name(handler: Any) -> str:
     """Return the registered or class name of a handler's owner, else the function's name."""
-    owner = _owner(handler)
+    owner = owner_of(handler)
     name = registered_name(type(owner)) or getattr(owner, "__name__", type(owner).__name__)
     return str(name)
 

@@ -32,6 +32,7 @@ from fundamentallm.data.batch import Window, as_window, count_computed
 from fundamentallm.data.loaders import as_window_loader, batch_shape_of
 from fundamentallm.errors import CheckpointError, DataError
 from fundamentallm.events import TrainingEvents
+from fundamentallm.training import foreign
 from fundamentallm.training.buffers import StateBuffers
 from fundamentallm.training.checkpoint.catalogue import Survey
 from fundamentallm.training.decision import (
@@ -194,6 +195,12 @@ class TrainingLoop(Dispatcher):
         self._saving: Save | None = None
         self._stopped_by = ""
 
+        self._rate_setters: list[Any] = []  # Ignite's schedulers
+        self._carried: foreign.Carried | None = None
+        self._owes_epoch_end = False
+        self._epoch_completed_at = -1
+        self.keep_last(Events.STARTED, self._after_started)
+        self.keep_last(Events.EPOCH_STARTED, self._after_epoch_started)
         self.keep_last(Events.ITERATION_COMPLETED, self._after_step)
         self.keep_last(Events.EPOCH_COMPLETED, self._after_epoch)
 
@@ -268,14 +275,33 @@ class TrainingLoop(Dispatcher):
         self.train_loader.set_position(*divmod(self.state.iteration, self.steps_per_epoch))
         self.should_terminate = False
         self.state.max_epochs = None
-        # Where only the clock ends the run there is no last step; Ignite wants a number.
-        self.state.max_iters = self.total_steps or 2**62
+        # Where only the clock ends the run there is no last step; Ignite wants a number. Its own
+        # handlers ask for the number of epochs as well.
+        total = self.total_steps
+        self.state.max_iters = total or 2**62
+        self.state.max_epochs = -(-total // self.steps_per_epoch) if total else math.inf
         self.state.epoch_length = self.steps_per_epoch
+        self.state.epoch = self.state.iteration // self.steps_per_epoch  # Ignite adds the one begun
+        handlers = self.attached.values() if self.state.iteration else ()
+        self._carried = foreign.Carried.of(handlers, self.optimizer)
         super().run(
             self._faults.kept_from(ahead(self.train_loader, self.device)),
-            max_iters=self.state.max_iters,
             epoch_length=self.steps_per_epoch,
         )
+
+    def _after_started(self) -> None:
+        """Undo what handlers of STARTED reset where a run goes on; heed a limit that they set."""
+        if self._carried is not None:
+            self._carried.put_back(self, self.optimizer)
+        limit = self.state.max_iters
+        if limit != (self.total_steps or 2**62):
+            self.budget.limits = Limits(limit)
+
+    def _after_epoch_started(self) -> None:
+        """Undo what handlers of EPOCH_STARTED reset where a run goes on inside an epoch."""
+        carried, self._carried = self._carried, None
+        if carried is not None and self.state.iteration % self.steps_per_epoch:
+            carried.put_back(self, self.optimizer)
 
     def _save_what_is_done(self) -> None:
         """Save before a run ends because its data cannot be read.
@@ -320,11 +346,24 @@ class TrainingLoop(Dispatcher):
             # Cut off once more, it is still owed: no step may be taken before it.
             facts.leaving = self.evaluation_pending() and self.ranks.any(self._wants_to_leave())
         self._conclude()
+        self._repeat_end_of_epoch()
         # A budget that ends while a run starts must not keep it from ever taking a step.
         if self.ranks.any(self.interrupted_by is not None) and self._decision.end is End.GO_ON:
             self._decision = Decision(End.STOP)
         if self._decision.end is End.GO_ON:
             self._facts = StepFacts()
+
+    def _repeat_end_of_epoch(self) -> None:
+        """Let Ignite's handlers hear the end of an epoch that came after the restored save."""
+        owes, self._owes_epoch_end = self._owes_epoch_end, False
+        step, goes_on = self.state.iteration, self._decision.end is End.GO_ON
+        at_end = step > 0 and step % self.steps_per_epoch == 0
+        if owes and at_end and goes_on and self._ignite_hears_end_of_epoch():
+            self._fire_event(Events.EPOCH_COMPLETED)
+
+    def _ignite_hears_end_of_epoch(self) -> bool:
+        handlers = self._event_handlers[Events.EPOCH_COMPLETED]
+        return any(foreign.is_carried(entry[0]) for entry in handlers)
 
     def _go_back(self) -> None:
         wish = self._facts.roll_back
@@ -339,7 +378,6 @@ class TrainingLoop(Dispatcher):
         for name, value in kept.items():
             setattr(self.state, name, value)
         self.interventions.load_state_dict(interventions)
-        self.history.cut_back(self.state.iteration, self.evaluation_pending())
         logger.warning(
             "went back from step %d to step %d (%s)", broke_at, self.state.iteration, wish.reason
         )
@@ -363,7 +401,11 @@ class TrainingLoop(Dispatcher):
             self.state.output = output
             self.notify(TrainingEvents.FLLM_STEP_REJECTED)
         else:
+            rates = self._foreign_rates() if self._rate_setters else None
             output = self._attempt(window, num_tokens, num_sequences)
+            if rates is not None:  # a handler may compute the next ones from them
+                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
         self._account(output)
         return output
 
@@ -387,6 +429,17 @@ class TrainingLoop(Dispatcher):
         if votes[2]:
             self.finish(self._stopped_by or STOPPED_BY + "a handler on another rank")
         return num_tokens, num_sequences
+
+    def _foreign_rates(self) -> list[Any]:
+        """Lower the rates that a handler of Ignite has set by the interventions; return them."""
+        groups, step = self.optimizer.param_groups, self.state.iteration
+        rates = [group["lr"] for group in groups]
+        if self.interventions.cuts:
+            factor = self.interventions.rate_factor(step)
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate * factor
+        self.state.metrics["train/lr"] = float(groups[0]["lr"])
+        return rates
 
     def _attempt(self, window: Window, num_tokens: int, num_sequences: int) -> StepOutput:
         """Take the step; repeat it if a controller asks for that after a refusal."""
@@ -464,6 +517,8 @@ class TrainingLoop(Dispatcher):
     def _after_epoch(self) -> None:
         """End the last step of an epoch, behind every other handler of EPOCH_COMPLETED."""
         if self.state.iteration % self.steps_per_epoch == 0:
+            if self._ignite_hears_end_of_epoch():
+                self._epoch_completed_at = self.state.iteration
             self._conclude()  # what those handlers wish
             self._end_step()
 
@@ -726,13 +781,49 @@ class TrainingLoop(Dispatcher):
             self._event_handlers[TrainingEvents.FLLM_EVALUATION_DUE]
         )
 
+    # ------------------------------------------------------------------ Ignite's own handlers
+
+    def receive(self, owner: Any, handler: Callable[..., Any], event_name: Any) -> None:
+        """Check one of Ignite's handlers before it is attached.
+
+        Raises:
+            ConfigError: it could not do here what it does elsewhere.
+        """
+        updates = self.total_steps or foreign.MOST_UPDATES
+        if event_name in (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED):
+            updates = -(-updates // self.steps_per_epoch)
+        probe = StepOutput(1.0, 1.0, 1, 1)
+        foreign.check(handler, event_name, updates, probe, self.restore_point is not None)
+
+    def admit(self, handler: Callable[..., Any]) -> None:
+        """Keep the state of a handler's owner; let a scheduler of Ignite set the learning rate."""
+        super().admit(handler)
+        owner = foreign.owner_of(handler)
+        if foreign.sets_rate(owner, self.optimizer) and owner not in self._rate_setters:
+            self._rate_setters.append(owner)
+            logger.info("%s of Ignite sets the learning rate", type(owner).__name__)
+
+    def release(self, owner: Any) -> None:
+        """Forget one of Ignite's handlers."""
+        super().release(owner)
+        self._rate_setters = [known for known in self._rate_setters if known is not owner]
+
+    @property
+    def rate_is_foreign(self) -> bool:
+        """Whether a handler of Ignite sets the learning rate, so that the schedule does not."""
+        return bool(self._rate_setters)
+
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Return the position, the counters, the interventions and the run's id."""
-        state = {name: getattr(self.state, name) for name in COUNTERS}
+        state: dict[str, Any] = {name: getattr(self.state, name) for name in COUNTERS}
         state["elapsed_before"] = self.budget.elapsed_seconds()
         state["checkpoints"] += self._saving is Save.ON_SCHEDULE
+        if own := [key for key in self.state_dict_user_keys if key not in COUNTERS]:
+            state["user"] = {key: getattr(self.state, key) for key in own}
+        if self._epoch_completed_at == self.state.iteration:  # most saves come before
+            state["epoch_completed"] = True
         return {
             "iteration": self.state.iteration,
             "epoch_length": self.steps_per_epoch,
@@ -759,6 +850,9 @@ class TrainingLoop(Dispatcher):
             )
         position = {"iteration": state_dict["iteration"], "epoch_length": self.steps_per_epoch}
         counters = {name: state_dict.get(name, value) for name, value in COUNTERS.items()}
-        super().load_state_dict({**position, "max_iters": None, **counters})
+        own = state_dict.get("user", {})
+        super().load_state_dict({**position, "max_iters": None, **counters, **own})
         self.interventions.load_state_dict(state_dict["ledger"])
         self.run_id = state_dict["run_id"]
+        self._owes_epoch_end = not state_dict.get("epoch_completed", False)
+        self.history.cut_back(self.state.iteration, self.evaluation_pending())

@@ -58,6 +58,8 @@ class TrainingState(State):
     Attributes:
         iteration: the current step, from 1; 0 before the first.
         output: what the current step did.
+        max_epochs: the epochs of the run, the last one perhaps in part; infinity if only the
+            clock or the tokens end it.
         metrics: the newest value of every metric, under its name in the logs.
         tokens_seen: valid target tokens of all windows so far, over all ranks.
         sequences_seen: their sequences.
@@ -78,6 +80,7 @@ class TrainingState(State):
 
     iteration: int
     output: StepOutput  # type: ignore[assignment]
+    max_epochs: float | None  # type: ignore[assignment]
     metrics: dict[str, Any]
     tokens_seen: int
     sequences_seen: int

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,9 +31,11 @@ from fundamentallm.training.losses import compute_loss, takes_hidden_states
 Batch = dict[str, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
+class StepOutput(float):
     """What one optimizer step did, in host numbers.
+
+    It is a float, the loss: handlers that take the engine's output for a number, as most of
+    Ignite's do, need no transform.
 
     Attributes:
         loss: negative log-likelihood in nats per valid token of the window, over all ranks;
@@ -49,12 +50,44 @@ class StepOutput:
         details: what the controller saw, in words; empty without one.
     """
 
+    __slots__ = ("details", "grad_norm", "loss", "num_sequences", "num_tokens", "rejection")
+
     loss: float
     grad_norm: float
     num_tokens: int
     num_sequences: int
-    rejection: str = ""
-    details: str = ""
+    rejection: str
+    details: str
+
+    def __new__(
+        cls,
+        loss: float,
+        grad_norm: float,
+        num_tokens: int,
+        num_sequences: int,
+        rejection: str = "",
+        details: str = "",
+    ) -> StepOutput:
+        """Return an output that counts as the number `loss`."""
+        output = super().__new__(cls, loss)
+        output.loss = loss
+        output.grad_norm = grad_norm
+        output.num_tokens = num_tokens
+        output.num_sequences = num_sequences
+        output.rejection = rejection
+        output.details = details
+        return output
+
+    def __getnewargs__(self) -> tuple[float, float, int, int, str, str]:  # type: ignore[override]
+        """Return what a copy is made from."""
+        return (
+            self.loss,
+            self.grad_norm,
+            self.num_tokens,
+            self.num_sequences,
+            self.rejection,
+            self.details,
+        )
 
 
 class TrainStep:

@@ -3,9 +3,11 @@
 ```
 trainer     position, counters, interventions                 random      every generator, per rank
 model       weights and buffers                        handlers    by name: what each declares
-optimizer   moments and group values
+optimizer   moments and group values                   foreign     the same for Ignite's own
 precision   the loss scale                             buffers     names of the model's buffers
 ```
+
+`foreign` is there only where handlers of Ignite are. What they average may be infinite.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from fundamentallm.training.checkpoint.manager import (
     on_own_kernels,
 )
 from fundamentallm.training.checkpoint.tree import copied
+from fundamentallm.training.foreign import is_foreign, load_state, state_of
 from fundamentallm.training.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,10 @@ class RandomState:
 
 def capture(trainer: TrainingLoop) -> dict[str, Any]:
     """Return the trainer's whole state; every rank must call it."""
+    handlers = {name: state_of(handler) for name, handler in trainer.attached.items()}
+    foreign = {
+        name: handlers.pop(name) for name, owner in trainer.attached.items() if is_foreign(owner)
+    }
     return {
         "trainer": trainer.state_dict(),
         "model": trainer.model.state_dict(),
@@ -76,7 +83,8 @@ def capture(trainer: TrainingLoop) -> dict[str, Any]:
         "optimizer": trainer.optimizer.state_dict(),
         "precision": trainer.precision.state_dict(),
         "random": RandomState(trainer.ranks).state_dict(),
-        "handlers": {name: handler.state_dict() for name, handler in trainer.attached.items()},
+        "handlers": handlers,
+        **({"foreign": foreign} if foreign else {}),
     }
 
 
@@ -101,7 +109,7 @@ def restore(trainer: TrainingLoop, state: Mapping[str, Any]) -> None:
     try:
         check_model_state(trainer.model, state["model"])
         check_optimizer_state(trainer.optimizer, state["optimizer"])
-        saved_handlers = state["handlers"].keys()
+        saved_handlers = _handlers_in(state).keys()
         _load(trainer, state)
     except Exception as error:  # whatever a handler's own load_state_dict raises
         _load(trainer, before)
@@ -123,10 +131,15 @@ def _load(trainer: TrainingLoop, state: Mapping[str, Any]) -> None:
     trainer.model.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(on_own_kernels(trainer.optimizer, state["optimizer"]))
     trainer.precision.load_state_dict(state["precision"])
+    handlers = _handlers_in(state)
     for name, handler in trainer.attached.items():
-        if name in state["handlers"]:
-            handler.load_state_dict(state["handlers"][name])
+        if name in handlers:
+            load_state(handler, handlers[name])
     RandomState(trainer.ranks).load_state_dict(state["random"])
+
+
+def _handlers_in(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {**state["handlers"], **state.get("foreign", {})}
 
 
 def _torch_states(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:

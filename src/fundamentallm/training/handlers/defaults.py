@@ -19,7 +19,7 @@ def default_handlers(trainer: TrainingLoop, checkpoint_dir: Path | None) -> Iter
         trainer: has the schedule and the configuration.
         checkpoint_dir: where checkpoints go; None: no checkpoints.
     """
-    if not trainer.has_role("schedule"):
+    if not trainer.has_role("schedule") and not trainer.rate_is_foreign:
         yield Schedule(trainer.scheduler)
     if not trainer.has_role("evaluation"):
         yield Evaluation()

@@ -17,6 +17,7 @@ from fundamentallm.errors import CheckpointError, NumericalError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.run_layout import INCIDENTS
 from fundamentallm.training.checkpoint.finite import nonfinite_tensors
+from fundamentallm.training.foreign import state_of
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.recovery.diagnosis import (
@@ -404,7 +405,7 @@ def _damage(trainer: TrainingLoop) -> str:
             {
                 "model": dict(trainer.model.named_parameters()),
                 "optimizer": trainer.optimizer.state_dict(),
-                "handlers": {name: it.state_dict() for name, it in trainer.attached.items()},
+                "handlers": {name: state_of(it) for name, it in trainer.attached.items()},
             }
         )
     ]

@@ -35,7 +35,12 @@ class Schedule(ParamScheduler):
         trainer.add_event_handler(Events.ITERATION_STARTED, self.apply)
 
     def apply(self, trainer: TrainingLoop) -> None:
-        """Write the rates for step `state.iteration`, lowered by interventions; note `train/lr`."""
+        """Write the rates for step `state.iteration`, lowered by interventions; note `train/lr`.
+
+        Where a scheduler of Ignite sets the rate, do nothing.
+        """
+        if trainer.rate_is_foreign:
+            return
         # Ignite counts events from 0 and would count on after a rollback; the step knows better.
         step = self.event_index = trainer.state.iteration
         self.progress = trainer.budget.clock_progress()
