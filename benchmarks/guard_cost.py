@@ -56,7 +56,7 @@ def make_trainer(guarded: bool) -> Trainer:
         handlers=[NaNRollback(), Spikes()] if guarded else [],
     )
     if not guarded:
-        trainer._step.__class__ = Unguarded
+        trainer.step.__class__ = Unguarded
     return trainer
 
 
@@ -91,7 +91,7 @@ def microseconds(work: Callable[[], Any], repeats: int = 2000) -> float:
 def parts(trainer: Trainer) -> dict[str, float]:
     """Time each part of the guard on the trainer as it stands after some steps."""
     spikes, rollback = (trainer.attached[name] for name in ("spikes", "nan_rollback"))
-    step = trainer._step
+    step = trainer.step
     nll, norm = torch.tensor(3.0, dtype=torch.float64), torch.tensor(1.0)
 
     def memory_of_a_step() -> None:

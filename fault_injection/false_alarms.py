@@ -45,8 +45,8 @@ class Nearest(Spikes):
     def look(self, trainer: Trainer) -> None:
         """Note the scores, then do as always."""
         scores = {
-            "loss": self.losses.score(trainer.window_loss),
-            "gradient norm": self.norms.score(math.log(trainer.window_grad_norm)),
+            "loss": self.losses.score(trainer.step.loss),
+            "gradient norm": self.norms.score(math.log(trainer.step.norm)),
         }
         self.highest = {name: max(self.highest[name], score) for name, score in scores.items()}
         super().look(trainer)

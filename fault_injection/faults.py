@@ -14,10 +14,10 @@ from typing import Any
 
 from fundamentallm.files.filesystem import Filesystem
 
+# What a store of checkpoints does.
 CHANGES = (
     "make_directory",
     "create",
-    "truncate",
     "write",
     "sync",
     "sync_directory",

@@ -127,7 +127,7 @@ def build(
     if precision == "fp16":
         half = Precision("fp16", trainer.device)
         half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-        trainer.precision = trainer._step.precision = half
+        trainer.precision = trainer.step.precision = half
     return trainer
 
 
@@ -301,8 +301,8 @@ def detect(site: Site, value: float, seed: int, architecture: str, tally: Tally)
     trainer.add_event_handler(Events.ITERATION_STARTED, start)
     trainer.add_event_handler(TrainingEvents.FLLM_STEP_REJECTED, refused)
     if site.kind == "loss":
-        trainer._step.loss_fn = spoilt_loss(trainer, value, active)
-        trainer.loss_fn = trainer._step.loss_fn
+        trainer.step.loss_fn = spoilt_loss(trainer, value, active)
+        trainer.loss_fn = trainer.step.loss_fn
     with injected(model, site, value, seed, active):
         trainer.run()
 

@@ -210,7 +210,7 @@ def build(directory: Path, precision: str, seed: int, stop: Stop | None = None) 
         # The program refuses fp16 on a CPU, where it is slow; here it is there for its scaler.
         half = Precision("fp16", trainer.device)
         half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26, growth_interval=3)
-        trainer.precision = trainer._step.precision = half
+        trainer.precision = trainer.step.precision = half
     return trainer
 
 

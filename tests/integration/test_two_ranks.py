@@ -183,7 +183,7 @@ def gradients(ranks: Ranks, dtype: str, chunked: bool) -> dict[str, Any]:
         loss_fn=ChunkedCrossEntropy(3) if chunked else LanguageModelingLoss(),
         config=TrainingConfig(total_steps=len(windows), max_grad_norm=None),
     )
-    assert isinstance(trainer._step.forward, DistributedDataParallel)
+    assert isinstance(trainer.step.forward, DistributedDataParallel)
     found = []
 
     @trainer.on(TrainingEvents.FLLM_GRADIENTS_READY)

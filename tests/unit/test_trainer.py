@@ -242,7 +242,7 @@ def test_the_applied_learning_rate_of_every_step_is_the_formula() -> None:
 def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_recorded() -> None:
     trainer = make_trainer(max_grad_norm=1e-3, optimizer="sgd")
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
-    trainer._step.optimizer = trainer.optimizer
+    trainer.step.optimizer = trainer.optimizer
     trainer.scheduler.optimizer = trainer.optimizer
     before = weights(trainer)
     trainer.run(max_iters=1)

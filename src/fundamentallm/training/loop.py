@@ -1,9 +1,9 @@
 """The training loop: an Ignite engine whose process function takes one optimizer step.
 
-`TrainingLoop` is what handlers see; it knows none of them. Its `run` owns what Ignite leaves open
-(pytorch/ignite threads in brackets): it places the loader at the step where the state stands, never
-retrains a finished run [#3622], fires the events of `events.py` behind every handler of
-ITERATION_COMPLETED, and goes back to an earlier state between two inner runs, since Ignite cannot
+Handlers see `TrainingLoop`, which knows none of them. Its `run` adds what Ignite lacks
+(pytorch/ignite threads in brackets): it sets the loader to the step of the state, does not train a
+finished run again [#3622], fires the events of `events.py` behind every handler of
+ITERATION_COMPLETED, and restores an earlier state between two inner runs, since Ignite cannot
 rewind inside one [#2669, #1386]. `decision.py` decides how the run continues after a step.
 """
 
@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 
 class RestorePoint(Protocol):
-    """A store of earlier states, which a rollback returns to."""
+    """A store of earlier states for rollbacks."""
 
     @property
     def directory(self) -> Path:
@@ -83,10 +83,10 @@ class RestorePoint(Protocol):
         """Return that state's model, None if there is none; every rank must call it."""
 
     def restore(self, trainer: TrainingLoop, path: Path, survey: Survey | None = None) -> None:
-        """Load the state at `path` into the trainer; `survey` has read it already."""
+        """Load the state at `path` into the trainer, from `survey` if that has read it."""
 
     def note_end_of_step(self, trainer: TrainingLoop) -> None:
-        """Note what became of a step whose state is kept: its evaluation, the end of the run."""
+        """Note the evaluation of a step whose state is kept, and the end of the run."""
 
     def has_ended_at(self, step: int) -> bool:
         """Return whether the run had ended with the state of a step, from which it continues."""
@@ -95,7 +95,7 @@ class RestorePoint(Protocol):
         """Return why the run is to end with that state, once it is evaluated; empty if not."""
 
     def is_scheduled(self, step: int) -> bool:
-        """Whether a state is kept for the step that was not saved for a stop alone."""
+        """Return whether the step has a state that was saved on schedule."""
 
 
 class TrainingLoop(Dispatcher):
@@ -124,6 +124,7 @@ class TrainingLoop(Dispatcher):
         evaluation_weights: returns a context in which the model has the weights to evaluate and
             sample with.
         restore_point: the store of earlier states; None without one.
+        step: computes a step; has its loss and norm, and clips it (`TrainStep`).
         window: this rank's share of the current step's data.
         tokens_computed: tokens of the current step over all ranks, those with a masked target
             and padding too; what speed and FLOPs go by.
@@ -170,7 +171,7 @@ class TrainingLoop(Dispatcher):
         self.restore_point: RestorePoint | None = None
         self.interrupted_by: int | None = None
         self._asked_to_pause: list[Callable[[], bool]] = []
-        self._step = TrainStep(
+        self.step = TrainStep(
             self.plan.prepare(self.model, batch_shape_of(self.train_loader)),
             self.model,
             self.optimizer,
@@ -238,7 +239,7 @@ class TrainingLoop(Dispatcher):
         self._facts, self._stopped_by = StepFacts(), ""
         self._faults = self.evaluator.faults = DataFaults(self.ranks)
         self.budget.begin()
-        self._step.vetoes_possible = self.ranks.any(
+        self.step.vetoes_possible = self.ranks.any(
             bool(self._event_handlers[TrainingEvents.FLLM_GRADIENTS_READY])
         )
         self._note_spent_budget()
@@ -271,11 +272,11 @@ class TrainingLoop(Dispatcher):
         return self.state
 
     def _run_to_stop(self) -> None:
-        """One inner run: from the state's step to a limit, a stop or an incident."""
+        """Run Ignite's loop from the state's step to a limit, a stop or an incident."""
         self.train_loader.set_position(*divmod(self.state.iteration, self.steps_per_epoch))
         self.should_terminate = False
         self.state.max_epochs = None
-        # Where only the clock ends the run there is no last step; Ignite wants a number. Its own
+        # If only the clock ends the run there is no last step, but Ignite needs a number. Its own
         # handlers ask for the number of epochs as well.
         total = self.total_steps
         self.state.max_iters = total or 2**62
@@ -307,14 +308,14 @@ class TrainingLoop(Dispatcher):
         """Save before a run ends because its data cannot be read.
 
         The error came between two steps, so the state is that after the last one. Several ranks
-        save only where all of them know of the error.
+        save only if all of them know of the error.
         """
         if self._faults.everyone_knows and self.restore_step() != self.state.iteration:
             self._facts.data_fault = True
             self._conclude()
 
     def _note_spent_budget(self) -> None:
-        """A run that is resumed may have nothing left to do but its last evaluation."""
+        """Finish a resumed run whose budget is used up; its last evaluation may still be due."""
         if self.state.iteration == 0:
             return
         if self.state.iteration >= (self.total_steps or math.inf):
@@ -323,14 +324,14 @@ class TrainingLoop(Dispatcher):
             self.finish(USED_UP)
 
     def _settle(self) -> None:
-        """Before a step from a state that was not just computed: what is still to be done there.
+        """Do what is still due at the initial or restored state, before the first step from it.
 
         Step 0 is saved. A state that was saved before its evaluation is evaluated.
         """
         facts, step, point = self._facts, self.state.iteration, self.restore_point
         facts.evaluated = True
         if point is not None and (wish := point.end_due_at(step)) not in ("", LAST_STEP, USED_UP):
-            self.finish(wish)  # of a handler, which does not say it twice; budgets may have grown
+            self.finish(wish)  # of a handler, which does not repeat it; budgets may have grown
         owed = self.evaluation_pending()
         if self.restore_step() is not None and (not owed or (point and point.is_scheduled(step))):
             facts.saved = End.FINISH  # as it is on the disk
@@ -342,12 +343,12 @@ class TrainingLoop(Dispatcher):
             spent = facts.finish
             self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
             if point is not None and point.has_ended_at(step):
-                facts.finish = spent  # that evaluation has ended the run, which is to go on
-            # Cut off once more, it is still owed: no step may be taken before it.
+                facts.finish = spent  # the run had ended here and was told to continue
+            # If it is cut off again, it is still due before the next step.
             facts.leaving = self.evaluation_pending() and self.ranks.any(self._wants_to_leave())
         self._conclude()
         self._repeat_end_of_epoch()
-        # A budget that ends while a run starts must not keep it from ever taking a step.
+        # A budget that ends while a run starts must not prevent its first step.
         if self.ranks.any(self.interrupted_by is not None) and self._decision.end is End.GO_ON:
             self._decision = Decision(End.STOP)
         if self._decision.end is End.GO_ON:
@@ -373,7 +374,7 @@ class TrainingLoop(Dispatcher):
         broke_at = self.state.iteration
         kept = {name: getattr(self.state, name) for name in IRREVERSIBLE}
         interventions = self.interventions.state_dict()
-        self.ranks.barrier()  # the writer may still be writing what the others want to read
+        self.ranks.barrier()  # the writer may still be writing the checkpoint that the others read
         self.restore_point.restore_before(self, wish.before)
         for name, value in kept.items():
             setattr(self.state, name, value)
@@ -391,7 +392,7 @@ class TrainingLoop(Dispatcher):
         if not self.model.training:
             self.model.train()
         sequences = sum([micro["input_ids"].shape[0] for micro in window.micro_batches])
-        if self.ranks.alone:  # it asks itself after the step
+        if self.ranks.alone:  # it checks this after the step
             num_tokens, num_sequences = window.num_tokens, sequences
             self.tokens_computed = count_computed(window)
         else:
@@ -447,7 +448,7 @@ class TrainingLoop(Dispatcher):
         buffers_before = self._buffers.copied()
         while True:
             self._facts.redo = False
-            output = self._step(window, num_tokens, num_sequences)
+            output = self.step(window, num_tokens, num_sequences)
             self.state.output = output
             if not output.rejection:
                 return output
@@ -523,7 +524,7 @@ class TrainingLoop(Dispatcher):
             self._end_step()
 
     def _conclude(self) -> None:
-        """Carry out the decision about this step; what is done may bring new wishes."""
+        """Carry out the decision about this step; evaluations and saves may bring new wishes."""
         facts = self._facts
         while True:
             decision = self._decision = self._decide()
@@ -551,7 +552,7 @@ class TrainingLoop(Dispatcher):
         return decision
 
     def _save(self, why: Save) -> None:
-        """Have the state saved; it counts its own save unless only a stop asked for it.
+        """Save the state; it counts its own save unless it is saved for a stop.
 
         So a run that is resumed from any checkpoint counts like one that was never stopped.
         """
@@ -607,20 +608,7 @@ class TrainingLoop(Dispatcher):
             reason: a short reason for the log; "spike" and "divergence" ask `nan_rollback` to act.
             details: a description for the incident report.
         """
-        self._step.veto, self._step.veto_details = reason, details
-
-    def clip_step_to(self, norm: float) -> None:
-        """Clip the current update to a gradient norm, if that is less than it would be clipped to.
-
-        Call it at FLLM_GRADIENTS_READY.
-
-        Raises:
-            ValueError: the norm is not a number above 0.
-        """
-        if not norm > 0.0:
-            raise ValueError(f"the norm must be a number above 0, got {norm}")
-        known = self._step.clip_norm
-        self._step.clip_norm = norm if known is None else min(norm, known)
+        self.step.veto, self.step.veto_details = reason, details
 
     def roll_back(self, reason: str, before: int | None = None) -> None:
         """Go back to an earlier checkpoint after this step.
@@ -646,7 +634,7 @@ class TrainingLoop(Dispatcher):
         self._facts.finish = self._facts.finish or reason
 
     def terminate(self, skip_completed: bool = False) -> None:
-        """Wish to end the run for good after this step: how handlers that know Ignite alone do.
+        """Wish to end the run for good after this step, as handlers written for Ignite do.
 
         Wherever it is called, the step is completed, evaluated and saved. `finished` names the
         caller. On several ranks the call of one counts from the next step on.
@@ -696,21 +684,8 @@ class TrainingLoop(Dispatcher):
 
         It is there from FLLM_GRADIENTS_READY on; `state.output` has it as a host number after.
         """
-        assert self._step.grad_norm is not None
-        return self._step.grad_norm
-
-    @property
-    def window_loss(self) -> float:
-        """The current step's loss in nats per token over all ranks.
-
-        It is there from FLLM_GRADIENTS_READY on, before the step is accepted.
-        """
-        return self._step.loss
-
-    @property
-    def window_grad_norm(self) -> float:
-        """The norm of the current step's gradient, as `window_loss`."""
-        return self._step.norm
+        assert self.step.grad_norm is not None
+        return self.step.grad_norm
 
     def restore_step(self, before: int | None = None) -> int | None:
         """Return the step that a rollback would go to, None if there is none."""

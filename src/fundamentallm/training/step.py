@@ -109,10 +109,10 @@ class TrainStep:
         notify: called with each event as it happens.
 
     Attributes:
-        loss: of the current window in nats per token over all ranks; from FLLM_GRADIENTS_READY on.
-        norm: of its gradient, before clipping, as a host number.
-        clip_norm: what the current update is clipped to; a controller may lower it at
-            FLLM_GRADIENTS_READY.
+        loss: of the current step batch in nats per token over all ranks. It is there from
+            FLLM_GRADIENTS_READY on, before the step is accepted.
+        norm: of its gradient, before clipping, as a host number; likewise.
+        clip_norm: the norm that the current update is clipped to; None for no clipping.
         veto: a controller's reason to refuse the current update; set at FLLM_GRADIENTS_READY.
         veto_details: what it saw, in words.
         vetoes_possible: whether some rank has such a controller, so that all must vote.
@@ -185,6 +185,18 @@ class TrainStep:
         self.precision.update()
         self.notify(TrainingEvents.FLLM_OPTIMIZER_STEPPED)
         return output
+
+    def clip_to(self, norm: float) -> None:
+        """Clip the current update to a gradient norm, if that is less than it would be clipped to.
+
+        Call it at FLLM_GRADIENTS_READY.
+
+        Raises:
+            ValueError: the norm is not a number above 0.
+        """
+        if not norm > 0.0:
+            raise ValueError(f"the norm must be a number above 0, got {norm}")
+        self.clip_norm = norm if self.clip_norm is None else min(norm, self.clip_norm)
 
     def _accumulate(self, window: Window, num_tokens: int) -> Tensor:
         """Add up the window's gradient; return this rank's summed NLL, a scalar."""

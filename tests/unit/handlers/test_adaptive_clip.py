@@ -23,7 +23,7 @@ def clipped(handler: AdaptiveClip, norms: list[float]) -> list[float]:
     results = []
     for norm in norms:
         limits: list[float] = [norm]
-        trainer: Any = SimpleNamespace(window_grad_norm=norm, clip_step_to=limits.append)
+        trainer: Any = SimpleNamespace(step=SimpleNamespace(norm=norm, clip_to=limits.append))
         handler.clip(trainer)
         handler.learn(trainer)
         results.append(limits[-1])
@@ -91,7 +91,7 @@ def applied_norms(trainer: Trainer) -> tuple[list[float], list[float]]:
     def note() -> None:
         gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
         norms.append(float(torch.nn.utils.get_total_norm(gradients)))
-        measured.append(trainer.window_grad_norm)
+        measured.append(trainer.step.norm)
 
     trainer.add_event_handler(TrainingEvents.FLLM_OPTIMIZER_STEPPED, note)
     trainer.run()

@@ -12,13 +12,13 @@ class BackgroundSave:
     """One save, in this thread or in one of its own, and how it ended.
 
     Args:
-        entry: what the catalogue says of it while it is being written.
-        replaced: what the catalogue said of its step before, and says again if the save fails.
-        best_before: best score and step that hold again if the save fails.
+        entry: its entry in the catalogue while it is being written.
+        replaced: the earlier entry of its step, which returns if the save fails.
+        best_before: best score and step, which return if the save fails.
         best_step: the step of the best checkpoint when the save began.
 
     Attributes:
-        committed: whether the checkpoint is on the disk; what fails after that loses nothing.
+        committed: whether the checkpoint is on the disk; a later failure loses nothing.
         pruned: the names of the checkpoints that were deleted for it.
     """
 
@@ -40,24 +40,24 @@ class BackgroundSave:
         self._thread: threading.Thread | None = None
 
     def run(self, work: Callable[[], None]) -> None:
-        """Do the work and keep its error."""
+        """Do the work in this thread and keep its error."""
         try:
             work()
-        except Exception as error:  # raised again by whoever waits
+        except Exception as error:  # the caller of `wait` raises it
             self._failure = error
 
     def fail(self, error: Exception) -> None:
-        """End it before it has begun."""
+        """End the save with an error before it begins."""
         self._failure = error
 
     def start(self, work: Callable[[], None]) -> None:
-        """Do the work in a thread."""
+        """Do the work in a thread of its own."""
         self._thread = threading.Thread(target=self.run, args=(work,), name=f"save-{self.step}")
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether it is still being written."""
+        """Whether the checkpoint is still being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def join(self) -> None:

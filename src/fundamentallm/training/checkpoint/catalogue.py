@@ -1,8 +1,8 @@
-"""What a run knows of its checkpoints, so that no question about them reads one.
+"""What a run knows of its checkpoints; a question about them reads no file.
 
 When a run starts, a `Survey` reads and hashes each checkpoint once. From then on the rank that
-writes keeps a `Catalogue` in memory and tells it to the others whenever a save has ended, so every
-rank gives the same answer at every moment.
+writes keeps a `Catalogue` in memory and sends it to the others when a save ends, so every rank
+gives the same answer at every moment.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fundamentallm.training.checkpoint.store import Check, CheckpointStore, no_c
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint that training can go on from.
+    """A checkpoint that training can continue from.
 
     Attributes:
         step: the optimizer step of its state.
         hash: its manifest's; empty while it is being written.
         run_id: of the run that saved it.
-        for_a_stop: whether only a stop asked for it, and no schedule.
-        awaits_evaluation: whether its state is that before the evaluation of its step.
-        ended: why the run was complete with it; empty if it was not.
+        for_a_stop: whether it was saved only because the run stopped, not on schedule.
+        awaits_evaluation: whether it has the state before the evaluation of its step.
+        ended: why the run was complete with it; empty if not.
         uncounted: whether its state was saved for a stop and later became one that the schedule
             asks for, so that its own count of saves lacks it.
     """
@@ -68,7 +68,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The checkpoints that training can go on from, newest first."""
+    """The checkpoints that training can continue from, newest first."""
 
     entries: tuple[Entry, ...] = ()
 
@@ -79,7 +79,7 @@ class Catalogue:
 
     @classmethod
     def from_json(cls, text: str) -> Catalogue:
-        """Return what another rank has told with `to_json`."""
+        """Return the catalogue that another rank has sent as `to_json`."""
         return cls(tuple(Entry(*fields) for fields in json.loads(text)))
 
     def to_json(self) -> str:
@@ -96,11 +96,11 @@ class Catalogue:
         return next((entry for entry in self.entries if entry.step == step), None)
 
     def names(self, *, for_a_stop: bool) -> set[str]:
-        """Return the names of those that only a stop asked for, or of the others."""
+        """Return the names of those that were saved for a stop, or of the others."""
         return {entry.name for entry in self.entries if entry.for_a_stop is for_a_stop}
 
     def including(self, entry: Entry) -> Catalogue:
-        """Return the catalogue with one more entry, in place of that of the same step."""
+        """Return the catalogue with this entry, in place of one of the same step."""
         return Catalogue.of((entry, *self.without([entry.name]).entries))
 
     def without(self, names: Collection[str]) -> Catalogue:
@@ -114,9 +114,9 @@ class Catalogue:
     def to_restore(self, before: int | None, n_saved: int, best_step: int | None) -> Entry | None:
         """Return the newest checkpoint that is at most `before`, else the oldest.
 
-        A run that was stopped on its way must go back to where one that never was would go. So a
-        checkpoint that only a stop asked for counts only where there is no other, and one that a
-        kill has kept from being pruned does not count.
+        A run that was stopped and resumed must return to the same step as one that was not. So a
+        checkpoint that was saved for a stop counts only where there is no other, and one that a
+        killed process did not prune does not count.
 
         Args:
             before: a step; None for the newest of all.
@@ -130,18 +130,18 @@ class Catalogue:
 
 
 class Survey:
-    """Reads each checkpoint of a store once: some of them when they are asked for, then the rest.
+    """Reads each checkpoint of a store once: some on request, then the rest.
 
-    The state that was asked for last is held until it is taken, so that whoever chooses what to go
-    on from has read it for whoever loads it.
+    The state that was requested last is held until it is taken, so a checkpoint that is chosen and
+    then loaded is read once.
 
     Args:
-        store: where the checkpoints lie; nothing there is changed.
-        check: raises CheckpointError for a whole state that is of no use.
+        store: of the checkpoints; nothing there is changed.
+        check: raises CheckpointError for a state that training cannot use.
 
     Attributes:
-        usable: the manifests of those that training can go on from, by name.
-        faults: what is wrong with the others, by name.
+        usable: the manifests of those that training can continue from, by name.
+        faults: the errors of the others, by name.
     """
 
     def __init__(self, store: CheckpointStore, check: Check = no_check) -> None:
@@ -154,7 +154,7 @@ class Survey:
     def newest(self, pointer: str = "") -> Manifest | None:
         """Return the manifest of the newest usable checkpoint; hold its state.
 
-        It reads from the newest on until one is usable.
+        It reads from the newest to older ones until one is usable.
 
         Args:
             pointer: a pointer file; the checkpoint that it names comes first.
@@ -169,17 +169,17 @@ class Survey:
         """Return the manifest of a checkpoint; hold its state.
 
         Raises:
-            CheckpointError: it is damaged or of no use.
+            CheckpointError: it is damaged or unusable.
         """
         if not self._is_usable(name, hold=True):
             raise self.faults[name]
         return self.usable[name]
 
     def take(self, name: str) -> dict[str, Any]:
-        """Return the state of a checkpoint, and hold it no longer.
+        """Return the state of a checkpoint and release it.
 
         Raises:
-            CheckpointError: it is damaged or of no use.
+            CheckpointError: it is damaged or unusable.
         """
         self.open(name)
         held, self._held = self._held, None
@@ -188,7 +188,7 @@ class Survey:
         return self.store.read(self.store.directory / name)
 
     def manifests(self) -> Iterator[Manifest]:
-        """Read the checkpoints that nobody asked for; yield the manifests of all usable ones."""
+        """Read the remaining checkpoints; yield the manifests of all usable ones."""
         for name in self.store.step_names():
             if self._is_usable(name, hold=False):
                 yield self.usable[name]

@@ -1,12 +1,12 @@
-"""One checkpoint directory: a state written to exactly four files, and read back when whole.
+"""One checkpoint directory: a state in exactly four files.
 
     model.safetensors     the weights under their state_dict names, tied ones once
     state.safetensors     all other tensors
     state.json            everything else, and the place of each tensor
     MANIFEST.json         size and SHA-256 of the other three, under a hash of its own
 
-Reading opens nothing but regular files whose names and sizes the manifest gives, and parses
-nothing whose hash is wrong.
+Reading opens only regular files whose names and sizes are in the manifest, and parses only files
+whose hash is right.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PackedState:
     """A state that is ready to be written.
 
     Args:
-        contents: makes the bytes of each content file, chunk by chunk, as often as it is called.
+        contents: functions that return the bytes of each content file, chunk by chunk.
         num_bytes: the size of the contents, headers aside.
     """
 
@@ -73,7 +73,7 @@ def pack(tree: Mapping[str, Any]) -> PackedState:
             not change until the result is written.
 
     Raises:
-        CheckpointError: the state holds what cannot be saved; the message has its dotted path.
+        CheckpointError: the state has a value that cannot be saved; the message has its path.
         ValueError: there is no `tree["model"]`.
     """
     if "model" not in tree:
@@ -101,7 +101,7 @@ def write_checkpoint(
     """Make a checkpoint directory: write and sync every file, read all back, sync the directory.
 
     Raises:
-        CheckpointError: metadata that is not plain JSON, or what was read back is not whole.
+        CheckpointError: metadata that is not plain JSON, or the files differ from what was written.
         OSError: the disk refuses.
     """
     filesystem.make_directory(path)
@@ -111,7 +111,7 @@ def write_checkpoint(
     write_file(filesystem, path / MANIFEST, [render_manifest(step, files, metadata)])
     manifest = read_manifest(filesystem, path, path.name)
     for name, make in state.contents.items():
-        # With the memory itself: that proves as much as another hash, in a fraction of the time.
+        # Compared with the memory: as good a proof as another hash, in a fraction of the time.
         if not same_contents(filesystem, path / name, make()):
             raise CheckpointError(
                 "the file is damaged: it does not hold what was written", where=str(path / name)
@@ -126,7 +126,7 @@ def read_manifest(filesystem: Filesystem, path: Path, name: str) -> Manifest:
     Args:
         filesystem: the disk operations.
         path: the directory.
-        name: what the checkpoint is called; a replaced one lies under another name.
+        name: the name of the checkpoint; a replaced one has another path.
 
     Raises:
         CheckpointError: a missing or damaged manifest, or files that do not fit it.
@@ -146,7 +146,7 @@ def read_manifest(filesystem: Filesystem, path: Path, name: str) -> Manifest:
                 expected=", ".join(sorted(CONTENT_FILES)),
             )
         for file in sorted(ALL_FILES ^ set(filesystem.names(path))):
-            fault = "lacks a file" if file in ALL_FILES else "has a file too many"
+            fault = "lacks a file" if file in ALL_FILES else "has an unknown file"
             raise CheckpointError(f"the checkpoint {fault}", where=str(path / file))
         for file, record in manifest.files.items():
             size = _regular_size(filesystem, path / file)
@@ -162,7 +162,7 @@ def read_manifest(filesystem: Filesystem, path: Path, name: str) -> Manifest:
 
 
 def check_hashes(filesystem: Filesystem, path: Path, manifest: Manifest) -> None:
-    """Prove that every file of a checkpoint holds what its manifest says.
+    """Check that every file of a checkpoint has the hash in its manifest.
 
     Raises:
         CheckpointError: one does not; the message names it.
@@ -172,7 +172,7 @@ def check_hashes(filesystem: Filesystem, path: Path, manifest: Manifest) -> None
         for _ in _checked_chunks(filesystem, path / file, manifest.files[file]):
             pass
 
-    # The files at once: hashing takes longer than reading, and one core each.
+    # The files at once, each on a core: hashing takes longer than reading.
     with ThreadPoolExecutor(max_workers=len(manifest.files)) as pool:
         for outcome in [pool.submit(check, file) for file in manifest.files]:
             outcome.result()
@@ -182,7 +182,7 @@ def read_checkpoint(filesystem: Filesystem, path: Path, manifest: Manifest) -> d
     """Return the saved tree, with tensors on the CPU; nothing is parsed before its hash is checked.
 
     Raises:
-        CheckpointError: a file that does not hold what the manifest says; the message names it.
+        CheckpointError: a file whose hash is not that of the manifest; the message names it.
     """
 
     def contents(file: str) -> bytes:
@@ -201,7 +201,7 @@ def read_checkpoint(filesystem: Filesystem, path: Path, manifest: Manifest) -> d
 
 
 def _regular_size(filesystem: Filesystem, path: Path) -> int:
-    """Return a file's size; refuse links, pipes and devices before anything opens them."""
+    """Return a file's size; refuse links, pipes and devices before they are opened."""
     status = filesystem.status(path)
     if status is None or not stat.S_ISREG(status.st_mode):
         raise CheckpointError("this is not a regular file", where=str(path))
@@ -209,7 +209,7 @@ def _regular_size(filesystem: Filesystem, path: Path) -> int:
 
 
 def _checked_chunks(filesystem: Filesystem, path: Path, record: FileRecord) -> Iterator[bytes]:
-    """Yield a file's contents; raise at the end if they are not what the record says."""
+    """Yield a file's contents; raise at the end if they do not fit the record."""
     digest = hashlib.sha256()
     with reading_from(path):
         for chunk in read_chunks(filesystem, path):

@@ -1,4 +1,4 @@
-"""Is every number of a state a number, and the same number on every rank?"""
+"""Checks that a state is finite, and equal on every rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from fundamentallm.errors import CheckpointError
 
-# What a run learns. Scores and metrics elsewhere in a state may be infinite and mean it.
+# What a run learns. Scores and metrics elsewhere in a state may be infinite.
 LEARNED = ("model", "optimizer", "handlers")
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,11 +33,11 @@ def nonfinite_tensors(tree: Any, path: str = "") -> Iterator[tuple[str, torch.Te
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Tell whether no element is NaN or infinite."""
+    """Return whether no element is NaN or infinite."""
     if tensor.element_size() == 1:
-        tensor = tensor.float()  # torch adds no 8-bit floats up
-    # One such element makes the sum one, at a fifth of the time of looking at each; a sum of finite
-    # elements may overflow, and then each is looked at.
+        tensor = tensor.float()  # torch cannot sum 8-bit floats
+    # The sum is not finite if an element is not, and takes a fifth of the time of a look at each. A
+    # sum of finite elements may overflow; then each is looked at.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
@@ -48,7 +48,7 @@ def _has_nan(tensor: torch.Tensor) -> bool:
 def bit_sum(tensors: Iterable[torch.Tensor]) -> int:
     """Return the sum of the tensors' bits read as integers, modulo 2^64: equal for equal tensors.
 
-    It costs about what the sum of the numbers costs, and tells a NaN from another NaN.
+    It costs about as much as the sum of the numbers, and distinguishes NaNs of different bits.
     """
     total = 0
     for tensor in tensors:
@@ -65,15 +65,15 @@ def check_finite(
     Args:
         state: as `snapshot.capture` returns it.
         where: the checkpoint, for the message.
-        constant_buffers: names under `model` that may be infinite, as a mask of -inf is, but not
-            NaN, as what a running mean became of one would be.
+        constant_buffers: names under `model` that may be infinite, such as a mask of -inf, but not
+            NaN, which a damaged running mean would be.
 
     Raises:
-        DamagedStateError: naming the first tensors that are not.
+        DamagedStateError: with the names of the first tensors that are not finite.
     """
     learned = {part: state[part] for part in LEARNED if part in state}
     if not isinstance(constant_buffers, Collection):
-        raise CheckpointError("the names of the model's buffers are no list", where=where)
+        raise CheckpointError("the names of the model's buffers are not a list", where=where)
     allowed = {f"model.{name}" for name in constant_buffers}
     found = [
         name

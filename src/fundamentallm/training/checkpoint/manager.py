@@ -5,8 +5,8 @@ CheckpointManager.save("out/first", model, optimizer, metrics={"val_loss": 1.9},
 model, optimizer, _, metrics, epoch, step = CheckpointManager.load("out/first", model, optimizer)
 ```
 
-A run's own checkpoints hold more (every handler, the random generators, the data position) and go
-through `store.CheckpointStore` with the same layout, so `load` reads their part of them too.
+A run's own checkpoints hold more (every handler, the random generators, the data position). They
+have the same layout (`store.CheckpointStore`), so `load` reads these parts of them too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MAX_NAMED_DIFFERENCES = 6
 class CheckpointManager:
     """Saves and loads by path: a directory, or one portable file where the path ends in `.pt`.
 
-    All methods work on the class; an instance only changes how many `save_last` keeps.
+    All methods work on the class; an instance only sets how many `save_last` keeps.
 
     Args:
         keep_last: how many checkpoints `save_last` keeps, at least 2.
@@ -72,14 +72,14 @@ class CheckpointManager:
             path: a directory to make, or a file that ends in `.pt`.
             model, optimizer, scheduler: what to save the state of.
             metrics: numbers to keep with it, such as `val_loss` (nats per token).
-            epoch, step: how far training was; steps are optimizer steps.
+            epoch, step: the position of training; steps are optimizer steps.
 
         Returns:
             The path.
 
         Raises:
-            CheckpointError: the disk is full or refuses, something else lies at the path, or a
-                state cannot be saved. What was at the path before is untouched.
+            CheckpointError: the disk is full or refuses, something else is at the path, or a state
+                cannot be saved. What was at the path before is unchanged.
         """
         path = Path(path)
         tree = {
@@ -114,12 +114,12 @@ class CheckpointManager:
             model, optimizer, scheduler: the objects to restore, in place.
 
         Returns:
-            model, optimizer, scheduler, metrics, epoch, step. In place of an object that was not
-            given stands its saved state (tensors on the CPU), or None where none was saved.
+            model, optimizer, scheduler, metrics, epoch, step. For an object that was not given, its
+            saved state (tensors on the CPU); None if none was saved.
 
         Raises:
             CheckpointError: it is missing, damaged or of another model or optimizer. The objects
-                are as they were.
+                are unchanged.
         """
         path = Path(path)
         tree = _read(path)
@@ -170,7 +170,7 @@ class CheckpointManager:
             Whether it was saved. Of two equal losses the first stays.
 
         Raises:
-            CheckpointError: as `save`, or what lies at the path is damaged.
+            CheckpointError: as `save`, or the checkpoint at the path is damaged.
             ValueError: no validation loss among the metrics.
         """
         path = Path(path)
@@ -237,7 +237,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], **facts: Any) -> Non
             `epoch` and `step`.
 
     Raises:
-        CheckpointError: the disk is full or refuses; what was at the path is untouched.
+        CheckpointError: the disk is full or refuses; what was at the path is unchanged.
     """
     from fundamentallm.training.checkpoint.portable import save_portable
 
@@ -291,7 +291,7 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any, where: s
     """Check that a saved optimizer state fits an optimizer: groups, options, shapes of moments.
 
     Raises:
-        CheckpointError: it does not; the message says in what.
+        CheckpointError: it does not; the message says where.
     """
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
         raise CheckpointError("the checkpoint holds no optimizer", where=where)
@@ -396,7 +396,7 @@ def _is_of_one_kind(own: Any, saved: Any) -> bool:
 
 def _form(value: Any) -> str:
     """Return shape and dtype as text; a module's extra state may be anything."""
-    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else "no tensor"
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else "not a tensor"
 
 
 def _is_number(score: float | None) -> bool:
@@ -413,20 +413,20 @@ def _read(path: Path) -> dict[str, Any]:
         if target is None:
             raise CheckpointError("this is neither a checkpoint nor a pointer", where=str(path))
         path = target
-    path = path.resolve()  # a link that the caller names is the caller's wish
+    path = path.resolve()  # a link that the caller names is followed
     manifest, tree = CheckpointStore(path.parent).load(path)
     tree.setdefault("step", manifest.step)
     return tree
 
 
 def _check_form(tree: dict[str, Any], path: Path) -> None:
-    """Fill in what a run's checkpoint has no use for; refuse what is no checkpoint."""
+    """Add the fields that a run's checkpoint lacks; refuse what is not a checkpoint."""
     for key, default in (("optimizer", None), ("scheduler", None), ("metrics", {})):
         tree.setdefault(key, default)
     for key in ("epoch", "step"):
         tree.setdefault(key, 0)
     if not isinstance(tree.get("model"), dict) or not isinstance(tree["metrics"], dict):
-        raise CheckpointError("the file holds no checkpoint", where=str(path))
+        raise CheckpointError("the file does not hold a checkpoint", where=str(path))
 
 
 def _saved_validation_loss(path: Path) -> float | None:
@@ -441,7 +441,7 @@ def _saved_validation_loss(path: Path) -> float | None:
 
 
 def _restore_all(targets: Sequence[tuple[Stateful | None, Any]], where: str) -> None:
-    """Load every state into its target; if one refuses, take all of them back."""
+    """Load every state into its target; if one refuses, restore all of them."""
     # While a checkpoint loads there are no gradients or activations yet: a second copy fits.
     before = [
         (target, copy.deepcopy(target.state_dict())) for target, _ in targets if target is not None
@@ -450,7 +450,7 @@ def _restore_all(targets: Sequence[tuple[Stateful | None, Any]], where: str) -> 
         for target, state in targets:
             if target is not None:
                 target.load_state_dict(state)
-    except Exception as error:  # whatever a user's own load_state_dict raises
+    except Exception as error:  # a user's own load_state_dict may raise anything
         for target, state in before:
             target.load_state_dict(state)
         raise CheckpointError(

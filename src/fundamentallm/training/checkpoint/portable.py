@@ -28,7 +28,7 @@ from fundamentallm.training.checkpoint.tree import flatten, unflatten
 def save_portable(
     path: Path, tree: Mapping[str, Any], *, filesystem: Filesystem | None = None
 ) -> None:
-    """Write a state to one file with `torch.save`; at every instant the old or the new is whole.
+    """Write a state to one file with `torch.save`; the old file is there until the new one is.
 
     Args:
         path: the file; missing parent directories are made.
@@ -52,15 +52,15 @@ def load_portable(path: Path) -> dict[str, Any]:
     """Read a file of `save_portable`, with tensors on the CPU.
 
     Raises:
-        CheckpointError: no such file, a damaged one, or one that holds other things than plain
-            values and tensors.
+        CheckpointError: the file is missing, damaged, or holds other things than plain values and
+            tensors.
     """
     if not path.is_file():
         raise CheckpointError("there is no such file", where=str(path))
     try:
         damaged = _damaged_record(path)
         tree = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile and the unpickler raise whatever damage makes them meet
+    except Exception as error:  # zipfile and the unpickler raise many types for a damaged file
         raise CheckpointError(
             "this is not a whole file of plain values and tensors written by torch.save",
             where=str(path),
@@ -72,17 +72,17 @@ def load_portable(path: Path) -> dict[str, Any]:
         )
     if not isinstance(tree, dict):
         raise CheckpointError(
-            "the file holds no checkpoint", where=str(path), got=type(tree).__name__
+            "the file does not hold a checkpoint", where=str(path), got=type(tree).__name__
         )
     flatten(tree)  # refuses what a checkpoint cannot hold
     return tree
 
 
 def _damaged_record(path: Path) -> str | None:
-    """Return the first record that is not what its CRC-32 and torch.save make it.
+    """Return the first record that differs from its CRC-32 or from the form of torch.save.
 
     torch.load compares no checksum (pytorch#28858), and returns arbitrary memory for a record
-    whose attributes a flipped bit has turned into those of a directory.
+    that a flipped bit has marked as a directory.
     """
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():

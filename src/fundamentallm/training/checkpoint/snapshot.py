@@ -21,13 +21,13 @@ import torch
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.rng import capture_rng, restore_rng
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.checkpoint.finite import check_finite
+from fundamentallm.training.checkpoint.finite import DamagedStateError, bit_sum, check_finite
 from fundamentallm.training.checkpoint.manager import (
     check_model_state,
     check_optimizer_state,
     on_own_kernels,
 )
-from fundamentallm.training.checkpoint.tree import copied
+from fundamentallm.training.checkpoint.tree import copied, equal
 from fundamentallm.training.foreign import is_foreign, load_state, state_of
 from fundamentallm.training.loop import TrainingLoop
 
@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 class RandomState:
     """The random generators of all ranks.
 
-    Dropout differs over the ranks, so each rank's torch generators are kept. Python's and NumPy's
-    are the writer's alone: nothing in training draws from them.
+    Dropout differs over the ranks, so each rank's torch generators are kept. Of Python's and
+    NumPy's only the writer's are: nothing in training draws from them.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -58,11 +58,11 @@ class RandomState:
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore this rank's generators; warn where the run had fewer ranks."""
+        """Restore this rank's generators; warn if the saved run had fewer ranks."""
         own = state_dict.get(f"rank {self.ranks.rank}")
         if own is None:
             logger.warning(
-                "rank %d was not part of the saved run: its random numbers begin anew, so the"
+                "rank %d was not part of the saved run: its random numbers are not restored, so the"
                 " resumed run is not bitwise the same",
                 self.ranks.rank,
             )
@@ -89,12 +89,48 @@ def capture(trainer: TrainingLoop) -> dict[str, Any]:
 
 
 def check_usable(state: Mapping[str, Any], where: str = "") -> None:
-    """Refuse a state that training must not go on from.
+    """Refuse a state that training must not continue from.
 
     Raises:
-        CheckpointError: its weights, moments or averages are not finite. (A buffer may be: a mask.)
+        CheckpointError: its weights, moments or averages are not finite. (A buffer, such as a mask,
+            may be infinite.)
     """
     check_finite(state, where, state.get("buffers", ()))
+
+
+def damage_on_any_rank(trainer: TrainingLoop, state: Mapping[str, Any]) -> DamagedStateError | None:
+    """Check the state of every rank before one of them writes; all get an error or none.
+
+    A moment that is infinite on one rank stops the updates of its weight there, and the ranks
+    drift apart without a sign in the loss. A single process checks where it writes.
+    """
+    ranks, found = trainer.ranks, None
+    if ranks.alone:
+        return None
+    where = f"step {trainer.state.iteration}, rank {ranks.rank}"
+    try:
+        check_usable(state, where)
+    except DamagedStateError as error:
+        found = error
+    if ranks.any(found is not None):
+        return found or DamagedStateError("the state of another rank is not finite")
+    if ranks.all_equal(bit_sum(trainer.model.parameters())):
+        return None
+    return DamagedStateError(
+        "the ranks no longer have the same weights",
+        where=where,
+        fix="use an earlier checkpoint; if it happens again, check the machines for faults",
+    )
+
+
+def are_equal(state: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
+    """Return whether two states are equal, except in what differs between saves of one state."""
+    marks = ("checkpoints", "elapsed_before", "finished")
+    first, second = (
+        {**each, "trainer": {k: v for k, v in each["trainer"].items() if k not in marks}}
+        for each in (state, saved)
+    )
+    return equal(first, second)
 
 
 def restore(trainer: TrainingLoop, state: Mapping[str, Any]) -> None:
@@ -111,7 +147,7 @@ def restore(trainer: TrainingLoop, state: Mapping[str, Any]) -> None:
         check_optimizer_state(trainer.optimizer, state["optimizer"])
         saved_handlers = _handlers_in(state).keys()
         _load(trainer, state)
-    except Exception as error:  # whatever a handler's own load_state_dict raises
+    except Exception as error:  # a handler's own load_state_dict may raise anything
         _load(trainer, before)
         trainer.state.elapsed_before = elapsed  # the captured one has this process's time in it
         if isinstance(error, CheckpointError):
@@ -121,9 +157,11 @@ def restore(trainer: TrainingLoop, state: Mapping[str, Any]) -> None:
             got=f"{type(error).__name__}: {error}",
         ) from error
     for name in trainer.attached.keys() - saved_handlers:
-        logger.warning("the checkpoint knows no handler '%s': it begins anew", name)
+        logger.warning("the checkpoint has no state of the handler '%s', which starts fresh", name)
     for name in saved_handlers - trainer.attached.keys():
-        logger.warning("the checkpoint's handler '%s' is not attached: its state is left out", name)
+        logger.warning(
+            "the checkpoint's handler '%s' is not attached: its state is not loaded", name
+        )
 
 
 def _load(trainer: TrainingLoop, state: Mapping[str, Any]) -> None:

@@ -1,17 +1,17 @@
 """Checkpoints in one directory that survive a crash at any instant.
 
     checkpoints/
-      step-00000200/        a committed checkpoint (its files: checkpoint_directory.py)
+      step-00000200/        a committed checkpoint (its files: directory.py)
       best, last            pointers: a checkpoint's name as text; hints, maybe missing or stale
-      superseded/           checkpoints of a course that the run has left; never read
-      corrupt/              what is damaged, kept as evidence; never read
+      superseded/           later than a state that the run continued from; never read
+      corrupt/              damaged checkpoints, kept as evidence; never read
       .NAME.tmp-*           being written; never read
       .NAME.old-*           whole, replaced by a later save; read only while NAME is missing
       .NAME.gone-*          being deleted; never read
 
-A save stages a hidden directory and renames it when everything in it is on the disk: what has a
-checkpoint's name is whole. Reading never changes the disk, so a run may be read while another
-process trains it. Writing assumes one writer a directory.
+A save fills a hidden directory and renames it when all of it is on the disk, so a directory with a
+checkpoint's name is complete. Reading never changes the disk, so a run may be read while another
+process trains it. Writing assumes one writer for each directory.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from fundamentallm.training.checkpoint.manifest import Manifest
 
 FREE_SPACE_FACTOR = 1.2
 MAX_POINTER_BYTES = 256
-MAX_NAME_BYTES = 200  # a file name has 255 at most, and the hidden names are longer
+MAX_NAME_BYTES = 200  # file names have at most 255, and hidden names are longer
 STEP_NAME = re.compile(r"step-(\d{8,})")
 HIDDEN_NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old|gone)-[0-9a-f]{12}")
 
@@ -58,7 +58,7 @@ Check = Callable[[Mapping[str, Any], str], None]
 
 
 def no_check(state: Mapping[str, Any], where: str) -> None:
-    """Accept every whole state."""
+    """Accept every complete state."""
 
 
 def step_name(step: int) -> str:
@@ -89,9 +89,9 @@ class CheckpointStore:
         *,
         step: int,
     ) -> Path:
-        """Save a state durably; when this returns, no crash can lose it.
+        """Save a state durably: after the return no crash can lose it.
 
-        A checkpoint of the same name is replaced, and stays whole until the new one is committed.
+        A checkpoint of the same name stays complete until the new one is committed.
 
         Args:
             name: the directory's name, `step_name(step)` in a run.
@@ -104,10 +104,10 @@ class CheckpointStore:
             The path of the checkpoint directory.
 
         Raises:
-            CheckpointError: the disk is full or refuses, the name is taken by something that is
-                no checkpoint, or the state holds what cannot be saved. Nothing of the attempt
-                stays; what was committed before stays whole.
-            ValueError: a name that is no plain file name or belongs to another step.
+            CheckpointError: the disk is full or refuses, something other than a checkpoint has the
+                name, or the state has a value that cannot be saved. Nothing of the attempt
+                stays; earlier checkpoints are unchanged.
+            ValueError: the name is not a plain file name, or belongs to another step.
         """
         target = self.directory / checked_name(name)
         if not may_hold(name, step):
@@ -127,7 +127,7 @@ class CheckpointStore:
                     self._settle(name)
                 raise
         self._known_whole[name] = manifest.hash
-        with contextlib.suppress(OSError):  # committed: what stays behind is settled next time
+        with contextlib.suppress(OSError):  # committed; leftovers are removed next time
             self._settle(name)
         return target
 
@@ -135,12 +135,12 @@ class CheckpointStore:
         """Give the staged directory its name, durably."""
         if self.filesystem.status(target) is not None:
             self.filesystem.rename(target, self._hidden(target.name, "old"))
-            # Two renames may reach the disk in any order; the old one must be findable first.
+            # Renames may reach the disk in any order; the old one is needed until the new is there.
             self.filesystem.sync_directory(self.directory)
         self.filesystem.rename(staging, target)
         try:
             self.filesystem.sync_directory(self.directory)
-        except BaseException:  # perhaps not on the disk: a failed save keeps no name
+        except BaseException:  # perhaps not on the disk: a failed save must not keep the name
             self.filesystem.rename(target, staging)
             raise
 
@@ -150,7 +150,7 @@ class CheckpointStore:
             return
         if not stat.S_ISDIR(status.st_mode) or set(self.filesystem.names(target)) - ALL_FILES:
             raise CheckpointError(
-                "what lies here is no checkpoint, or more than one; it is left alone",
+                "this is not a single checkpoint, so it is not replaced",
                 where=str(target),
                 fix="choose another path, or move it away",
             )
@@ -164,16 +164,16 @@ class CheckpointStore:
                 where=str(self.directory),
                 got=f"{free:,} bytes free",
                 expected=f"at least {needed:,} bytes free",
-                fix="free space or choose another place; earlier checkpoints are untouched",
+                fix="free space or choose another place; earlier checkpoints are unchanged",
             )
 
     # Reading
 
     def verify(self, path: str | Path) -> Manifest:
-        """Prove a checkpoint whole: every file, its size and its SHA-256.
+        """Verify a checkpoint: every file, its size and its SHA-256.
 
         Raises:
-            CheckpointError: it is not; the message names the file and the reason.
+            CheckpointError: it is damaged; the message names the file and the reason.
         """
         location, manifest = self._located(Path(path))
         check_hashes(self.filesystem, location, manifest)
@@ -183,7 +183,7 @@ class CheckpointStore:
         """Return a checkpoint's manifest and its tree, read once and verified to the last byte.
 
         Raises:
-            CheckpointError: as `verify`; nothing is returned of a checkpoint that is not whole.
+            CheckpointError: as `verify`.
         """
         location, manifest = self._located(Path(path))
         return manifest, read_checkpoint(self.filesystem, location, manifest)
@@ -197,11 +197,11 @@ class CheckpointStore:
         return self.load(path)[1]
 
     def trust(self, manifest: Manifest) -> None:
-        """Take a checkpoint for whole while it has this manifest: its hashes were just checked."""
+        """Treat a checkpoint as verified while it has this manifest; its hashes were checked."""
         self._known_whole[manifest.name] = manifest.hash
 
     def known_hash(self, name: str) -> str:
-        """Return the manifest's hash of a checkpoint that this object saw whole, else ""."""
+        """Return the manifest's hash of a checkpoint that this object verified, else ""."""
         return self._known_whole.get(name, "")
 
     def manifest(self, path: str | Path) -> Manifest:
@@ -213,7 +213,7 @@ class CheckpointStore:
         return self._located(Path(path))[1]
 
     def holds(self, name: str) -> bool:
-        """Tell whether there is anything under a checkpoint's name, whole or not."""
+        """Return whether there is anything under a checkpoint's name, damaged or not."""
         path = self.directory / name
         status = self.filesystem.status(path)
         if status is not None and stat.S_ISDIR(status.st_mode):
@@ -221,7 +221,7 @@ class CheckpointStore:
         return status is not None or self._set_aside(path) is not None
 
     def step_names(self) -> Sequence[str]:
-        """Return the names of the step checkpoints, whole or not, newest first."""
+        """Return the names of the step checkpoints, damaged ones included, newest first."""
         if self.filesystem.status(self.directory) is None:
             return []
         with reading_from(self.directory):
@@ -233,8 +233,8 @@ class CheckpointStore:
         """Verify every step's checkpoint.
 
         Returns:
-            The manifests of the whole ones, newest step first, and for each of the others the
-            error that says what is wrong with it.
+            The manifests of the undamaged ones, newest step first, and the error of each damaged
+            one.
         """
         whole, damaged = [], []
         for name in self.step_names():
@@ -245,14 +245,14 @@ class CheckpointStore:
         return whole, damaged
 
     def list(self) -> Sequence[Manifest]:
-        """Return the manifests of the whole checkpoints, newest step first."""
+        """Return the manifests of the undamaged checkpoints, newest step first."""
         return self.scan()[0]
 
     def newest(self, check: Check = no_check) -> Manifest | None:
-        """Return the manifest of the newest checkpoint that can be gone on from, if there is one.
+        """Return the manifest of the newest usable checkpoint, None without one.
 
         Args:
-            check: raises CheckpointError for a whole state that is of no use.
+            check: raises CheckpointError for a state that training cannot use.
         """
         for name in self.step_names():
             with contextlib.suppress(CheckpointError):
@@ -265,7 +265,7 @@ class CheckpointStore:
         """Return where the checkpoint called `path` lies now, and its manifest.
 
         Raises:
-            CheckpointError: it is neither there nor set aside, or its files do not fit.
+            CheckpointError: it is missing, or its files do not fit its manifest.
         """
         with reading_from(path):
             status = self.filesystem.status(path)
@@ -273,7 +273,7 @@ class CheckpointStore:
         if location is None:
             raise CheckpointError("there is no checkpoint here", where=str(path))
         if status is not None and not stat.S_ISDIR(status.st_mode):
-            raise CheckpointError("this is no checkpoint directory", where=str(path))
+            raise CheckpointError("this is not a checkpoint directory", where=str(path))
         manifest = read_manifest(self.filesystem, location, path.name)
         if not may_hold(path.name, manifest.step):
             raise CheckpointError(
@@ -297,7 +297,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: there is no such checkpoint, or the disk refuses.
-            ValueError: a pointer or name that is no plain file name.
+            ValueError: a pointer or name that is not a plain file name.
         """
         path = self.directory / checked_name(pointer)
         self.manifest(self.directory / checked_name(name))
@@ -309,7 +309,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: the disk refuses.
-            ValueError: a pointer that is no plain file name.
+            ValueError: a pointer that is not a plain file name.
         """
         path = self.directory / checked_name(pointer)
         with saving_to(path):
@@ -318,13 +318,13 @@ class CheckpointStore:
                 self.filesystem.sync_directory(self.directory)
 
     def resolve(self, pointer: str) -> Path | None:
-        """Return the checkpoint that a pointer names, if whole, else the newest whole one.
+        """Return the checkpoint that a pointer names; if it is damaged, the newest undamaged one.
 
         Returns:
-            Its path, or None where no checkpoint was ever committed.
+            Its path; None without any checkpoint.
 
         Raises:
-            CheckpointError: there are checkpoints and none of them is whole.
+            CheckpointError: all checkpoints are damaged.
         """
         name = self.pointed(pointer)
         if name is not None:
@@ -341,7 +341,7 @@ class CheckpointStore:
         return self.directory / whole[0].name if whole else None
 
     def pointed(self, pointer: str) -> str | None:
-        """Return the name in a pointer file, or None for whatever is no plain name."""
+        """Return the name in a pointer file; None if it does not hold a plain name."""
         path = self.directory / pointer
         with contextlib.suppress(ValueError, OSError):
             status = self.filesystem.status(path)
@@ -353,10 +353,10 @@ class CheckpointStore:
     # Deleting and repairing
 
     def retire(self, names: Iterable[str]) -> None:
-        """Delete checkpoints; each disappears in one step, and no file but its own is touched.
+        """Delete checkpoints, each in one atomic step, and no other file.
 
         Raises:
-            CheckpointError: a name under which there lies something else, or the disk refuses.
+            CheckpointError: something other than a checkpoint has the name, or the disk refuses.
         """
         for name in names:
             path = self.directory / checked_name(name)
@@ -368,12 +368,12 @@ class CheckpointStore:
                     self._discard(path, name)
 
     def supersede(self, step: int) -> Sequence[str]:
-        """Move the checkpoints of later steps to `superseded/`: the run goes on from `step`.
+        """Move the checkpoints of later steps to `superseded/`: the run continues from `step`.
 
-        Left among the others they would be taken for its newest state.
+        Otherwise they would count as its newest state.
 
         Returns:
-            The names of the moved, whole or not.
+            The names of the moved ones.
 
         Raises:
             CheckpointError: the disk refuses.
@@ -385,7 +385,7 @@ class CheckpointStore:
         return later
 
     def quarantine(self, names: Iterable[str]) -> None:
-        """Move checkpoints that are damaged or of no use to `corrupt/`.
+        """Move checkpoints that are damaged or unusable to `corrupt/`.
 
         Raises:
             CheckpointError: the disk refuses.
@@ -396,9 +396,9 @@ class CheckpointStore:
         with saving_to(place):
             make_directories(self.filesystem, place)
             check_directory(place)
-            for name in names:  # newest first: after a crash in between, what is left is older
+            for name in names:  # newest first: after a crash the remaining ones are older
                 self._known_whole.pop(name, None)
-                while self.holds(name):  # once more for a version that a killed save set aside
+                while self.holds(name):  # also a version that a killed save has renamed
                     self._settle(name)
                     self.filesystem.rename(self.directory / name, self._free_name(place / name))
             self.filesystem.sync_directory(place)
@@ -412,14 +412,14 @@ class CheckpointStore:
     ) -> Sequence[str]:
         """Delete the checkpoints of old steps.
 
-        Kept are the `keep_last` newest that are whole, those in `keep`, and those that a pointer
-        names. Damaged ones count for nothing and stay where they are, as evidence.
+        Kept are the `keep_last` newest that are undamaged, those in `keep`, and those that a
+        pointer names. Damaged ones do not count and stay in place, as evidence.
 
         Args:
-            keep_last: at least 2, so that one damaged checkpoint is never the end of a run.
+            keep_last: at least 2, so that a run survives one damaged checkpoint.
             keep: names never to delete.
-            passing: names that do not count; only the newest checkpoint of all is kept though it
-                is one, and as many more as are needed for `keep_last` in all.
+            passing: names that do not count towards `keep_last`. They are deleted, except the
+                newest checkpoint of all, and as many as are needed to keep `keep_last` in total.
 
         Returns:
             The names of the deleted.
@@ -436,7 +436,7 @@ class CheckpointStore:
         kept = set(keep) | {self.pointed(file) for file in self.filesystem.names(self.directory)}
         whole = [name for name in names if self._is_whole(name)]
         counted = [name for name in whole if name not in passing]
-        # At least as many in all as are asked for: counted ones first, then the newest.
+        # At least `keep_last` in total: the counted ones first, then the newest.
         kept |= {*whole[:1], *counted[:keep_last]}
         for name in whole:
             if len(kept.intersection(whole)) >= keep_last:
@@ -447,10 +447,10 @@ class CheckpointStore:
         return victims
 
     def recover(self) -> Sequence[str]:
-        """Finish what a killed writer left half done; to be called before writing goes on.
+        """Complete or remove what a killed writer has left; call it before the first write.
 
         Returns:
-            The names of the hidden files and directories that were found, and put back or deleted.
+            The names of the hidden files and directories that were restored or deleted.
         """
         found = tuple(self._leftovers(self.directory))
         with saving_to(self.directory):
@@ -459,7 +459,7 @@ class CheckpointStore:
         return [path.name for path, _, _ in found]
 
     def _settle(self, name: str) -> None:
-        """Bring back a replaced checkpoint whose successor never came; delete other leftovers."""
+        """Restore a checkpoint whose replacement was not committed; delete other leftovers."""
         for path, owner, kind in tuple(self._leftovers(self.directory)):
             if owner != name:
                 continue
@@ -472,7 +472,7 @@ class CheckpointStore:
                 self._discard(path, name)
 
     def _discard(self, path: Path, name: str) -> None:
-        """Delete a whole checkpoint so that a crash in between leaves nothing that looks whole."""
+        """Delete a checkpoint; after a crash in between, nothing looks like a complete one."""
         gone = self._hidden(name, "gone")
         self.filesystem.rename(path, gone)
         self.filesystem.sync_directory(self.directory)
@@ -491,7 +491,7 @@ class CheckpointStore:
         self.filesystem.sync_directory(self.directory)
 
     def _is_whole(self, name: str) -> bool:
-        """Tell whether a checkpoint verifies; its hashes are read once per content and object."""
+        """Return whether a checkpoint verifies; each object reads each content once."""
         path = self.directory / name
         try:
             if self._known_whole.get(name) != self.manifest(path).hash:
@@ -532,5 +532,5 @@ def step_of(name: str) -> int:
 
 
 def may_hold(name: str, step: int) -> bool:
-    """Tell whether a checkpoint of this step may have this name: not that of another step."""
+    """Return whether a checkpoint of this step may have this name: not that of another step."""
     return STEP_NAME.fullmatch(name) is None or name == step_name(step)

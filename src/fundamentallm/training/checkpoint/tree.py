@@ -1,14 +1,14 @@
 """Nested state <-> strict JSON and a flat table of tensors, without pickle.
 
 A tree is made of dict (keys: str or int), list, tuple, None, bool, int, float, str and
-torch.Tensor. JSON has fewer kinds of things, so these are written as a dict with one marker key:
+torch.Tensor. JSON has fewer types, so these are written as a dict with one marker key:
 
     {"$tensor": "optimizer.state.0.exp_avg"}   the tensor of that name in the table
     {"$tuple": [0.9, 0.999]}                   a tuple
     {"$dict": [[0, ...], [1, ...]]}            a dict with keys that are not all plain text
     {"$float": "nan"}                          nan, inf or -inf
 
-Two places that hold the same memory (tied weights) name one tensor, and share it again when read.
+Two places with the same memory (tied weights) name one tensor, and share it again when read.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Path = tuple[str, ...]
 
 
 class Stateful(Protocol):
-    """Whatever gives its state and takes it back: a scheduler, a scaler, a handler."""
+    """An object with a state to save: a scheduler, a scaler, a handler."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values and tensors."""
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Take a state that `state_dict` returned."""
+        """Restore a state that `state_dict` returned."""
 
 
 def flatten(tree: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -126,8 +126,8 @@ def copied(tree: Any, buffers: dict[str, Tensor] | None = None) -> Any:
 
     Args:
         tree: the state.
-        buffers: the memory of an earlier copy, which this one takes over where names and shapes
-            fit (fresh memory costs as much again); it is left holding this copy's.
+        buffers: the memory of an earlier copy, which is used again where names and shapes fit
+            (new memory doubles the time); afterwards it has the memory of this copy.
 
     Raises:
         CheckpointError: as `flatten`.
@@ -146,11 +146,11 @@ def copied(tree: Any, buffers: dict[str, Tensor] | None = None) -> Any:
 
 
 def unflatten(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Put a tree together again: the inverse of `flatten`.
+    """Build a tree again: the inverse of `flatten`.
 
     Raises:
-        CheckpointError: a skeleton that `flatten` cannot have made, or one that names a missing
-            tensor or leaves one unnamed.
+        CheckpointError: a skeleton that `flatten` cannot have made, that names a missing tensor,
+            or that does not name every tensor.
     """
     used: set[str] = set()
 
@@ -183,7 +183,7 @@ def unflatten(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def is_pair(item: Any) -> bool:
-    """Tell whether `item` is one entry of a `$dict`: a list of a key and a value."""
+    """Return whether `item` is one entry of a `$dict`: a list of a key and a value."""
     return isinstance(item, list) and len(item) == 2 and type(item[0]) in (str, int)
 
 
@@ -193,7 +193,7 @@ def dotted(path: Path) -> str:
 
 
 def check_storable(tensor: Tensor, path: Path) -> None:
-    """Refuse tensors whose memory is not simply their values.
+    """Refuse tensors that are not dense arrays of their values.
 
     Raises:
         CheckpointError: a tensor without data or not dense, or of a subclass, such as a DTensor,
@@ -212,7 +212,7 @@ def check_storable(tensor: Tensor, path: Path) -> None:
 
 
 def not_storable(value: Any, path: Path, role: str, expected: str) -> CheckpointError:
-    """Return the error for a value or key of a type that has no place in a tree."""
+    """Return the error for a value or key of a type that a tree cannot hold."""
     return CheckpointError(
         f"a checkpoint cannot hold this {role}",
         where=dotted(path),

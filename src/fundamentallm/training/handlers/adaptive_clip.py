@@ -49,18 +49,18 @@ class AdaptiveClip:
 
     def clip(self, trainer: TrainingLoop) -> None:
         """Set this update's limit if its norm stands out."""
-        self._norm = trainer.window_grad_norm
+        self._norm = trainer.step.norm
         deviation = math.sqrt(self.variance) if self.variance > 0.0 else 0.0
         if not deviation or not math.isfinite(self._norm):
             return
         z = (self._norm - self.mean) / deviation
         if z > self.threshold:
             self._norm = self.mean + deviation * self.threshold**2 / z
-            trainer.clip_step_to(self._norm)
+            trainer.step.clip_to(self._norm)
 
     def learn(self, trainer: TrainingLoop) -> None:
         """Move the averages by the norm that was applied."""
-        self.num_clipped += self._norm < trainer.window_grad_norm
+        self.num_clipped += self._norm < trainer.step.norm
         if len(self.first_norms) < self.warmup:
             self.first_norms.append(self._norm)
             if len(self.first_norms) == self.warmup:

@@ -1,4 +1,4 @@
-"""Checkpoints: the newest few, the best, and the way back to them."""
+"""Checkpoints: saving, keeping the newest and the best, and restoring."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fundamentallm.files.run_layout import BEST, CORRUPT, LAST, SUPERSEDED
 from fundamentallm.training.checkpoint import snapshot
 from fundamentallm.training.checkpoint.background_save import BackgroundSave
 from fundamentallm.training.checkpoint.catalogue import Catalogue, Entry, Survey
-from fundamentallm.training.checkpoint.finite import DamagedStateError, bit_sum
+from fundamentallm.training.checkpoint.finite import DamagedStateError
 from fundamentallm.training.checkpoint.scores import (
     AWAITS_EVALUATION,
     FOR_A_STOP,
@@ -29,7 +29,7 @@ from fundamentallm.training.checkpoint.scores import (
     finite,
 )
 from fundamentallm.training.checkpoint.store import STEP_NAME, CheckpointStore, step_name, step_of
-from fundamentallm.training.checkpoint.tree import Stateful, copied, equal
+from fundamentallm.training.checkpoint.tree import Stateful, copied
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
 
@@ -46,16 +46,16 @@ def negative_val_loss(trainer: TrainingLoop) -> float | None:
 
 @HANDLERS.register("checkpointing")
 class Checkpointing(Checkpoint):
-    """Controls: saves the whole state when a checkpoint is due; what a rollback goes back to.
+    """Controls: saves the whole state when a checkpoint is due; a rollback restores from it.
 
-    It is Ignite's `Checkpoint` with Ignite's vocabulary, over a store that never deletes before
-    the new checkpoint is committed, never counts a score that is not finite, and holds no pickle
-    (ignite#1117, #1008, #1986 tell what its own saver loses). `best` and `last` are pointer files
-    beside the checkpoints; a checkpoint that any such file names is never deleted.
+    It is Ignite's `Checkpoint` with Ignite's vocabulary, over a store that deletes only after the
+    new checkpoint is committed, ignores scores that are not finite, and uses no pickle
+    (ignite#1117, #1008, #1986 describe the losses of Ignite's own saver). `best` and `last` are
+    pointer files beside the checkpoints; a checkpoint that such a file names is never deleted.
 
-    A save counts for every rank from the moment that all of them have asked for it; if it fails,
-    all of them take it back at the same moment. So no question about the way back depends on how
-    fast a disk is, or on the rank that asks.
+    A save counts on every rank from the step that asks for it; if it fails, all ranks remove it at
+    the same step. So the step that a rollback returns to depends neither on the speed of a disk nor
+    on the rank.
 
     Args:
         checkpoint_dir: the directory of the checkpoints.
@@ -68,11 +68,11 @@ class Checkpointing(Checkpoint):
             next save waits for it, and so does the end of the run. A save that an evaluation
             follows is written first, since the evaluation may fail: this option is of use for the
             saves in between (`training.checkpoint_steps`).
-        on_error: "stop" ends the run where a save fails, "continue" says so and trains on. Earlier
-            checkpoints stay whole either way.
+        on_error: "stop" ends the run when a save fails, "continue" warns and trains on. Earlier
+            checkpoints are unchanged in both cases.
 
     Attributes:
-        catalogue: the checkpoints that training can go on from.
+        catalogue: the checkpoints that training can continue from.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Checkpointing(Checkpoint):
         return Scores(self.store.directory, self.store.filesystem)
 
     def attach(self, trainer: TrainingLoop) -> None:
-        """Save at FLLM_CHECKPOINT_DUE; offer the trainer the way back."""
+        """Save at FLLM_CHECKPOINT_DUE; become the trainer's restore point."""
         trainer.restore_from(self)
         trainer.add_event_handler(TrainingEvents.FLLM_CHECKPOINT_DUE, self)
         if self.asynchronous:
@@ -133,7 +133,7 @@ class Checkpointing(Checkpoint):
 
         Raises:
             CheckpointError: the save failed, on any rank, and `on_error` is "stop"; earlier
-                checkpoints are whole.
+                checkpoints are unchanged.
         """
         self._take_over(trainer)
         self._finish_background(trainer)
@@ -160,7 +160,7 @@ class Checkpointing(Checkpoint):
         )
         save = self._background = BackgroundSave(entry, known, before, self.best_step)
         self.catalogue = self.catalogue.including(entry)
-        if (damage := self._damage_somewhere(trainer, state)) is not None:
+        if (damage := snapshot.damage_on_any_rank(trainer, state)) is not None:
             save.fail(damage)
             self._finish_background(trainer)
             return
@@ -187,7 +187,7 @@ class Checkpointing(Checkpoint):
                 saved = self.store.read(self.store.directory / known.name)
             except CheckpointError:
                 return False
-            return equal(_without_marks_of_a_save(state), _without_marks_of_a_save(saved))
+            return snapshot.are_equal(state, saved)
 
         return bool(trainer.ranks.first_decides(compare))
 
@@ -211,32 +211,6 @@ class Checkpointing(Checkpoint):
         score, self._judged = self.score(trainer), trainer.state.iteration
         if score is not None and math.isfinite(score) and score > self.best_score:
             self.best_score, self.best_step = score, self._judged
-
-    def _damage_somewhere(
-        self, trainer: TrainingLoop, state: Mapping[str, Any]
-    ) -> DamagedStateError | None:
-        """Let every rank look at its own state before one of them writes; all get an error or none.
-
-        A moment that is infinite on one rank alone holds that rank's weight where it is, and the
-        ranks part without a sign of it in the loss.
-        """
-        ranks, found = trainer.ranks, None
-        if ranks.alone:  # what is written is looked at, in the thread that writes it
-            return None
-        where = f"step {trainer.state.iteration}, rank {ranks.rank}"
-        try:
-            snapshot.check_usable(state, where)
-        except DamagedStateError as error:
-            found = error
-        if ranks.any(found is not None):
-            return found or DamagedStateError("the state of another rank is not finite")
-        if ranks.all_equal(bit_sum(trainer.model.parameters())):
-            return None
-        return DamagedStateError(
-            "the ranks no longer have the same weights",
-            where=where,
-            fix="use an earlier checkpoint; if it comes again, look for a machine that miscounts",
-        )
 
     def _metadata(self, trainer: TrainingLoop) -> dict[str, Any]:
         measured_now = trainer.state.evaluated_step == trainer.state.iteration
@@ -268,7 +242,7 @@ class Checkpointing(Checkpoint):
         return self.store.prune(self.n_saved, keep, passing)
 
     def _point_at(self, step: int, best_step: int | None) -> None:
-        """Let the pointers say what this object knows, whatever a crash has left them saying."""
+        """Write both pointers, also where a crash has left wrong ones."""
         self.store.point(LAST, step_name(step))
         self._point_at_best(best_step)
 
@@ -281,9 +255,9 @@ class Checkpointing(Checkpoint):
     # ------------------------------------------------------------------ after the evaluation
 
     def note_end_of_step(self, trainer: TrainingLoop) -> None:
-        """Note what the evaluation of the saved step has said, and the end of the run.
+        """Note the result of the evaluation of the saved step, and the end of the run.
 
-        The score is written first, then the best is pointed at: it is never one without a score.
+        The score is written before the pointer to the best, so the best always has a score.
 
         Raises:
             CheckpointError: the disk refuses, and `on_error` is "stop".
@@ -319,7 +293,7 @@ class Checkpointing(Checkpoint):
                     )
                 self.scores.put(replace(score, finished="", due=score.due or score.finished))
                 self._point_at_best(self.best_step)
-                if score.finished:  # a run that is complete points at its best
+                if score.finished:  # only a run that points at its best is complete
                     self.scores.put(score)
                 if score.measured and self.best_step == score.step:
                     logger.info("step %d: the best so far", score.step)
@@ -345,19 +319,19 @@ class Checkpointing(Checkpoint):
         return self._origin[2] if self._origin[0] == step else ""
 
     def is_scheduled(self, step: int) -> bool:
-        """Whether the step has a checkpoint that was not saved for a stop alone."""
+        """Return whether the step has a checkpoint that was saved on schedule."""
         entry = self.catalogue.get(step)
         return entry is not None and not entry.for_a_stop
 
     # ------------------------------------------------------------------ in the background
 
     def _look_at_background(self, trainer: TrainingLoop) -> None:
-        # Ranks speak of it together, at the next save: one that raised here would strand the rest.
+        # Several ranks look together, at the next save: an error of one would block the others.
         if self._background is not None and trainer.ranks.alone and not self._background.is_alive:
             self._finish_background(trainer)
 
     def _finish_background(self, trainer: TrainingLoop) -> None:
-        """Wait for the save under way, and tell how it ended."""
+        """Wait for the save under way, and report how it ended."""
         if self._background is None:
             return
         save, self._background = self._background, None
@@ -385,26 +359,26 @@ class Checkpointing(Checkpoint):
                     return
             error = failure or CheckpointError("the first rank could not save the checkpoint")
             if self.on_error == "stop" or damaged or not isinstance(error, CheckpointError):
-                raise error  # "continue" is for a disk that fails, not for a bug or a NaN
-            what = "not saved" if lost else "saved, but not tidied up"
+                raise error  # "continue" is for a failing disk, not for a bug or a NaN
+            what = "not saved" if lost else "saved, but old checkpoints are not removed"
             logger.warning("step %d: %s, training goes on: %s", save.step, what, error)
             if lost:
                 return
         trainer.report_saved(self.store.directory / save.name)
 
     def _wait_at_the_end(self) -> None:
-        """A run that ended in an exception must not leave a thread that writes."""
+        """Wait for the thread of a run that has ended in an exception."""
         if self._background is not None and (failure := self._background.wait()) is not None:
             logger.error("step %d: not saved: %s", self._background.step, failure)
 
     # ------------------------------------------------------------------ whose directory it is
 
     def _take_over(self, trainer: TrainingLoop, survey: Survey | None = None) -> None:
-        """Before the first save: never mix two runs in one directory, and clean up after a crash.
+        """Before the first save: refuse another run's directory, and clean up after a crash.
 
         Args:
             trainer: of the run.
-            survey: what was read of the directory already.
+            survey: of the directory, if it was read already.
 
         Raises:
             CheckpointError: it holds another run's checkpoints.
@@ -428,7 +402,7 @@ class Checkpointing(Checkpoint):
                     " trainer.resume(path)",
                 )
             if self.store.directory.exists():
-                self.store.recover()  # what a killed process left half done
+                self.store.recover()  # leftovers of a killed process
             self._set_aside(
                 {name: survey.faults[name] for name in survey.faults if self.store.holds(name)}
             )
@@ -438,7 +412,7 @@ class Checkpointing(Checkpoint):
         self._is_ours = True
 
     def _set_aside(self, faults: Mapping[str, CheckpointError]) -> None:
-        """Move damaged checkpoints out of the way; say what is wrong with each."""
+        """Move damaged checkpoints to `corrupt/`; log the error of each."""
         for name in sorted(filter(STEP_NAME.fullmatch, faults), key=step_of, reverse=True):
             self.store.quarantine([name])
             logger.warning("moved to %s: %s", self.store.directory / CORRUPT, faults[name])
@@ -461,7 +435,7 @@ class Checkpointing(Checkpoint):
         return found.step if found is not None else None
 
     def restore_before(self, trainer: TrainingLoop, before: int | None = None) -> None:
-        """Load that checkpoint into the trainer; of damaged ones, the next older one.
+        """Load that checkpoint into the trainer; if it is damaged, the next older one.
 
         Raises:
             CheckpointError: there is none, or it is of another run.
@@ -498,10 +472,12 @@ class Checkpointing(Checkpoint):
         """Read the checkpoint to restore, then the next older one, and so on, on every rank.
 
         Yields:
-            The entry, the state, and what is wrong with it on this or on another rank.
+            The entry, the state, and its error on this or on another rank.
         """
         catalogue, save = self.catalogue, self._background
-        if save is not None and trainer.ranks.any(save.is_lost):  # or wait until it is written
+        if save is not None and trainer.ranks.any(
+            save.is_lost
+        ):  # otherwise this waited until it is written
             catalogue = catalogue.without([save.name])
         while (entry := self._to_restore(catalogue, before)) is not None:
             if not or_oldest and before is not None and entry.step > before:
@@ -513,7 +489,7 @@ class Checkpointing(Checkpoint):
                 manifest, state = self.store.load(path)
                 if manifest.hash != entry.hash and entry.hash:
                     raise CheckpointError(
-                        "another checkpoint lies here than the run has saved", where=str(path)
+                        "this is not the checkpoint that the run has saved", where=str(path)
                     )
             except CheckpointError as error:
                 fault = error
@@ -528,7 +504,7 @@ class Checkpointing(Checkpoint):
         Args:
             trainer: of the run.
             path: the checkpoint.
-            survey: what was read of its directory already.
+            survey: of its directory, if it was read already.
 
         Raises:
             CheckpointError: it is damaged or of another run; nothing was changed.
@@ -544,7 +520,7 @@ class Checkpointing(Checkpoint):
             self._is_ours = False
             self._take_over(trainer, survey)
             self._leave_later_ones(trainer)
-        else:  # the best so far lies there, too, where no pointer of this directory leads
+        else:  # the best is in that directory too, where no pointer of this one leads
             self.best_score, self.best_step = -math.inf, None
 
     def _load(
@@ -558,7 +534,7 @@ class Checkpointing(Checkpoint):
         self._judged = None
 
     def _leave_later_ones(self, trainer: TrainingLoop) -> None:
-        """Make the restored state the newest, and the best what is best among those left."""
+        """Make the restored state the newest, and keep the best only if it is still there."""
         step = trainer.state.iteration
         self.catalogue = self.catalogue.until(step)
         if self.catalogue.get(self.best_step) is None:
@@ -570,7 +546,7 @@ class Checkpointing(Checkpoint):
             self._point_at(step, self.best_step)
             if superseded:
                 logger.info(
-                    "going on from step %d: moved %s to %s",
+                    "continuing from step %d: moved %s to %s",
                     step,
                     ", ".join(superseded),
                     self.store.directory / SUPERSEDED,
@@ -583,13 +559,6 @@ class Checkpointing(Checkpoint):
         return {"best_score": self.best_score, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on comparing with a saved best score."""
+        """Restore the saved best score and its step."""
         self.best_score = state_dict["best_score"]
         self.best_step = state_dict["best_step"]
-
-
-def _without_marks_of_a_save(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state without what differs between two saves of one state."""
-    marks = ("checkpoints", "elapsed_before", "finished")
-    position = {name: value for name, value in state["trainer"].items() if name not in marks}
-    return {**state, "trainer": position}

@@ -106,14 +106,14 @@ class Spikes:
     def look(self, trainer: TrainingLoop) -> None:
         """Say whether this step stands out."""
         calm = (
-            trainer.window_loss <= self._highest_loss
-            and trainer.window_grad_norm <= self._highest_norm
+            trainer.step.loss <= self._highest_loss
+            and trainer.step.norm <= self._highest_norm
             and not self._risen
         )
         self._found = "" if calm else self._describe(trainer)
 
     def _describe(self, trainer: TrainingLoop) -> str:
-        loss, norm = trainer.window_loss, trainer.window_grad_norm
+        loss, norm = trainer.step.loss, trainer.step.norm
         found = [
             f"{name} {value:.4g} is {window.score(measured):.0f} deviations above those of the last"
             f" {len(window)} steps"
@@ -138,7 +138,7 @@ class Spikes:
     def look_and_refuse(self, trainer: TrainingLoop) -> None:
         """Refuse the update of a step that stands out; what is not finite the guard refuses."""
         self.look(trainer)
-        if not self._found or not math.isfinite(trainer.window_loss + trainer.window_grad_norm):
+        if not self._found or not math.isfinite(trainer.step.loss + trainer.step.norm):
             return
         self.in_a_row += 1
         lasting = self.policy == "rollback" or self._risen or self.in_a_row > self.patience
@@ -152,7 +152,7 @@ class Spikes:
         """Remember an accepted step that does not stand out; report one that does."""
         if not self._found:
             self.in_a_row = 0
-            self._accepted.append((trainer.window_loss, trainer.window_grad_norm))
+            self._accepted.append((trainer.step.loss, trainer.step.norm))
             if len(self._accepted) >= EVERY or not self.losses.full:
                 self._learn()
             return
