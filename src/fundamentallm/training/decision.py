@@ -49,6 +49,7 @@ class Cadence:
         eval_steps: evaluation every so many steps.
         eval_epochs: evaluation at each epoch's end, too.
         checkpoint_steps: a save every so many steps; None: with every evaluation.
+        epochs_from: the last step of the last epoch that was ended early; 0 without one.
     """
 
     steps_per_epoch: int
@@ -56,6 +57,7 @@ class Cadence:
     eval_steps: int
     eval_epochs: bool
     checkpoint_steps: int | None
+    epochs_from: int = 0
 
     @classmethod
     def resolve(cls, config: TrainingConfig, steps_per_epoch: int) -> Cadence:
@@ -70,13 +72,15 @@ class Cadence:
 
     def logs_at(self, step: int) -> bool:
         """Whether a step's metrics enter the logs."""
-        return step % self.log_steps == 0 or step % self.steps_per_epoch == 0
+        return step % self.log_steps == 0 or self.ends_epoch(step)
 
     def evaluates_at(self, step: int) -> bool:
         """Whether an evaluation follows a step."""
-        return step % self.eval_steps == 0 or (
-            self.eval_epochs and step % self.steps_per_epoch == 0
-        )
+        return step % self.eval_steps == 0 or (self.eval_epochs and self.ends_epoch(step))
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch ends with a step."""
+        return (step - self.epochs_from) % self.steps_per_epoch == 0
 
     def saves_at(self, step: int, evaluates: bool) -> bool:
         """Whether a save follows a step, given whether an evaluation does; step 0 is saved."""
@@ -108,6 +112,8 @@ class StepFacts:
         finish: a wish to end the run for good, with its reason; empty without one.
         roll_back: a wish to roll back; None without one.
         redo: a wish to repeat the refused step.
+        end_epoch: a wish to end the epoch with this step.
+        skip_epoch_completed: that EPOCH_COMPLETED is then not to be fired.
         exhausted: whether some rank has used up a budget of tokens or seconds.
         leaving: whether some rank must save and stop for now.
         data_fault: whether some rank cannot read its data, so that the next step does not
@@ -120,6 +126,8 @@ class StepFacts:
     finish: str = ""
     roll_back: RollBack | None = None
     redo: bool = False
+    end_epoch: bool = False
+    skip_epoch_completed: bool = False
     exhausted: bool = False
     leaving: bool = False
     data_fault: bool = False

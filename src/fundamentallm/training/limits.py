@@ -19,11 +19,14 @@ class Limits:
         total_steps: optimizer steps; None where only the clock ends the run.
         max_seconds: seconds from process start after which the run is finished.
         max_tokens: training tokens after which the run is finished.
+        num_epochs: epochs after which the run is finished, where `total_steps` follows from
+            them: an epoch that a handler ends early makes the run shorter.
     """
 
     total_steps: int | None
     max_seconds: float | None = None
     max_tokens: int | None = None
+    num_epochs: int | None = None
 
     @classmethod
     def resolve(
@@ -46,9 +49,11 @@ class Limits:
         if config.max_tokens is not None and steps_for_tokens is not None:
             steps = steps_for_tokens(config.max_tokens)
             total = steps if total is None else min(total, steps)
+        num_epochs = None
         if total is None and config.max_tokens is None and config.max_seconds is None:
-            total = config.num_epochs * steps_per_epoch
-        return cls(total, config.max_seconds, config.max_tokens)
+            num_epochs = config.num_epochs
+            total = num_epochs * steps_per_epoch
+        return cls(total, config.max_seconds, config.max_tokens, num_epochs)
 
     @property
     def follows_clock(self) -> bool:

@@ -51,6 +51,7 @@ from fundamentallm.training.decision import (
     decide,
 )
 from fundamentallm.training.dispatch import Dispatcher, caller_name
+from fundamentallm.training.epochs import Epochs
 from fundamentallm.training.evaluator import Evaluator
 from fundamentallm.training.history import History
 from fundamentallm.training.interventions import Interventions
@@ -160,7 +161,7 @@ class TrainingLoop(Dispatcher):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.loss_fn = loss_fn
-        self.steps_per_epoch = len(self.train_loader)
+        self.epochs = Epochs(len(self.train_loader))
         self._cadence = Cadence.resolve(self.config, self.steps_per_epoch)
         self.budget = Budget(limits, self.state, self.ranks)
         self.run_id = uuid.uuid4().hex
@@ -191,7 +192,7 @@ class TrainingLoop(Dispatcher):
         self.generators_before: dict[str, Any] = {}
         self.window = Window([], 0)
         self.tokens_computed = 0
-        self._facts = StepFacts()
+        self._facts, self._next_facts = StepFacts(), StepFacts()  # the latter are voted on first
         self._decision = GO_ON
         self._saving: Save | None = None
         self._stopped_by = ""
@@ -232,10 +233,12 @@ class TrainingLoop(Dispatcher):
             self.train_loader = as_window_loader(
                 data, self.config.accumulation_steps, self.config.seed
             )
-        self.steps_per_epoch = epoch_length or len(self.train_loader)
-        self._cadence = Cadence.resolve(self.config, self.steps_per_epoch)
+        self.epochs.length = epoch_length or len(self.train_loader)
         if max_iters is not None or max_epochs is not None:
-            self.budget.limits = Limits(max_iters or (max_epochs or 1) * self.steps_per_epoch)
+            epochs = None if max_iters else max_epochs
+            steps = max_iters or (max_epochs or 1) * self.steps_per_epoch
+            self.budget.limits = Limits(steps, num_epochs=epochs)
+        self._heed_epochs()
         self._facts, self._stopped_by = StepFacts(), ""
         self._faults = self.evaluator.faults = DataFaults(self.ranks)
         self.budget.begin()
@@ -273,22 +276,45 @@ class TrainingLoop(Dispatcher):
 
     def _run_to_stop(self) -> None:
         """Run Ignite's loop from the state's step to a limit, a stop or an incident."""
-        self.train_loader.set_position(*divmod(self.state.iteration, self.steps_per_epoch))
+        epoch, step = self.epochs.position(self.state.iteration)
+        self.train_loader.set_position(epoch, step)
         self.should_terminate = False
-        self.state.max_epochs = None
-        # If only the clock ends the run there is no last step, but Ignite needs a number. Its own
-        # handlers ask for the number of epochs as well.
-        total = self.total_steps
-        self.state.max_iters = total or 2**62
-        self.state.max_epochs = -(-total // self.steps_per_epoch) if total else math.inf
+        self._heed_epochs()
         self.state.epoch_length = self.steps_per_epoch
-        self.state.epoch = self.state.iteration // self.steps_per_epoch  # Ignite adds the one begun
+        self.state.epoch = epoch  # Ignite adds the one begun
         handlers = self.attached.values() if self.state.iteration else ()
         self._carried = foreign.Carried.of(handlers, self.optimizer)
         super().run(
             self._faults.kept_from(ahead(self.train_loader, self.device)),
             epoch_length=self.steps_per_epoch,
         )
+
+    def _heed_epochs(self) -> None:
+        """Let cadence, limits and Ignite's state follow from where the epochs end."""
+        first, _ = self.epochs.last_cut(self.state.iteration)
+        cadence = Cadence.resolve(self.config, self.steps_per_epoch)
+        self._cadence = replace(cadence, epochs_from=first)
+        limits = self.budget.limits
+        if limits.num_epochs is not None:
+            steps = self.epochs.last_step(limits.num_epochs)
+            self.budget.limits = replace(limits, total_steps=steps)
+        # If only the clock ends the run there is no last step, but Ignite needs a number. Its own
+        # handlers ask for the number of epochs as well.
+        total = self.total_steps
+        self.state.max_iters = total or 2**62
+        self.state.max_epochs = self.epochs.number(total) if total else math.inf
+
+    def _setup_engine(self) -> None:
+        """Begin as Ignite does, which knows only epochs of one length."""
+        super()._setup_engine()
+        self._init_iter = self.epochs.position(self.state.iteration)[1]
+
+    def _setup_dataloader_iter(self) -> None:
+        """Iterate as Ignite does; after an epoch that was ended early, from the next one."""
+        super()._setup_dataloader_iter()
+        step = self.state.iteration
+        if self.epochs.last_cut(step)[0] == step > 0:
+            self.train_loader.set_position(*self.epochs.position(step))
 
     def _after_started(self) -> None:
         """Undo what handlers of STARTED reset where a run goes on; heed a limit that they set."""
@@ -301,7 +327,7 @@ class TrainingLoop(Dispatcher):
     def _after_epoch_started(self) -> None:
         """Undo what handlers of EPOCH_STARTED reset where a run goes on inside an epoch."""
         carried, self._carried = self._carried, None
-        if carried is not None and self.state.iteration % self.steps_per_epoch:
+        if carried is not None and not self.epochs.end_with(self.state.iteration):
             carried.put_back(self, self.optimizer)
 
     def _save_what_is_done(self) -> None:
@@ -358,7 +384,7 @@ class TrainingLoop(Dispatcher):
         """Let Ignite's handlers hear the end of an epoch that came after the restored save."""
         owes, self._owes_epoch_end = self._owes_epoch_end, False
         step, goes_on = self.state.iteration, self._decision.end is End.GO_ON
-        at_end = step > 0 and step % self.steps_per_epoch == 0
+        at_end = step > 0 and self.epochs.end_with(step)
         if owes and at_end and goes_on and self._ignite_hears_end_of_epoch():
             self._fire_event(Events.EPOCH_COMPLETED)
 
@@ -421,12 +447,16 @@ class TrainingLoop(Dispatcher):
                 self._wants_to_leave(),
                 bool(self._stopped_by),
                 self._faults.own is not None,
+                self._next_facts.end_epoch,
+                self._next_facts.skip_epoch_completed,
             ]
         )
         if votes[3]:
             self.state.iteration -= 1  # the step is not begun on any rank
             self._faults.raise_everywhere()
-        self._facts.exhausted, self._facts.leaving = votes[0] > 0, votes[1] > 0
+        facts, self._next_facts = self._facts, StepFacts()
+        facts.exhausted, facts.leaving = votes[0] > 0, votes[1] > 0
+        facts.end_epoch, facts.skip_epoch_completed = votes[4] > 0, votes[5] > 0
         if votes[2]:
             self.finish(self._stopped_by or STOPPED_BY + "a handler on another rank")
         return num_tokens, num_sequences
@@ -485,7 +515,7 @@ class TrainingLoop(Dispatcher):
         state.sequences_seen += output.num_sequences
         metrics["train/loss"] = output.loss
         metrics["train/grad_norm"] = output.grad_norm
-        step_of_epoch = (state.iteration - 1) % self.steps_per_epoch + 1
+        step_of_epoch = self.epochs.position(state.iteration - 1)[1] + 1
         if step_of_epoch == 1:
             state.epoch_nll, state.epoch_tokens = 0.0, 0
             metrics.pop("train/epoch_loss", None)
@@ -493,9 +523,13 @@ class TrainingLoop(Dispatcher):
             state.epoch_nll += output.loss * output.num_tokens
             state.epoch_tokens += output.num_tokens
         if step_of_epoch == self.steps_per_epoch:
-            mean = state.epoch_nll / state.epoch_tokens if state.epoch_tokens else math.nan
-            metrics["train/epoch_loss"] = mean
-            self.history.record_epoch(self.epoch, state.iteration, mean)
+            self._measure_epoch()
+
+    def _measure_epoch(self) -> None:
+        state = self.state
+        mean = state.epoch_nll / state.epoch_tokens if state.epoch_tokens else math.nan
+        state.metrics["train/epoch_loss"] = mean
+        self.history.record_epoch(self.epoch, state.iteration, mean)
 
     # ------------------------------------------------------------------ what follows a step
 
@@ -504,20 +538,26 @@ class TrainingLoop(Dispatcher):
         facts = self._facts
         if self.ranks.alone:
             facts.exhausted, facts.leaving = self.budget.is_used_up(), self._wants_to_leave()
+        self._end_epoch_early()
         self._decision = self._decide()
         if self._decision is not ROLL_BACK:
             self.notify(TrainingEvents.FLLM_METRICS_MEASURED)
             self.history.record_step(self.state.iteration, self.state.metrics)
             self.notify(TrainingEvents.FLLM_METRICS_READY)
-            if self._decision is not GO_ON or facts.finish or facts.roll_back is not None:
+            wishes = facts.finish or facts.end_epoch or facts.roll_back is not None
+            if self._decision is not GO_ON or wishes:
                 self._conclude()
-        at_end_of_epoch = self.state.iteration % self.steps_per_epoch == 0
-        if not at_end_of_epoch or self._decision is ROLL_BACK:
+        step = self.state.iteration
+        if self._decision is ROLL_BACK or not self.epochs.end_with(step):
             self._end_step()
+        elif self.epochs.last_cut(step)[0] == step:
+            super().terminate_epoch(facts.skip_epoch_completed)
+            if facts.skip_epoch_completed:
+                self._end_step()
 
     def _after_epoch(self) -> None:
         """End the last step of an epoch, behind every other handler of EPOCH_COMPLETED."""
-        if self.state.iteration % self.steps_per_epoch == 0:
+        if self.epochs.end_with(self.state.iteration):
             if self._ignite_hears_end_of_epoch():
                 self._epoch_completed_at = self.state.iteration
             self._conclude()  # what those handlers wish
@@ -527,6 +567,7 @@ class TrainingLoop(Dispatcher):
         """Carry out the decision about this step; evaluations and saves may bring new wishes."""
         facts = self._facts
         while True:
+            self._end_epoch_early()
             decision = self._decision = self._decide()
             if decision.save is not None:
                 facts.saved = decision.end
@@ -541,6 +582,13 @@ class TrainingLoop(Dispatcher):
                 self.restore_point.note_end_of_step(self)
                 if self._decide().end is decision.end:
                     return
+
+    def _end_epoch_early(self) -> None:
+        """End the epoch with this step if a handler wishes that and the step is kept."""
+        facts, step = self._facts, self.state.iteration
+        if facts.end_epoch and facts.roll_back is None and step and self.epochs.end_early(step):
+            self._measure_epoch()
+            self._heed_epochs()
 
     def _decide(self) -> Decision:
         step = self.state.iteration
@@ -645,6 +693,27 @@ class TrainingLoop(Dispatcher):
         else:
             self._stopped_by = self._stopped_by or reason
 
+    def terminate_epoch(self, skip_epoch_completed: bool = False) -> None:
+        """Wish to end the epoch with this step; the next step begins the next epoch.
+
+        The step is completed, wherever it is called, and the epoch's end is evaluated and saved as
+        any other. A checkpoint holds where the epoch ended. On several ranks the call of one counts
+        from the next step on.
+
+        Args:
+            skip_epoch_completed: do not fire EPOCH_COMPLETED.
+
+        Raises:
+            RuntimeError: called at STARTED or EPOCH_STARTED, as Ignite's own.
+        """
+        if self.last_event_name in (Events.STARTED, Events.EPOCH_STARTED):
+            raise RuntimeError(
+                "terminate_epoch() must not be called at STARTED or EPOCH_STARTED: no step of the"
+                " epoch has been taken"
+            )
+        facts = self._facts if self.ranks.alone else self._next_facts
+        facts.end_epoch, facts.skip_epoch_completed = True, skip_epoch_completed
+
     def interrupt_run(self, signal_number: int) -> None:
         """Ask the run to save and stop after this step, to be resumed later."""
         self.interrupted_by = signal_number
@@ -729,7 +798,12 @@ class TrainingLoop(Dispatcher):
 
         Ignite's own count stands one lower between a restored epoch's end and the next start.
         """
-        return -(-self.state.iteration // self.steps_per_epoch)
+        return self.epochs.number(self.state.iteration)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in an epoch that no handler ends early."""
+        return self.epochs.length
 
     def evaluation_pending(self) -> bool:
         """Whether the evaluation that the current step asks for is still to be made."""
@@ -797,6 +871,8 @@ class TrainingLoop(Dispatcher):
         state["checkpoints"] += self._saving is Save.ON_SCHEDULE
         if own := [key for key in self.state_dict_user_keys if key not in COUNTERS]:
             state["user"] = {key: getattr(self.state, key) for key in own}
+        if self.epochs.cuts:
+            state["epochs_ended_early"] = self.epochs.state_dict()
         if self._epoch_completed_at == self.state.iteration:  # most saves come before
             state["epoch_completed"] = True
         return {
@@ -827,6 +903,9 @@ class TrainingLoop(Dispatcher):
         counters = {name: state_dict.get(name, value) for name, value in COUNTERS.items()}
         own = state_dict.get("user", {})
         super().load_state_dict({**position, "max_iters": None, **counters, **own})
+        self.epochs.load_state_dict(state_dict.get("epochs_ended_early", ()))
+        self.state.epoch = self.epochs.position(self.state.iteration)[0]
+        self._heed_epochs()
         self.interventions.load_state_dict(state_dict["ledger"])
         self.run_id = state_dict["run_id"]
         self._owes_epoch_end = not state_dict.get("epoch_completed", False)

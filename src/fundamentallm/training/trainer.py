@@ -117,7 +117,7 @@ class Trainer(TrainingLoop):
         if num_epochs is not None:
             if num_epochs < 1:
                 raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
-            self.budget.limits = Limits(num_epochs * self.steps_per_epoch)
+            self.budget.limits = Limits(num_epochs * self.steps_per_epoch, num_epochs=num_epochs)
         self.attach_defaults()
         self.run()
         return self.history
@@ -144,8 +144,9 @@ class Trainer(TrainingLoop):
 
     def train_epoch(self) -> float:
         """Train to the end of the current epoch; return its mean loss in nats per token."""
-        end = (self.state.iteration // self.steps_per_epoch + 1) * self.steps_per_epoch
-        limits, self.budget.limits = self.budget.limits, Limits(end)
+        epoch = self.epochs.position(self.state.iteration)[0] + 1
+        end = self.epochs.last_step(epoch)
+        limits, self.budget.limits = self.budget.limits, Limits(end, num_epochs=epoch)
         try:
             self.attach_defaults()
             self.run()

@@ -13,6 +13,7 @@ import torch
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import UniformModel, tiny_loaders, tiny_model
+from fundamentallm.training.epochs import Epochs
 from fundamentallm.training.handlers import Checkpointing, Perplexity
 from fundamentallm.training.trainer import Trainer
 
@@ -22,7 +23,7 @@ def feed(
 ) -> list[float]:
     """Hand (loss, tokens) of consecutive steps over; return the metric after each."""
     state = SimpleNamespace(iteration=first - 1, output=None, metrics={})
-    trainer: Any = SimpleNamespace(state=state, steps_per_epoch=steps_per_epoch)
+    trainer: Any = SimpleNamespace(state=state, epochs=Epochs(steps_per_epoch))
     values = []
     for loss, num_tokens in steps:
         state.iteration += 1

@@ -239,7 +239,7 @@ class NaNRollback:
         """Return the last window that was applied, by whichever process of the run."""
         window_at = getattr(trainer.train_loader, "window_at", None)
         if self._good_window is None and self._good_steps and window_at is not None:
-            window: Window = window_at(*divmod(self._good_steps[-1] - 1, trainer.steps_per_epoch))
+            window: Window = window_at(*trainer.epochs.position(self._good_steps[-1] - 1))
             return window
         return self._good_window
 

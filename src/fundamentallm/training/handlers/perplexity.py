@@ -33,7 +33,7 @@ class Perplexity:
         state = trainer.state
         # By the step, not at EPOCH_STARTED: that fires again in the middle of an epoch when a
         # run is resumed or rolled back.
-        if (state.iteration - 1) % trainer.steps_per_epoch == 0:
+        if trainer.epochs.end_with(state.iteration - 1):
             self.nll, self.num_tokens = 0.0, 0
         if math.isfinite(state.output.loss) and not state.output.rejection:
             self.nll += state.output.loss * state.output.num_tokens

@@ -163,7 +163,7 @@ def corpus_place(trainer: TrainingLoop, micro_batch: int, row: int) -> dict[str,
     if rows_at is None:
         return {"corpus_offset": None}
     loader, ranks = trainer.train_loader, trainer.ranks
-    rows = rows_at(*divmod(trainer.state.iteration - 1, trainer.steps_per_epoch))
+    rows = rows_at(*trainer.epochs.position(trainer.state.iteration - 1))
     index = (micro_batch * ranks.world_size + ranks.rank) * loader.batch_size + row
     if index >= len(rows):
         return {"corpus_offset": None}

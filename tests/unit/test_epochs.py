@@ -1,0 +1,170 @@
+"""Epochs that a handler ends early, with Ignite's `terminate_epoch()`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+
+from fundamentallm.config import TrainingConfig
+from fundamentallm.events import TrainingEvents
+from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model
+from fundamentallm.training.checkpoint.store import CheckpointStore
+from fundamentallm.training.epochs import Epochs
+from fundamentallm.training.handlers import NaNRollback
+from fundamentallm.training.trainer import Trainer
+
+STEPS = 10  # an epoch of the tiny loaders
+
+
+class EndEpochAt:
+    """Calls terminate_epoch() at some steps."""
+
+    def __init__(self, *steps: int, event: Any = Events.ITERATION_COMPLETED) -> None:
+        self.steps, self.event = steps, event
+
+    def attach(self, engine: Engine, **options: Any) -> None:
+        engine.add_event_handler(self.event, self.end, **options)
+
+    def end(self, engine: Engine, **options: Any) -> None:
+        if engine.state.iteration in self.steps:
+            engine.terminate_epoch(**options)
+
+
+def make_trainer(place: Path | None = None, **fields: Any) -> Trainer:
+    fields = {"eval_steps": 4, "learning_rate": 1e-2, "keep_last": 20, **fields}
+    torch.manual_seed(3)
+    config = TrainingConfig(checkpoint_dir=str(place), **fields)
+    model, (train, val) = tiny_model(dropout=0.1), tiny_loaders()
+    trainer = Trainer(model, train, val, device="cpu", config=config)
+    if place is None:
+        trainer._checkpoint_dir = None
+    return trainer
+
+
+def events_of(engine: Engine) -> list[tuple[str, int, int]]:
+    seen: list[tuple[str, int, int]] = []
+
+    def note(engine: Engine, name: str) -> None:
+        seen.append((name, engine.state.epoch, engine.state.iteration))
+
+    for event in (
+        Events.STARTED,
+        Events.EPOCH_STARTED,
+        Events.ITERATION_COMPLETED,
+        Events.EPOCH_COMPLETED,
+        Events.COMPLETED,
+    ):
+        engine.add_event_handler(event, note, event.name)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("steps", "skip"),
+    [((3,), False), ((3, 7), True), ((10,), False), ((13, 20, 21), False), ((1, 2, 3), True)],
+    ids=str,
+)
+def test_events_and_epochs_are_those_of_a_plain_engine(steps: tuple[int, ...], skip: bool) -> None:
+    trainer, plain = make_trainer(), Engine(lambda *_: None)
+    for engine in (trainer, plain):
+        EndEpochAt(*steps).attach(engine, skip_epoch_completed=skip)
+    ours, theirs = events_of(trainer), events_of(plain)
+    trainer.train(num_epochs=3)
+    plain.run(range(STEPS), max_epochs=3)
+    assert ours == theirs
+    assert trainer.finished == "the last step is done"
+
+
+def test_the_next_step_reads_the_next_epoch_and_the_end_is_evaluated_saved_and_measured(
+    tmp_path: Path,
+) -> None:
+    whole, cut = make_trainer(total_steps=23), make_trainer(tmp_path, total_steps=23)
+    EndEpochAt(3).attach(cut)
+    batches: dict[str, list[torch.Tensor]] = {"whole": [], "cut": []}
+    for name, trainer in (("whole", whole), ("cut", cut)):
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED,
+            lambda e, name=name: batches[name].append(e.window.micro_batches[0]["input_ids"]),
+        )
+        trainer.train()
+    expected = batches["whole"][:3] + batches["whole"][10:]
+    for one, other in zip(batches["cut"], expected, strict=False):
+        assert torch.equal(one, other)
+    assert [entry["step"] for entry in cut.history.epochs] == [3, 13, 23]
+    assert [entry["epoch"] for entry in cut.history.epochs] == [1, 2, 3]
+    mean = sum(cut.history.train_loss[:3]) / 3
+    assert cut.history.epoch_train_loss[0] == pytest.approx(mean)
+    assert [it["step"] for it in cut.history.validations] == [3, 4, 8, 12, 13, 16, 20, 23]
+    assert CheckpointStore(tmp_path).load(tmp_path / "step-00000003")
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Events.ITERATION_COMPLETED,
+        pytest.param(TrainingEvents.FLLM_METRICS_READY, marks=pytest.mark.long),
+        pytest.param(Events.ITERATION_STARTED, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_a_resume_from_any_checkpoint_is_bitwise(tmp_path: Path, event: Any) -> None:
+    check_resumes(tmp_path, EndEpochAt(6, 13, event=event), (3, 6, 9, 13, 15))
+
+
+def test_a_resume_is_bitwise_where_an_evaluation_ended_the_epoch(tmp_path: Path) -> None:
+    ending = EndEpochAt(4, 8, event=TrainingEvents.FLLM_EVALUATION_COMPLETED)
+    check_resumes(tmp_path, ending, (4, 8, 12))
+
+
+def check_resumes(place: Path, ending: EndEpochAt, steps: tuple[int, ...]) -> None:
+    fields: dict[str, Any] = {"total_steps": 20}
+    if ending.event is not TrainingEvents.FLLM_EVALUATION_COMPLETED:
+        fields["checkpoint_steps"] = 1
+    whole = make_trainer(place, **fields)
+    ending.attach(whole)
+    whole.train()
+    for step in steps:
+        again = make_trainer(place / str(step), **fields)
+        ending.attach(again)
+        again.resume(place / f"step-{step:08d}")
+        again.train()
+        assert again.history.train_loss == whole.history.train_loss[step:], step
+        assert again.epochs == whole.epochs
+        for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_rollback_takes_the_end_of_an_epoch_back(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, total_steps=16)
+    for handler in (SpoiltGradient(7), NaNRollback(), EndEpochAt(6)):
+        handler.attach(trainer)
+    trainer.train()
+    assert trainer.state.rollbacks > 0
+    assert trainer.epochs.cuts == [(6, 1)]
+    assert trainer.history.steps == list(range(1, 17))
+
+
+@pytest.mark.parametrize("event", [Events.STARTED, Events.EPOCH_STARTED], ids=str)
+def test_it_is_refused_before_a_step_as_by_ignite(event: Any) -> None:
+    trainer = make_trainer()
+    EndEpochAt(0, event=event).attach(trainer)
+    with pytest.raises(RuntimeError, match="STARTED or EPOCH_STARTED"):
+        trainer.train(num_epochs=1)
+
+
+def test_positions_are_those_of_whole_epochs_and_of_what_follows_a_cut() -> None:
+    epochs = Epochs(10)
+    assert [epochs.position(step) for step in (0, 9, 10, 25)] == [(0, 0), (0, 9), (1, 0), (2, 5)]
+    assert not epochs.end_early(20)
+    assert epochs.end_early(23)
+    assert [epochs.position(step) for step in (22, 23, 24, 33)] == [(2, 2), (3, 0), (3, 1), (4, 0)]
+    assert [epochs.number(step) for step in (0, 1, 20, 21, 23, 24, 33, 34)] == [
+        *(0, 1, 2, 3, 3, 4, 4, 5)
+    ]
+    assert epochs.last_step(5) == 43
+    copied = Epochs(10)
+    copied.load_state_dict(epochs.state_dict())
+    assert copied == epochs
