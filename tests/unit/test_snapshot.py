@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fundamentallm.compute.distributed import Ranks
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.errors import CheckpointError
 from fundamentallm.testing import tiny_loaders, tiny_model
@@ -210,12 +211,46 @@ def test_handlers_that_one_side_does_not_know_are_named(caplog):
     assert trainer.attached["loss_ema"].count == 99
 
 
+def drawn(rank: int, world_size: int, state: dict) -> torch.Tensor:
+    """What a rank draws after a state was loaded, whatever it was in before."""
+    torch.manual_seed(123 + rank)
+    snapshot.RandomState(Ranks(rank, world_size)).load_state_dict(state)
+    return torch.rand(8)
+
+
 def test_the_random_numbers_of_another_number_of_ranks_are_told(caplog):
-    trainer = make_trainer()
-    state = snapshot.RandomState(trainer.ranks).state_dict()
-    torch.manual_seed(123)
-    before = torch.get_rng_state()
-    with caplog.at_level(logging.WARNING, "fundamentallm"):
-        snapshot.RandomState(trainer.ranks).load_state_dict({"rank 1": state["rank 0"]})
-    assert "was not part of the saved run" in caplog.text
-    assert torch.equal(torch.get_rng_state(), before)
+    state = snapshot.RandomState(Ranks()).state_dict()
+    with caplog.at_level(logging.INFO, "fundamentallm"):
+        drawn(0, 1, state)
+        drawn(1, 2, state)
+        assert caplog.text == ""
+        drawn(0, 2, state)
+    assert "the random numbers were those of 1 rank and are now of 2: dropout" in caplog.text
+
+
+def test_a_new_rank_draws_what_follows_from_the_state_and_its_number():
+    torch.manual_seed(7)
+    state = snapshot.RandomState(Ranks()).state_dict()
+    goes_on = torch.rand(8)
+    assert torch.equal(drawn(0, 3, state), goes_on)
+    torch.manual_seed(99)
+    new = [drawn(rank, 3, state) for rank in (1, 2)]
+    assert torch.equal(new[0], drawn(1, 3, state))  # a rollback, or another resume
+    assert not torch.equal(new[0], new[1])
+    assert not torch.equal(new[0], goes_on)
+    later = snapshot.RandomState(Ranks()).state_dict()  # a later checkpoint of one rank
+    assert not torch.equal(drawn(1, 3, later), new[0])
+
+
+def test_a_rank_that_was_there_goes_on_with_its_own_numbers():
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(torch.get_rng_state())
+    state = snapshot.RandomState(Ranks()).state_dict()
+    state["rank 0"]["torch"], state["rank 1"] = states[0], {"torch": states[1]}
+    for rank, seed in ((0, 1), (1, 2)):
+        torch.manual_seed(seed)
+        expected = torch.rand(8)
+        assert torch.equal(drawn(rank, 2, state), expected)
+        assert torch.equal(drawn(rank, 4, state), expected)

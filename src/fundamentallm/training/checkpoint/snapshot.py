@@ -12,6 +12,7 @@ precision   the loss scale                             buffers     names of the 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.rng import capture_rng, restore_rng
+from fundamentallm.data.permutation import derive_key
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint.finite import DamagedStateError, bit_sum, check_finite
 from fundamentallm.training.checkpoint.manager import (
@@ -38,7 +40,9 @@ class RandomState:
     """The random generators of all ranks.
 
     Dropout differs over the ranks, so each rank's torch generators are kept. Of Python's and
-    NumPy's only the writer's are: nothing in training draws from them.
+    NumPy's only the writer's are: nothing in training draws from them. On more ranks than the state
+    is of, a new rank's torch generators follow from rank 0's state and its own number, so that a
+    second resume or a rollback gives it the same numbers, and it draws none that it has drawn.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -58,16 +62,21 @@ class RandomState:
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore this rank's generators; warn if the saved run had fewer ranks."""
-        own = state_dict.get(f"rank {self.ranks.rank}")
-        if own is None:
-            logger.warning(
-                "rank %d was not part of the saved run: its random numbers are not restored, so the"
-                " resumed run is not bitwise the same",
-                self.ranks.rank,
+        """Restore this rank's generators; say so if the state is of another number of ranks."""
+        saved, now = len(state_dict), self.ranks.world_size
+        if saved != now and self.ranks.is_writer:
+            logger.info(
+                "the random numbers were those of %d rank%s and are now of %d: dropout differs",
+                saved,
+                "s" * (saved > 1),
+                now,
             )
-            return
-        restore_rng({**state_dict["rank 0"], **own})
+        first, own = state_dict["rank 0"], state_dict.get(f"rank {self.ranks.rank}")
+        restore_rng({**first, **(own or {})})
+        if own is None:
+            drawn = hashlib.sha256(first["torch"].numpy().tobytes()).digest()
+            key = derive_key(int.from_bytes(drawn[:8], "little"), self.ranks.rank)
+            torch.manual_seed(key % 2**63)
 
 
 def capture(trainer: TrainingLoop) -> dict[str, Any]:
