@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from tests import forked
 
 # What a rank does: join, let Ignite ask too, add up, leave.
@@ -150,6 +151,18 @@ def test_srun(nodes, script, tmp_path):
         for rank, local_rank in enumerate(local_ranks)
     ]
     assert said(forked.run_all(tasks, tmp_path, script)) == expected(local_ranks, "4711")
+
+
+def test_ranks_meet_again_at_a_store_that_an_earlier_start_has_used(script, tmp_path):
+    """torchrun keeps one store through its restarts, and each node counts its own."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    kept = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for counts in (("0", "0"), ("1", "0")):
+        places = zip(forked.rank_environments(2), counts, strict=True)
+        tasks = [
+            ([], {**place, **kept, "TORCHELASTIC_RESTART_COUNT": count}) for place, count in places
+        ]
+        assert said(forked.run_all(tasks, tmp_path, script)) == expected([0, 1], None)
 
 
 def test_two_ranks_of_the_cpu_on_a_machine_with_one_gpu(script, tmp_path, monkeypatch):

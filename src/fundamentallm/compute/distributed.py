@@ -6,8 +6,11 @@ Start ranks with `torchrun --nproc_per_node=N -m fundamentallm.engine run ...` o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -195,11 +198,42 @@ def _store_of_this_start() -> PrefixStore:
     """Return the store where the ranks meet, without what an earlier start has left there.
 
     torchrun keeps one store through its restarts; a rank that read the address of a process that is
-    gone could not connect.
+    gone could not connect. Its count of restarts names no start: each node has a count of its own.
     """
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store, _, world_size = next(rendezvous("env://"))
-    return PrefixStore(f"start-{start}-of-{world_size}", store)
+    store, rank, world_size = next(rendezvous("env://"))
+    return PrefixStore(_agree_on_start(store, rank, world_size), store)
+
+
+def _agree_on_start(store: Any, rank: int, world_size: int) -> str:
+    """Return a name that only the processes of this start know; every rank must call it.
+
+    Each rank signs in under a new name. The first rank offers a list of the names that it sees, and
+    makes it the start's once every rank has confirmed that the list has its own name: a list with
+    the name of a process that is gone is confirmed by nobody there, and another one follows.
+
+    Raises:
+        RuntimeError: a rank does not come within the store's time-out.
+    """
+    own, place = uuid.uuid4().hex, f"start-of-{world_size}"
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    signed_in = [f"{place}/{number}" for number in range(world_size)]
+    offer, others = f"{place}/offer", signed_in[1:]
+    store.set(signed_in[rank], own)
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check(others):
+            names = b",".join([own.encode(), *store.multi_get(others)])
+            store.set(offer, names)
+        names = store.get(offer) if store.check([offer]) else b""
+        if own.encode() in names.split(b","):
+            start = f"start-{hashlib.sha256(names).hexdigest()[:32]}"
+            store.set(f"{start}/confirmed/{rank}", "")
+            confirmed = [f"{start}/confirmed/{number}" for number in range(world_size)]
+            if rank == 0 and store.check(confirmed):
+                store.set(f"{start}/begins", "")
+            if store.check([f"{start}/begins"]):
+                return start
+        time.sleep(max(0.02, world_size / 10_000))  # a thousand ranks ask one store
+    raise RuntimeError(f"not all {world_size} ranks have come")
 
 
 def _tell_ignite() -> None:
