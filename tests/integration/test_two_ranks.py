@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ignite.engine import Events
+from ignite.metrics import Accuracy, Loss, TopKCategoricalAccuracy
 from tests import forked
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -400,6 +402,26 @@ def terminated(ranks: Ranks) -> dict[str, Any]:
     return run_and_report(trainer)
 
 
+def terminated_in_an_evaluation(ranks: Ranks, directory: Path) -> dict[str, Any]:
+    """A handler of the evaluator of rank 1 alone ends the run in its second evaluation."""
+    trainer = make_trainer(ranks, directory=directory, val_loader=Unreadable(ranks, -1))
+    if ranks.rank == 1:
+
+        @trainer.evaluator.on(Events.COMPLETED)
+        def enough() -> None:
+            if trainer.state.evaluations == 2:
+                trainer.terminate()
+
+    report = run_and_report(trainer)
+    again = make_trainer(ranks, directory=directory, val_loader=Unreadable(ranks, -1))
+    again.resume(directory / f"step-{report['iteration']:08d}")
+    return {
+        **report,
+        "evaluations": trainer.state.evaluations,
+        "resumed": run_and_report(again),
+    }
+
+
 def evaluation(ranks: Ranks) -> dict[str, Any]:
     # Five batches: three for the first rank, two for the second.
     loader = ValidationLoader(
@@ -409,8 +431,21 @@ def evaluation(ranks: Ranks) -> dict[str, Any]:
     model = make_model()
     trainer = make_trainer(ranks)
     output = Evaluator(model, trainer.precision, ranks)
+    Accuracy().attach(output, "accuracy")
+    TopKCategoricalAccuracy(3).attach(output, "top_3")
+    Loss(F.cross_entropy).attach(output, "cross_entropy")
     output.run(loader)
-    return {"nll": output.nll, "num_tokens": output.num_tokens, "batches": len(list(loader))}
+    metrics = dict(output.state.metrics)
+    if ranks.rank == 1:
+        output.add_event_handler(Events.ITERATION_COMPLETED(once=1), output.terminate)
+    cut = dict(output.run(loader).metrics)
+    return {
+        "nll": output.nll,
+        "num_tokens": output.num_tokens,
+        "batches": len(list(loader)),
+        "metrics": metrics,
+        "cut": cut,
+    }
 
 
 def sums(ranks: Ranks) -> dict[str, Any]:
@@ -474,6 +509,7 @@ def all_scenarios(ranks: Ranks, place: Path) -> Iterator[tuple[str, Any]]:
             yield name, unreadable(ranks, place / name.replace(" ", "-"), rank, step)
     yield "out of time", out_of_time(ranks)
     yield "terminated", terminated(ranks)
+    yield "terminated in an evaluation", terminated_in_an_evaluation(ranks, place / "ended")
     yield "evaluation", evaluation(ranks)
 
 
@@ -697,9 +733,21 @@ def test_one_rank_out_of_time_finishes_both(both):
 def test_a_handler_of_one_rank_that_terminates_ends_both_at_the_next_step(both):
     first, second = (results["terminated"] for results in both)
     assert first["iteration"] == second["iteration"] == FAULT_AT + 1
-    assert first["finished"] == "stopped by a handler on another rank"
-    assert second["finished"].startswith("stopped by enough (test_two_ranks.py, line ")
+    assert first["finished"].startswith("stopped by enough (test_two_ranks.py, line ")
+    assert second["finished"] == first["finished"]
     assert first["weights"] == second["weights"]
+
+
+def test_a_handler_of_one_rank_that_terminates_in_an_evaluation_ends_both_there(both):
+    first, second = (results["terminated in an evaluation"] for results in both)
+    assert (first["iteration"], first["evaluations"]) == (8, 2)
+    assert (second["iteration"], second["evaluations"]) == (8, 2)
+    assert first["finished"].startswith("stopped by enough (test_two_ranks.py, line ")
+    assert second["finished"] == first["finished"]
+    assert first["weights"] == second["weights"]
+    for report in (first, second):
+        assert report["resumed"]["iteration"] == 12
+        assert report["resumed"]["weights"] == both[0]["evaluated"]["weights"]
 
 
 def test_an_undisturbed_run_ends_alike_on_both(both):
@@ -742,6 +790,12 @@ def test_evaluation_adds_up_over_ranks_with_unequal_shares(both):
     for results in both:
         assert results["evaluation"]["num_tokens"] == alone["num_tokens"] == 69
         assert results["evaluation"]["nll"] == pytest.approx(alone["nll"], rel=1e-14)
+        metrics = results["evaluation"]["metrics"]
+        assert 0 < metrics["accuracy"] < metrics["top_3"]
+        for name, value in alone["metrics"].items():
+            exact = name in ("accuracy", "top_3")
+            assert metrics[name] == (value if exact else pytest.approx(value, rel=1e-6))
+        assert results["evaluation"]["cut"] == {}  # by the second rank alone
 
 
 if __name__ == "__main__":

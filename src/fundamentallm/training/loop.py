@@ -367,9 +367,10 @@ class TrainingLoop(Dispatcher):
                 facts.saved = decision.end
                 self._save(decision.save)
             spent = facts.finish
-            self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
+            self._evaluate()
             if point is not None and point.has_ended_at(step):
-                facts.finish = spent  # the run had ended here and was told to continue
+                # the run had ended here and was told to continue
+                facts.finish, self._stopped_by = spent, ""
             # If it is cut off again, it is still due before the next step.
             facts.leaving = self.evaluation_pending() and self.ranks.any(self._wants_to_leave())
         self._conclude()
@@ -458,7 +459,7 @@ class TrainingLoop(Dispatcher):
         facts.exhausted, facts.leaving = votes[0] > 0, votes[1] > 0
         facts.end_epoch, facts.skip_epoch_completed = votes[4] > 0, votes[5] > 0
         if votes[2]:
-            self.finish(self._stopped_by or STOPPED_BY + "a handler on another rank")
+            self._heed_terminations()
         return num_tokens, num_sequences
 
     def _foreign_rates(self) -> list[Any]:
@@ -574,7 +575,7 @@ class TrainingLoop(Dispatcher):
                 self._save(decision.save)
             elif decision.evaluate:
                 facts.evaluated = True
-                self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
+                self._evaluate()
                 facts.leaving = facts.leaving or (self.ranks.alone and self._wants_to_leave())
             elif decision is ROLL_BACK or self.restore_point is None:
                 return
@@ -589,6 +590,18 @@ class TrainingLoop(Dispatcher):
         if facts.end_epoch and facts.roll_back is None and step and self.epochs.end_early(step):
             self._measure_epoch()
             self._heed_epochs()
+
+    def _evaluate(self) -> None:
+        """Have the validation data measured."""
+        self.notify(TrainingEvents.FLLM_EVALUATION_DUE)
+        if not self.ranks.alone:
+            self._heed_terminations()
+
+    def _heed_terminations(self) -> None:
+        """Let the first rank whose handler has terminated the run end it on all, for one reason."""
+        source = self.ranks.first(bool(self._stopped_by))
+        if source is not None:
+            self.finish(self.ranks.broadcast_text(self._stopped_by, source))
 
     def _decide(self) -> Decision:
         step = self.state.iteration
@@ -685,7 +698,8 @@ class TrainingLoop(Dispatcher):
         """Wish to end the run for good after this step, as handlers written for Ignite do.
 
         Wherever it is called, the step is completed, evaluated and saved. `finished` names the
-        caller. On several ranks the call of one counts from the next step on.
+        caller. On several ranks the call of one counts from the next step on, or from the end of
+        the evaluation in which it is made.
         """
         reason = STOPPED_BY + caller_name(sys._getframe(1))
         if self.ranks.alone:
