@@ -24,6 +24,10 @@ PLUGINS = {
     "own_handler": ["handlers.gradient_noise.every=5"],
     "own_logger": ["handlers.sqlite=true"],
     "own_optimizer": ["training.optimizer=adabelief", "training.learning_rate=2e-3"],
+    "own_loss": [
+        "training.loss={name: confidence_penalty, beta: 0.1}",
+        "handlers.prediction_entropy=true",
+    ],
     "own_schedule": ["training.scheduler={name: restarts, depth: 0.2}"],
     "own_block": ["model.feedforward=geglu"],
     "own_model": ["model={family: gru, hidden_size: 48}"],
@@ -67,10 +71,10 @@ def final_val_loss(run: Path) -> float:
 def test_there_is_a_test_for_every_script():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
 
-    assert scripts == {"compose_handlers", "plot_run", "transformers_model", *PLUGINS}
+    assert scripts == {"compose_handlers", "lstm", "plot_run", "transformers_model", *PLUGINS}
 
 
-@pytest.mark.parametrize("name", [*PLUGINS])
+@pytest.mark.parametrize("name", ["lstm", *PLUGINS])
 @pytest.mark.long
 def test_a_script_runs_by_itself(name, tmp_path):
     result = python(str(EXAMPLES / f"{name}.py"), cwd=tmp_path)
@@ -89,6 +93,8 @@ def test_a_plugin_takes_part_in_a_run(name, tmp_path):
     assert lines[-1]["step"] == 12
     if name == "own_handler":
         assert "train/gradient_noise" in lines[-2]
+    if name == "own_loss":
+        assert lines[-2]["train/entropy"] > 0
     if name == "own_logger":
         with closing(sqlite3.connect(run / "metrics.sqlite")) as database:
             rows = database.execute("SELECT step, value FROM metrics WHERE name = 'val/loss'")
