@@ -61,7 +61,7 @@ LAYERS = [
     ["engine.wiring.abilities"],
     ["engine.tuning"],
     ["engine.wiring"],
-    ["engine", "engine.tuning.tune"],
+    ["engine", "engine.tuning.tune", "engine.tuning.range_test"],
     ["engine.commands"],
     ["engine.cli", "engine.__main__", "training.train", "testing"],
 ]

@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,19 +64,8 @@ def tune(
     Raises:
         FundamentaLLMError: as `run`, or no setting works.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise MachineError(
-            "tune measures one process",
-            got=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
-            fix="start it without torchrun",
-        )
-    if not 0 < seconds < math.inf:
-        raise ConfigError(
-            "the time for measuring is invalid",
-            where=f"--seconds {seconds:g}",
-            expected="a number of seconds above 0",
-        )
-    target = _free_path(config_path, out)
+    check_start(seconds)
+    target = free_path(config_path, out)
     deadline = time.monotonic() + seconds
     threads = torch.get_num_threads()  # torch's choice, before a configuration changes it
     written = load_config(config_path, overrides)
@@ -99,7 +88,9 @@ def tune(
         )
     say()
     table.ranking(best)
-    _write(target, config_path, overrides, config, best, keep)
+    write_copy(
+        target, config_path, overrides, partial(_changes, config=config, best=best, keep=keep)
+    )
     say()
     say(table.gain(start, best))
     say(f"Written to {target}. Next:")
@@ -107,7 +98,33 @@ def tune(
     return 130 if table.interrupted else 0
 
 
-def _free_path(config_path: Path, out: Path | None) -> Path:
+def check_start(seconds: float) -> None:
+    """Refuse several ranks, and a time that is none.
+
+    Raises:
+        MachineError, ConfigError: one of the two.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MachineError(
+            "tune measures one process",
+            got=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+            fix="start it without torchrun",
+        )
+    if not 0 < seconds < math.inf:
+        raise ConfigError(
+            "the time for measuring is invalid",
+            where=f"--seconds {seconds:g}",
+            expected="a number of seconds above 0",
+        )
+
+
+def free_path(config_path: Path, out: Path | None) -> Path:
+    """Return the path of the new file: `out`, or a free name beside the user's file.
+
+    Raises:
+        ConfigError: `out` exists already.
+        MachineError: its directory does not exist.
+    """
     if out is not None:
         if out.exists():
             raise ConfigError(
@@ -294,17 +311,25 @@ def _costs(plan: Plan, measurement: Measurement) -> tuple[str, str]:
     )
 
 
-def _write(
+def write_copy(
     target: Path,
     config_path: Path,
     overrides: Sequence[str],
-    config: RunConfig,
-    best: Plan,
-    keep: Sequence[str],
+    changes_to: Callable[[YamlDocument], dict[KeyPath, Any]],
 ) -> None:
-    """Write a copy of the user's file with the best settings, and check it as `run` would."""
+    """Write a copy of the user's file with other values, and check it as `run` would.
+
+    Args:
+        target: the new file.
+        config_path: the user's file.
+        overrides: as for `run`; the new file has them.
+        changes_to: returns the values to write into a document.
+
+    Raises:
+        MachineError: the file cannot be written.
+    """
     document = overridden(read_yaml(config_path), overrides)
-    changes = _changes(document, config, best, keep)
+    changes = changes_to(document)
     for path, value in changes.items():
         document = replaced(document, path, value, "tune")
     others = [tuple(word.partition("=")[0].strip().split(".")) for word in overrides]
