@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,10 +146,11 @@ def test_the_picture_is_a_png(capsys: pytest.CaptureFixture[str]) -> None:
     assert curve.png(3e-3).startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_without_matplotlib_it_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["tune", "tiny.yaml", "--learning-rate", "--steps", "60"]) == 0
     assert "pip install matplotlib" in capsys.readouterr().out
     assert not Path("tiny.tuned.png").exists()
