@@ -31,6 +31,7 @@ from fundamentallm.data.batch import Window
 from fundamentallm.engine.console import logging_to
 from fundamentallm.engine.wiring.assemble import assemble, open_machine
 from fundamentallm.engine.wiring.run_directory import RunDirectory
+from fundamentallm.models.build import build_model
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.testing import TINY_TEXT
 from fundamentallm.training.trainer import Trainer
@@ -144,7 +145,7 @@ def make_trainer(directory: Path, steps: int) -> Trainer:
 
 def bare_loop_of(trainer: Trainer) -> BareLoop:
     """Return a bare loop over a copy of the trainer's model as it stands."""
-    model = Transformer(trainer.model.config)
+    model = build_model(trainer.model.config)
     model.load_state_dict(trainer.model.state_dict())
     return BareLoop(model, trainer.config.learning_rate, trainer.config.warmup_steps)
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fundamentallm.config import TransformerConfig
+from fundamentallm.models.build import build_model
 from fundamentallm.models.generation.batch import Generation
 from fundamentallm.models.generation.sampling import SamplingRules
 from fundamentallm.models.transformer import Transformer
@@ -74,7 +75,7 @@ def main() -> None:
         num_layers=options.layers,
         num_heads=options.heads,
     )
-    model, context, batch = Transformer(config).eval(), options.context, options.batch
+    model, context, batch = build_model(config).eval(), options.context, options.batch
     kinds: dict[str, Callable[[], float]] = {
         "cached, within": lambda: cached(model, 1, 1, context - 1, clock),
         "plain, within": lambda: plain(model, 1, 1, context - 1, clock),

@@ -41,6 +41,7 @@ from fundamentallm.compute.peak import measured_peak
 from fundamentallm.config import load_config
 from fundamentallm.engine.console import logging_to
 from fundamentallm.engine.wiring import assemble, run_directory
+from fundamentallm.models.families import MODELS
 from fundamentallm.training.trainer import Trainer
 
 SHAPES = {
@@ -195,25 +196,34 @@ def hf(shape: Shape, watch: Stopwatch) -> nn.Module:
     return model.model
 
 
+@MODELS.register("by_hand")
+class ByHand(GPT):
+    """The model that is written by hand, as a family of this package."""
+
+    def __init__(self, layers: int, heads: int, width: int, context: int) -> None:
+        super().__init__(Shape(layers, heads, width, context, batch=1))
+
+
 def engine(shape: Shape, watch: Stopwatch) -> nn.Module:
     """Train the same model in this package's trainer, with the handlers that a run has."""
-    with assembled(shape, ["training.precision=fp32"], GPT(shape)) as trainer:
+    sizes = {"layers": shape.layers, "heads": shape.heads, "width": shape.width}
+    model = {"family": "by_hand", **sizes, "context": shape.context}
+    with assembled(shape, [f"model={json.dumps(model)}", "training.precision=fp32"]) as trainer:
         train(trainer, watch)
         return trainer.model
 
 
 def ours(shape: Shape, watch: Stopwatch) -> nn.Module:
     """Train this package's model of the shape as fast as it goes."""
-    with assembled(shape, FAST) as trainer:
+    sizes = [f"model.d_model={shape.width}", f"model.num_layers={shape.layers}"]
+    with assembled(shape, [*sizes, f"model.num_heads={shape.heads}", *FAST]) as trainer:
         train(trainer, watch)
         return trainer.model
 
 
 @contextlib.contextmanager
-def assembled(
-    shape: Shape, overrides: list[str], model: nn.Module | None = None
-) -> Iterator[Trainer]:
-    """Assemble a run of a shape as `run` does, with this model in place of its own if given."""
+def assembled(shape: Shape, overrides: list[str]) -> Iterator[Trainer]:
+    """Assemble a run of a shape as `run` does."""
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as held:
         text = Path(scratch) / "text.txt"
         text.write_text(Batches(shape).text(), encoding="utf-8")
@@ -223,9 +233,6 @@ def assembled(
                 f"data.source={text}",
                 f"data.sequence_length={shape.context}",
                 f"data.batch_size={shape.batch}",
-                f"model.d_model={shape.width}",
-                f"model.num_layers={shape.layers}",
-                f"model.num_heads={shape.heads}",
                 f"training.total_steps={10**6}",
                 f"training.eval_steps={10**6}",
                 "training.eval_epochs=false",
@@ -233,8 +240,6 @@ def assembled(
                 *overrides,
             ],
         )
-        if model is not None:
-            assemble.build_model = lambda *_: model  # type: ignore[assignment]
         directory = run_directory.choose(config, "never", Path(scratch) / "run")
         trainer = assemble.assemble(config, directory, assemble.open_machine(config)).trainer
         directory.path.mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.data.sources import read_source, split_tokens
 from fundamentallm.data.tokenizer import build_tokenizer
 from fundamentallm.events import TrainingEvents
-from fundamentallm.models.transformer import Transformer
+from fundamentallm.models.build import build_model
 from fundamentallm.training.handlers import NaNRollback, Schedule, Spikes, WeightEMA
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.schedulers import CosineAnnealingScheduler
@@ -55,7 +55,7 @@ class Nearest(Spikes):
 def train(tokens: Any, vocab_size: int, seed: int, steps: int, spikes: Spikes) -> list[str]:
     """Train one seed; return its incidents as text."""
     torch.manual_seed(seed)
-    model = Transformer(
+    model = build_model(
         TransformerConfig(
             vocab_size=vocab_size, sequence_length=CONTEXT, d_model=32, num_layers=2, num_heads=2
         )

@@ -77,6 +77,18 @@ def done(finished, place) -> Path:
     return Path("runs/tiny")
 
 
+@pytest.mark.parametrize("command", [["evaluate"], ["generate", "--max-tokens", "1"]])
+def test_a_model_is_used_with_the_threads_of_its_run(place, command):
+    before = torch.get_num_threads()
+    try:
+        assert main(["run", "tiny.yaml", "training.threads=2", "training.total_steps=1"]) == 0
+        torch.set_num_threads(3)
+        assert main([command[0], "runs/tiny", *command[1:]]) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture
 def at_step(monkeypatch) -> Callable[..., None]:
     """Let a function be called at the n-th of an event, in the next runs."""

@@ -420,17 +420,6 @@ class TestCrossField:
         assert error.what == "min_learning_rate 0.002 is above learning_rate 0.001"
         TrainingConfig(learning_rate=1e-3, min_learning_rate=1e-3)
 
-    def test_warmup_that_is_too_long(self):
-        error = fault("training:\n  total_steps: 100\n  warmup_steps: 100\n")
-        assert error.where == "YAML text:3: training.warmup_steps"
-        assert error.what == "warmup_steps 100 is not below the run's total_steps 100"
-        TrainingConfig(total_steps=100, warmup_steps=99)
-        TrainingConfig(total_steps=100)
-
-    @pytest.mark.parametrize("schedule", ["constant", "exponential"])
-    def test_a_schedule_without_warmup_does_not_ask(self, schedule):
-        TrainingConfig(total_steps=100, warmup_steps=100, scheduler=schedule)
-
     @pytest.mark.parametrize(
         ("given", "mixed", "precision"),
         [

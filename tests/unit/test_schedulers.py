@@ -13,6 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.properties import examples
 
+from fundamentallm.config import RunConfig
+from fundamentallm.engine.wiring.assemble import check_names
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.training.schedulers import (
     SCHEDULERS,
@@ -343,3 +345,40 @@ def test_a_schedule_of_ones_own_is_one_method():
 
     scheduler = Halves(sgd(1.0))
     assert [scheduler.step() for _ in range(3)] == [0.5, 0.25, 0.125]
+
+
+def with_warmup(schedule: str, warmup_steps: int | None) -> RunConfig:
+    lines = ["training:", f"  scheduler: {schedule}", "  total_steps: 100"]
+    if warmup_steps is not None:
+        lines.append(f"  warmup_steps: {warmup_steps}")
+    return RunConfig.from_yaml("\n".join(lines))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULERS.names())
+def test_a_warmup_longer_than_the_run_is_refused_where_the_schedule_has_one(schedule):
+    check_names(with_warmup(schedule, None))
+    check_names(with_warmup(schedule, 99))
+    if not SCHEDULERS.get(schedule).uses_warmup:
+        check_names(with_warmup(schedule, 100))
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_names(with_warmup(schedule, 100))
+    assert caught.value.where == "YAML text:4: training.warmup_steps"
+    assert caught.value.what == "warmup_steps 100 is not below the run's total_steps 100"
+
+
+def test_a_schedule_of_somebody_else_says_that_it_warms_up(monkeypatch):
+    monkeypatch.setattr(SCHEDULERS, "_factories", {**SCHEDULERS._factories})
+
+    @SCHEDULERS.register("rising")
+    class Rising(LearningRateScheduler):
+        uses_warmup = True
+
+        def __init__(self, optimizer, warmup_steps: int) -> None:
+            super().__init__(optimizer)
+
+        def multiplier(self, step, progress=None):
+            return 1.0
+
+    with pytest.raises(ConfigError, match="warmup_steps 100 is not below"):
+        check_names(with_warmup("rising", 100))

@@ -22,15 +22,6 @@ from fundamentallm.errors import ConfigError
 
 DEFAULT_WARMUP_STEPS = 500
 
-# A schedule from a plugin says whether it warms up; the engine asks it.
-_SCHEDULES_THAT_WARM_UP = {
-    "linear_warmup",
-    "cosine",
-    "linear",
-    "warmup_stable_decay",
-    "inverse_square_root",
-}
-
 
 class TrainingConfig(BaseConfig):
     """Optimization, budgets and cadence. A step is an optimizer step."""
@@ -226,10 +217,6 @@ class TrainingConfig(BaseConfig):
                 f"{self.learning_rate}",
                 fix="lower min_learning_rate",
             )
-        warms_up = self.scheduler.name in _SCHEDULES_THAT_WARM_UP
-        if warms_up and self.total_steps is not None and _too_long(self, self.total_steps):
-            what, fix = _too_long_in_words(self, self.total_steps)
-            raise problem("warmup_steps", what, fix=fix)
         return self
 
 
@@ -251,9 +238,12 @@ def resolve_warmup(config: TrainingConfig, total_steps: int | None) -> tuple[int
     if total_steps is None:
         return steps, None
     if "warmup_steps" in config.model_fields_set:
-        if _too_long(config, total_steps):
-            what, fix = _too_long_in_words(config, total_steps)
-            raise ConfigError(what, key="warmup_steps", fix=fix)
+        if steps >= total_steps:
+            raise ConfigError(
+                f"warmup_steps {steps} is not below the run's total_steps {total_steps}",
+                key="warmup_steps",
+                fix=f"remove warmup_steps (the default is {total_steps // 10}), or train longer",
+            )
         return steps, None
     tenth = total_steps // 10
     if tenth >= steps:
@@ -261,15 +251,4 @@ def resolve_warmup(config: TrainingConfig, total_steps: int | None) -> tuple[int
     return tenth, (
         f"warmup_steps: {tenth}, a tenth of the run's {total_steps:,} steps "
         f"({steps} is for runs of at least {10 * steps:,} steps)"
-    )
-
-
-def _too_long(config: TrainingConfig, total_steps: int) -> bool:
-    return "warmup_steps" in config.model_fields_set and config.warmup_steps >= total_steps
-
-
-def _too_long_in_words(config: TrainingConfig, total_steps: int) -> tuple[str, str]:
-    return (
-        f"warmup_steps {config.warmup_steps} is not below the run's total_steps {total_steps}",
-        f"remove warmup_steps (the default is {total_steps // 10}), or train longer",
     )

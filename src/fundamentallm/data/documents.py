@@ -21,11 +21,11 @@ from typing import Any, BinaryIO, Protocol
 from fundamentallm.data.file_kinds import SUFFIXES, Kind, kind_of, refuse_other_data
 from fundamentallm.data.folder import files_in
 from fundamentallm.data.text_file import (
-    SIGNATURES,
     UTF8_BOM,
     check_regular,
     encoding_fix,
     raise_all,
+    refuse_signature,
     to_utf8,
     unreadable,
 )
@@ -41,6 +41,7 @@ ZSTANDARD_CHUNK = 1 << 11  # bytes decompressed at once: a block of 4 bytes may 
 LONGEST_LINE = 1 << 24  # bytes of JSON
 LARGEST_ARRAY = 1 << 28  # bytes of JSON that are one array
 STANDARD_INPUT = "-"
+_UNPACK = "unpack or convert it to UTF-8 text first"
 _GZIP, _ZSTANDARD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 
 
@@ -349,26 +350,8 @@ def _decompressed(file: _Counted, name: str) -> Read:
         return _Guarded(_gunzip(file), file, name, "gzip").read
     if first.startswith(_ZSTANDARD):
         return _Guarded(_unzstandard(file, name), file, name, "Zstandard").read
-    refuse_signature(first, name)
+    refuse_signature(first, name, _UNPACK)
     return file.read
-
-
-def refuse_signature(first: bytes, name: str) -> None:
-    """Refuse what its first bytes tell to be no UTF-8 text.
-
-    Raises:
-        DataError: so it is.
-    """
-    for signature, kind in SIGNATURES.items():
-        if first.startswith(signature):
-            raise DataError(
-                f"this is a {kind} file, not UTF-8 text",
-                where=name,
-                got=f"first bytes {first[:4].hex(' ')}",
-                fix=encoding_fix(first)
-                if kind == "UTF-16"
-                else "unpack or convert it to UTF-8 text first",
-            )
 
 
 class _Guarded:
@@ -389,7 +372,7 @@ class _Guarded:
             if not self._begun:
                 while len(self._ahead) < 16 and (more := self._next()):
                     self._ahead += more
-                refuse_signature(self._ahead, f"{self._name}, unpacked")
+                refuse_signature(self._ahead, f"{self._name}, unpacked", _UNPACK)
                 self._begun = True
         data, self._ahead = self._ahead[:size], self._ahead[size:]
         return data

@@ -17,11 +17,10 @@ from typing import Any
 
 from fundamentallm.data.text_file import read_text
 from fundamentallm.data.token_file import FileTokens, read_tokens
-from fundamentallm.data.tokenizer import Tokenizer, load_tokenizer
+from fundamentallm.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from fundamentallm.errors import DataError
 
 MANIFEST = "prepare.json"
-TOKENIZER = "tokenizer.json"
 WHOLE = "all"
 PARTS = ("train", "val", "test")
 FORMAT = 1
@@ -100,7 +99,7 @@ def read_prepared(folder: Path) -> Prepared:
         DataError: a part of it is missing or damaged, or the parts do not belong together.
     """
     names = list(read_manifest(folder)["files"])
-    tokenizer = load_tokenizer(folder / TOKENIZER)
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     digest = hashlib.sha256()
     tokens = {}
     end_id = None

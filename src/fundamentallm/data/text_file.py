@@ -36,16 +36,8 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise unreadable(path, error) from error
-    for signature, kind in SIGNATURES.items():
-        if data.startswith(signature):
-            raise DataError(
-                f"this is a {kind} file, not UTF-8 text",
-                where=where,
-                got=f"first bytes {data[:4].hex(' ')}",
-                fix=encoding_fix(data)
-                if kind == "UTF-16"
-                else "`prepare` reads gzip, Zstandard and Parquet; unpack or convert anything else",
-            )
+    unpack = "`prepare` reads gzip, Zstandard and Parquet; unpack or convert anything else"
+    refuse_signature(data, where, unpack)
     try:
         text = data.removeprefix(UTF8_BOM).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -65,6 +57,27 @@ def read_text(path: Path) -> str:
             fix=encoding_fix(data),
         )
     return text
+
+
+def refuse_signature(data: bytes, where: str, unpack: str) -> None:
+    """Refuse a file whose first bytes show that it is not UTF-8 text.
+
+    Args:
+        data: the contents, or the first 16 bytes of them.
+        where: the place for the message.
+        unpack: how to mend it, unless the file is in another encoding.
+
+    Raises:
+        DataError: it is of another kind.
+    """
+    for signature, kind in SIGNATURES.items():
+        if data.startswith(signature):
+            raise DataError(
+                f"this is a {kind} file, not UTF-8 text",
+                where=where,
+                got=f"first bytes {data[:4].hex(' ')}",
+                fix=encoding_fix(data) if kind == "UTF-16" else unpack,
+            )
 
 
 def read_texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from fundamentallm.data.text_file import check_regular, unreadable
-from fundamentallm.data.tokenizer import Tokenizer, load_tokenizer
+from fundamentallm.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from fundamentallm.errors import DataError
 
 SUFFIX = ".tokens"
@@ -272,7 +272,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer | None = None) -> ReadTokens:
             outside the vocabulary.
     """
     check_regular(path)
-    tokenizer = tokenizer or load_tokenizer(path.with_name("tokenizer.json"))
+    tokenizer = tokenizer or load_tokenizer(path.with_name(TOKENIZER_FILE))
     fingerprint = tokenizer.fingerprint()
     header = None
     if path.suffix.lower() == SUFFIX:
@@ -283,7 +283,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer | None = None) -> ReadTokens:
             raise DataError(
                 "the token file was made with another tokenizer than the one beside it",
                 where=str(path),
-                got=f"tokenizer {fingerprint[:16]} in {path.with_name('tokenizer.json')}",
+                got=f"tokenizer {fingerprint[:16]} in {path.with_name(TOKENIZER_FILE)}",
                 expected=f"tokenizer {header.tokenizer[:16]}",
                 fix=_PREPARE_ANEW,
             )

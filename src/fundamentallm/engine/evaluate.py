@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ from fundamentallm.inference.evaluate import (
     text_document,
     text_size,
 )
-from fundamentallm.inference.load import Trained, load_trained
+from fundamentallm.inference.load import Trained, load_on_device
 from fundamentallm.training.metrics import METRICS, numbers_in
 
 logger = logging.getLogger(__name__)
@@ -52,103 +52,176 @@ logger = logging.getLogger(__name__)
 PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is measured.
+
+    Attributes:
+        data: the source, in words.
+        documents: those with a token to predict.
+        num_left_out: the number of the others.
+        by_document: whether each document of a text is separate, and listed.
+        context: tokens that the model reads.
+        stride: tokens from the start of a sequence to that of the next.
+        end_id: the token after each document, if documents are masked as in training.
+    """
+
+    data: str
+    documents: list[Document]
+    num_left_out: int
+    by_document: bool
+    context: int
+    stride: int
+    end_id: int | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured.
+
+    Attributes:
+        total: of all documents together.
+        by_name: of each document.
+        metrics: the run's own, by name.
+        comparable: whether the bits are of the text as it is, not as the tokenizer decodes it.
+    """
+
+    total: Evaluated
+    by_name: list[tuple[str, Evaluated]]
+    metrics: dict[str, float]
+    comparable: bool
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """Print loss, perplexity and bits per character and byte."""
     with console_output():
         load_plugins(options.plugins, "--plugins")
-        _check(options)
-        machine = Machine.open(options.device)
-        trained = load_trained(options.model, machine.device)
-        context = trained.config.model.sequence_length
-        assert context is not None
-        stride = context if options.stride is None else options.stride
-        if not 1 <= stride <= context:
+        if options.document_separator == "":
             raise ConfigError(
-                "stride is out of range",
-                key="--stride",
-                got=str(stride),
-                expected=f"1 to {context}, the context length",
+                "--document-separator is empty",
+                fix="give the text that ends a document, for example '<end>'",
             )
-        source = _source(trained, options.data)
-        part = _part(source, options)
-        what = options.data or "the run's"
-        if part is not None:
-            what += f" {PARTS[part]} split"
-        if options.document_separator is not None and not _has_text(source):
-            raise ConfigError(
-                "--document-separator splits text into documents, but this source holds examples",
-                got=what,
-                fix="remove it: each example is a document, and --documents lists them",
-            )
-        apart = options.documents or options.document_separator is not None
-        documents = _documents(trained, source, part, apart, options.document_separator)
-        measured = [document for document in documents if document.num_predicted]
-        if not measured:
-            raise DataError(
-                "there is nothing to evaluate",
-                where=what,
-                got=f"{sum(len(document.tokens) for document in documents):,} tokens",
-                expected="at least 2",
-                fix="choose a text with --data",
-            )
-        facts, training = ModelFacts.of(trained.config.model), trained.config.training
-        plan = Plan.again(training, facts, machine, fp16_elsewhere="fp32")
-        metrics = _metrics(trained, machine.device)
-        total, each = evaluate_documents(
-            plan.prepare(trained.model),
-            trained.tokenizer,
-            measured,
-            context,
-            trained.config.data.batch_size,
-            plan.build_precision(),
-            stride,
-            source.end_id if trained.config.data.packing == "document" else None,
-            metrics.values(),
-        )
-        numbers = numbers_in({name: metric.compute() for name, metric in metrics.items()})
-    comparable = all(document.size is not None for document in measured) or not changes_texts(
-        trained.tokenizer
-    )
-    by_name = list(zip((document.name for document in measured), each, strict=True))
-    num_left_out = len(documents) - len(measured)
+        trained, machine = load_on_device(options.model, options.device)
+        task = choose_task(trained, options)
+        figures = measure(trained, machine, task)
     if options.json:
-        about = {
-            "checkpoint": str(trained.checkpoint),
-            "step": trained.manifest.step,
-            "averaged_weights": trained.averaged,
-            "data": what,
-            "context_length": context,
-            "stride": stride,
-            **total.to_dict(),
-            "bits_comparable": comparable,
-        }
-        if numbers:
-            about["metrics"] = numbers
-        if apart:
-            about["documents"] = [{"name": name, **one.to_dict()} for name, one in by_name]
-            about["documents_too_short"] = num_left_out
-        say(json.dumps(about))
-        return 0
+        say(json.dumps(_report(trained, task, figures)))
+    else:
+        _print(trained, task, figures)
+    return 0
+
+
+def choose_task(trained: Trained, options: argparse.Namespace) -> Task:
+    """Return what the command line asks to measure.
+
+    Raises:
+        ConfigError: two options do not go together, or the stride is out of range.
+        DataError: the text cannot be used, or has no token to predict.
+    """
+    context = trained.config.model.sequence_length
+    assert context is not None
+    stride = context if options.stride is None else options.stride
+    if not 1 <= stride <= context:
+        raise ConfigError(
+            "stride is out of range",
+            key="--stride",
+            got=str(stride),
+            expected=f"1 to {context}, the context length",
+        )
+    source = _source(trained, options.data)
+    part = _part(source, options)
+    data = options.data or "the run's"
+    if part is not None:
+        data += f" {PARTS[part]} split"
+    separator = options.document_separator
+    if separator is not None and not _has_text(source):
+        raise ConfigError(
+            "--document-separator splits text into documents, but this source holds examples",
+            got=data,
+            fix="remove it: each example is a document, and --documents lists them",
+        )
+    by_document = options.documents or separator is not None
+    documents = _documents(trained, source, part, by_document, separator)
+    measured = [document for document in documents if document.num_predicted]
+    if not measured:
+        raise DataError(
+            "there is nothing to evaluate",
+            where=data,
+            got=f"{sum(len(document.tokens) for document in documents):,} tokens",
+            expected="at least 2",
+            fix="choose a text with --data",
+        )
+    masked = trained.config.data.packing == "document"
+    end_id = source.end_id if masked else None
+    num_left_out = len(documents) - len(measured)
+    return Task(data, measured, num_left_out, by_document, context, stride, end_id)
+
+
+def measure(trained: Trained, machine: Machine, task: Task) -> Figures:
+    """Measure the documents as the run's validation does."""
+    training, facts = trained.config.training, ModelFacts.of(trained.config.model)
+    plan = Plan.again(training, facts, machine, fp16_elsewhere="fp32")
+    metrics = _metrics(trained, machine.device)
+    total, each = evaluate_documents(
+        plan.prepare(trained.model),
+        trained.tokenizer,
+        task.documents,
+        task.context,
+        trained.config.data.batch_size,
+        plan.build_precision(),
+        task.stride,
+        task.end_id,
+        metrics.values(),
+    )
+    comparable = all(document.size is not None for document in task.documents)
+    return Figures(
+        total,
+        list(zip((document.name for document in task.documents), each, strict=True)),
+        numbers_in({name: metric.compute() for name, metric in metrics.items()}),
+        comparable or not changes_texts(trained.tokenizer),
+    )
+
+
+def _report(trained: Trained, task: Task, figures: Figures) -> dict[str, Any]:
+    report = {
+        "checkpoint": str(trained.checkpoint),
+        "step": trained.manifest.step,
+        "averaged_weights": trained.averaged,
+        "data": task.data,
+        "context_length": task.context,
+        "stride": task.stride,
+        **figures.total.to_dict(),
+        "bits_comparable": figures.comparable,
+    }
+    if figures.metrics:
+        report["metrics"] = figures.metrics
+    if task.by_document:
+        report["documents"] = [{"name": name, **one.to_dict()} for name, one in figures.by_name]
+        report["documents_too_short"] = task.num_left_out
+    return report
+
+
+def _print(trained: Trained, task: Task, figures: Figures) -> None:
+    total = figures.total
     say(f"checkpoint          {trained.origin}")
-    say(f"data                {what}")
-    if stride != context:
-        say(f"windows             of {context} tokens, one every {stride}")
+    say(f"data                {task.data}")
+    if task.stride != task.context:
+        say(f"windows             of {task.context} tokens, one every {task.stride}")
     say(f"loss                {total.loss:.4f} nats per token")
     say(f"perplexity          {total.perplexity:.3f}")
     say(f"bits per character  {total.bits_per_character:.4f}")
     say(f"bits per byte       {total.bits_per_byte:.4f}")
-    for name, number in numbers.items():
+    for name, number in figures.metrics.items():
         say(f"{name:<20}{number:.4f}")
     say(f"tokens              {total.num_tokens:,}")
-    if not comparable:
+    if not figures.comparable:
         say(
             "The bits are per character and byte of the decoded text, which this tokenizer may"
             " change; do\nnot compare them with those of other tokenizers, or choose the text"
             " with --data."
         )
-    if apart:
-        _table(by_name, num_left_out)
-    return 0
+    if task.by_document:
+        _table(figures.by_name, task.num_left_out)
 
 
 def _metrics(trained: Trained, device: torch.device) -> dict[str, Metric]:
@@ -164,14 +237,6 @@ def _metrics(trained: Trained, device: torch.device) -> dict[str, Metric]:
                 "the run's metric '%s' is left out: name its plugin with --plugins", component.name
             )
     return metrics
-
-
-def _check(options: argparse.Namespace) -> None:
-    if options.document_separator == "":
-        raise ConfigError(
-            "--document-separator is empty",
-            fix="give the text that ends a document, for example '<end>'",
-        )
 
 
 def _part(source: Source, options: argparse.Namespace) -> str | None:
@@ -242,7 +307,7 @@ def _source(trained: Trained, data: str | None) -> Source:
 
 
 def _documents(
-    trained: Trained, source: Source, part: str | None, apart: bool, separator: str | None
+    trained: Trained, source: Source, part: str | None, by_document: bool, separator: str | None
 ) -> list[Document]:
     """Return the documents to measure: the texts of a source, or those of a part of the split.
 
@@ -250,7 +315,7 @@ def _documents(
         trained: the model.
         source: the source.
         part: "train", "val" or "test"; None: all of the source.
-        apart: whether each document of a text is separate; examples always are.
+        by_document: whether each document of a text is separate; examples always are.
         separator: the text that ends a document inside a file.
     """
     tokenizer = trained.tokenizer
@@ -262,14 +327,14 @@ def _documents(
             assert context is not None
             encoded = encode_examples(member.examples, tokenizer, context)
             found += example_documents(*member.part(encoded, fractions, part or "train"), tokenizer)
-        elif isinstance(member, TextSource) and apart:
+        elif isinstance(member, TextSource) and by_document:
             found += _text_documents(member, tokenizer, fractions, part, separator)
         elif isinstance(member, TextSource):
             found.append(_text_as_one(member, tokenizer, fractions, part))
         elif isinstance(member, SequenceSource):
             ids = member.parts(tokenizer, fractions)[part or "train"]
             whole = Document(member.name, ids)
-            if apart and member.end_id is not None:
+            if by_document and member.end_id is not None:
                 found += split_documents(whole, member.end_id)
             else:
                 found.append(whole)

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fundamentallm.data.tokenizer import TOKENIZER_FILE
 from fundamentallm.data.tokenizer.tokenizer_json import token_name, tokenizer_json
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import (
@@ -89,7 +90,7 @@ def export_hf(trained: Trained, path: Path) -> None:
             ),
             "generation_config.json": _json({**special, **_stops(trained)}),
             "model.safetensors": tensor_file_chunks(layout.to_theirs(config, weights)),
-            "tokenizer.json": _json(tokenizer),
+            TOKENIZER_FILE: _json(tokenizer),
             "tokenizer_config.json": _json(
                 {
                     "tokenizer_class": "PreTrainedTokenizerFast",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fundamentallm.compute.plan import Machine
 from fundamentallm.config import RunConfig
 from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fundamentallm.errors import CheckpointError
@@ -149,6 +150,19 @@ def load_trained(path: Path, device: torch.device) -> Trained:
             fix="use another checkpoint",
         )
     return Trained(model.to(device).eval(), tokenizer, config, checkpoint, manifest, averaged)
+
+
+def load_on_device(path: Path, device: str) -> tuple[Trained, Machine]:
+    """Load a trained model onto a device, and set the number of threads that its run used.
+
+    Raises:
+        CheckpointError, ConfigError: as `load_trained`.
+        ConfigError, MachineError: as `Machine.open`.
+    """
+    trained = load_trained(path, torch.device("cpu"))
+    machine = Machine.open(device, trained.config.training.threads)
+    trained.model.to(machine.device)
+    return trained, machine
 
 
 def weights_of(state: dict[str, Any], where: str = "") -> tuple[dict[str, torch.Tensor], bool]:

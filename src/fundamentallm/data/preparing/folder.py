@@ -28,14 +28,14 @@ from fundamentallm.data.documents import (
     copy_standard_input,
     find_inputs,
 )
-from fundamentallm.data.prepared import FORMAT, MANIFEST, PARTS, TOKENIZER, WHOLE, read_manifest
+from fundamentallm.data.prepared import FORMAT, MANIFEST, PARTS, WHOLE, read_manifest
 from fundamentallm.data.preparing.encoding import encoded
 from fundamentallm.data.preparing.options import Options
 from fundamentallm.data.preparing.pieces import Counts, cut, no_text, read_documents
 from fundamentallm.data.preparing.token_writer import TokenWriter
 from fundamentallm.data.preparing.tokenizer import build_with_end, learns
 from fundamentallm.data.token_file import TokenHeader, read_header
-from fundamentallm.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from fundamentallm.data.tokenizer import TOKENIZER_FILE, TOKENIZERS, Tokenizer, load_tokenizer
 from fundamentallm.errors import DataError, MachineError
 from fundamentallm.files.filesystem import (
     Filesystem,
@@ -165,7 +165,7 @@ def up_to_date(inputs: Sequence[Input], out: Path, options: Options) -> bool:
                 expected=f"tokenizer {named.fingerprint()[:16]}",
                 fix=fix,
             )
-    own = load_tokenizer(out / TOKENIZER).fingerprint()
+    own = load_tokenizer(out / TOKENIZER_FILE).fingerprint()
     for name, said in manifest["files"].items():
         header = read_header(out / f"{name}.tokens")
         if (header.count, header.sha256) != (said["tokens"], said["sha256"]):
@@ -179,7 +179,7 @@ def up_to_date(inputs: Sequence[Input], out: Path, options: Options) -> bool:
         if not own == header.tokenizer == manifest["tokenizer"]:
             raise DataError(
                 "the tokenizer in the folder differs from the one of its tokens",
-                where=str(out / TOKENIZER),
+                where=str(out / TOKENIZER_FILE),
                 got=f"tokenizer {own[:16]}",
                 expected=f"tokenizer {header.tokenizer[:16]}",
                 fix=fix,
@@ -216,7 +216,7 @@ def _refuse_occupied(out: Path) -> None:
 
 def _remove_leftovers(out: Path) -> None:
     """Remove what killed runs left; a live one holds its lock."""
-    own = {LOCK, MANIFEST, TOKENIZER, COPY, *(f"{name}.tokens" for name in (WHOLE, *PARTS))}
+    own = {LOCK, MANIFEST, TOKENIZER_FILE, COPY, *(f"{name}.tokens" for name in (WHOLE, *PARTS))}
     for leftover in out.parent.glob(f".{glob.escape(out.name)}.tmp-*"):
         with contextlib.suppress(MachineError, OSError):
             if {path.name for path in leftover.iterdir()} <= own:
@@ -283,7 +283,7 @@ def _write_into(
         "files": files,
         **vars(counts),
     }
-    write_file(filesystem, staging / TOKENIZER, [tokenizer.to_json().encode()])
+    write_file(filesystem, staging / TOKENIZER_FILE, [tokenizer.to_json().encode()])
     write_file(filesystem, staging / MANIFEST, [f"{json.dumps(manifest, indent=1)}\n".encode()])
     _tell(counts, files, tokenizer)
     if options.split == "document":

@@ -1,6 +1,7 @@
 """Text to token ids and back: one file for each kind of tokenizer; `base` has what they share."""
 
 from fundamentallm.data.tokenizer.base import (
+    TOKENIZER_FILE,
     TOKENIZERS,
     Tokenizer,
     build_tokenizer,
@@ -13,6 +14,7 @@ from fundamentallm.data.tokenizer.subword import BpeTokenizer, FileTokenizer, Su
 
 __all__ = [
     "TOKENIZERS",
+    "TOKENIZER_FILE",
     "BpeTokenizer",
     "ByteTokenizer",
     "CharacterTokenizer",

@@ -18,6 +18,8 @@ from fundamentallm.registry import Registry
 
 FORMAT = 1
 PIECE = 1 << 15  # characters of a long text that are encoded as one
+TOKENIZER_FILE = "tokenizer.json"
+"""The name of a tokenizer's file beside token files and in folders of other tools."""
 _SAVE_ANEW = "use a file that Tokenizer.save wrote"
 
 

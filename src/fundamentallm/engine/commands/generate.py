@@ -86,13 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Stream text to the terminal, for one prompt or for each that is typed."""
     with loading():
-        from fundamentallm.compute.plan import Machine
         from fundamentallm.engine.plugins import load_plugins
-        from fundamentallm.inference.load import load_trained
+        from fundamentallm.inference.load import load_on_device
 
     with console_output():
         load_plugins(options.plugins, "--plugins")
-        trained = load_trained(options.model, Machine.open(options.device).device)
+        trained, _ = load_on_device(options.model, options.device)
         loss = trained.val_loss
         measured = f"; validation loss {loss:.4f}" if isinstance(loss, float) else ""
         logger.info("from %s%s", trained.origin, measured)

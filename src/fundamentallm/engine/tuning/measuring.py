@@ -40,12 +40,13 @@ from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.tuning.fit import refuse_what_cannot_fit
 from fundamentallm.engine.wiring.abilities import check_abilities
 from fundamentallm.errors import ConfigError, FundamentaLLMError
+from fundamentallm.files.run_layout import CONFIG
 from fundamentallm.models.build import build_model
 from fundamentallm.training.losses import LOSSES
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.step import TrainStep
 
-CONFIG, ROWS, REQUEST, RESULT = "config.yaml", "rows.safetensors", "request.json", "result.json"
+ROWS, REQUEST, RESULT = "rows.safetensors", "request.json", "result.json"
 LEAST_STEPS, MOST_STEPS = 3, 1_000
 
 

@@ -289,12 +289,25 @@ def check_names(config: RunConfig) -> None:
     ):
         with config.locating_errors(key):
             registry.check(component.name, component.options)
+    choose_warmup(config, training.total_steps)
     for name, metric in config.evaluation.metrics.items():
         with config.locating_errors(f"evaluation.metrics.{name}"):
             METRICS.check(metric.name, metric.options)
     for name, options in config.handlers.items():
         with config.locating_errors(f"handlers.{name}"):
             HANDLERS.check(name, options if isinstance(options, dict) else {})
+
+
+def choose_warmup(config: RunConfig, total_steps: int | None) -> tuple[int, str | None]:
+    """Return the warmup steps of a run of so many steps, and a note if they were chosen here.
+
+    Raises:
+        ConfigError: the schedule warms up, and longer than the run.
+    """
+    if not getattr(SCHEDULERS.get(config.training.scheduler.name), "uses_warmup", False):
+        return config.training.warmup_steps, None
+    with config.locating_errors("training"):
+        return resolve_warmup(config.training, total_steps)
 
 
 def open_machine(config: RunConfig, join: bool = False) -> Machine:
@@ -462,10 +475,8 @@ def resolve(
     training = config.training
     notes = [*inputs.start.notes, *without_effect(config, inputs.source)]
     limits = Limits.resolve(training, len(loader), loader.steps_for_tokens)
-    with config.locating_errors("training.warmup_steps"):
-        warmup, note = resolve_warmup(training, limits.total_steps)
-    if note and getattr(SCHEDULERS.get(training.scheduler.name), "uses_warmup", False):
-        notes.append(note)
+    warmup, note = choose_warmup(config, limits.total_steps)
+    notes += [note] if note else []
     model = config.model.model_copy(
         update={
             "vocab_size": config.model.vocab_size or tokenizer.vocab_size,

@@ -14,7 +14,7 @@ from torch import nn
 
 from fundamentallm.config import RunConfig, TransformerConfig
 from fundamentallm.data.text_file import read_text
-from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
+from fundamentallm.data.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_from_dict
 from fundamentallm.data.tokenizer.tokenizer_json import read_tokenizer_json
 from fundamentallm.engine.wiring.run_directory import RunDirectory
 from fundamentallm.errors import ConfigError, DataError
@@ -22,7 +22,6 @@ from fundamentallm.inference.stored_model import stored_config
 from fundamentallm.models.layouts.pretrained import Pretrained
 from fundamentallm.training.checkpoint.manifest import Manifest
 
-TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
@@ -56,14 +55,14 @@ class StartingPoint:
         if self.checkpoint is not None:
             return tokenizer_from_dict(self.checkpoint.metadata["tokenizer"], self.checkpoint.name)
         assert self.pretrained is not None
-        path = self.pretrained.folder / TOKENIZER
+        path = self.pretrained.folder / TOKENIZER_FILE
         if path.exists():
             return read_tokenizer_json(path, _end_of_text(path.with_name(TOKENIZER_CONFIG)))
         with self.written.locating_errors("data.tokenizer"):
             raise ConfigError(
                 "the init_from folder has no tokenizer, and a new one would give the ids"
                 " other meanings",
-                got=f"no {TOKENIZER} in {self.pretrained.folder}",
+                got=f"no {TOKENIZER_FILE} in {self.pretrained.folder}",
                 fix="set data.tokenizer to the one that the model was trained with",
             )
 
@@ -113,8 +112,9 @@ def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
             notes.append(
                 f"the context length is {length} instead of the folder's {model.sequence_length}"
             )
-    if "tokenizer" not in config.left_to_init_from and (pretrained.folder / TOKENIZER).exists():
-        notes.append(f"data.tokenizer is used instead of the {TOKENIZER} in {folder}")
+    has_tokenizer = (pretrained.folder / TOKENIZER_FILE).exists()
+    if has_tokenizer and "tokenizer" not in config.left_to_init_from:
+        notes.append(f"data.tokenizer is used instead of the {TOKENIZER_FILE} in {folder}")
     completed = config.model_copy(
         update={
             "model": model.model_copy(update={"sequence_length": length}),

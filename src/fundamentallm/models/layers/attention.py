@@ -115,13 +115,9 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 
     Returns:
         (B, H, T, K).
     """
+    grouped = query.size(1) != key.size(1)
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        dropout_p=dropout,
-        is_causal=True,
-        enable_gqa=query.size(1) != key.size(1),
+        query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=grouped
     )
 
 
@@ -207,13 +203,9 @@ def document_attention(
     Returns:
         (B, H, T, K).
     """
+    grouped = query.size(1) != key.size(1)
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=visible,
-        dropout_p=dropout,
-        enable_gqa=query.size(1) != key.size(1),
+        query, key, value, attn_mask=visible, dropout_p=dropout, enable_gqa=grouped
     )
 
 
