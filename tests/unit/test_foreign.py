@@ -335,6 +335,19 @@ def test_an_average_goes_on_after_a_resume_as_if_the_run_had_not_stopped(
     assert metrics["mean"] == pytest.approx(sum(losses) / len(losses), nan_ok=True)
 
 
+def test_interrupt_stops_after_the_step_and_the_next_run_goes_on() -> None:
+    whole, trainer = make_trainer(num_epochs=2), make_trainer(num_epochs=2)
+    interrupted: list[int] = []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=7), trainer.interrupt)
+    trainer.add_event_handler(Events.INTERRUPT, lambda: interrupted.append(trainer.state.iteration))
+    for step in (7, 14, 20):
+        trainer.train()
+        assert trainer.state.iteration == step
+    whole.train()
+    assert interrupted == [7, 14]
+    assert trainer.history.train_loss == whole.history.train_loss
+
+
 # ------------------------------------------------------------------ refusals and limits
 
 

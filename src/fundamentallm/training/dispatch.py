@@ -46,29 +46,33 @@ class Dispatcher(Engine):
             self._fire_event(event)
 
     def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
-        """Fire as Ignite does, without formatting an unused debug line.
+        """Fire as Ignite does, without formatting an unused debug line; then call the last handler.
 
         With cold caches, after a step of 10 ms, that line costs 45 microseconds an event.
         """
         if event_args or event_kwargs or self.logger.isEnabledFor(logging.DEBUG):
             super()._fire_event(event_name, *event_args, **event_kwargs)
-            return
-        self.last_event_name = event_name
-        for handler, args, options in self._event_handlers[event_name]:
-            if args and isinstance(args[0], weakref.ref):  # of the engine, if the handler takes it
-                handler(args[0](), *args[1:], **options)
-            else:
-                handler(*args, **options)
+        else:
+            self.last_event_name = event_name
+            for handler, args, options in self._event_handlers[event_name]:
+                if args and isinstance(args[0], weakref.ref):  # of the engine, if it is wanted
+                    handler(args[0](), *args[1:], **options)
+                else:
+                    handler(*args, **options)
+        if (last := self._last_handlers.get(event_name)) is not None:
+            last()
 
     def keep_last(self, event: Events, handler: Callable[[], None]) -> None:
-        """Attach an internal handler that stays behind all others of its event."""
+        """Call an internal handler behind all others of its event.
+
+        It is not among the engine's handlers, which others count, time and list.
+        """
         self._last_handlers[event] = handler
-        super().add_event_handler(event, handler)
 
     def add_event_handler(
         self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> RemovableEventHandle:
-        """Attach a handler, as Ignite does; add its owner's state; keep the internal one last.
+        """Attach a handler, as Ignite does; add its owner's state.
 
         Raises:
             ConfigError: it is one of Ignite's that could not do here what it does elsewhere.
@@ -77,14 +81,7 @@ class Dispatcher(Engine):
         if owner is not self and is_foreign(owner) and not isinstance(event_name, EventsList):
             self.receive(owner, handler, event_name)
         self.admit(handler)
-        handle = super().add_event_handler(event_name, handler, *args, **kwargs)
-        for event, last in self._last_handlers.items():
-            if event_name == event:  # also where it has a filter
-                entries = self._event_handlers[event]
-                ours = [entry for entry in entries if _profiled(entry[0]) == last]
-                others = [entry for entry in entries if _profiled(entry[0]) != last]
-                self._event_handlers[event] = others + ours
-        return handle
+        return super().add_event_handler(event_name, handler, *args, **kwargs)
 
     def receive(self, owner: Any, handler: Callable[..., Any], event_name: Any) -> None:
         """Check one of Ignite's handlers before it is attached."""
@@ -149,11 +146,6 @@ def timeline(engine: Engine) -> list[tuple[str, list[str]]]:
         if names:
             entries.append((event.name, names))
     return entries
-
-
-def _profiled(handler: Any) -> Any:
-    """Return the handler inside the wrapper of Ignite's HandlersTimeProfiler."""
-    return getattr(handler, "_profiler_original", handler)
 
 
 def _handler_name(handler: Any) -> str:

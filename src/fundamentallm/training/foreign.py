@@ -25,7 +25,7 @@ from ignite.handlers import (
     StateParamScheduler,
 )
 from ignite.handlers.lr_finder import _ExponentialLR
-from ignite.metrics import Frequency, GpuInfo, Metric, MetricGroup
+from ignite.metrics import Frequency, GpuInfo, Metric, MetricGroup, MetricsLambda
 from torch.optim import Optimizer
 
 from fundamentallm.errors import ConfigError
@@ -180,17 +180,19 @@ def check(handler: Callable[..., Any], event: Any, updates: int, probe: Any, sav
         for scheduler, is_part in _torch_schedulers(owner):
             is_early = event.name.endswith("STARTED")  # its call is for the step that follows
             _check_trace(scheduler, updates, (0, 1) if is_part else (0,) if is_early else (1,))
-    if isinstance(owner, Metric) and handler == owner.iteration_completed:
+    if isinstance(owner, Metric):
         _check_input(owner, probe)
 
 
 def _check_input(metric: Metric, probe: Any) -> None:
     """Refuse a metric of predictions that is left with the number that a training step returns."""
-    if isinstance(metric, MetricGroup):
-        for part in metric.metrics.values():
+    parts = metric.__dict__.get("metrics") if isinstance(metric, MetricGroup) else None
+    if parts:
+        for part in parts.values():
             _check_input(part, probe)
         return
-    if metric.required_output_keys is None or isinstance(metric, Frequency | GpuInfo):
+    of_numbers = (Frequency, GpuInfo, MetricsLambda)  # what the last is made of comes here as well
+    if metric.required_output_keys is None or isinstance(metric, of_numbers):
         return
     try:
         is_left_with_it = metric._output_transform(probe) is probe

@@ -196,6 +196,7 @@ class TrainingLoop(Dispatcher):
         self._decision = GO_ON
         self._saving: Save | None = None
         self._stopped_by = ""
+        self._is_interrupted = False
 
         self._rate_setters: list[Any] = []  # Ignite's schedulers
         self._carried: foreign.Carried | None = None
@@ -239,7 +240,7 @@ class TrainingLoop(Dispatcher):
             steps = max_iters or (max_epochs or 1) * self.steps_per_epoch
             self.budget.limits = Limits(steps, num_epochs=epochs)
         self._heed_epochs()
-        self._facts, self._stopped_by = StepFacts(), ""
+        self._facts, self._stopped_by, self._is_interrupted = StepFacts(), "", False
         self._faults = self.evaluator.faults = DataFaults(self.ranks)
         self.budget.begin()
         self.step.vetoes_possible = self.ranks.any(
@@ -629,8 +630,11 @@ class TrainingLoop(Dispatcher):
             super().terminate(skip_completed=True)
         elif not self._decision.ends_run:
             self._facts = StepFacts()
-        elif self.state.iteration != self.total_steps:  # where Ignite stops by itself
-            super().terminate()
+        else:
+            if self._is_interrupted:
+                self._fire_event(Events.INTERRUPT)
+            if self.state.iteration != self.total_steps:  # where Ignite stops by itself
+                super().terminate()
 
     def validate(self) -> dict[str, Any]:
         """Measure the whole validation data, in one pass of the evaluator.
@@ -727,6 +731,10 @@ class TrainingLoop(Dispatcher):
             )
         facts = self._facts if self.ranks.alone else self._next_facts
         facts.end_epoch, facts.skip_epoch_completed = True, skip_epoch_completed
+
+    def interrupt(self) -> None:
+        """Save and stop after this step; the next `run` goes on, as with Ignite's engine."""
+        self._is_interrupted = True
 
     def interrupt_run(self, signal_number: int) -> None:
         """Ask the run to save and stop after this step, to be resumed later."""
@@ -829,7 +837,9 @@ class TrainingLoop(Dispatcher):
 
     def _wants_to_leave(self) -> bool:
         pause = self.config.stop_after_seconds
-        if self.interrupted_by is not None or (pause is not None and self.budget.clock() >= pause):
+        if self.interrupted_by is not None or self._is_interrupted:
+            return True
+        if pause is not None and self.budget.clock() >= pause:
             return True
         for asks in self._asked_to_pause:  # noqa: SIM110 (any() would make a generator in each step)
             if asks():
@@ -905,7 +915,8 @@ class TrainingLoop(Dispatcher):
             CheckpointError: the saved epochs have another number of steps, or a counter is none.
         """
         check_counters(state_dict)
-        if state_dict["epoch_length"] != self.steps_per_epoch:
+        is_own_start = state_dict["iteration"] == 0 and state_dict["run_id"] == self.run_id
+        if state_dict["epoch_length"] != self.steps_per_epoch and not is_own_start:
             raise CheckpointError(
                 "the checkpoint's epochs have another number of steps: the data, the batch or the"
                 " number of ranks changed",
