@@ -182,6 +182,13 @@ def test_the_notebook_on_events_heals_its_run(tmp_path):
 
 
 @pytest.mark.long
+def test_the_notebook_on_other_trainers_has_one_curve(tmp_path):
+    text = output_of("from_other_trainers", tmp_path)
+
+    assert "largest difference of a loss below 1e-4: True" in text
+
+
+@pytest.mark.long
 def test_the_notebook_on_healing_ends_where_a_clean_run_ends(tmp_path):
     # Another text, that needs no network, and fewer steps.
     text = output_of(
