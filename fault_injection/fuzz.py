@@ -404,6 +404,20 @@ def own_places(place: Path) -> dict[str, str]:
 def forked(kind: str, number: int, seed: int, material: Path, place: Path) -> str:
     """Do one trial in a child of this process; return the fault, empty for none."""
     report = place.parent.parent / "report"
+    return in_child(place, report, lambda: trial(kind, number, seed, material))
+
+
+def in_child(place: Path, report: Path, work: Callable[[], str]) -> str:
+    """Do some work in a child of this process, within limits of time and memory.
+
+    Args:
+        place: its working directory.
+        report: a file through which the child tells what it found.
+        work: returns the fault, empty for none.
+
+    Returns:
+        The fault, empty for none.
+    """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     child = os.fork()
     if not child:
@@ -418,7 +432,7 @@ def forked(kind: str, number: int, seed: int, material: Path, place: Path) -> st
             resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
             held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (held + ADDRESSES, held + ADDRESSES))
-            fault = trial(kind, number, seed, material)
+            fault = work()
             os.write(output, fault.encode("utf-8", "backslashreplace"))
             code = 0
         except BaseException:

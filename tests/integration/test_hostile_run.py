@@ -3,115 +3,58 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from _pytest.mark import ParameterSet
+from fault_injection.hostile import (
+    CONFIG,
+    KINDS,
+    PLACES,
+    Kind,
+    beside_something_precious,
+    chain,
+    dangling,
+    device,
+    folder,
+    hard_link,
+    hostile,
+    link,
+    linked_folder,
+    linked_pipe,
+    listening,
+    loop,
+    make_run,
+    own_memory,
+    parent,
+    pipe,
+    put,
+    relative,
+    standard_input,
+)
 
 from fundamentallm.engine.cli import main
-
-CONFIG = """
-name: c
-data: {source: python-docs, tokenizer: byte, sequence_length: 32, batch_size: 4}
-model: {d_model: 32, num_layers: 1, num_heads: 2}
-training: {total_steps: 2, eval_steps: 2, threads: 1}
-handlers: {tensorboard: false}
-"""
-PRECIOUS = "echo mine\n"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, with everything that a run writes."""
     place = tmp_path_factory.mktemp("trained")
-    (place / "c.yaml").write_text(CONFIG)
-    before = Path.cwd()
-    os.chdir(place)
-    try:
-        assert main(["run", "c.yaml", "handlers.tensorboard=true"]) == 0
-    finally:
-        os.chdir(before)
+    make_run(place, "handlers.tensorboard=true")
     return place
 
 
 @pytest.fixture
 def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    shutil.copytree(trained, tmp_path / "here")
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / ".bashrc").write_text(PRECIOUS)
-    monkeypatch.chdir(tmp_path / "here")
-    yield tmp_path
-    assert (tmp_path / "outside" / ".bashrc").read_text() == PRECIOUS
-    assert [path.name for path in (tmp_path / "outside").iterdir()] == [".bashrc"]
+    with beside_something_precious(trained, tmp_path):
+        monkeypatch.chdir(tmp_path / "here")
+        yield tmp_path
 
 
-def link(path: Path, outside: Path) -> None:
-    path.symlink_to(outside / ".bashrc")
-
-
-def dangling(path: Path, outside: Path) -> None:
-    path.symlink_to(outside / "new")
-
-
-def relative(path: Path, outside: Path) -> None:
-    path.symlink_to(os.path.relpath(outside / ".bashrc", path.parent))
-
-
-def hard_link(path: Path, outside: Path) -> None:
-    path.hardlink_to(outside / ".bashrc")
-
-
-def pipe(path: Path, outside: Path) -> None:
-    os.mkfifo(path)
-
-
-def device(path: Path, outside: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def folder(path: Path, outside: Path) -> None:
-    path.mkdir()
-
-
-def listening(path: Path, outside: Path) -> None:
-    before = Path.cwd()
-    os.chdir(path.parent)  # the path of a socket may not be long
-    try:
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(path.name)
-    finally:
-        os.chdir(before)
-
-
-def linked_folder(path: Path, outside: Path) -> None:
-    path.symlink_to(outside)
-
-
-def loop(path: Path, outside: Path) -> None:
-    path.symlink_to(path.name)
-
-
-def chain(path: Path, outside: Path) -> None:
-    path.with_name("between").symlink_to(outside / ".bashrc")
-    path.symlink_to("between")
-
-
-def linked_pipe(path: Path, outside: Path) -> None:
-    os.mkfifo(path.with_name("between"))
-    path.symlink_to("between")
-
-
-def own_memory(path: Path, outside: Path) -> None:
-    path.symlink_to("/proc/self/mem")
-
-
-Kind = Callable[[Path, Path], None]
 OF_BOTH = [link, dangling, relative, pipe, device, listening, linked_folder, loop, chain]
-OF_BOTH += [linked_pipe, own_memory]
+OF_BOTH += [linked_pipe, own_memory, parent, standard_input]
 OF_A_FILE = [*OF_BOTH, hard_link, folder]
 OF_A_FOLDER = OF_BOTH
 FILES = ["metrics.jsonl", "samples.jsonl", "log.txt", "config.yaml", ".lock", "corpus.txt", "STOP"]
@@ -141,11 +84,7 @@ def test_a_run_refuses_what_is_not_its_own(
     place: Path, name: str, kind: Kind, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Path("runs/c") / name
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-    path.parent.mkdir(exist_ok=True)
-    kind(path, place / "outside")
+    put(kind, path, place / "outside")
     code = main(["run", "c.yaml", "training.total_steps=4", "--resume", "runs/c"])
     said = capsys.readouterr().err
     assert code == 4, said
@@ -163,11 +102,7 @@ NAMES = ["best", "last", "step-00000002", "step-00000002/MANIFEST.json", "step-0
 def test_a_checkpoint_that_is_none_is_passed_over_or_refused(
     place: Path, name: str, kind: Kind, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = Path("runs/c/checkpoints") / name
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-    kind(path, place / "outside")
+    put(kind, Path("runs/c/checkpoints") / name, place / "outside")
     arguments = ["run", "c.yaml", "training.total_steps=4", "--resume", "runs/c"]
     assert main(arguments) in (0, 4)
     assert main(["verify", "runs/c"]) in (0, 4)
@@ -256,3 +191,19 @@ def test_an_incident_that_is_no_files_is_refused(
     kind(path, place / "outside")
     assert main(["replay", str(incident)]) == 4
     assert "mine" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
+def test_the_command_tries_fifteen_kinds_at_ten_places_and_notices_what_does_not_hold() -> None:
+    assert (len(KINDS), len(PLACES)) == (15, 10)
+    assert set(hostile([parent, hard_link], ["checkpoints/last", "log.txt"]).values()) == {""}
+
+    def sound(path: Path, outside: Path) -> None:
+        path.touch()
+
+    def opens_the_outside(path: Path, outside: Path) -> None:
+        (outside / "new").touch()
+
+    assert "run went on" in hostile([sound], ["log.txt"])["sound", "log.txt"]
+    found = hostile([opens_the_outside], ["checkpoints/last"])
+    assert found["opens_the_outside", "checkpoints/last"] == "something was made outside"
