@@ -338,6 +338,8 @@ class Recorder:
         """Begin a test."""
         self._seen = set()
         self.tests[nodeid] = {"seconds": 0.0, "failed": False}
+        # Python takes a tracer away that raises, as one does at the deepest recursion.
+        sys.settrace(self.trace)
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Iterator[None]:
@@ -444,7 +446,6 @@ class Copy:
                 watch(self.place, may_start=True)
                 if isinstance(plugin, Recorder):
                     threading.settrace(plugin.trace)
-                    sys.settrace(plugin.trace)
                 stop = ["-x"] if isinstance(plugin, Chooser) else []
                 code = int(pytest.main([*OPTIONS, *stop, *files], plugins=[plugin]))
                 sys.settrace(None)
