@@ -78,8 +78,8 @@ LOOP = (
     "handlers/test_evaluation", "handlers/test_nan_rollback",
 )  # fmt: skip
 CHECKPOINT = (
-    "test_checkpoint", "test_store", "test_manifest", "test_checkpoint_catalogue", "test_portable",
-    "test_snapshot", "test_state_tree", "test_tensor_file", "handlers/test_checkpointing",
+    "test_checkpoint", "test_finite", "test_store", "test_manifest", "test_checkpoint_catalogue",
+    "test_portable", "test_snapshot", "test_state_tree", "test_tensor_file", "handlers/test_checkpointing",
     "handlers/test_saving_on_a_failing_disk", "handlers/test_asynchronous_saving",
 )  # fmt: skip
 RECOVERY = (
@@ -97,10 +97,12 @@ TESTS = {  # of a file or directory below the package
     "training/trainer.py": LOOP,
     "training/dispatch.py": LOOP,
     "training/limits.py": LOOP,
+    "training/evaluator.py": LOOP,
     "training/clock.py": LOOP,
     "training/checkpoint": CHECKPOINT,
     "training/handlers/checkpointing.py": CHECKPOINT,
     "training/recovery": RECOVERY,
+    "training/recovery/data_faults.py": ("test_token_file", *LOOP),
     "training/handlers/nan_rollback.py": RECOVERY,
     "training/interventions.py": ("test_interventions", *RECOVERY),
     "data/loaders": LOADERS,
@@ -291,6 +293,7 @@ def draw(count: int, seed: int, only: str = "") -> list[Mutant]:
         path = ROOT / PACKAGE / place
         paths = sorted(path.rglob("*.py")) if path.is_dir() else [path]
         files += [str(one.relative_to(ROOT)) for one in paths if only in str(one)]
+    files = list(dict.fromkeys(files))
     every = [
         (file, number)
         for file in files
@@ -303,12 +306,13 @@ def draw(count: int, seed: int, only: str = "") -> list[Mutant]:
     return [mutant for file in files for mutant in mutants_of(file, drawn[file])]
 
 
-def tests_of(file: str) -> list[str]:
+def files_testing(file: str) -> list[str]:
     """Return the test files of a file of the program."""
     below = file.removeprefix(f"{PACKAGE}/")
-    (names,) = (
-        names for place, names in TESTS.items() if below == place or below.startswith(f"{place}/")
+    place = max(
+        (place for place in TESTS if below == place or below.startswith(f"{place}/")), key=len
     )
+    names = TESTS[place]
     return [f"tests/unit/{name}.py" for name in names]
 
 
@@ -498,7 +502,7 @@ class Copy:
     def killer(self, mutant: Mutant) -> str:
         """Return what noticed a mutant, empty where it survives."""
         function = f"{mutant.file}:{mutant.first}" if mutant.first else ""
-        files = tests_of(mutant.file)
+        files = files_testing(mutant.file)
         running = [
             file
             for file in files
@@ -520,9 +524,9 @@ class Copy:
 
 
 def explanations() -> dict[tuple[str, ...], str]:
-    """Return why mutants survive that nothing can notice: by file, function, before and after."""
+    """Return why mutants survive that nothing can notice: by file, function and diff."""
     return {
-        (one["file"], one["function"], one["before"], one["after"]): one["why"]
+        (one["file"], one["function"], one["diff"]): one["why"]
         for one in json.loads(EXPLAINED.read_text())
     }
 
@@ -547,14 +551,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch:
         program = Copy(Path(scratch).resolve())
-        program.record(sorted({file for n in chosen for file in tests_of(drawn[n].file)}))
+        program.record(sorted({file for n in chosen for file in files_testing(drawn[n].file)}))
         failing = [name for name, test in program.tests.items() if test["failed"]]
         print(f"{len(program.tests):,} tests in {time.monotonic() - started:.0f} s", flush=True)
         print(f"not used, since they fail on the sound program: {failing}", flush=True)
         for number in chosen:
             mutant, began = drawn[number], time.monotonic()
             killer = program.killer(mutant)
-            why = explained.get((mutant.file, mutant.function, mutant.before, mutant.after), "")
+            why = explained.get((mutant.file, mutant.function, mutant.diff), "")
             results.append(
                 {
                     "number": number,

@@ -410,3 +410,54 @@ def test_a_step_that_is_taken_back_is_not_pruned_by_later_ones(tmp_path: Path) -
     CheckpointManager.save_last(tmp_path, model, {}, step=15)
 
     assert CheckpointManager.load(tmp_path / "last")[5] == 15
+
+
+def test_three_checkpoints_are_kept_where_nothing_is_said(tmp_path: Path) -> None:
+    manager = CheckpointManager()
+    for step in range(1, 6):
+        manager.save_last(tmp_path, nn.Linear(2, 2), {"step": step})
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [
+        step_name(step) for step in (3, 4, 5)
+    ]
+
+
+def _stepped() -> torch.optim.Optimizer:
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda it: it.update(state=[]), "no table of states"),
+        (lambda it: it.update(state={0: 5}), "no table of states"),
+        (lambda it: it.update(param_groups={}), "no list of parameter groups"),
+        (lambda it: it.update(param_groups=[{"params": 5}]), "no list of parameter groups"),
+        (lambda it: it["state"][0].update(exp_avg=torch.zeros(3)), "'exp_avg' of another shape"),
+        (lambda it: it["state"][0].update(exp_avg_sq=torch.zeros(0)), "'exp_avg_sq' of another"),
+        (lambda it: it["state"][0].update(exp_avg=0.5), "'exp_avg' of another shape"),
+        (lambda it: it["state"][0].update(step=torch.ones(2)), "'step' of another shape"),
+        (lambda it: it["state"][0].update(step=True), "'step' of another shape"),
+        (lambda it: it["param_groups"][0].update(eps="x"), "an option 'eps' of another kind"),
+        (lambda it: it["param_groups"][0].update(betas=(0.9,)), "'betas' of another kind"),
+        (lambda it: it["param_groups"][0].update(maximize=1), "'maximize' of another kind"),
+    ],
+)
+def test_no_kernel_gets_what_it_would_not_look_at(change: Any, says: str) -> None:
+    optimizer = _stepped()
+    state = copy.deepcopy(optimizer.state_dict())
+    check_optimizer_state(optimizer, state)
+    change(state)
+    with pytest.raises(CheckpointError, match=says):
+        check_optimizer_state(optimizer, state)
+
+
+def test_options_of_the_same_kind_may_differ(tmp_path: Path) -> None:
+    optimizer = _stepped()
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0].update(lr=torch.tensor(0.5), eps=1, betas=[0.5, 0.9], maximize=None)
+    state["state"][0]["step"] = 7
+    check_optimizer_state(optimizer, state)
