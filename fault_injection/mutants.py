@@ -79,7 +79,8 @@ LOOP = (
 )  # fmt: skip
 CHECKPOINT = (
     "test_checkpoint", "test_finite", "test_store", "test_manifest", "test_checkpoint_catalogue",
-    "test_portable", "test_snapshot", "test_state_tree", "test_tensor_file", "handlers/test_checkpointing",
+    "test_portable", "test_snapshot", "test_state_tree", "test_tensor_file",
+    "handlers/test_checkpointing",
     "handlers/test_saving_on_a_failing_disk", "handlers/test_asynchronous_saving",
 )  # fmt: skip
 RECOVERY = (
