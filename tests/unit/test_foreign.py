@@ -309,6 +309,16 @@ def test_terminate_on_nan_ends_the_run_at_a_refused_step_with_the_weights_before
     assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
+def test_terminate_on_nan_ends_a_run_that_would_heal_after_it_has_gone_back(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    for handler in (SpoiltGradient(7), NaNRollback()):
+        handler.attach(trainer)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan(lambda x: x.grad_norm))
+    trainer.train(num_epochs=1)
+    assert trainer.finished == "stopped by TerminateOnNan"
+    assert (trainer.state.rollbacks, trainer.state.iteration) == (1, 4)
+
+
 @pytest.mark.parametrize("resumed", [True, False])
 def test_an_average_goes_on_after_a_resume_as_if_the_run_had_not_stopped(
     resumed: bool, tmp_path: Path

@@ -398,7 +398,9 @@ class TrainingLoop(Dispatcher):
         wish = self._facts.roll_back
         assert wish is not None
         assert self.restore_point is not None
+        stopped_by = self._facts.finish if self._facts.finish.startswith(STOPPED_BY) else ""
         self._facts, self._decision = StepFacts(), GO_ON
+        self._facts.finish = stopped_by  # a handler's terminate() holds, with a healthy state
         broke_at = self.state.iteration
         kept = {name: getattr(self.state, name) for name in IRREVERSIBLE}
         interventions = self.interventions.state_dict()
