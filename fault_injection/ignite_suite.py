@@ -35,6 +35,18 @@ LONGEST = 60  # seconds of one test
 # (pattern of a test's name, pattern of its error, the reason); the first that fits is printed.
 REASONS = (
     (
+        "",
+        "epochs have another number of steps",
+        "a Trainer knows the steps of its epochs when it is made, and refuses a state of others; in"
+        " this test it hears of its data in run()",
+    ),
+    (
+        "test_lr_finder.*reset",
+        "iteration",
+        "the state of a Trainer counts the seconds of its run and says how it ended; model,"
+        " optimizer and position are restored (tests/unit/test_foreign.py)",
+    ),
+    (
         "test_early_stopping|test_terminate_on_nan|test_time_limit",
         "should_terminate|assert False|assert not",
         "asks for Ignite's flag should_terminate: here terminate() is a wish that the present step"
