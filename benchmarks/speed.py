@@ -4,7 +4,7 @@
 
 - hand: a GPT-2-like model and its loop, eager float32, as a script would have it (`by_hand.py`).
 - ignite, lightning, hf: the same model and the same step in plain Ignite, Lightning and the Hugging
-  Face Trainer (`pip install -e '.[peers]'`); what they add to `hand` is what they cost.
+  Face Trainer (`pip install --group peers`); what they add to `hand` is what they cost.
 - engine: the same model and step in this package's trainer, with its default handlers.
 - ours: this package's model of the same shape and size, trained as it is meant to be on a CPU:
   bfloat16, native code, by `run`'s own assembly.

@@ -1,9 +1,9 @@
 """A model of another kind, a recurrent one, without touching the package.
 
     python examples/own_model.py
-    PYTHONPATH=examples python -m fundamentallm.engine run configs/train.yaml \\
+    PYTHONPATH=examples fundamentallm run configs/train.yaml \\
         --plugins own_model 'model={family: gru, hidden_size: 192}'
-    PYTHONPATH=examples python -m fundamentallm.engine generate runs/train --plugins own_model
+    PYTHONPATH=examples fundamentallm generate runs/train --plugins own_model
 
 What to learn: one decorated module from token ids to logits. `vocab_size` comes from the program,
 every other parameter is an option of the YAML, checked against its annotation. Training, resuming,

@@ -1,9 +1,9 @@
 """A tokenizer of your own: words and what stands between them, without touching the package.
 
     python examples/own_tokenizer.py
-    PYTHONPATH=examples python -m fundamentallm.engine run configs/train.yaml \\
+    PYTHONPATH=examples fundamentallm run configs/train.yaml \\
         --plugins own_tokenizer 'data.tokenizer={name: words, max_words: 500}'
-    PYTHONPATH=examples python -m fundamentallm.engine generate runs/train --plugins own_tokenizer
+    PYTHONPATH=examples fundamentallm generate runs/train --plugins own_tokenizer
 
 What to learn: a tokenizer encodes, decodes, and says what it is as plain JSON, which travels in
 every checkpoint. A checkpoint never imports code: later commands name the plugin again.

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fundamentallm.config import RunConfig
+from fundamentallm.config.yaml.file import packaged
 from fundamentallm.engine.cli import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,11 +42,10 @@ def test_the_script_runs(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_a_command_is_understood(command):
-    if "fundamentallm.engine" in command:
-        arguments = command[command.index("fundamentallm.engine") + 1 :]
-        options = parse(arguments)
+    if "fundamentallm" in command:
+        options = parse(command[command.index("fundamentallm") + 1 :])
         if "config" in options:
-            assert (ROOT / options.config).is_file()
+            assert packaged(options.config) or (ROOT / options.config).is_file()
     else:
         assert command[0] in {"python3", "pip", "source", "python"}
         if "constraints.txt" in command:

@@ -339,7 +339,7 @@ def test_the_way_on_that_an_interrupted_run_names_works(at_step, capsys):
     words = shlex.split(capsys.readouterr().err.split("continue with: ")[1].splitlines()[0])
     at_step(10**6, press_ctrl_c)
 
-    assert words[:3] == ["python", "-m", "fundamentallm.engine"]
+    assert words[:3] == ["python", "-m", "fundamentallm"]
     assert main(words[3:]) == 0
 
     assert last("my run") == "step-00000012"
@@ -463,7 +463,7 @@ def test_a_finished_run_says_so_and_takes_no_step(done, place, capsys):
 
 def test_the_ways_on_that_a_finished_run_names_work(done, capsys):
     assert main(["run", "tiny.yaml"]) == 0
-    ways = re.findall(r"^  python -m fundamentallm.engine (.*)$", capsys.readouterr().out, re.M)
+    ways = re.findall(r"^  python -m fundamentallm (.*)$", capsys.readouterr().out, re.M)
     assert len(ways) == 2
 
     assert main(shlex.split(ways[0].replace("=N ", "=14 "))) == 0
@@ -486,7 +486,7 @@ def test_a_run_that_a_handler_terminated_says_so_and_goes_on_by_its_path(done, a
     assert "stopped by <lambda> (test_run_command.py, line " in out
     assert last("cut") == "step-00000006"
 
-    way = re.search(r"^  python -m fundamentallm.engine (.*)$", out, re.M)
+    way = re.search(r"^  python -m fundamentallm (.*)$", out, re.M)
     assert way is not None
     assert main(shlex.split(way[1])) == 0
     assert last("cut") == "step-00000012"

@@ -89,7 +89,7 @@ def test_the_winner_is_written_into_a_copy_of_the_file(machine, capsys):
     assert (config.data.batch_size, config.training.accumulation_steps) == (2, 2)
     assert Path("tiny.yaml").read_text() == CONFIG
     written = capsys.readouterr().out
-    assert "python -m fundamentallm.engine run tiny.tuned.yaml" in written
+    assert "python -m fundamentallm run tiny.tuned.yaml" in written
     assert "8.00 times as fast as the settings of the file" in written
 
 

@@ -63,7 +63,7 @@ LAYERS = [
     ["engine.wiring"],
     ["engine", "engine.tuning.tune", "engine.tuning.range_test"],
     ["engine.commands"],
-    ["engine.cli", "engine.__main__", "training.train", "testing"],
+    ["engine.cli", "engine.__main__", "__main__", "training.train", "testing"],
 ]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -229,9 +229,7 @@ def _example(value: Any, where: str) -> Example:
                 where=where,
                 got=f"{type(value[key]).__name__}" if key in value else "no such key",
                 expected=_FORM,
-                fix="for lines of plain text use: python -m fundamentallm.engine prepare"
-                if "text" in value
-                else "",
+                fix="for lines of plain text use: fundamentallm prepare" if "text" in value else "",
             )
         try:
             to_utf8(value[key])  # JSON can spell half of a surrogate pair

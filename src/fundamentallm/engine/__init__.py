@@ -1,1 +1,1 @@
-"""Commands: `python -m fundamentallm.engine run config.yaml`."""
+"""Commands: `fundamentallm run config.yaml`."""

@@ -1,6 +1,6 @@
-"""The entry point `python -m fundamentallm.engine`."""
+"""The entry point `python -m fundamentallm.engine`, the same as `python -m fundamentallm`."""
 
-from fundamentallm.engine.cli import exit_process, main
+from fundamentallm.engine.cli import console
 
 if __name__ == "__main__":
-    exit_process(main())
+    console()

@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+RUN_DIR = "run_dir="
+
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Declare CONFIG.yaml, its overrides, and --plugins."""
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument(
+        "config",
+        type=Path,
+        metavar="CONFIG.yaml",
+        help="a file, or the name of a packaged one (quickstart)",
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -16,6 +23,22 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         help="override a key of the file, for example training.learning_rate=3e-4",
     )
     add_plugins(parser)
+
+
+def refuse_a_faulty_config(options: argparse.Namespace) -> None:
+    """Check the configuration before large libraries are imported, so that a typo answers at once.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    from fundamentallm.config import load_config
+
+    load_config(options.config, [word for word in options.overrides if not is_run_dir(word)])
+
+
+def is_run_dir(word: str) -> bool:
+    """Return whether an override of `run` is `run_dir=DIR`, another way to write --run-dir."""
+    return word.startswith(RUN_DIR)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

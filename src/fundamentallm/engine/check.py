@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fundamentallm.config import load_config
-from fundamentallm.engine.console import console_output, say
+from fundamentallm.engine.console import console_output, program, say
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.tuning.fit import estimate_run, gib, memory_limit
 from fundamentallm.engine.tuning.measuring import measure
@@ -38,7 +38,7 @@ def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[st
         say(f"  {event:<28}{', '.join(handlers)}")
     say()
     say(f"{config_path} is valid. Next:")
-    say(f"  python -m fundamentallm.engine run {config_path}")
+    say(f"  {program()} run {config_path}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m fundamentallm.engine COMMAND ...`.
+"""The command line: `fundamentallm COMMAND ...`, or `python -m fundamentallm COMMAND ...`.
 
 Only the standard library is imported to parse, so that `--help` and a typo answer at once; each
 command of `commands/` imports what it needs when it is executed.
@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import fundamentallm
 from fundamentallm.engine.commands import COMMANDS
-from fundamentallm.engine.console import discard, open_closed_streams, printable
+from fundamentallm.engine.console import discard, open_closed_streams, printable, program
 from fundamentallm.errors import ConfigError, FundamentaLLMError, InterruptedRunError, MachineError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -38,11 +39,17 @@ def exit_process(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def console() -> NoReturn:
+    """Run the command line of this process: the console command `fundamentallm`."""
+    exit_process(main())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code (see `errors.py` for the codes)."""
     open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parse(arguments)
+    tell_start(options)
     try:
         return int(options.command(options))
     except FundamentaLLMError as error:
@@ -111,6 +118,26 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def tell_start(options: argparse.Namespace) -> None:
+    """Say what a command reads or resumes, before it imports the large libraries.
+
+    The first rank says it, on standard error.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    resume = getattr(options, "resume", "never")
+    if resume not in ("auto", "never"):
+        line = f"resuming {resume}"
+    else:
+        names = ("config", "model", "incident", "inputs")
+        read = next((getattr(options, name) for name in names if name in options), None)
+        if read is None:
+            return
+        line = f"reading {', '.join(read) if isinstance(read, list) else read}"
+    with contextlib.suppress(OSError, ValueError):  # the terminal is closed
+        print(printable(line), file=sys.stderr, flush=True)
+
+
 def is_override(word: str) -> bool:
     """Return whether an argument is a `key=value`."""
     return "=" in word and not word.startswith("-")
@@ -127,9 +154,12 @@ def report(error: FundamentaLLMError) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="python -m fundamentallm.engine",
+        prog=program(),
         description="Train a language model on your own text.",
-        epilog="Start with: python -m fundamentallm.engine run configs/quickstart.yaml",
+        epilog=f"Start with: {program()} run quickstart",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"fundamentallm {fundamentallm.__version__}"
     )
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -17,6 +17,12 @@ from fundamentallm.files.private import open_to_append
 ROOT = "fundamentallm"
 
 
+def program() -> str:
+    """Return how this program is called, for the commands that messages name."""
+    installed = Path(sys.argv[0]).stem == ROOT
+    return ROOT if installed else f"python -m {ROOT}"
+
+
 class TerminalHandler(logging.Handler):
     """Log lines on standard error, above a progress bar if one is up."""
 

@@ -15,7 +15,8 @@ from fundamentallm.compute.distributed import Ranks, leave_ranks
 from fundamentallm.compute.plan import Machine
 from fundamentallm.compute.watchdog import Watchdog, watched
 from fundamentallm.config import RunConfig, load_config
-from fundamentallm.engine.console import console_output, logging_to, printable, say
+from fundamentallm.engine.arguments import RUN_DIR, is_run_dir
+from fundamentallm.engine.console import console_output, logging_to, printable, program, say
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.wiring import run_directory
 from fundamentallm.engine.wiring.assemble import (
@@ -46,7 +47,6 @@ from fundamentallm.training.handlers.phases import Phases
 logger = logging.getLogger(__name__)
 
 TOTAL_STEPS = "training.total_steps="
-RUN_DIR = "run_dir="
 
 
 def run(
@@ -63,9 +63,9 @@ def run(
         FundamentaLLMError: of the class of the fault; `InterruptedRunError` after a signal.
     """
     for word in overrides:
-        if word.startswith(RUN_DIR):  # another way to write --run-dir
+        if is_run_dir(word):
             run_dir = Path(word.removeprefix(RUN_DIR))
-    overrides = [word for word in overrides if not word.startswith(RUN_DIR)]
+    overrides = [word for word in overrides if not is_run_dir(word)]
     config = load_config(config_path, overrides)
     machine = open_machine(config, join=True)
     ranks = machine.ranks
@@ -286,7 +286,7 @@ def _tell_finished(directory: RunDirectory, again: str) -> None:
 
 def _command(name: str, *arguments: Path | str) -> str:
     words = " ".join(shlex.quote(str(argument)) for argument in arguments)
-    return f"python -m fundamentallm.engine {name} {words}"
+    return f"{program()} {name} {words}"
 
 
 def _option(name: str, value: Path | str) -> str:

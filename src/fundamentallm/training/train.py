@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(
         prog="python -m fundamentallm.training.train",
-        description="Train a model from a YAML file; the same as `fundamentallm.engine run`.",
+        description="Train a model from a YAML file; the same as `fundamentallm run`.",
     )
     parser.add_argument("--config", required=True, metavar="CONFIG.yaml")
     parser.add_argument("--data-path", metavar="PATH", help="text to train on, as data.source")

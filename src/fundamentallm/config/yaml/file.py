@@ -9,6 +9,9 @@ from fundamentallm.config.yaml.key_path import excerpt
 from fundamentallm.errors import ConfigError, did_you_mean
 from fundamentallm.files.run_layout import CONFIG
 
+PACKAGED = Path(__file__).parents[2] / "configs"
+"""The configurations that come with the package; `configs/` in the repository is a link to it."""
+
 LARGEST_FILE = 1_000_000  # bytes
 _SUFFIXES = (".yaml", ".yml")
 
@@ -16,10 +19,21 @@ _SUFFIXES = (".yaml", ".yml")
 def read_yaml_text(path: Path) -> str:
     """Read a regular UTF-8 file of at most `LARGEST_FILE` bytes.
 
+    A name such as `quickstart`, of which there is no file, is a packaged configuration.
+
     Raises:
         ConfigError: the file does not exist, or it is not a regular UTF-8 file.
     """
-    return _decoded(_read_bytes(path), str(path))
+    return _decoded(_read_bytes(packaged(path) or path), str(path))
+
+
+def packaged(path: Path) -> Path | None:
+    """Return the packaged configuration that a name without a suffix stands for, if there is one.
+
+    A file or folder of that name comes first.
+    """
+    file = PACKAGED / f"{path.name}.yaml"
+    return file if path.parent == Path() and file.is_file() and not path.exists() else None
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -43,7 +57,7 @@ def _read_bytes(path: Path) -> bytes:
         raise ConfigError(
             "the configuration file does not exist",
             where=where,
-            fix=_nearby(path) or "check the path",
+            fix=_nearby(path) or f"check the path, or choose one of {', '.join(packaged_names())}",
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -53,12 +67,18 @@ def _read_bytes(path: Path) -> bytes:
     return content
 
 
+def packaged_names() -> list[str]:
+    """Return the names of the packaged configurations, sorted."""
+    return sorted(file.stem for file in PACKAGED.glob("*.yaml"))
+
+
 def _nearby(path: Path) -> str:
     try:
         items = sorted(path.parent.iterdir())
     except OSError:
         return ""
-    return did_you_mean(path.name, [item.name for item in items if item.suffix in _SUFFIXES])
+    names = [item.name for item in items if item.suffix in _SUFFIXES]
+    return did_you_mean(path.name, names if path.suffix else [*names, *packaged_names()])
 
 
 def _decoded(content: bytes, name: str) -> str:

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 from fundamentallm.engine.arguments import add_plugins
-from fundamentallm.engine.console import console_output, say
+from fundamentallm.engine.console import console_output, program, say
 from fundamentallm.engine.stopping import ended_by_signals, loading
 
 SUMMARY = "convert text of any size to token files, once"
@@ -80,5 +80,5 @@ def execute(options: argparse.Namespace) -> int:
     say(f"  data: {{source: {json.dumps(str(options.out))}}}")
     say("or train now:")
     source = shlex.quote(f"data.source={options.out}")
-    say(f"  python -m fundamentallm.engine run configs/quickstart.yaml name=mine {source}")
+    say(f"  {program()} run quickstart name=mine {source}")
     return 0

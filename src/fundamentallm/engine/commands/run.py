@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fundamentallm.engine.arguments import add_config
+from fundamentallm.engine.arguments import add_config, refuse_a_faulty_config
 from fundamentallm.engine.stopping import loading
 
 SUMMARY = "train a model from a YAML file"
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
+    refuse_a_faulty_config(options)
     with loading():
         from fundamentallm.engine.run import run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fundamentallm.engine.arguments import add_config
+from fundamentallm.engine.arguments import add_config, refuse_a_faulty_config
 from fundamentallm.engine.stopping import loading
 from fundamentallm.errors import ConfigError
 
@@ -54,6 +54,7 @@ def execute(options: argparse.Namespace) -> int:
         return _learning_rate(options)
     if options.steps is not None:
         raise ConfigError("--steps belongs to --learning-rate", where=f"--steps {options.steps}")
+    refuse_a_faulty_config(options)
     with loading():
         from fundamentallm.engine.tuning.tune import tune
 

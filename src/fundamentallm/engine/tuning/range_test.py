@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fundamentallm.compute.plan import Machine
 from fundamentallm.config import RunConfig, load_config
-from fundamentallm.engine.console import console_output, say
+from fundamentallm.engine.console import console_output, program, say
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.engine.tuning.curve import Curve
@@ -99,7 +99,7 @@ def tune_learning_rate(
     except MachineError as error:
         say(f"{error.what}: {error.fix}")
     say(f"Written to {target}. Next:")
-    say(f"  python -m fundamentallm.engine run {shlex.quote(str(target))}")
+    say(f"  {program()} run {shlex.quote(str(target))}")
     return 0
 
 

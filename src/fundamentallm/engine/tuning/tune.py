@@ -22,7 +22,7 @@ from fundamentallm.config.yaml.file import read_yaml_text
 from fundamentallm.config.yaml.key_path import KeyPath
 from fundamentallm.config.yaml.source import YamlDocument, read_yaml
 from fundamentallm.data.batch import Batch
-from fundamentallm.engine.console import console_output, say
+from fundamentallm.engine.console import console_output, program, say
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.engine.tuning.fit import gib
@@ -94,7 +94,7 @@ def tune(
     say()
     say(table.gain(start, best))
     say(f"Written to {target}. Next:")
-    say(f"  python -m fundamentallm.engine run {shlex.quote(str(target))}")
+    say(f"  {program()} run {shlex.quote(str(target))}")
     return 130 if table.interrupted else 0
 
 
@@ -135,7 +135,7 @@ def free_path(config_path: Path, out: Path | None) -> Path:
         if not out.absolute().parent.is_dir():
             raise MachineError("the directory does not exist", where=f"--out {out}")
         return out
-    names = numbered(config_path.with_suffix(".tuned"), config_path.suffix)
+    names = numbered(config_path.with_suffix(".tuned"), config_path.suffix or ".yaml")
     return next(path for path in names if not path.exists())
 
 
