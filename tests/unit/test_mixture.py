@@ -19,6 +19,7 @@ from fundamentallm.data.loaders import (
     split_evenly,
 )
 from fundamentallm.errors import DataError
+from fundamentallm.training.epochs import Epochs
 from fundamentallm.training.recovery.incident import corpus_place
 
 # Each token says where it is from: source i has the numbers from 1000 i on.
@@ -167,7 +168,7 @@ def test_an_incident_names_source_and_place() -> None:
     place = SimpleNamespace(
         train_loader=loader,
         ranks=Ranks(),
-        steps_per_epoch=len(loader),
+        epochs=Epochs(len(loader)),
         state=SimpleNamespace(iteration=len(loader) + 2),
     )
     micro_batches = loader.window_at(1, 1).micro_batches
