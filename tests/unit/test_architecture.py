@@ -57,6 +57,7 @@ LAYERS = [
     ["training.handlers"],
     ["training.trainer"],
     ["inference"],
+    ["reports"],
     ["engine.console", "engine.plugins", "engine.stopping", "engine.arguments"],
     ["engine.wiring.abilities"],
     ["engine.tuning"],

@@ -252,6 +252,7 @@ def _conclude(run: Run, again: str) -> None:
     say("Next:")
     say(f"  {_command('generate', path)}{_option('--prompt', _prompt_for(run))}")
     say(f"  {_command('evaluate', path)}")
+    say(f"  {_command('report', path)}")
     say(f"  tensorboard{_option('--logdir', path / TENSORBOARD)}    # pip install tensorboard")
 
 

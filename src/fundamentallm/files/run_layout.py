@@ -10,6 +10,7 @@ runs/mine/
     scores.jsonl          results of evaluations, one checkpoint per line
     superseded/, corrupt/
   incidents/00000137-data/    report.json, evidence/
+  report.html             written by the command `report`
   stacks-rank-0.txt       stack traces of a rank that ended because a rank stalled
   .lock                   locked by the process that trains
   STOP                    created by the user to end the run
@@ -28,6 +29,7 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 LOG = "log.txt"
+PAGE = "report.html"
 TENSORBOARD = "tensorboard"
 CORPUS = "corpus.txt"
 INCIDENTS = "incidents"
@@ -47,7 +49,7 @@ CORRUPT = "corrupt"
 REPORT = "report.json"
 EVIDENCE = "evidence"
 
-BEFORE_A_CHECKPOINT = frozenset({CONFIG, LOG, METRICS, TENSORBOARD, LOCK})
+BEFORE_A_CHECKPOINT = frozenset({CONFIG, LOG, METRICS, PAGE, TENSORBOARD, LOCK})
 """Files that a run may have before its first checkpoint, besides `corpus*.txt` and
 `stacks-rank-*.txt`."""
 

@@ -17,6 +17,7 @@ from fundamentallm.engine.commands import (
     generate,
     prepare,
     replay,
+    report,
     run,
     tune,
     verify,
@@ -45,6 +46,7 @@ COMMANDS: Mapping[str, Command] = {
     "verify": verify,
     "export": export,
     "replay": replay,
+    "report": report,
     "generate": generate,
 }
 """By name, in the order of the help."""

@@ -1,0 +1,104 @@
+"""The `report` and `compare` commands on runs that `run` made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fundamentallm.engine.cli import main
+from fundamentallm.files.lock import run_lock
+from fundamentallm.reports.page import chart_data
+from fundamentallm.reports.run_data import read_run
+from fundamentallm.training.checkpoint.store import CheckpointStore
+
+EXCERPT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
+CONFIG = f"""
+name: tiny
+data: {{source: {EXCERPT}, sequence_length: 16, batch_size: 4}}
+model: {{d_model: 16, num_layers: 1, num_heads: 2}}
+training: {{total_steps: 6, eval_steps: 3, log_steps: 1}}
+handlers: {{tensorboard: false}}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        (place / "tiny.yaml").write_text(CONFIG)
+        assert main(["run", "tiny.yaml"]) == 0
+    return place
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(trained, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return Path("runs/tiny")
+
+
+def test_the_page_shows_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run)]) == 0
+    assert "tiny: finished: the last step is done" in capsys.readouterr().out
+    page = (run / "report.html").read_text(encoding="utf-8")
+    store = CheckpointStore(run / "checkpoints")
+    manifests = [store.manifest(store.directory / name) for name in store.step_names()]
+    for manifest in manifests:
+        assert manifest.hash in page
+    data = manifests[0].metadata["data"]
+    assert data["sha256"] in page
+    assert manifests[0].metadata["versions"]["torch"] in page
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert page.count("<article>") == len(samples) == 2
+    assert "learning_rate:" in page
+
+
+def test_the_curves_are_the_metrics_of_the_run(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    shown = {
+        series["metric"]: list(zip(series["step"], series["value"], strict=True))
+        for chart in chart_data([read_run(run)])["charts"]
+        for series in chart["series"]
+    }
+    names = {name for line in lines for name in line if "/" in name}
+    assert shown == {
+        name: [(line["step"], line[name]) for line in lines if name in line] for name in names
+    }
+
+
+def test_a_report_does_not_disturb_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run), "--out", "page.html"]) == 0
+    assert main(["report", str(run / "checkpoints" / "best")]) == 0
+    assert Path("page.html").read_bytes() == (run / "report.html").read_bytes()
+    assert main(["run", "tiny.yaml"]) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["samples.jsonl", "metrics.jsonl", "log.txt", "config.yaml"])
+def test_a_run_that_lacks_a_file_is_reported(run: Path, missing: str) -> None:
+    (run / missing).unlink()
+    assert main(["report", str(run)]) == 0
+
+
+def test_a_damaged_checkpoint_is_named(run: Path) -> None:
+    manifest = run / "checkpoints" / "step-00000003" / "MANIFEST.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"versions", b"verzions"))
+    entries = {entry.name: entry for entry in read_run(run).checkpoints}
+    assert "manifest is damaged" in entries["step-00000003"].fault
+    assert not entries["step-00000006"].fault
+
+
+def test_a_run_whose_lock_is_held_is_running(run: Path) -> None:
+    assert not read_run(run).is_running
+    with run_lock(run):
+        assert read_run(run).state == "running"
+
+
+def test_a_run_without_an_end_is_not_finished(run: Path) -> None:
+    (run / "checkpoints" / "scores.jsonl").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    assert read_run(run).state == "not finished"
