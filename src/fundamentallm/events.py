@@ -26,6 +26,7 @@ STARTED
     FLLM_EVALUATION_DUE         every eval_steps, at each epoch's end and at the last step
       FLLM_EVALUATION_STARTED
       FLLM_EVALUATION_COMPLETED consumers of val metrics: best score, early stopping, samples
+        FLLM_TEXT_SAMPLED       a sample of generated text, in state.sample
   EPOCH_COMPLETED
 TERMINATE                       Ignite fires it when an inner run ends early
 FLLM_ROLLED_BACK                from Trainer.run, between two inner runs; STARTED fires again
@@ -95,6 +96,7 @@ class TrainingEvents(EventEnum):
     FLLM_EVALUATION_DUE = "fllm_evaluation_due", AFTER_STEP, "iteration"
     FLLM_EVALUATION_STARTED = "fllm_evaluation_started", AFTER_STEP, "evaluations", True
     FLLM_EVALUATION_COMPLETED = "fllm_evaluation_completed", AFTER_STEP, "evaluations"
+    FLLM_TEXT_SAMPLED = "fllm_text_sampled", AFTER_STEP, "evaluations"
     FLLM_ROLLED_BACK = "fllm_rolled_back", Events.TERMINATE, "rollbacks", True
     FLLM_RUN_ENDED = "fllm_run_ended", Events.COMPLETED, "iteration"
 

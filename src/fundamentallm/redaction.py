@@ -1,8 +1,10 @@
-"""Secrets in the addresses of a text: left out of all that is shown or stored."""
+"""Secrets in addresses and settings: left out of all that is shown or stored."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 REDACTED = "***"
 """Stands where a secret stood."""
@@ -26,3 +28,25 @@ def redacted(text: str) -> str:
         return _PARAMETER.sub(rf"\1{REDACTED}", _LOGIN.sub(f"{REDACTED}@", found[0]))
 
     return _ADDRESS.sub(without_secrets, text) if "://" in text else text
+
+
+_SECRET_KEY = re.compile(
+    r"(^|[_.-])(token|api_?key|key|secret|password|passwd|pwd|credentials?)$", re.IGNORECASE
+)
+
+
+def redacted_settings(value: Any) -> Any:
+    """Return nested settings with `***` for texts under a secret name, and redacted texts.
+
+    A name is secret by its last word: `api_key`, `password`, `hf_token`; not `max_tokens`.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: REDACTED
+            if isinstance(below, str) and below and _SECRET_KEY.search(str(key))
+            else redacted_settings(below)
+            for key, below in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [redacted_settings(item) for item in value]
+    return redacted(value) if isinstance(value, str) else value

@@ -10,9 +10,10 @@ from ignite.engine import Events
 
 from fundamentallm import events
 from fundamentallm.config.training import TrainingConfig
+from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.events import LOOP, TrainingEvents
 from fundamentallm.testing import RecordingHandler, SpoiltGradient, tiny_loaders, tiny_model
-from fundamentallm.training.handlers import Checkpointing, Evaluation, NaNRollback
+from fundamentallm.training.handlers import Checkpointing, Evaluation, NaNRollback, Samples
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.trainer import Trainer
 
@@ -93,6 +94,7 @@ def run(directory, attach) -> None:
             SpoiltGradient(7, 9),
             DamagedMoments(4, 10),
             Evaluation(),
+            Samples(CharacterTokenizer.from_text("0123456789\n"), directory),
             Checkpointing(directory),
         ],
     )

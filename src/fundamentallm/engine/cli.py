@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -24,14 +25,16 @@ _NO_SPACE = "free some space or write to another disk, then repeat the command"
 
 
 def exit_process(code: int) -> NoReturn:
-    """End this process with a code; on several ranks, without the interpreter's shutdown.
+    """End this process with a code; where a thread may be at work, without Python's shutdown.
 
     A thread of the process group may still free a tensor while the interpreter shuts down, and
     abort the process ("terminate called without an active exception", about 1 exit in 100 on
-    a busy machine), which torchrun reads as a failed rank. At this point files are closed and the
-    state is on the disk, so a shutdown has nothing left to do.
+    a busy machine), which torchrun reads as a failed rank. A logger whose service hangs would let
+    the shutdown wait for it. At this point files are closed and the state is on the disk, so a
+    shutdown has nothing left to do.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    left_behind = any(thread.name.startswith("logger ") for thread in threading.enumerate())
+    if left_behind or os.environ.get("WORLD_SIZE", "1") != "1":
         with contextlib.suppress(OSError, ValueError):  # the terminal is closed
             sys.stdout.flush()
             sys.stderr.flush()

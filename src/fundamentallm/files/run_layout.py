@@ -9,6 +9,7 @@ runs/mine/
     best, last            pointer files, each with the name of a checkpoint
     scores.jsonl          results of evaluations, one checkpoint per line
     superseded/, corrupt/
+  loggers/                the stores of services (MLflow, W&B, ...) and the ids of the run there
   incidents/00000137-data/    report.json, evidence/
   report.html             written by the command `report`
   stacks-rank-0.txt       stack traces of a rank that ended because a rank stalled
@@ -31,6 +32,7 @@ SAMPLES = "samples.jsonl"
 LOG = "log.txt"
 PAGE = "report.html"
 TENSORBOARD = "tensorboard"
+LOGGERS = "loggers"
 CORPUS = "corpus.txt"
 INCIDENTS = "incidents"
 LOCK = ".lock"
@@ -49,7 +51,7 @@ CORRUPT = "corrupt"
 REPORT = "report.json"
 EVIDENCE = "evidence"
 
-BEFORE_A_CHECKPOINT = frozenset({CONFIG, LOG, METRICS, PAGE, TENSORBOARD, LOCK})
+BEFORE_A_CHECKPOINT = frozenset({CONFIG, LOG, METRICS, PAGE, TENSORBOARD, LOGGERS, LOCK})
 """Files that a run may have before its first checkpoint, besides `corpus*.txt` and
 `stacks-rank-*.txt`."""
 
@@ -80,7 +82,7 @@ def check_entries(run: Path, checkpoints: Path) -> None:
     for pattern in ("corpus*.txt", "stacks-rank-*.txt"):
         for path in run.glob(pattern):
             check_file(path)
-    for name in (TENSORBOARD, INCIDENTS):
+    for name in (TENSORBOARD, LOGGERS, INCIDENTS):
         check_directory(run / name)
     if checkpoints.is_relative_to(run):
         for path in reversed((checkpoints, *checkpoints.parents)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ignite.engine import State
 
@@ -52,6 +52,20 @@ def check_counters(saved: Mapping[str, Any]) -> None:
             )
 
 
+class Sample(NamedTuple):
+    """A text that the model has written.
+
+    Attributes:
+        step: the step of its weights.
+        prompt: the text that it continues.
+        text: the continuation.
+    """
+
+    step: int
+    prompt: str
+    text: str
+
+
 class TrainingState(State):
     """The state of a run, in addition to Ignite's `State`.
 
@@ -76,6 +90,7 @@ class TrainingState(State):
         elapsed_before: seconds of training in earlier processes.
         incident: the newest numerical incident, None before the first.
         last_checkpoint: the directory of the newest checkpoint, None before the first.
+        sample: the newest sample of generated text, None before the first.
     """
 
     iteration: int
@@ -97,6 +112,7 @@ class TrainingState(State):
     elapsed_before: float
     last_checkpoint: Path | None
     incident: Incident | None
+    sample: Sample | None
 
     def __init__(self) -> None:
-        super().__init__(metrics={}, last_checkpoint=None, incident=None, **COUNTERS)
+        super().__init__(metrics={}, last_checkpoint=None, incident=None, sample=None, **COUNTERS)

@@ -31,6 +31,7 @@ RESUME_MAY_DIFFER = frozenset(
         "handlers.logs",
         "handlers.tensorboard",
         "handlers.samples",
+        "handlers.mlflow",
     }
 )
 """Keys, with all below them, that may change when a run is resumed: budgets, metrics, logging,

@@ -21,6 +21,7 @@ from fundamentallm.training.handlers.phases import Phases
 from fundamentallm.training.handlers.progress import Progress
 from fundamentallm.training.handlers.samples import Samples
 from fundamentallm.training.handlers.schedule import Schedule
+from fundamentallm.training.handlers.services import MLflow
 from fundamentallm.training.handlers.signals import Signals
 from fundamentallm.training.handlers.spikes import Spikes
 from fundamentallm.training.handlers.stop_file import StopFile
@@ -38,6 +39,7 @@ __all__ = [
     "Handler",
     "Hooks",
     "LossEMA",
+    "MLflow",
     "MetricsLog",
     "MetricsWriter",
     "ModelFlopsUtilization",

@@ -28,7 +28,8 @@ class Record:
 
     Attributes:
         kind: "train" of a step, "val" of an evaluation; "incidents" and "rollbacks" of one that
-            happened: it stays true when the run goes back before its step.
+            happened: it stays true when the run goes back before its step; "samples" of a text
+            that the model wrote, for the loggers of services alone.
         step: the step, from 1.
         epoch: the epoch, from 1.
         tokens: valid target tokens of the run so far, over all ranks.
@@ -36,10 +37,10 @@ class Record:
         metrics: numbers by name, in the order of the names, NaN and infinity among them:
             `train/...` of a step, `val/...` of an evaluation, else the count so far, under the
             kind's name.
-        text: the text of an incident or a rollback; else empty.
+        text: the text of an incident, a rollback or a sample; else empty.
     """
 
-    kind: Literal["train", "val", "incidents", "rollbacks"]
+    kind: Literal["train", "val", "incidents", "rollbacks", "samples"]
     step: int
     epoch: int
     tokens: int

@@ -16,6 +16,7 @@ from fundamentallm.models.generation.batch import generate_tokens
 from fundamentallm.models.generation.sampling import SamplingRules
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
+from fundamentallm.training.state import Sample
 from fundamentallm.training.step import undisturbed
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Samples:
             self.file.cut_back(step, trainer.evaluation_pending() or owed)
 
     def sample(self, trainer: TrainingLoop) -> None:
-        """Generate with the evaluation weights, log the text, add it to the file."""
+        """Generate with the evaluation weights; write the text and fire FLLM_TEXT_SAMPLED."""
         if not trainer.ranks.is_writer:
             return
         step = trainer.state.iteration
@@ -106,8 +107,10 @@ class Samples:
                 ids.append(int(token))
         self.owed = None
         text = self.tokenizer.decode(ids)
-        self.file.append({"step": step, "prompt": self.prompt, "text": text})
+        sample = trainer.state.sample = Sample(step, self.prompt, text)
+        self.file.append(sample._asdict())
         logger.debug("sample at step %d:\n%s", step, text)
+        trainer.notify(TrainingEvents.FLLM_TEXT_SAMPLED)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step whose sample is pending; None without one."""

@@ -1,0 +1,230 @@
+"""The loggers of services, offline, against the real packages: what they stored is read back."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fundamentallm.config.training import TrainingConfig
+from fundamentallm.engine.cli import main
+from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model
+from fundamentallm.training.handlers import Checkpointing, Evaluation, MetricsLog, NaNRollback
+from fundamentallm.training.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.outside,
+    pytest.mark.filterwarnings("default"),  # of the packages
+]
+
+TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
+CONFIG = """\
+name: tiny
+data: {source: text.txt, sequence_length: 16, batch_size: 4}
+model: {d_model: 16, num_layers: 1, num_heads: 2, dropout: 0.1}
+training: {learning_rate: 1e-2, total_steps: 8, eval_steps: 4, log_steps: 2}
+handlers: {tensorboard: false, progress: false}
+"""
+
+
+@dataclass
+class Told:
+    """What a service has of a run: values by metric as (step, value), in the order of logging."""
+
+    config: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    samples: list[str] = field(default_factory=list)
+    marks: list[str] = field(default_factory=list)
+    runs: int = 0
+
+    def add(self, name: str, step: int, value: Any) -> None:
+        if isinstance(value, (int, float)):
+            self.metrics.setdefault(name, []).append((step, float(value)))
+        elif name == "sample":
+            self.samples.append(value)
+        else:
+            self.marks.append(f"{name}: {value}")
+
+
+def read_mlflow(run_dir: Path) -> Told:
+    from mlflow import MlflowClient
+
+    told = Told()
+    client = MlflowClient(f"sqlite:///{run_dir / 'loggers/mlflow/mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "fundamentallm"]
+    runs = client.search_runs([experiment.experiment_id])
+    told.runs, run = len(runs), runs[0]
+    told.config = dict(run.data.params)
+    for name in run.data.metrics:
+        for metric in client.get_metric_history(run.info.run_id, name):
+            told.add(name, metric.step, metric.value)
+    told.marks = [f"{key}: {value}" for key, value in run.data.tags.items()]
+    folder = run_dir / "loggers/mlflow/artifacts" / run.info.run_id / "artifacts"
+    told.samples = [path.read_text() for path in sorted(folder.glob("samples/*.txt"))]
+    return told
+
+
+READERS = {"mlflow": read_mlflow}
+services = pytest.mark.parametrize("service", READERS)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> Path:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TEXT, "text.txt")
+    Path("tiny.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def expected(run_dir: Path, name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in lines(run_dir) if name in line]
+
+
+def handler(service: str, run_dir: Path, **options: Any) -> Any:
+    from fundamentallm.training.handlers import HANDLERS
+
+    return HANDLERS.build(
+        service, {"flush_seconds": 120.0, "call_seconds": 120.0, **options}, run_dir=run_dir
+    )
+
+
+@services
+def test_a_run_is_read_back_and_its_continuation_is_the_same_run(service, place, capfd):
+    option = f"handlers.{service}={{flush_seconds: 120, call_seconds: 120}}"
+    assert main(["run", "tiny.yaml", option]) == 0
+    run_dir = place / "runs/tiny"
+    told = READERS[service](run_dir)
+    for name in ("train/loss", "train/grad_norm", "val/loss", "val/perplexity"):
+        assert told.metrics[name] == expected(run_dir, name)
+    assert float(told.config["training.learning_rate"]) == 1e-2
+    assert told.config["model.d_model"] == "16"
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert told.samples == [sample["prompt"] + sample["text"] for sample in samples]
+
+    assert (
+        main(["run", "tiny.yaml", option, "training.total_steps=12", "--resume", str(run_dir)]) == 0
+    )
+    told = READERS[service](run_dir)
+    assert told.runs == 1
+    losses = told.metrics["val/loss"]
+    # The evaluation of step 8 is measured again, to the same number.
+    assert [step for step, _ in losses] == [4, 8, 8, 12]
+    assert sorted(set(losses)) == expected(run_dir, "val/loss")
+    assert losses[-1][0] == 12
+    assert "cannot be written" not in capfd.readouterr().err
+    assert (run_dir / "loggers").stat().st_mode & 0o077 == 0
+
+
+def make_trainer(run_dir: Path, *handlers: Any) -> Trainer:
+    torch.manual_seed(0)
+    train, val = tiny_loaders()
+    return Trainer(
+        tiny_model(dropout=0.1),
+        train,
+        val,
+        device="cpu",
+        config=TrainingConfig(total_steps=8, eval_steps=4, log_steps=1, learning_rate=1e-2),
+        handlers=[*handlers, MetricsLog(run_dir), Evaluation()],
+    )
+
+
+@services
+def test_a_rollback_is_cut_or_marked(service, place):
+    logger = handler(service, place)
+    saver = Checkpointing(place / "checkpoints")
+    make_trainer(place, logger, NaNRollback(), saver, SpoiltGradient(6)).run()
+    told = READERS[service](place)
+    wanted = expected(place, "train/loss")
+    losses = [(step, loss) for step, loss in told.metrics["train/loss"] if step != 6]
+    wanted = [(step, loss) for step, loss in wanted if step != 6]
+    assert sorted(set(losses)) == sorted(set(wanted))
+    assert [step for step, _ in sorted(losses)] == [1, 2, 3, 4, 5, 5, 7, 8]
+    assert any("went_back" in mark for mark in told.marks)
+    text = "\n".join(told.marks)
+    assert "went back to step 4" in text
+    assert "6" in text
+
+
+@services
+def test_checkpoints_are_uploaded_where_asked(service, place):
+    for artifacts, names in (("last", {8}), ("all", {0, 4, 8})):
+        run_dir = place / artifacts
+        logger = handler(service, run_dir, artifacts=artifacts)
+        saver = Checkpointing(run_dir / "checkpoints")
+        run_dir.mkdir()
+        make_trainer(run_dir, logger, saver).run()
+        model = (run_dir / "checkpoints/step-00000008/model.safetensors").read_bytes()
+        folder = run_dir / "loggers"
+        copies = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+        assert model in copies
+        saved = [run_dir / f"checkpoints/step-{step:08d}/model.safetensors" for step in names]
+        assert all(path.read_bytes() in copies for path in saved)
+        assert not list((run_dir / "loggers").glob("staging/*/*"))
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A proxy that all programs are told to use, and what they asked it for."""
+    asked: list[str] = []
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            with connection:
+                asked.append(connection.recv(200).decode(errors="replace"))
+
+    threading.Thread(target=answer, daemon=True).start()
+    address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, address)
+        monkeypatch.setenv(name.lower(), address)
+    yield asked
+    server.close()
+
+
+@services
+def test_nothing_is_sent_over_the_network(service, place, proxy):
+    command = [sys.executable, "-m", "fundamentallm.engine", "run", "tiny.yaml"]
+    subprocess.run(
+        [*command, f"handlers.{service}={{flush_seconds: 120, call_seconds: 120}}"], check=True
+    )
+    assert READERS[service](place / "runs/tiny").metrics
+    assert proxy == []
+
+
+@pytest.mark.parametrize("service", ["mlflow"])
+def test_a_full_disk_costs_the_service_only(service, place):
+    """Files cannot grow beyond 64 kB, and an empty store of MLflow is larger."""
+    plain = make_trainer(place)
+    plain.run()
+    other = place / "other"
+    other.mkdir()
+    limited = make_trainer(other, handler(service, other))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64_000, hard))
+    try:
+        limited.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for a, b in zip(plain.model.parameters(), limited.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert expected(place, "train/loss") == expected(other, "train/loss")
