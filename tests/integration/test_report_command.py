@@ -102,3 +102,18 @@ def test_a_run_without_an_end_is_not_finished(run: Path) -> None:
     (run / "checkpoints" / "scores.jsonl").unlink()
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     assert read_run(run).state == "not finished"
+
+
+def test_runs_are_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, "runs/other")
+    config = Path("runs/other/config.yaml")
+    config.write_text(config.read_text().replace("seed: 42", "seed: 43"))
+    capsys.readouterr()
+    assert main(["compare", "runs/tiny", "runs/other", "--json"]) == 0
+    (group,) = json.loads(capsys.readouterr().out)["groups"]
+    assert group["seeds"] == [42, 43]
+    assert group["figures"]["best"]["count"] == 2
+    assert not Path("comparison.html").exists()
+    assert main(["compare", "runs/tiny", "runs/other"]) == 0
+    assert "group 1: tiny (seed 42, finished), other (seed 43, finished)" in capsys.readouterr().out
+    assert Path("comparison.html").read_text(encoding="utf-8").count('"metric":"val/loss"') == 2

@@ -157,7 +157,9 @@ def _live(identifier: str, section: Html) -> Html:
 def _state(runs: Sequence[RunData]) -> Html:
     if len(runs) == 1:
         return escaped(runs[0].state)
-    return escaped("; ".join(f"{run.name}: {run.state}" for run in runs))
+    states = [run.state.partition(":")[0] for run in runs]
+    counts = (f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    return escaped(f"{len(runs)} runs: {', '.join(counts)}")
 
 
 def _overview(runs: Sequence[RunData]) -> Html:

@@ -111,6 +111,7 @@ class RunData:
         samples: in the order of their steps.
         num_samples: of the file, some of which `samples` may lack.
         checkpoints: newest first.
+        bytes_per_token: UTF-8 bytes of validation text behind a predicted token; None if unknown.
         facts: what its newest intact checkpoint says about data, tokenizer, machine, versions.
         notes: what could not be read or is left out.
     """
@@ -126,6 +127,7 @@ class RunData:
     samples: tuple[Sample, ...] = ()
     num_samples: int = 0
     checkpoints: tuple[CheckpointEntry, ...] = ()
+    bytes_per_token: float | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -152,6 +154,7 @@ def read_run(path: Path) -> RunData:
     samples, num_samples = _samples(run, notes)
     marks = [*_incidents(run, notes), *_rollbacks(run, notes)]
     entries, newest, ended = _checkpoints(checkpoints, notes)
+    facts = _facts(newest)
     is_running = _is_running(run)
     state = "running" if is_running else f"finished: {ended}" if ended else "not finished"
     return RunData(
@@ -166,7 +169,8 @@ def read_run(path: Path) -> RunData:
         samples,
         num_samples,
         entries,
-        _facts(newest),
+        1.0 if facts.get("tokenizer") == "byte" else None,
+        facts,
         tuple(notes),
     )
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from fundamentallm.engine.commands import (
     check,
+    compare,
     evaluate,
     export,
     generate,
@@ -47,6 +48,7 @@ COMMANDS: Mapping[str, Command] = {
     "export": export,
     "replay": replay,
     "report": report,
+    "compare": compare,
     "generate": generate,
 }
 """By name, in the order of the help."""

@@ -31,6 +31,8 @@ def execute(options: argparse.Namespace) -> int:
     with loading():
         from fundamentallm.engine.plugins import load_plugins
         from fundamentallm.files.filesystem import Filesystem, replace_file
+        from fundamentallm.reports.comparison import compare
+        from fundamentallm.reports.forms import section
         from fundamentallm.reports.page import page
         from fundamentallm.reports.run_data import read_run
 
@@ -38,7 +40,7 @@ def execute(options: argparse.Namespace) -> int:
     runs = [read_run(path) for path in options.runs]
     default = (runs[0].path if len(runs) == 1 else Path()) / PAGE
     out = options.out or default
-    content = page(runs)
+    content = page(runs, section(compare(runs)) if len(runs) > 1 else None)
     replace_file(Filesystem(), out, [content])
     for run in runs:
         say(printable(f"{run.name}: {run.state}"))
