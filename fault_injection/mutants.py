@@ -104,7 +104,7 @@ TESTS = {  # of a file or directory below the package
     "training/checkpoint": CHECKPOINT,
     "training/handlers/checkpointing.py": CHECKPOINT,
     "training/recovery": RECOVERY,
-    "training/recovery/data_faults.py": ("test_token_file", *LOOP),
+    "training/recovery/data_faults.py": ("test_data_faults", "test_token_file", *LOOP),
     "training/handlers/nan_rollback.py": RECOVERY,
     "training/interventions.py": ("test_interventions", *RECOVERY),
     "data/loaders": LOADERS,

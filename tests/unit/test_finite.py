@@ -54,5 +54,5 @@ def test_three_are_named_and_the_rest_is_counted():
 
 
 def test_names_of_buffers_that_are_no_list_are_refused():
-    with pytest.raises(CheckpointError, match="no list"):
+    with pytest.raises(CheckpointError, match="are not a list"):
         check_finite(state(), constant_buffers=5)  # type: ignore[arg-type]

@@ -13,7 +13,9 @@ from fault_injection.faults import Crash, FaultyFilesystem
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.run_layout import SCORES
+from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.scores import (
+    AWAITS_EVALUATION,
     MAX_SCORES_BYTES,
     PRUNE_BYTES,
     Score,
@@ -151,3 +153,31 @@ def test_lines_of_an_earlier_release_keep_their_form(tmp_path):
     Scores(tmp_path / "new").path.parent.mkdir()
     Scores(tmp_path / "new").put(SCORE)
     assert (tmp_path / "new" / SCORES).read_text() == line
+
+
+@pytest.mark.parametrize(
+    ("metadata", "score", "expected"),
+    [
+        # of a checkpoint: end_of, end_due_at, has_ended_at, val_loss
+        ({}, None, ("", "", False, None)),
+        ({"finished": "steps", "val_loss": 2.0}, None, ("steps", "", True, 2.0)),
+        ({"finished": "steps", AWAITS_EVALUATION: True}, None, ("", "steps", False, None)),
+        ({"val_loss": 2.0, AWAITS_EVALUATION: True}, None, ("", "", False, None)),
+        ({}, {"finished": "steps", "val_loss": 1.5}, ("steps", "", True, 1.5)),
+        ({"val_loss": 2.0}, {"measured": False, "val_loss": 1.5}, ("", "", False, 2.0)),
+        ({}, {"due": "limit"}, ("", "limit", False, None)),
+        ({}, {"went_on": True}, ("", "", True, None)),
+    ],
+)
+def test_ends_are_those_of_the_score_or_else_of_the_manifest(tmp_path, metadata, score, expected):
+    scores = Scores(tmp_path)
+    scores.put(Score(2, "of another", True, 9.0, None, "elsewhere"))
+    if score is not None:
+        scores.put(Score(3, "abc", **{"measured": True, **score}))
+    manifest = Manifest("step-00000003", 3, {}, metadata, "abc")
+    assert (
+        scores.end_of(manifest),
+        scores.end_due_at(manifest),
+        scores.has_ended_at(manifest),
+        scores.val_loss(manifest),
+    ) == expected
