@@ -70,11 +70,14 @@ STEP = (
     "test_step",
     "test_accumulation",
     "test_trainer",
+    "test_agreeing",
     "handlers/test_nan_rollback",
 )
 LOOP = (
-    "test_trainer", "test_interventions", "test_limits", "test_clock", "test_history",
-    "test_events", "test_saving_before_evaluating", "test_ignite_contract",
+    "test_trainer", "test_agreeing", "test_interventions", "test_limits", "test_clock",
+    "test_history",
+    "test_events", "test_epochs", "test_foreign", "test_saving_before_evaluating",
+    "test_ignite_contract",
     "handlers/test_firing_order", "handlers/test_checkpointing", "handlers/test_hooks",
     "handlers/test_evaluation", "handlers/test_nan_rollback",
 )  # fmt: skip
@@ -90,7 +93,7 @@ RECOVERY = (
 )  # fmt: skip
 LOADERS = (
     "test_loader", "test_mixture", "test_packing", "test_permutation", "test_data_examples",
-    "test_prefetch",
+    "test_prefetch", "test_global_batch",
 )  # fmt: skip
 SCHEDULES = ("test_schedulers", "handlers/test_schedule", "test_clock")
 TESTS = {  # of a file or directory below the package
@@ -99,15 +102,20 @@ TESTS = {  # of a file or directory below the package
     "training/loop.py": LOOP,
     "training/trainer.py": LOOP,
     "training/dispatch.py": LOOP,
-    "training/limits.py": LOOP,
+    "training/limits.py": ("handlers/test_schedule", *LOOP),
     "training/clock.py": LOOP,
     "training/checkpoint": CHECKPOINT,
-    "training/handlers/checkpointing.py": CHECKPOINT,
+    "training/handlers/checkpointing.py": (
+        *CHECKPOINT,
+        "test_saving_before_evaluating",
+        "test_epochs",
+    ),
     "training/recovery": RECOVERY,
     "training/recovery/data_faults.py": ("test_data_faults", "test_token_file", *LOOP),
     "training/handlers/nan_rollback.py": RECOVERY,
     "training/interventions.py": ("test_interventions", *RECOVERY),
     "data/loaders": LOADERS,
+    "data/loaders/plain.py": ("test_foreign", *LOADERS),
     "training/schedulers.py": SCHEDULES,
     "training/handlers/schedule.py": SCHEDULES,
 }

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.properties import examples
 
+from fundamentallm.compute.distributed import Ranks
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.examples import EncodedExamples
 from fundamentallm.data.loaders import Batching, ExampleLoader, MixtureLoader, TokenWindowLoader
-from fundamentallm.training.limits import Limits
+from fundamentallm.training.limits import Budget, Limits
+from fundamentallm.training.state import TrainingState
 
 
 def of_tokens(num_tokens: int) -> int:
@@ -92,3 +94,59 @@ def test_the_steps_of_a_token_budget_are_the_fewest_that_reach_it(
             reached += window.num_tokens
             steps += 1
         assert loader.steps_for_tokens(budget) == steps
+
+
+def budget(limits: Limits, seconds: float = 0.0, **state: float) -> Budget:
+    """Return a budget whose clock stands at some seconds."""
+    known = TrainingState()
+    for name, value in state.items():
+        setattr(known, name, value)
+    found = Budget(limits, known, Ranks())
+    found.clock = lambda: seconds
+    return found
+
+
+@pytest.mark.parametrize(
+    ("limits", "used", "expected"),
+    [
+        (Limits(100, 10.0, 50), {"seconds": 9.9, "tokens_seen": 49}, False),
+        (Limits(100, 10.0, 50), {"seconds": 10.0, "tokens_seen": 49}, True),
+        (Limits(100, 10.0, 50), {"seconds": 9.9, "tokens_seen": 50}, True),
+        (Limits(100, 10.0), {"seconds": 6.0, "elapsed_before": 4.0}, True),
+        (Limits(100), {"seconds": 1e9, "tokens_seen": 10**12}, False),
+    ],
+)
+def test_a_budget_is_used_up_with_its_last_second_or_token(limits, used, expected):
+    assert budget(limits, **used).is_used_up() is expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps", "expected"),
+    [
+        (Limits(100), 0, None),  # no step tells how long one takes
+        (Limits(100), 1, 99 * 8.0),
+        (Limits(100), 4, 96 * 2.0),
+        (Limits(None, 20.0), 0, 12.0),
+        (Limits(None, 5.0), 0, 0.0),
+        (Limits(100, 20.0), 4, 12.0),
+        (Limits(5, 20.0), 4, 2.0),
+        (Limits(None, None, 50), 4, None),
+    ],
+)
+def test_the_seconds_that_remain_are_those_to_the_nearer_end(limits, steps, expected):
+    assert budget(limits, 8.0, iteration=steps).seconds_remaining() == expected
+
+
+def test_the_speed_of_a_step_is_that_of_this_run():
+    resumed = budget(Limits(100), 30.0, iteration=40)
+    resumed.begin()
+    assert resumed.seconds_remaining() is None
+    resumed.clock = lambda: 36.0
+    resumed._state.iteration = 43
+    assert resumed.seconds_remaining() == 57 * 2.0
+
+
+def test_progress_by_the_clock_ends_at_one():
+    assert budget(Limits(None, 20.0), 5.0).clock_progress() == 0.25
+    assert budget(Limits(None, 20.0), 30.0).clock_progress() == 1.0
+    assert budget(Limits(10, 20.0), 5.0).clock_progress() is None

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from fundamentallm.training.handlers import (
 )
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.recovery.diagnosis import Incident
+from fundamentallm.training.step import StepOutput
 from fundamentallm.training.trainer import Trainer
 
 Loss = Callable[..., Tensor]
@@ -629,6 +631,17 @@ def test_the_evidence_names_place_text_and_metrics_and_keeps_no_secret(tmp_path,
     assert [entry["step"] for entry in report["metrics"]] == [1, 2, 3, 4, 5]
     assert report["checkpoint"]["name"] == "step-00000004"
     assert report["verdict"] == "data"
+
+
+def test_a_report_has_the_metrics_of_the_last_two_hundred_steps():
+    handler, state = NaNRollback(), SimpleNamespace(metrics={"train/lr": 0.5})
+    for step in range(1, 206):
+        state.iteration, state.output = step, StepOutput(2.0, 1.0, 8, 1)
+        handler.note_metrics(SimpleNamespace(state=state))  # type: ignore[arg-type]
+    steps = [entry["step"] for entry in handler._metrics]
+    assert steps == list(range(6, 206))
+    expected = {"step": 205, "loss": 2.0, "grad_norm": 1.0, "lr": 0.5, "rejection": ""}
+    assert handler._metrics[-1] == expected
 
 
 def test_a_disk_that_is_full_does_not_stop_the_healing(tmp_path, caplog):
