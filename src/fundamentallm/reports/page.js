@@ -116,6 +116,7 @@
     constructor(spec) {
       this.spec = spec;
       this.at = null;
+      this.places = [];
       this.plot = element("div", { class: "plot", tabindex: "0", role: "slider",
         "aria-label": `${spec.title}: move through the values`, "aria-orientation": "horizontal" });
       this.hover = element("div", { class: "hover", hidden: "" });
@@ -141,11 +142,14 @@
     series() {
       return this.spec.series.filter((series) => !view.hidden.has(series.run) && series.step.length);
     }
-    // The horizontal places of all values, each once, that are in view.
+    // The horizontal places of all values, each once, that are in view; as last drawn.
     xs() {
+      return this.places;
+    }
+    findPlaces() {
       const all = new Set();
       for (const series of this.series()) for (const x of series[view.axis]) all.add(x);
-      return [...all].filter((x) => this.inView(x)).sort((a, b) => a - b);
+      this.places = [...all].filter((x) => this.inView(x)).sort((a, b) => a - b);
     }
     inView(x) {
       return (!view.logx || x > 0) && (!view.range || (x >= view.range[0] && x <= view.range[1]));
@@ -156,6 +160,7 @@
       this.plot.replaceChildren(svg, this.hover);
       this.svg = svg;
       this.width = width;
+      this.findPlaces();
       let low = Infinity, high = -Infinity, left = Infinity, right = -Infinity;
       const fits = (y) => typeof y === "number" && (!view.logy || y > 0);
       for (const series of this.series()) {

@@ -291,7 +291,7 @@ def _samples(runs: Sequence[RunData]) -> Html:
         *earlier, latest = [
             tag(
                 "article",
-                tag("h4", f"Step {sample.step:,}"),
+                tag("h3" if len(runs) == 1 else "h4", f"Step {sample.step:,}"),
                 tag("pre", tag("b", sample.prompt), sample.text),
             )
             for sample in run.samples
@@ -341,7 +341,7 @@ def _checkpoints(runs: Sequence[RunData]) -> Html:
             parts.append(tag("p", f"{run.name}: none."))
             continue
         rows = [_checkpoint_row(entry) for entry in run.checkpoints]
-        head = ["checkpoint", "validation loss", "size", "", "manifest's SHA-256"]
+        head = ["checkpoint", "validation loss", "size", "pointers", "manifest's SHA-256"]
         parts.append(table(head, rows, f"Checkpoints of {run.name}"))
     return joined(*parts)
 
