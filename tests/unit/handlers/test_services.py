@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.tokenizer import CharacterTokenizer
+from fundamentallm.engine.cli import exit_process
 from fundamentallm.errors import CheckpointError, MachineError
 from fundamentallm.redaction import redacted_settings
 from fundamentallm.testing import tiny_loaders, tiny_model
@@ -22,7 +25,9 @@ from fundamentallm.training.handlers import (
     Evaluation,
     MLflow,
     Samples,
+    Trackio,
 )
+from fundamentallm.training.handlers.background import THREAD_NAME
 from fundamentallm.training.handlers.services import ServiceLogger
 from fundamentallm.training.trainer import Trainer
 
@@ -144,7 +149,7 @@ def test_a_link_in_place_of_its_directory_is_not_followed(tmp_path, caplog):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-@pytest.mark.parametrize("name", ["mlflow"])
+@pytest.mark.parametrize("name", ["mlflow", "wandb", "trackio"])
 def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     with pytest.raises(MachineError, match=r"pip install 'fundamentallm\[loggers\]'"):
@@ -154,6 +159,8 @@ def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch, name
 def test_an_option_with_a_secret_is_refused(tmp_path):
     with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD"):
         MLflow(tmp_path, tracking_uri="https://me:secret@host")
+    with pytest.raises(ValueError, match="TRACKIO_WRITE_TOKEN"):
+        Trackio(tmp_path, server_url="https://host/?write_token=secret")
 
 
 def test_settings_lose_their_secrets():
@@ -165,3 +172,23 @@ def test_settings_lose_their_secrets():
         "training": {"max_tokens": 5, "tokenizer": "byte"},
         "handlers": {"mine": {"api_key": "***", "hf_token": "***", "list": ["ftp://***@c"]}},
     }
+
+
+def test_the_command_does_not_wait_for_a_logger_that_is_left_behind(monkeypatch):
+    class EndedError(Exception):
+        pass
+
+    def end(code: int) -> None:
+        raise EndedError(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    release = threading.Event()
+    thread = threading.Thread(target=release.wait, name=THREAD_NAME + "of the test", daemon=True)
+    thread.start()
+    with pytest.raises(EndedError, match="3"):
+        exit_process(3)
+    release.set()
+    thread.join()
+    with pytest.raises(SystemExit):
+        exit_process(3)

@@ -32,6 +32,8 @@ RESUME_MAY_DIFFER = frozenset(
         "handlers.tensorboard",
         "handlers.samples",
         "handlers.mlflow",
+        "handlers.wandb",
+        "handlers.trackio",
     }
 )
 """Keys, with all below them, that may change when a run is resumed: budgets, metrics, logging,

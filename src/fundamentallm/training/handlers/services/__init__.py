@@ -2,5 +2,7 @@
 
 from fundamentallm.training.handlers.services.base import RunDescription, ServiceLogger
 from fundamentallm.training.handlers.services.mlflow import MLflow
+from fundamentallm.training.handlers.services.trackio import Trackio
+from fundamentallm.training.handlers.services.wandb import WandB
 
-__all__ = ["MLflow", "RunDescription", "ServiceLogger"]
+__all__ = ["MLflow", "RunDescription", "ServiceLogger", "Trackio", "WandB"]
