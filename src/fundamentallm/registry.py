@@ -98,6 +98,13 @@ class Registry(Generic[T]):
         """Return the parameters of the factory that a configuration may write."""
         return {key: option.parameter for key, option in self._options(name).items()}
 
+    def schemas(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return the JSON schema of each option, with its default where a YAML file can hold it."""
+        return {
+            key: _with_default(_inlined(option.adapter.json_schema()), option.parameter)
+            for key, option in self._options(name).items()
+        }
+
     def _options(self, name: str) -> dict[str, _Option]:
         options = _plain_parameters(self.get(name))
         return {key: option for key, option in options.items() if key not in self.supplied}
@@ -209,6 +216,32 @@ def _plain_parameters(factory: Callable[..., Any]) -> dict[str, _Option]:
         if annotation is not None:
             found[key] = _Option(parameter, TypeAdapter(annotation))
     return found
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema with its definitions written where they are used."""
+    definitions = schema.pop("$defs", {})
+
+    def inline(value: Any) -> Any:
+        if isinstance(value, list):
+            return [inline(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if "$ref" in value:
+            return inline(definitions[value["$ref"].rpartition("/")[2]])
+        return {key: inline(item) for key, item in value.items()}
+
+    whole: dict[str, Any] = inline(schema)
+    return whole
+
+
+def _with_default(schema: dict[str, Any], parameter: inspect.Parameter) -> dict[str, Any]:
+    if parameter.default is parameter.empty:
+        return schema
+    try:
+        return {**schema, "default": json.loads(json.dumps(parameter.default, allow_nan=False))}
+    except (TypeError, ValueError):  # an object, or infinity: no value of a YAML file
+        return schema
 
 
 def _plain_part(annotation: Any) -> Any:

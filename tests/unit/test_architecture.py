@@ -62,6 +62,7 @@ LAYERS = [
     ["engine.wiring.abilities"],
     ["engine.tuning"],
     ["engine.wiring"],
+    ["engine.catalogue"],
     ["engine", "engine.tuning.tune", "engine.tuning.range_test"],
     ["engine.commands"],
     ["engine.cli", "engine.__main__", "__main__", "training.train", "testing"],

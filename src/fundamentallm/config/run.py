@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -24,6 +24,8 @@ from fundamentallm.errors import ConfigError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
+
 Section = TypeVar("Section", bound=BaseConfig)
 
 
@@ -35,7 +37,7 @@ class RunConfig(BaseConfig):
     `to_dict` and `to_yaml` write each value once, and none that follows from `data.global_batch`.
     """
 
-    name: str = "run"
+    name: Annotated[str, Field(json_schema_extra={"pattern": f"^{_NAME}$"})] = "run"
     """Name of the run and of its directory under runs/: letters, digits, ., _ and -."""
 
     seed: Seed = 42
@@ -138,7 +140,7 @@ class RunConfig(BaseConfig):
     @field_validator("name")
     @classmethod
     def _path_component(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name) or name.endswith("."):
+        if not re.fullmatch(_NAME, name) or name.endswith("."):
             raise problem(
                 "",
                 "the run's name cannot be a directory name",

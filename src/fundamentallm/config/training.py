@@ -119,7 +119,7 @@ class TrainingConfig(BaseConfig):
     checkpoint_dir: Text = "./checkpoints"
     """Where checkpoints go; a relative path lies inside the run directory."""
 
-    keep_last: Count = 3
+    keep_last: Annotated[Count, Field(json_schema_extra={"minimum": 2})] = 3
     """Newest checkpoints to keep in addition to the best, at least 2: with only one, a failing
     disk could end the run."""
 

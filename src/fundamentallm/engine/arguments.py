@@ -55,5 +55,17 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="MODULE",
-        help="your modules that register handlers, optimizers, blocks, ...",
+        help="modules that register handlers, optimizers, blocks, ..., or short names that"
+        " installed packages offer",
+    )
+
+
+def add_plugins_to_show(parser: argparse.ArgumentParser) -> None:
+    """Declare the --plugins of commands that show what exists: None without it."""
+    parser.add_argument(
+        "--plugins",
+        nargs="*",
+        metavar="MODULE",
+        help="show what these modules register too; without a name, all plugins that installed"
+        " packages offer",
     )

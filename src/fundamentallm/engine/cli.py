@@ -111,8 +111,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    late = [word for word in [*options.plugins, *rest] if is_override(word)]
-    options.plugins = [word for word in options.plugins if not is_override(word)]
+    late = [word for word in [*(options.plugins or ()), *rest] if is_override(word)]
+    if options.plugins:
+        options.plugins = [word for word in options.plugins if not is_override(word)]
     unknown = [word for word in rest if not is_override(word)]
     if unknown or (late and "overrides" not in options):
         parser.error(f"unrecognized arguments: {' '.join(unknown or late)}")
@@ -157,14 +158,14 @@ def report(error: FundamentaLLMError) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog=program(),
+        prog="fundamentallm",
         description="Train a language model on your own text.",
         epilog=f"Start with: {program()} run quickstart",
     )
     parser.add_argument(
         "--version", action="version", version=f"fundamentallm {fundamentallm.__version__}"
     )
-    parser.set_defaults(debug=False)
+    parser.set_defaults(debug=False, plugins=None, parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         summary = command.SUMMARY

@@ -83,7 +83,7 @@ def compute_loss(
 
 @LOSSES.register("cross_entropy")
 class LanguageModelingLoss:
-    """`compute_loss` with its smoothing chosen once.
+    """Cross-entropy, in nats a token, from logits: `compute_loss` with its options chosen once.
 
     Args:
         label_smoothing: weight of the uniform distribution in the target, in [0, 1).

@@ -12,6 +12,12 @@ from fundamentallm.files.run_layout import CONFIG
 PACKAGED = Path(__file__).parents[2] / "configs"
 """The configurations that come with the package; `configs/` in the repository is a link to it."""
 
+SCHEMA = PACKAGED / "schema.json"
+"""The JSON schema of a configuration without plugins."""
+
+MODELINE = "# yaml-language-server: $schema="
+"""The comment in which editors look for the path of a file's schema."""
+
 LARGEST_FILE = 1_000_000  # bytes
 _SUFFIXES = (".yaml", ".yml")
 

@@ -13,13 +13,16 @@ from typing import Protocol
 from fundamentallm.engine.commands import (
     check,
     compare,
+    completion,
     evaluate,
     export,
     generate,
+    list,
     prepare,
     replay,
     report,
     run,
+    schema,
     tune,
     verify,
 )
@@ -50,5 +53,8 @@ COMMANDS: Mapping[str, Command] = {
     "report": report,
     "compare": compare,
     "generate": generate,
+    "list": list,
+    "schema": schema,
+    "completion": completion,
 }
 """By name, in the order of the help."""

@@ -18,7 +18,7 @@ from fundamentallm.compute.plan import ModelFacts, Plan
 from fundamentallm.config import RunConfig, load_config
 from fundamentallm.config.load import overridden, replaced
 from fundamentallm.config.yaml.edit import edited
-from fundamentallm.config.yaml.file import read_yaml_text
+from fundamentallm.config.yaml.file import MODELINE, SCHEMA, packaged, read_yaml_text
 from fundamentallm.config.yaml.key_path import KeyPath
 from fundamentallm.config.yaml.source import YamlDocument, read_yaml
 from fundamentallm.data.batch import Batch
@@ -334,6 +334,8 @@ def write_copy(
         document = replaced(document, path, value, "tune")
     others = [tuple(word.partition("=")[0].strip().split(".")) for word in overrides]
     text = edited(read_yaml_text(config_path), document, [*others, *changes])
+    if packaged(config_path):  # its schema stands beside it
+        text = text.replace(f"{MODELINE}{SCHEMA.name}", f"{MODELINE}{SCHEMA}", 1)
     try:
         with open(target, "x", encoding="utf-8", opener=narrow) as file:
             file.write(text)
