@@ -18,6 +18,7 @@ from fundamentallm.engine.commands import (
     export,
     generate,
     list,
+    new,
     prepare,
     replay,
     report,
@@ -43,6 +44,7 @@ class Command(Protocol):
 
 COMMANDS: Mapping[str, Command] = {
     "run": run,
+    "new": new,
     "check": check,
     "tune": tune,
     "evaluate": evaluate,

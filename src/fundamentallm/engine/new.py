@@ -1,0 +1,224 @@
+"""The `new` command: a commented configuration that is fit for this machine and text."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fundamentallm.compute.peak import device_peak
+from fundamentallm.config import RunConfig
+from fundamentallm.config.base import dump_yaml
+from fundamentallm.config.yaml.file import MODELINE, SCHEMA
+from fundamentallm.data.sources import read_source
+from fundamentallm.data.sources.tokens import is_tokens
+from fundamentallm.engine.console import program, say
+from fundamentallm.errors import ConfigError, MachineError
+from fundamentallm.files.private import narrow
+from fundamentallm.training.handlers.progress import format_seconds
+
+DATA = "python-docs"
+BUDGET = "10m"
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_TOKENS_PER_PARAMETER = (
+    8  # between a small model's 2 in the quickstart and 20 (Hoffmann et al. 2022)
+)
+_UTILIZATION = (
+    0.25  # of the peak of matrix products; small models on CPUs reach less, large ones more
+)
+_PARAMETERS_PER_TOKEN = 4  # of the text; larger models learn it by heart
+_MOST_CHARACTERS = 512
+
+
+class Size(NamedTuple):
+    """The shape of a transformer."""
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+
+    @property
+    def parameters(self) -> int:
+        """About the number of parameters of the blocks."""
+        return 12 * self.num_layers * self.d_model**2
+
+
+SIZES = (
+    Size(64, 2, 2),
+    Size(128, 4, 4),
+    Size(192, 6, 6),
+    Size(256, 6, 8),
+    Size(384, 6, 6),
+    Size(512, 8, 8),
+    Size(768, 12, 12),
+    Size(1024, 16, 16),
+)
+
+
+class Text(NamedTuple):
+    """What matters of a text: its length in tokens and the tokenizer; None where unknown."""
+
+    num_tokens: int | None
+    tokenizer: str | None
+
+
+def new(path: Path, data: str | None = None, budget: str | None = None) -> int:
+    """Write a configuration and say the next commands; return the exit code.
+
+    Args:
+        path: the file, which must not exist.
+        data: as `data.source`; None: asked for on a terminal, else python-docs.
+        budget: a time as 10m, 2h or 1h30m; None: asked for on a terminal, else 10m.
+
+    Raises:
+        ConfigError: the name or the budget is not valid, or the file exists.
+        DataError: the data cannot be read.
+        MachineError: the file cannot be written.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            "a configuration is a .yaml file", where=str(path), fix=f"write {path.name}.yaml"
+        )
+    if path.exists():
+        raise ConfigError("the file exists already", where=str(path), fix="choose another name")
+    data = data or _ask("Text to train on: a file, a folder, or a built-in name", DATA)
+    seconds = seconds_of(budget or _ask("Time to train, as 90s, 10m or 2h", BUDGET))
+    text = _look_at(data)
+    device, peak = _machine()
+    content = configuration(path.stem, data, seconds, text, device, peak)
+    RunConfig.from_yaml(content)
+    try:
+        with open(path, "x", encoding="utf-8", opener=narrow) as file:
+            file.write(content)
+    except OSError as error:
+        raise MachineError(
+            f"the configuration cannot be written: {error.strerror or error}", where=str(path)
+        ) from error
+    say(f"Written to {path}: {data}, {format_seconds(seconds)} on {device}. Next:")
+    say(f"  {program()} check {shlex.quote(str(path))}")
+    say(f"  {program()} run {shlex.quote(str(path))}")
+    return 0
+
+
+def seconds_of(budget: str) -> int:
+    """Return the seconds of a time as 90s, 10m, 2h, 1h30m, or 600 (seconds).
+
+    Raises:
+        ConfigError: it is not a time above 0.
+    """
+    parts = re.findall(r"(\d+)([smhd])", budget)
+    whole = "".join(number + unit for number, unit in parts)
+    seconds = sum(int(number) * _UNITS[unit] for number, unit in parts)
+    if budget.isdecimal():
+        whole, seconds = budget, int(budget)
+    if whole != budget or not seconds:
+        raise ConfigError(
+            "the budget is not a time",
+            where="--budget",
+            got=budget,
+            expected="for example 90s, 10m, 2h or 1h30m",
+        )
+    return seconds
+
+
+def _ask(question: str, default: str) -> str:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return default
+    try:
+        return input(f"{question} [{default}]: ").strip() or default
+    except EOFError:
+        return default
+
+
+def _look_at(data: str) -> Text:
+    source = read_source(data)
+    if not source.text:
+        return Text(None, None if is_tokens(data) else "character")
+    if len(set(source.text)) > _MOST_CHARACTERS:
+        return Text(len(source.text.encode()), "byte")
+    return Text(len(source.text), "character")
+
+
+def _machine() -> tuple[str, float]:
+    """Return the kind of device that `device: auto` takes here, and its peak in FLOP/s."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = accelerator or torch.device("cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device.type, device_peak(device, dtype)
+
+
+def choose_size(operations: float, text: Text) -> Size:
+    """Return the size nearest to what a number of floating-point operations trains well.
+
+    Args:
+        operations: of the whole run; training takes 6 for each parameter and token.
+        text: bounds the size, so that the text is not learnt by heart.
+    """
+    best = math.sqrt(operations / (6 * _TOKENS_PER_PARAMETER))
+    if text.num_tokens is not None:
+        best = min(best, _PARAMETERS_PER_TOKEN * text.num_tokens)
+    return min(SIZES, key=lambda size: abs(math.log(size.parameters / max(best, 1.0))))
+
+
+def configuration(stem: str, data: str, seconds: int, text: Text, device: str, peak: float) -> str:
+    """Return the text of the configuration.
+
+    Args:
+        stem: the file's name without its suffix.
+        data: as `data.source`.
+        seconds: the budget.
+        text: what is known of the data.
+        device: the kind of device.
+        peak: its FLOP/s in matrix products.
+    """
+    operations = _UTILIZATION * peak * seconds
+    size = choose_size(operations, text)
+    length = 128 if size.d_model <= 128 else 256
+    if text.num_tokens is not None:  # a tenth of the text, for validation, holds two sequences
+        length = max(16, min(length, 2 ** int(math.log2(max(text.num_tokens // 20, 1)))))
+    batch_size = 16 if device == "cpu" else 64
+    steps = operations / (6 * size.parameters * length * batch_size)
+    eval_steps = max(50, int(round(steps / 10, -2 if steps > 2000 else -1)))
+    rate = 3e-3 if size.d_model <= 192 else 1e-3 if size.d_model <= 512 else 6e-4
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip(".-").rstrip(".")[:100] or "run"
+    tokenizer = "  tokenizer: {}    # character, byte, or {{name: bpe, vocab_size: 4096}}\n"
+    return f"""\
+{MODELINE}{SCHEMA}
+# A model of {dump_yaml(data).splitlines()[0]} in {format_seconds(seconds)}, for this machine: \
+{device}, about {peak:.2g} FLOP/s.
+#
+#   fundamentallm check {shlex.quote(stem)}.yaml      costs, and what happens when
+#   fundamentallm run {shlex.quote(stem)}.yaml        the same command continues it after a stop
+#   fundamentallm list optimizers       what the keys below can name, with options
+name: {dump_yaml(name).splitlines()[0]}
+seed: 42
+data:
+  source: {dump_yaml(data).splitlines()[0]}    # a file, a folder, a built-in name, or a list
+{tokenizer.format(text.tokenizer) if text.tokenizer else ""}\
+  sequence_length: {length}    # tokens that the model sees at once
+  batch_size: {batch_size}    # sequences in a micro-batch
+model:    # about {size.parameters / 1e6:.1f} million parameters in its blocks
+  d_model: {size.d_model}
+  num_layers: {size.num_layers}
+  num_heads: {size.num_heads}
+  dropout: 0.0    # 0.1 or 0.2 where validation loss rises while training loss falls
+training:
+  max_seconds: {seconds}    # the budget, from the start of the process; the schedule follows it
+  learning_rate: {rate:g}    # `fundamentallm tune --learning-rate` suggests one
+  min_learning_rate: {rate / 10:g}
+  optimizer: adamw
+  optimizer_weight_decay: 0.1
+  scheduler: cosine
+  device: auto
+  precision: auto    # measured when the run begins
+  compile: auto
+  eval_steps: {eval_steps}    # steps from one validation and checkpoint to the next
+handlers:
+  samples: {{num_tokens: 200}}    # a text after each validation
+"""

@@ -1,0 +1,126 @@
+"""`new` writes a configuration that is valid and fits the machine, the budget and the text."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fundamentallm.config import load_config
+from fundamentallm.engine import new as module
+from fundamentallm.engine.cli import main
+from fundamentallm.engine.new import SIZES, Text, choose_size, configuration, seconds_of
+from fundamentallm.errors import ConfigError
+
+TINY = Path(__file__).resolve().parents[2] / "examples" / "data" / "tiny.txt"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "_machine", lambda: ("cpu", 1e11))
+    shutil.copy(TINY, "tiny.txt")
+
+
+def test_the_file_is_valid_and_the_next_commands_are_said(capsys):
+    assert main(["new", "mine.yaml", "--data", "tiny.txt", "--budget", "2m"]) == 0
+
+    config = load_config("mine.yaml")
+    assert (config.name, config.data.source) == ("mine", "tiny.txt")
+    assert config.training.max_seconds == 120
+    out = capsys.readouterr().out
+    assert re.search(r"^  .*fundamentallm check mine.yaml$", out, re.MULTILINE)
+    assert re.search(r"^  .*fundamentallm run mine.yaml$", out, re.MULTILINE)
+
+
+@pytest.mark.long
+def test_the_file_runs(capsys):
+    main(["new", "mine.yaml", "--data", "tiny.txt", "--budget", "2m"])
+    assert main(["run", "mine.yaml", "training.total_steps=2"]) == 0
+    assert "Done: 2 steps" in capsys.readouterr().out
+
+
+def test_it_asks_on_a_terminal(monkeypatch):
+    answers = iter(["tiny.txt", ""])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: next(answers))
+
+    assert main(["new", "mine.yaml"]) == 0
+
+    config = load_config("mine.yaml")
+    assert config.data.source == "tiny.txt"
+    assert config.training.max_seconds == 600
+
+
+def test_without_a_terminal_it_takes_the_defaults():
+    assert main(["new", "mine.yaml"]) == 0
+    assert load_config("mine.yaml").data.source == "python-docs"
+
+
+def test_a_file_is_never_overwritten(capsys):
+    Path("mine.yaml").write_text("name: precious")
+
+    assert main(["new", "mine.yaml", "--data", "tiny.txt"]) == 2
+
+    assert Path("mine.yaml").read_text() == "name: precious"
+    assert "the file exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["mine.txt"], 2),
+        (["mine.yaml", "--data", "missing.txt"], 3),
+        (["mine.yaml", "--data", "tiny.txt", "--budget", "soon"], 2),
+        (["no/mine.yaml", "--data", "tiny.txt"], 5),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_fault_leaves_no_file(words, code):
+    assert main(["new", *words]) == code
+    assert not Path(words[0]).exists()
+
+
+def test_budgets():
+    for text, seconds in {"90s": 90, "10m": 600, "2h": 7200, "1h30m": 5400, "45": 45}.items():
+        assert seconds_of(text) == seconds
+    for text in ("", "0", "0m", "-1h", "1.5h", "10 m", "h"):
+        with pytest.raises(ConfigError):
+            seconds_of(text)
+
+
+def test_more_operations_train_a_larger_model():
+    sizes = [choose_size(10.0**power, Text(None, None)) for power in range(8, 24)]
+
+    assert [size.parameters for size in sizes] == sorted(size.parameters for size in sizes)
+    assert {sizes[0], sizes[-1]} == {SIZES[0], SIZES[-1]}
+
+
+def test_the_size_is_where_four_tokens_are_trained_for_each_parameter():
+    size = choose_size(6 * 4 * 2_654_208.0**2, Text(None, None))
+    assert size.parameters == 12 * 6 * 192**2 == 2_654_208
+
+
+def test_a_short_text_bounds_the_size():
+    assert choose_size(1e20, Text(200_000, "character")) == SIZES[1]  # 0.8 M
+
+
+@pytest.mark.parametrize("length", [200, 2_000, 50_000])
+def test_validation_holds_a_sequence(length):
+    text = configuration("mine", "tiny.txt", 600, Text(length, "character"), "cpu", 1e11)
+    Path("mine.yaml").write_text(text)
+    chosen = load_config("mine.yaml").data.sequence_length
+    assert math.log2(chosen).is_integer()
+    assert chosen <= max(length / 20, 16)
+
+
+@pytest.mark.parametrize("name", ["my file", ".hidden", "a: b #c", "1e-4", "yes"])
+def test_any_file_name_and_data_give_a_valid_configuration(name):
+    content = configuration(name, f"{name}.txt", 60, Text(10**6, "byte"), "cuda", 1e14)
+    Path("any.yaml").write_text(content)
+
+    assert load_config("any.yaml").data.source == f"{name}.txt"
