@@ -1062,7 +1062,11 @@ def test_the_end_names_the_next_commands_and_they_work(capsys):
 
     commands = [line.split()[3:] for line in out.splitlines() if "python -m" in line]
     # The text has no T: the prompt is one that its vocabulary has.
-    assert commands == [["generate", "runs/tiny", "--prompt", "First"], ["evaluate", "runs/tiny"]]
+    assert commands == [
+        ["generate", "runs/tiny", "--prompt", "First"],
+        ["evaluate", "runs/tiny"],
+        ["report", "runs/tiny"],
+    ]
     for command in commands:
         assert main(command) == 0
 
@@ -1329,6 +1333,22 @@ def test_evaluate_uses_averaged_weights_where_they_are_on(capsys):
 
 
 # ---------------------------------------------------------------------- generate
+
+
+def test_generate_tells_what_it_copies(done, capsys):
+    command = ["generate", "runs/tiny", "--max-tokens", "40", "--num-samples", "2"]
+    assert main([*command, "--check-copying"]) == 0
+    out = capsys.readouterr().out
+    assert main(command) == 0
+    texts, table = out.split("\n\n" + 16 * " ")
+    assert capsys.readouterr().out.rstrip() == texts.rstrip()
+    rows = [line.split() for line in table.splitlines()[1:7]]
+    assert [row[:2] for row in rows] == [
+        *(["sample", str(number)] for number in (1, 2)),
+        *(["validation", str(number)] for number in (1, 2, 3, 4)),
+    ]
+    assert all(1 <= int(row[2]) <= 40 for row in rows)
+    assert all(re.fullmatch(r"\S+\.txt:\d+:\d+", row[5]) for row in rows)
 
 
 def test_generate_is_the_same_for_a_seed(done, capsys):

@@ -141,7 +141,7 @@ def choose_task(trained: Trained, options: argparse.Namespace) -> Task:
             fix="remove it: each example is a document, and --documents lists them",
         )
     by_document = options.documents or separator is not None
-    documents = _documents(trained, source, part, by_document, separator)
+    documents = documents_of(trained, source, part, by_document, separator)
     measured = [document for document in documents if document.num_predicted]
     if not measured:
         raise DataError(
@@ -284,15 +284,24 @@ def _table(by_name: list[tuple[str, Evaluated]], num_left_out: int) -> None:
         )
 
 
+def run_source(trained: Trained) -> Source:
+    """Return the source of the model's run.
+
+    Raises:
+        CheckpointError: it has changed since.
+    """
+    own = read_run_source(trained.config.data, trained.run_dir)
+    own.require_unchanged(
+        trained.data_sha256,
+        fix="restore the text, or choose another with --data",
+    )
+    return own if RULES_KEY in trained.manifest.metadata else split_by_position(own)
+
+
 def _source(trained: Trained, data: str | None) -> Source:
     """Return the source to evaluate on, None for the run's own."""
     if data is None:
-        own = read_run_source(trained.config.data, trained.run_dir)
-        own.require_unchanged(
-            trained.data_sha256,
-            fix="restore the text, or choose another with --data",
-        )
-        return own if RULES_KEY in trained.manifest.metadata else split_by_position(own)
+        return run_source(trained)
     source = read_source(data, response_end=trained.config.data.response_end)
     expected = trained.tokenizer.fingerprint()
     if source.tokenizer is not None and source.tokenizer.fingerprint() != expected:
@@ -306,7 +315,7 @@ def _source(trained: Trained, data: str | None) -> Source:
     return source
 
 
-def _documents(
+def documents_of(
     trained: Trained, source: Source, part: str | None, by_document: bool, separator: str | None
 ) -> list[Document]:
     """Return the documents to measure: the texts of a source, or those of a part of the split.

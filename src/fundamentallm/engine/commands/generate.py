@@ -18,6 +18,7 @@ from fundamentallm.errors import ConfigError, FundamentaLLMError
 from fundamentallm.files.private import make_directory
 
 if TYPE_CHECKING:
+    from fundamentallm.engine.copying import CopyingCheck
     from fundamentallm.inference.load import Trained
 
 SUMMARY = "generate text with a trained model"
@@ -81,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="texts per prompt, generated as one batch; default 1",
     )
+    parser.add_argument(
+        "--check-copying",
+        action="store_true",
+        help="tell how much of the texts stands in the training text, and where",
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -99,13 +105,18 @@ def execute(options: argparse.Namespace) -> int:
             raise ConfigError(
                 "num_samples is out of range", got=str(options.num_samples), expected="at least 1"
             )
+        check = None
+        if options.check_copying:
+            from fundamentallm.engine.copying import CopyingCheck
+
+            check = CopyingCheck(trained)
         if options.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
-            return _interactive(trained, options)
-        _write(trained, options, options.prompt or "", options.seed)
+            return _interactive(trained, options, check)
+        _write(trained, options, options.prompt or "", options.seed, check)
     return 0
 
 
-def _interactive(trained: Trained, options: argparse.Namespace) -> int:
+def _interactive(trained: Trained, options: argparse.Namespace, check: CopyingCheck | None) -> int:
     seed = options.seed
     say("Type a prompt and press Enter; Ctrl-C stops the text, Ctrl-D quits.")
     with _history():
@@ -116,7 +127,7 @@ def _interactive(trained: Trained, options: argparse.Namespace) -> int:
                 say()
                 return 0
             try:
-                _write(trained, options, prompt, seed)
+                _write(trained, options, prompt, seed, check)
             except KeyboardInterrupt:
                 say()
             except FundamentaLLMError as error:
@@ -155,10 +166,17 @@ def history_path() -> Path:
     return state / "fundamentallm" / "prompts"
 
 
-def _write(trained: Trained, options: argparse.Namespace, prompt: str, seed: int) -> None:
+def _write(
+    trained: Trained,
+    options: argparse.Namespace,
+    prompt: str,
+    seed: int,
+    check: CopyingCheck | None,
+) -> None:
     """Print the samples of a prompt one below the other, each as soon as it is generated."""
     from fundamentallm.inference.generate import in_order, stream_texts
 
+    texts = [""] * options.num_samples
     for first in range(0, options.num_samples, SAMPLES_AT_ONCE):
         numbers = range(first, min(first + SAMPLES_AT_ONCE, options.num_samples))
         pieces = stream_texts(
@@ -182,4 +200,8 @@ def _write(trained: Trained, options: argparse.Namespace, prompt: str, seed: int
                 if options.num_samples > 1:
                     say(f"--- sample {numbers[shown] + 1} ---")
                 say(printable(prompt), end="")
+            texts[first + piece.row] += piece.text
             say(printable(piece.text), end="\n" if piece.last else "")
+    if check is not None:
+        say()
+        say(printable(check.table(texts)))
