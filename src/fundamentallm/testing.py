@@ -53,7 +53,7 @@ class RecordingHandler:
     def attach(self, trainer: Trainer) -> None:
         """Listen to all events of the loop."""
         for event in (*Events, *TrainingEvents):
-            # A handler of EXCEPTION_RAISED would swallow the exception (ignite#1234).
+            # EXCEPTION_RAISED passes the error as well.
             if event not in (Events.EXCEPTION_RAISED, Events.TERMINATE_SINGLE_EPOCH):
                 trainer.add_event_handler(event, self._record, event.name)
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ignite.engine import Events
-from ignite.metrics import Accuracy, Loss, TopKCategoricalAccuracy
+from ignite.handlers import PiecewiseLinear
+from ignite.metrics import Accuracy, Average, Loss, TopKCategoricalAccuracy
 from tests import forked
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -422,6 +423,30 @@ def terminated_in_an_evaluation(ranks: Ranks, directory: Path) -> dict[str, Any]
     }
 
 
+def epoch_ended(ranks: Ranks, directory: Path) -> dict[str, Any]:
+    """A handler of rank 1 alone ends the epoch at step 5; handlers of Ignite have states."""
+
+    def make(place: Path) -> Trainer:
+        trainer = make_trainer(ranks, directory=place)
+        scheduler = PiecewiseLinear(trainer.optimizer, "lr", [(0, 0.0), (3, 0.02), (11, 0.001)])
+        trainer.add_event_handler(Events.ITERATION_STARTED, scheduler)
+        Average().attach(trainer, "mean")
+        return trainer
+
+    def report(trainer: Trainer) -> dict[str, Any]:
+        known = run_and_report(trainer)
+        rate, mean = trainer.state.metrics["train/lr"], trainer.state.metrics["mean"]
+        return {**known, "cuts": trainer.epochs.state_dict(), "rate": rate, "mean": mean}
+
+    whole = make(directory)
+    if ranks.rank == 1:
+        whole.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda: whole.terminate_epoch())
+    results = report(whole)
+    again = make(directory / "again")
+    again.resume(directory / "step-00000008")
+    return {**results, "resumed": report(again)}
+
+
 def evaluation(ranks: Ranks) -> dict[str, Any]:
     # Five batches: three for the first rank, two for the second.
     loader = ValidationLoader(
@@ -510,6 +535,7 @@ def all_scenarios(ranks: Ranks, place: Path) -> Iterator[tuple[str, Any]]:
     yield "out of time", out_of_time(ranks)
     yield "terminated", terminated(ranks)
     yield "terminated in an evaluation", terminated_in_an_evaluation(ranks, place / "ended")
+    yield "epoch ended", epoch_ended(ranks, place / "epoch-ended")
     yield "evaluation", evaluation(ranks)
 
 
@@ -748,6 +774,18 @@ def test_a_handler_of_one_rank_that_terminates_in_an_evaluation_ends_both_there(
     for report in (first, second):
         assert report["resumed"]["iteration"] == 12
         assert report["resumed"]["weights"] == both[0]["evaluated"]["weights"]
+
+
+def test_a_handler_of_one_rank_ends_the_epoch_of_both_and_a_resume_goes_on_exactly(both):
+    first, second = (results["epoch ended"] for results in both)
+    assert first == second
+    assert first["cuts"] == [[6, 2]]  # heard with the next step
+    assert first["rate"] == pytest.approx(0.001)
+    resumed = first["resumed"]
+    assert [step[0] for step in resumed["steps"]] == [9, 10, 11, 12]
+    assert resumed["steps"] == first["steps"][8:]
+    for key in ("weights", "cuts", "rate", "mean", "finished"):
+        assert resumed[key] == first[key], key
 
 
 def test_an_undisturbed_run_ends_alike_on_both(both):

@@ -14,6 +14,7 @@ from ignite.handlers import (
     BatchSizeScheduler,
     ConcatScheduler,
     CosineAnnealingScheduler,
+    EarlyStopping,
     EMAHandler,
     EpochOutputStore,
     FastaiLRFinder,
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.errors import ConfigError
+from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model
 from fundamentallm.training.handlers import NaNRollback
 from fundamentallm.training.schedulers import LinearWarmup
@@ -440,3 +442,118 @@ def test_the_finder_is_refused_where_its_steps_would_be_saved(tmp_path: Path) ->
     ):
         pass
     assert len(trainer.history.steps) == 0
+
+
+def test_an_error_is_heard_once_and_never_swallowed_by_a_handler_of_ignite() -> None:
+    trainer, heard = make_trainer(), []
+
+    def fail(trainer: Trainer) -> None:
+        raise ArithmeticError("half done")
+
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=3), fail)
+    trainer.add_event_handler(Events.EXCEPTION_RAISED, lambda trainer, error: heard.append(error))
+    with pytest.raises(ArithmeticError, match="half done"):
+        trainer.train(num_epochs=1)
+    assert len(heard) == 1
+    assert not trainer.finished
+
+
+def test_terminate_at_exception_raised_ends_the_run_without_a_save(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+
+    def fail(trainer: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    def leave(trainer: Trainer, error: BaseException) -> None:
+        trainer.terminate()
+
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=6), fail)
+    trainer.add_event_handler(Events.EXCEPTION_RAISED, leave)
+    trainer.train(num_epochs=1)
+    assert trainer.finished.startswith("stopped by leave")
+    assert sorted(path.name for path in tmp_path.glob("step-*"))[-1] == "step-00000004"
+
+
+def events_of(engine: Engine) -> list[str]:
+    """The events at which a run ends or stops."""
+    seen: list[str] = []
+    for event in (Events.INTERRUPT, Events.TERMINATE, Events.COMPLETED):
+        engine.add_event_handler(event, lambda engine, name: seen.append(name), event.name)
+    return seen
+
+
+@pytest.mark.parametrize("step", [4, STEPS], ids=["inside", "last step"])
+def test_completed_is_not_fired_where_terminate_asks_for_that(step: int) -> None:
+    for skip in (False, True):
+        trainer = make_trainer()
+        fired = events_of(trainer)
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED(once=step), lambda t, skip=skip: t.terminate(skip)
+        )
+        trainer.train(num_epochs=1)
+        assert trainer.state.iteration == step
+        assert ("COMPLETED" in fired) is not skip
+
+
+def test_interrupt_fires_what_it_fires_on_a_plain_engine() -> None:
+    fired = {}
+    for engine in (make_trainer(), Engine(lambda *_: None)):
+        data = None if isinstance(engine, Trainer) else range(STEPS)
+        seen = fired[type(engine)] = events_of(engine)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=4), lambda e: e.interrupt())
+        engine.run(data, max_epochs=1)
+        seen.append("the next run")
+        engine.run(data, max_epochs=1)
+    assert fired[Trainer] == fired[Engine] == ["INTERRUPT", "the next run", "COMPLETED"]
+
+
+def test_what_listens_at_an_epochs_end_sees_output_and_metrics_in_a_resume_there(
+    tmp_path: Path,
+) -> None:
+    def scores(trainer: Trainer) -> list[tuple[float, float]]:
+        seen: list[tuple[float, float]] = []
+
+        def score(engine: Trainer) -> float:
+            seen.append((engine.state.output.grad_norm, engine.state.metrics["train/epoch_loss"]))
+            return -seen[-1][1]
+
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, EarlyStopping(99, score, trainer))
+        return seen
+
+    trainer = make_trainer(tmp_path, total_steps=2 * STEPS)
+    whole = scores(trainer)
+    trainer.train()
+    resumed = make_trainer(tmp_path / "again", total_steps=2 * STEPS)
+    seen = scores(resumed)
+    resumed.resume(tmp_path / f"step-{STEPS:08d}")
+    resumed.train()
+    assert seen == whole
+    assert len(whole) == 2
+
+
+def test_rates_of_a_scheduler_are_put_back_where_a_step_fails() -> None:
+    trainer = make_trainer(total_steps=4)
+    SCHEDULES["cosine"](trainer.optimizer).attach(trainer)
+    trainer.interventions.cut_rate(first=1, num_steps=4, factor=0.5)
+
+    def fail(trainer: Trainer) -> None:
+        raise ArithmeticError
+
+    trainer.add_event_handler(TrainingEvents.FLLM_GRADIENTS_READY, fail)
+    with pytest.raises(ArithmeticError):
+        trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_after_a_state_is_loaded_the_run_is_not_finished() -> None:
+    trainer = make_trainer()
+    start = copy.deepcopy(trainer.state_dict())
+    trainer.run(max_iters=2)
+    assert trainer.finished
+    trainer.load_state_dict(start)
+    assert not trainer.finished
+
+
+def test_a_run_has_one_budget() -> None:
+    with pytest.raises(ValueError, match="mutually exclusive"):
+        make_trainer().run(max_epochs=1, max_iters=3)

@@ -35,6 +35,8 @@ from fundamentallm.data.loaders import (
 )
 from fundamentallm.data.permutation import Permutation, derive_key
 from fundamentallm.errors import DataError
+from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.training.trainer import Trainer
 
 SMALL = st.integers(min_value=1, max_value=4)
 
@@ -493,6 +495,15 @@ def test_a_loader_without_a_length_is_refused() -> None:
 
     with pytest.raises(DataError, match="no length"):
         WindowLoader(DataLoader(Stream()))
+
+
+def test_a_loader_without_a_batch_is_refused_and_the_trainer_keeps_its_own() -> None:
+    trainer = Trainer(tiny_model(), *tiny_loaders(), device="cpu")
+    own = trainer.train_loader
+    with pytest.raises(DataError, match="have no batch"):
+        trainer.run([])
+    assert trainer.train_loader is own
+    assert trainer.steps_per_epoch == len(own)
 
 
 def test_a_batch_is_a_window_of_one() -> None:

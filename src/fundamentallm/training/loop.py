@@ -13,8 +13,8 @@ import logging
 import math
 import sys
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -196,7 +196,9 @@ class TrainingLoop(Dispatcher):
         self._decision = GO_ON
         self._saving: Save | None = None
         self._stopped_by = ""
-        self._is_interrupted = False
+        self._is_interrupted = self._skips_completed = False
+        self._error: BaseException | None = None
+        self._error_ended_by = ""
 
         self._rate_setters: list[Any] = []  # Ignite's schedulers
         self._carried: foreign.Carried | None = None
@@ -228,19 +230,28 @@ class TrainingLoop(Dispatcher):
             The engine's state.
 
         Raises:
+            DataError: the data have no batch, or cannot be read.
             MachineError: memory ran out; the last checkpoint stays as it is.
+            ValueError: both max_epochs and max_iters are given.
         """
-        if data is not None:
-            self.train_loader = as_window_loader(
-                data, self.config.accumulation_steps, self.config.seed
+        if max_iters is not None and max_epochs is not None:
+            raise ValueError(  # as Ignite's
+                "Arguments max_iters and max_epochs are mutually exclusive. Please provide only"
+                " max_epochs or max_iters."
             )
-        self.epochs.length = epoch_length or len(self.train_loader)
+        loader = self.train_loader
+        if data is not None:
+            loader = as_window_loader(data, self.config.accumulation_steps, self.config.seed)
+        length = epoch_length or len(loader)
+        if length < 1:
+            raise DataError("the training data have no batch", fix="check the data, and drop_last")
+        self.train_loader, self.epochs.length = loader, length
         if max_iters is not None or max_epochs is not None:
-            epochs = None if max_iters else max_epochs
             steps = max_iters or (max_epochs or 1) * self.steps_per_epoch
-            self.budget.limits = Limits(steps, num_epochs=epochs)
+            self.budget.limits = Limits(steps, num_epochs=max_epochs)
         self._heed_epochs()
         self._facts, self._stopped_by, self._is_interrupted = StepFacts(), "", False
+        self._skips_completed, self._error, self._error_ended_by = False, None, ""
         self._faults = self.evaluator.faults = DataFaults(self.ranks)
         self.budget.begin()
         self.step.vetoes_possible = self.ranks.any(
@@ -261,6 +272,10 @@ class TrainingLoop(Dispatcher):
                 except DataError:
                     self._save_what_is_done()
                     raise
+                except BaseException:
+                    if not self._error_ended_by:
+                        raise
+                    self._decision = Decision(End.FINISH, self._error_ended_by)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -304,6 +319,13 @@ class TrainingLoop(Dispatcher):
         total = self.total_steps
         self.state.max_iters = total or 2**62
         self.state.max_epochs = self.epochs.number(total) if total else math.inf
+
+    def _handle_exception(self, e: BaseException) -> None:
+        """Let handlers hear of an error, once, and raise it: half a step is never gone on from."""
+        if e is not self._error:
+            self._error = e
+            super()._handle_exception(e)
+        raise e
 
     def _setup_engine(self) -> None:
         """Begin as Ignite does, which knows only epochs of one length."""
@@ -385,10 +407,13 @@ class TrainingLoop(Dispatcher):
     def _repeat_end_of_epoch(self) -> None:
         """Let Ignite's handlers hear the end of an epoch that came after the restored save."""
         owes, self._owes_epoch_end = self._owes_epoch_end, False
-        step, goes_on = self.state.iteration, self._decision.end is End.GO_ON
-        at_end = step > 0 and self.epochs.end_with(step)
-        if owes and at_end and goes_on and self._ignite_hears_end_of_epoch():
+        goes_on = self._decision.end is End.GO_ON
+        if owes and goes_on and self._owes_handlers_an_end_of_epoch():
             self._fire_event(Events.EPOCH_COMPLETED)
+
+    def _owes_handlers_an_end_of_epoch(self) -> bool:
+        step = self.state.iteration
+        return step > 0 and self.epochs.end_with(step) and self._ignite_hears_end_of_epoch()
 
     def _ignite_hears_end_of_epoch(self) -> bool:
         handlers = self._event_handlers[Events.EPOCH_COMPLETED]
@@ -398,9 +423,10 @@ class TrainingLoop(Dispatcher):
         wish = self._facts.roll_back
         assert wish is not None
         assert self.restore_point is not None
-        stopped_by = self._facts.finish if self._facts.finish.startswith(STOPPED_BY) else ""
+        finish = self._facts.finish
         self._facts, self._decision = StepFacts(), GO_ON
-        self._facts.finish = stopped_by  # a handler's terminate() holds, with a healthy state
+        if finish.startswith(STOPPED_BY):
+            self._facts.finish = finish  # a handler's terminate() holds, with a healthy state
         broke_at = self.state.iteration
         kept = {name: getattr(self.state, name) for name in IRREVERSIBLE}
         interventions = self.interventions.state_dict()
@@ -432,11 +458,8 @@ class TrainingLoop(Dispatcher):
             self.state.output = output
             self.notify(TrainingEvents.FLLM_STEP_REJECTED)
         else:
-            rates = self._foreign_rates() if self._rate_setters else None
-            output = self._attempt(window, num_tokens, num_sequences)
-            if rates is not None:  # a handler may compute the next ones from them
-                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate
+            with self._foreign_rates() if self._rate_setters else nullcontext():
+                output = self._attempt(window, num_tokens, num_sequences)
         self._account(output)
         return output
 
@@ -465,16 +488,23 @@ class TrainingLoop(Dispatcher):
             self._heed_terminations()
         return num_tokens, num_sequences
 
-    def _foreign_rates(self) -> list[Any]:
-        """Lower the rates that a handler of Ignite has set by the interventions; return them."""
+    @contextmanager
+    def _foreign_rates(self) -> Iterator[None]:
+        """Lower the rates that a handler of Ignite has set by the interventions, for one step.
+
+        It may compute the next ones from them, so they are put back.
+        """
         groups, step = self.optimizer.param_groups, self.state.iteration
         rates = [group["lr"] for group in groups]
-        if self.interventions.cuts:
-            factor = self.interventions.rate_factor(step)
+        factor = self.interventions.rate_factor(step) if self.interventions.cuts else 1.0
+        try:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * factor
-        self.state.metrics["train/lr"] = float(groups[0]["lr"])
-        return rates
+            self.state.metrics["train/lr"] = float(groups[0]["lr"])
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
 
     def _attempt(self, window: Window, num_tokens: int, num_sequences: int) -> StepOutput:
         """Take the step; repeat it if a controller asks for that after a refusal."""
@@ -634,9 +664,9 @@ class TrainingLoop(Dispatcher):
             self._facts = StepFacts()
         else:
             if self._is_interrupted:
-                self._fire_event(Events.INTERRUPT)
-            if self.state.iteration != self.total_steps:  # where Ignite stops by itself
-                super().terminate()
+                super().interrupt()
+            elif self._skips_completed or self.state.iteration != self.total_steps:
+                super().terminate(self._skips_completed)  # at the last step Ignite stops by itself
 
     def validate(self) -> dict[str, Any]:
         """Measure the whole validation data, in one pass of the evaluator.
@@ -705,13 +735,20 @@ class TrainingLoop(Dispatcher):
 
         Wherever it is called, the step is completed, evaluated and saved. `finished` names the
         caller. On several ranks the call of one counts from the next step on, or from the end of
-        the evaluation in which it is made.
+        the evaluation in which it is made. Called at EXCEPTION_RAISED it ends the run of a
+        single process there, without the error and without a save: the step is half done.
+
+        Args:
+            skip_completed: do not fire COMPLETED; on several ranks, on the rank of the call.
         """
+        self._skips_completed = skip_completed
         reason = STOPPED_BY + caller_name(sys._getframe(1))
-        if self.ranks.alone:
-            self.finish(reason)
-        else:
+        if not self.ranks.alone:
             self._stopped_by = self._stopped_by or reason
+        elif self.last_event_name is Events.EXCEPTION_RAISED:
+            self._error_ended_by = reason
+        else:
+            self.finish(reason)
 
     def terminate_epoch(self, skip_epoch_completed: bool = False) -> None:
         """Wish to end the epoch with this step; the next step begins the next epoch.
@@ -901,6 +938,8 @@ class TrainingLoop(Dispatcher):
             state["epochs_ended_early"] = self.epochs.state_dict()
         if self._epoch_completed_at == self.state.iteration:  # most saves come before
             state["epoch_completed"] = True
+        elif self._owes_handlers_an_end_of_epoch():
+            state["end_of_epoch"] = self.state.seen_by_handlers()
         return {
             "iteration": self.state.iteration,
             "epoch_length": self.steps_per_epoch,
@@ -933,7 +972,9 @@ class TrainingLoop(Dispatcher):
         self.epochs.load_state_dict(state_dict.get("epochs_ended_early", ()))
         self.state.epoch = self.epochs.position(self.state.iteration)[0]
         self._heed_epochs()
+        self._decision = GO_ON
         self.interventions.load_state_dict(state_dict["ledger"])
         self.run_id = state_dict["run_id"]
         self._owes_epoch_end = not state_dict.get("epoch_completed", False)
+        self.state.show_handlers(state_dict.get("end_of_epoch"))
         self.history.cut_back(self.state.iteration, self.evaluation_pending())

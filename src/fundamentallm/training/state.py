@@ -116,3 +116,15 @@ class TrainingState(State):
 
     def __init__(self) -> None:
         super().__init__(metrics={}, last_checkpoint=None, incident=None, sample=None, **COUNTERS)
+
+    def seen_by_handlers(self) -> dict[str, Any]:
+        """Return the output and the metrics that are numbers, as plain values."""
+        numbers = {k: v for k, v in self.metrics.items() if isinstance(v, int | float)}
+        output = self.output.__getnewargs__() if isinstance(self.output, StepOutput) else ()
+        return {"output": list(output), "metrics": numbers}
+
+    def show_handlers(self, seen: Mapping[str, Any] | None) -> None:
+        """Put those back, where a checkpoint holds them."""
+        if seen is not None and seen["output"]:
+            self.output = StepOutput(*seen["output"])
+            self.metrics.update(seen["metrics"])

@@ -134,7 +134,7 @@ def damage_on_any_rank(trainer: TrainingLoop, state: Mapping[str, Any]) -> Damag
 
 def are_equal(state: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
     """Return whether two states are equal, except in what differs between saves of one state."""
-    marks = ("checkpoints", "elapsed_before", "finished")
+    marks = ("checkpoints", "elapsed_before", "finished", "end_of_epoch")
     first, second = (
         {**each, "trainer": {k: v for k, v in each["trainer"].items() if k not in marks}}
         for each in (state, saved)
