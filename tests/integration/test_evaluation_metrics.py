@@ -51,7 +51,14 @@ def test_they_are_logged_and_evaluate_prints_the_same_figures(capsys):
     measured = {name: last[f"val/{name}"] for name in ("accuracy", "entropy", "top_3")}
     assert 0 < measured["accuracy"] < measured["top_3"] < 1
     said = f", accuracy {measured['accuracy']:.4g}, entropy {measured['entropy']:.4g}, top_3 "
-    assert said in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert said in output.err
+    (done,) = (line for line in output.out.splitlines() if line.startswith("Validation loss"))
+    assert said in done
+    assert main(["check", "tiny.yaml"]) == 0
+    assert (
+        "validation       loss, perplexity, accuracy, entropy, top_3\n" in capsys.readouterr().out
+    )
 
     (board,) = Path("runs/tiny/tensorboard").iterdir()
     assert b"val/accuracy" in board.read_bytes()

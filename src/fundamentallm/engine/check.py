@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fundamentallm.config import load_config
+from fundamentallm.config.evaluation import ALWAYS_MEASURED
 from fundamentallm.engine.console import console_output, program, say
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.tuning.fit import estimate_run, gib, memory_limit
@@ -60,6 +61,8 @@ def _print_costs(run: Run, seconds: float) -> None:
         total = trainer.total_steps * tokens_per_step
         say(f"steps            {trainer.total_steps:,} ({total:,} tokens)")
         say(f"FLOPs            {cost.flops_per_token * computed * trainer.total_steps:.3g}")
+    if trainer.val_loader is not None and len(trainer.val_loader):
+        say(f"validation       {', '.join((*ALWAYS_MEASURED, *run.config.evaluation.metrics))}")
     say(f"memory           about {gib(cost.total_bytes)}" + (f" of {gib(limit)}" if limit else ""))
     speed = f"{seconds * 1e3:.0f} ms a step, {computed / seconds:,.0f} tokens/s"
     longest = trainer.budget.limits.max_seconds

@@ -43,6 +43,7 @@ from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.decision import STOPPED_BY
 from fundamentallm.training.handlers.phases import Phases
+from fundamentallm.training.metrics import named_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +234,8 @@ def _conclude(run: Run, again: str) -> None:
         best_loss = scores.val_loss(best) if best is not None else None
         say(
             f"Validation loss {state.metrics['val/loss']:.4f}"
-            + (f" (best {best_loss:.4f})." if best_loss is not None else ".")
+            + (f" (best {best_loss:.4f})" if best_loss is not None else "")
+            + f"{named_metrics(state.metrics)}."
         )
     samples = run.directory.path / SAMPLES
     if samples.exists():

@@ -22,6 +22,7 @@ from numbers import Real
 import torch
 from ignite.metrics import Accuracy, Entropy, Metric, TopKCategoricalAccuracy
 
+from fundamentallm.config.evaluation import ALWAYS_MEASURED
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.registry import Registry
 
@@ -53,6 +54,16 @@ def entropy(device: torch.device) -> Metric:
     A calibrated model's entropy equals its loss; less means that it is too certain.
     """
     return Entropy(device=device)
+
+
+def named_metrics(metrics: Mapping[str, object]) -> str:
+    """Return the numbers among the metrics of a validation pass besides its own, for a line."""
+    own = [f"val/{name}" for name in ALWAYS_MEASURED]
+    return "".join(
+        f", {name.removeprefix('val/')} {number:.4g}"
+        for name, number in numbers_in(metrics).items()
+        if name.startswith("val/") and name not in own
+    )
 
 
 def numbers_in(results: Mapping[str, object]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
-from fundamentallm.training.metrics import numbers_in
+from fundamentallm.training.metrics import named_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +45,12 @@ class Evaluation:
                 state.evaluations -= 1
         if not metrics:
             return
-        others = "".join(
-            f", {name.removeprefix('val/')} {number:.4g}"
-            for name, number in numbers_in(metrics).items()
-            if name not in ("val/loss", "val/perplexity")
-        )
         logger.info(
             "step %d: validation loss %.4f, perplexity %.3f%s (%.1f s)",
             state.iteration,
             metrics["val/loss"],
             metrics["val/perplexity"],
-            others,
+            named_metrics(metrics),
             time.perf_counter() - started,
         )
         trainer.notify(TrainingEvents.FLLM_EVALUATION_COMPLETED)
