@@ -12,7 +12,7 @@ import pytest
 import fundamentallm
 from fundamentallm.config import load_config
 from fundamentallm.config.yaml.file import PACKAGED, packaged_names
-from fundamentallm.engine.cli import main
+from fundamentallm.engine.cli import main, parse, tell_start
 from fundamentallm.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -123,6 +123,21 @@ def test_the_first_line_says_what_is_resumed(tmp_path, monkeypatch, capsys):
     main(["run", "quickstart", "seed=x", "--resume", "runs/before"])
 
     assert capsys.readouterr().err.startswith("resuming runs/before\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["new", "mine.yaml", "--budget", "soon"], "writing mine.yaml"),
+        (["verify", "runs/none"], "reading runs/none"),
+        (["compare", "runs/a", "runs/b"], "reading runs/a, runs/b"),
+        (["list"], None),
+    ],
+    ids=lambda value: str(value),
+)
+def test_the_first_line_says_what_is_read_or_written(capsys, words, line):
+    tell_start(parse(words))
+    assert capsys.readouterr().err == (f"{line}\n" if line else "")
 
 
 def test_other_ranks_say_nothing(tmp_path, monkeypatch, capsys):

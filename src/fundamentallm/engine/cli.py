@@ -123,7 +123,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def tell_start(options: argparse.Namespace) -> None:
-    """Say what a command reads or resumes, before it imports the large libraries.
+    """Say what a command reads, resumes or writes, before it imports the large libraries.
 
     The first rank says it, on standard error.
     """
@@ -133,11 +133,12 @@ def tell_start(options: argparse.Namespace) -> None:
     if resume not in ("auto", "never"):
         line = f"resuming {resume}"
     else:
-        names = ("config", "model", "incident", "inputs")
+        names = ("config", "model", "incident", "inputs", "runs", "path")
         read = next((getattr(options, name) for name in names if name in options), None)
         if read is None:
             return
-        line = f"reading {', '.join(read) if isinstance(read, list) else read}"
+        verb = "writing" if "path" in options else "reading"
+        line = f"{verb} {', '.join(map(str, read)) if isinstance(read, list) else read}"
     with contextlib.suppress(OSError, ValueError):  # the terminal is closed
         print(printable(line), file=sys.stderr, flush=True)
 
