@@ -29,12 +29,16 @@ def test_a_command_knows_what_to_execute(name: str) -> None:
     command = COMMANDS[name]
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    words = [action.dest for action in parser._actions if not action.option_strings]
+    words = [
+        next(iter(action.choices)) if action.choices else "x"
+        for action in parser._actions
+        if not action.option_strings
+    ]
     needed = [
         f"{action.option_strings[0]}=hf"
         for action in parser._actions
         if action.required and action.option_strings
     ]
-    options = parse([name, *(["x"] if words else []), *needed])
+    options = parse([name, *words[:1], *needed])
     assert options.command is command.execute
     assert options.debug is False
