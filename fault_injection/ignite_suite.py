@@ -63,9 +63,71 @@ REASONS = (
         "refused: Ignite's LRScheduler gives other rates than this scheduler of torch",
     ),
     (
-        "without_epoch_length",
+        "",
         "needs data with a length",
-        "data without a length",
+        "a step has a place in an epoch: data without a length are refused",
+    ),
+    (
+        "",
+        "compares predictions with targets",
+        "refused: a training step keeps no logits, trainer.evaluator has them",
+    ),
+    (
+        "",
+        "is attached already, and a checkpoint",
+        "a checkpoint holds each handler's state under its name: two mocks, which have every"
+        " method, cannot be told apart",
+    ),
+    (
+        "test_terminate_epoch_events_sequence|test_terminate\\[",
+        "assert False ==",
+        "asks for Ignite's flags: terminate() and terminate_epoch() are wishes here, which the"
+        " present step carries out (tests/unit/test_epochs.py compares the events)",
+    ),
+    (
+        "test_terminate_at_start_of_epoch|test_terminate_events_sequence|test_engine_run_interrupt",
+        "",
+        "the step that begins is completed, evaluated and saved wherever terminate() or interrupt()"
+        " is called; what follows it is fired, and a next run counts the epochs that are whole",
+    ),
+    (
+        "test_terminate_stops_run_mid_epoch|test_engine_interrupt_restart",
+        "",
+        "at STARTED of a next run the state counts the epochs that are whole, and the run goes on"
+        " from its step",
+    ),
+    (
+        "test_engine_state_dict",
+        "",
+        "the state of a Trainer is its own: position, counters, interventions, the run and its end;"
+        " keys of the user stand under 'user' (tests/unit/test_foreign.py)",
+    ),
+    (
+        "test_reset_should_terminate|test_switch_termination_mode|test_engine_run_resume"
+        "|epoch_length_mismatch",
+        "",
+        "a next run goes on to the limit that it is given: the state holds both limits, and is"
+        " loaded with load_state_dict, not by assignment",
+    ),
+    (
+        "test_engine_no_data|data_none|test_state_attributes",
+        "",
+        "a Trainer has a loader with a position, which the adapter makes of any data",
+    ),
+    (
+        "test_run_asserts",
+        "",
+        "data without a batch are a DataError",
+    ),
+    (
+        "test_run_handles_process_function_exception|test_custom_exception_handler",
+        "",
+        "an error is heard by handlers of EXCEPTION_RAISED and raised, not swallowed",
+    ),
+    (
+        "test__setup_engine|engine_ref_not_resolved|should_interrupt_error|test_memory_leak",
+        "",
+        "tests a part inside Ignite's engine: how it begins, holds references to itself, or yields",
     ),
 )
 

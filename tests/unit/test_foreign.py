@@ -495,16 +495,20 @@ def test_completed_is_not_fired_where_terminate_asks_for_that(step: int) -> None
         assert ("COMPLETED" in fired) is not skip
 
 
-def test_interrupt_fires_what_it_fires_on_a_plain_engine() -> None:
+@pytest.mark.parametrize(
+    "event", [Events.ITERATION_COMPLETED(once=4), Events.EPOCH_COMPLETED(once=1)]
+)
+def test_interrupt_fires_what_it_fires_on_a_plain_engine(event: Any) -> None:
     fired = {}
     for engine in (make_trainer(), Engine(lambda *_: None)):
         data = None if isinstance(engine, Trainer) else range(STEPS)
         seen = fired[type(engine)] = events_of(engine)
-        engine.add_event_handler(Events.ITERATION_COMPLETED(once=4), lambda e: e.interrupt())
-        engine.run(data, max_epochs=1)
-        seen.append("the next run")
-        engine.run(data, max_epochs=1)
-    assert fired[Trainer] == fired[Engine] == ["INTERRUPT", "the next run", "COMPLETED"]
+        engine.add_event_handler(event, lambda e: e.interrupt())
+        engine.run(data, max_epochs=2)
+        seen.append(f"the next run after {engine.state.iteration}")
+        engine.run(data, max_epochs=2)
+    assert fired[Trainer] == fired[Engine]
+    assert [name.split()[0] for name in fired[Trainer]] == ["INTERRUPT", "the", "COMPLETED"]
 
 
 def test_what_listens_at_an_epochs_end_sees_output_and_metrics_in_a_resume_there(

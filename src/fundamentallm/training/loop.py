@@ -594,6 +594,7 @@ class TrainingLoop(Dispatcher):
         if self.epochs.end_with(self.state.iteration):
             if self._ignite_hears_end_of_epoch():
                 self._epoch_completed_at = self.state.iteration
+            self._facts.leaving |= self.ranks.alone and self._is_interrupted
             self._conclude()  # what those handlers wish
             self._end_step()
 
