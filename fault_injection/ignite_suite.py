@@ -120,7 +120,7 @@ REASONS = (
         "data without a batch are a DataError",
     ),
     (
-        "test_run_handles_process_function_exception|test_custom_exception_handler",
+        "test_run_handles_process_function_exception|test_custom_exception_handler|on_exception",
         "",
         "an error is heard by handlers of EXCEPTION_RAISED and raised, not swallowed",
     ),
