@@ -93,7 +93,7 @@ RECOVERY = (
 )  # fmt: skip
 LOADERS = (
     "test_loader", "test_mixture", "test_packing", "test_permutation", "test_data_examples",
-    "test_prefetch", "test_global_batch",
+    "test_prefetch", "test_global_batch", "test_limits",
 )  # fmt: skip
 SCHEDULES = ("test_schedulers", "handlers/test_schedule", "test_clock")
 TESTS = {  # of a file or directory below the package

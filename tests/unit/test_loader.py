@@ -563,6 +563,8 @@ def test_a_loader_of_windows_is_used_as_it_is() -> None:
     wrapped = as_window_loader(plain_loader(10, batch_size=2), 4, 9)
     assert isinstance(wrapped, WindowLoader)
     assert (wrapped.accumulation_steps, wrapped.seed) == (4, 9)
+    plain = as_window_loader(plain_loader(10, batch_size=2))
+    assert (plain.accumulation_steps, plain.seed) == (1, 0)
 
 
 # guards

@@ -35,6 +35,9 @@ def test_a_score_replaces_that_of_its_step_and_later_ones_are_cut_back(tmp_path)
     scores.put(later)
     scores.put(Score(3, "new", True, 2.5, 9.5))
     assert [score.manifest for score in scores.all()] == ["def", "new"]
+    file = scores.path.stat().st_ino
+    scores.cut_back(6)  # nothing is later, so nothing is written
+    assert scores.path.stat().st_ino == file
     scores.cut_back(3)
     assert [score.manifest for score in scores.all()] == ["new"]
 

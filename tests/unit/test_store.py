@@ -440,6 +440,19 @@ def test_pointers_are_followed(store: CheckpointStore) -> None:
     assert hidden(store) == []
 
 
+def test_a_forgotten_pointer_is_gone(store: CheckpointStore) -> None:
+    write(store, 1)
+    for name in ("best", "last"):
+        store.point(name, step_name(1))
+    for _ in range(2):  # the second time there is none
+        store.forget("best")
+        assert store.pointed("best") is None
+        assert not (store.directory / "best").exists()
+    assert store.pointed("last") == step_name(1)
+    with pytest.raises(ValueError, match="not a plain file name"):
+        store.forget("../last")
+
+
 def test_a_pointer_never_names_what_is_not_there(store: CheckpointStore) -> None:
     write(store, 1)
     with pytest.raises(CheckpointError, match="no checkpoint here"):

@@ -268,6 +268,23 @@ def test_an_exception_in_training_leaves_no_thread_and_a_whole_save(tmp_path):
     assert CheckpointStore(tmp_path).newest().step == 6
 
 
+@pytest.mark.parametrize("failing", [6, 99])
+def test_an_exception_in_training_hides_no_error_of_the_save_under_way(tmp_path, caplog, failing):
+    checkpointing = saving_on(FullFilesystem(failing), tmp_path)
+    trainer = make_trainer(checkpointing)
+
+    def fail() -> None:
+        checkpointing._background.join()
+        raise RuntimeError("a handler broke")
+
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=7), fail)
+    with pytest.raises(RuntimeError, match="a handler broke"):
+        trainer.train()
+    said = [record.getMessage() for record in caplog.records if "saved" in record.getMessage()]
+    assert len(said) == (failing == 6)
+    assert all("step 6: not saved: " in line and "the disk is full" in line for line in said)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), MemoryError()])
 @pytest.mark.parametrize("on_error", ["stop", "continue"])
 def test_no_error_in_the_background_passes_for_a_save(tmp_path, error, on_error):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from fundamentallm.compute.distributed import Ranks
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
@@ -67,6 +68,31 @@ def test_keeps_the_newest_and_the_best(tmp_path, scores, best, expected):
     assert pointer(tmp_path, "last") == len(scores) - 1
     assert handler.best_step == best
     assert handler.last_checkpoint == tmp_path / f"step-{len(scores) - 1:08d}"
+
+
+class Others(Ranks):
+    """A rank whose others have these answers, in turn, and then the same as itself."""
+
+    answers: ClassVar[list[bool]] = []
+
+    def any(self, flag: bool) -> bool:
+        return flag or bool(self.answers and self.answers.pop(0))
+
+
+def test_a_checkpoint_that_another_rank_cannot_read_is_used_by_none(tmp_path):
+    handler = Checkpointing(tmp_path, 3)
+    trainer = make_trainer(handler, checkpoint_steps=2)
+    trainer.run()
+    trainer.ranks = Others()
+    for bad, step in ((0, 6), (1, 4), (2, 2)):
+        Others.answers[:] = [True] * bad
+        found = handler.weights_before(trainer)
+        expected = handler.store.read(tmp_path / f"step-{step:08d}")["model"]
+        assert found is not None
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    Others.answers[:] = [True] * 3
+    assert handler.weights_before(trainer) is None
 
 
 def test_keeps_as_many_as_it_is_told(tmp_path):
