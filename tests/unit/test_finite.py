@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.checkpoint.finite import DamagedStateError, check_finite
+from fundamentallm.training.checkpoint.finite import (
+    DamagedStateError,
+    all_finite,
+    bit_sum,
+    check_finite,
+)
 
 
 def state(value: float = 0.0, name: str = "weight") -> dict[str, Any]:
@@ -56,3 +61,23 @@ def test_three_are_named_and_the_rest_is_counted():
 def test_names_of_buffers_that_are_no_list_are_refused():
     with pytest.raises(CheckpointError, match="are not a list"):
         check_finite(state(), constant_buffers=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32],
+)
+def test_one_bad_element_of_any_type_is_found_and_large_ones_are_not_bad(dtype):
+    large = torch.full((3,), torch.finfo(dtype).max).to(dtype)  # their sum is not finite
+    assert all_finite(large)
+    assert all_finite(torch.zeros(0, dtype=dtype))
+    assert not all_finite(torch.tensor([0.0, math.nan, 0.0]).to(dtype))
+    if dtype is not torch.float8_e4m3fn:  # which has no infinity
+        assert not all_finite(torch.tensor([0.0, -math.inf]).to(dtype))
+
+
+def test_the_sum_of_bits_is_that_of_the_integers_modulo_their_range():
+    assert bit_sum([]) == 0
+    assert bit_sum([torch.tensor([1.0, 2.0])]) == 0x3F800000 + 0x40000000
+    assert bit_sum([torch.tensor([[1.0]]), torch.tensor([-0.0])]) == 2**64 + 0x3F800000 - 2**31
+    assert bit_sum([torch.tensor([-1, -3])]) == 2**64 - 4

@@ -287,6 +287,15 @@ def test_a_tensor_rate_is_written_in_place():
 
 
 @pytest.mark.parametrize(
+    "kind", [CosineAnnealingScheduler, LinearDecayScheduler, WarmupStableDecayScheduler]
+)
+def test_a_course_has_no_warmup_and_no_floor_unless_asked(kind):
+    scheduler = kind(sgd(), 1)
+    assert (scheduler.warmup_steps, scheduler.floor) == (0, 0.0)
+    assert scheduler.multiplier(1) == 0.0
+
+
+@pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: LinearWarmup(sgd(), -1), "warmup_steps.*-1"),

@@ -14,6 +14,7 @@ from fundamentallm.config.training import TrainingConfig
 from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.training.checkpoint.catalogue import Catalogue, Entry
 from fundamentallm.training.handlers import Checkpointing, Evaluation
 from fundamentallm.training.trainer import Trainer
 
@@ -93,6 +94,14 @@ def test_a_checkpoint_that_another_rank_cannot_read_is_used_by_none(tmp_path):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     Others.answers[:] = [True] * 3
     assert handler.weights_before(trainer) is None
+
+
+def test_what_only_a_stop_has_saved_is_not_scheduled(tmp_path):
+    handler = Checkpointing(tmp_path, 2)
+    handler.catalogue = Catalogue(
+        (Entry(6, "a", "run", for_a_stop=True), Entry(4, "b", "run", for_a_stop=False))
+    )
+    assert [handler.is_scheduled(step) for step in (6, 5, 4)] == [False, False, True]
 
 
 def test_keeps_as_many_as_it_is_told(tmp_path):
