@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from collections import UserDict
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,14 @@ def plain_loader(size: int = 10, **options: Any) -> DataLoader[Any]:
 
 def epochs_of(loader: WindowLoader, number: int) -> list[list[list[list[int]]]]:
     return [[rows_of(window) for window in loader] for _ in range(number)]
+
+
+def test_an_epoch_that_was_left_is_gone_on_with() -> None:
+    loader = WindowLoader(plain_loader(10, batch_size=2))
+    whole = [rows_of(window) for window in loader]
+    loader.set_position(0, 0)
+    left = [rows_of(window) for window in islice(loader, 2)]
+    assert left + [rows_of(window) for window in islice(loader, 3)] == whole
 
 
 def test_a_plain_loader_becomes_windows() -> None:

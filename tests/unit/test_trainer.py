@@ -770,3 +770,12 @@ def test_a_warmup_schedule_from_the_class_is_applied_by_the_trainer_alone() -> N
     trainer.attach_defaults()
     trainer.run(max_iters=6)
     assert trainer.history.lr == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_checkpoints_go_where_train_is_told(tmp_path):
+    train, val = tiny_loaders()
+    config = TrainingConfig(total_steps=2, checkpoint_dir=str(tmp_path / "configured"))
+    trainer = Trainer(tiny_model(), train, val, device="cpu", config=config)
+    trainer.train(checkpoint_dir=tmp_path / "told")
+    assert (tmp_path / "told" / "step-00000002").is_dir()
+    assert not (tmp_path / "configured").exists()
