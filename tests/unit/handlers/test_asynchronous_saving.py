@@ -19,6 +19,7 @@ from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training.checkpoint import snapshot
+from fundamentallm.training.checkpoint.finite import DamagedStateError
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.checkpoint.tree import flatten
 from fundamentallm.training.handlers import Checkpointing, Evaluation, LossEMA, WeightEMA
@@ -302,6 +303,20 @@ def test_no_error_in_the_background_passes_for_a_save(tmp_path, error, on_error)
     assert trainer.state.iteration == 7
     assert CheckpointStore(tmp_path).newest().step == 3
     assert saving_threads() == []
+
+
+def test_damage_that_a_save_finds_is_told_before_it_ends_the_run(tmp_path):
+    damage = DamagedStateError("the state is not finite")
+    checkpointing = saving_on(FullFilesystem(6, damage), tmp_path, on_error="continue")
+    trainer = make_trainer(checkpointing)
+    wait_for_background(trainer, checkpointing, 6)
+    told = []
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_STATE_DAMAGED, lambda engine: told.append(engine.state.iteration)
+    )
+    with pytest.raises(DamagedStateError, match="not finite"):
+        trainer.train()
+    assert told == [7]
 
 
 def test_a_rollback_waits_for_the_save_under_way(tmp_path):
