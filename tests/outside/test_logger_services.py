@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import resource
 import shutil
 import socket
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
@@ -26,6 +29,7 @@ from fundamentallm.config.training import TrainingConfig
 from fundamentallm.engine.cli import main
 from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model
 from fundamentallm.training.handlers import Checkpointing, Evaluation, MetricsLog, NaNRollback
+from fundamentallm.training.handlers.services import RunDescription
 from fundamentallm.training.trainer import Trainer
 
 pytestmark = [
@@ -146,9 +150,47 @@ def read_trackio(run_dir: Path) -> Told:
     return told
 
 
-READERS = {"mlflow": read_mlflow, "wandb": read_wandb, "trackio": read_trackio}
+def read_clearml(run_dir: Path) -> Told:
+    told = Told()
+    sessions = sorted(
+        run_dir.glob("loggers/clearml/offline/*/task.json"), key=lambda path: path.stat().st_mtime
+    )
+    told.runs = len(sessions)
+    for session in sessions:
+        task = json.loads(session.read_text())
+        told.config |= {key: x["value"] for key, x in task["hyperparams"]["General"].items()}
+        assert not task.get("script")  # no source, no changes of a repository
+        for event in clearml_events(session.with_name("metrics.jsonl")):
+            title, series = event["metric"], event["variant"]
+            name = title if title == series else f"{title}/{series}"
+            told.add(name, event["iter"], event["value"])
+        # ClearML joins the texts of a moment.
+        text = "\n".join(event["msg"] for event in clearml_events(session.with_name("log.jsonl")))
+        for mark in re.split(r"\n(?=\w+, step \d+: |went_back_to )", text):
+            if mark.startswith("samples, step "):
+                told.samples.append(mark.split(": ", 1)[1])
+            else:
+                told.marks.append(mark)
+    return told
+
+
+def clearml_events(path: Path) -> list[dict[str, Any]]:
+    return [
+        event
+        for line in path.read_text().splitlines()
+        if line.strip()
+        for event in json.loads(line)
+    ]
+
+
+READERS = {
+    "mlflow": read_mlflow,
+    "wandb": read_wandb,
+    "trackio": read_trackio,
+    "clearml": read_clearml,
+}
 DELETES = {"trackio"}
-LIMITS = {"mlflow": 64_000, "wandb": 2_500, "trackio": 16_000}  # bytes
+LIMITS = {"mlflow": 64_000, "wandb": 2_500, "trackio": 16_000, "clearml": 2_500}  # bytes
 services = pytest.mark.parametrize("service", READERS)
 
 
@@ -197,7 +239,7 @@ def test_a_run_is_read_back_and_its_continuation_is_the_same_run(service, place,
         main(["run", "tiny.yaml", option, "training.total_steps=12", "--resume", str(run_dir)]) == 0
     )
     told = READERS[service](run_dir)
-    assert told.runs == 1
+    assert told.runs == (2 if service == "clearml" else 1)  # offline a session for each process
     losses = told.metrics["val/loss"]
     if service not in DELETES:  # the evaluation of step 8 is measured again, to the same number
         assert [step for step, _ in losses] == [4, 8, 8, 12]
@@ -258,6 +300,23 @@ def test_checkpoints_are_uploaded_where_asked(service, place):
         assert not list((run_dir / "loggers").glob("staging/*/*"))
 
 
+@services
+def test_generators_are_left_as_they_are(service, place):
+    logger = handler(service, place)
+    logger.directory.mkdir(parents=True)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(1)
+    logger.start(RunDescription("tiny", "0123456789abcdef", 0, {"seed": 1}), None)
+    logger.finish()
+    found = random.random(), np.random.random(), torch.rand(1).item()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(1)
+    plain = random.random(), np.random.random(), torch.rand(1).item()
+    assert found[1:] == plain[1:]
+    if service not in ("trackio", "clearml"):  # which draw from `random`, for one at an import
+        assert found == plain
+
+
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A proxy that all programs are told to use, and what they asked it for."""
@@ -278,7 +337,9 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, address)
         monkeypatch.setenv(name.lower(), address)
-    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # W&B's process, started without the proxy
+    for name in list(os.environ):  # W&B's process, without the proxy; the test's task of ClearML
+        if name == "WANDB_SERVICE" or name.startswith(("CLEARML_PROC_", "TRAINS_PROC_")):
+            monkeypatch.delenv(name)
     yield asked
     server.close()
 
@@ -338,7 +399,7 @@ def test_a_full_disk_costs_the_service_only(service, place, caplog, recwarn):
     except (ValueError, sqlite3.OperationalError):  # not even an empty store
         told = Told()
     assert len(told.metrics.get("train/loss", [])) < 8
-    if service == "mlflow":
-        assert "MLflow lacks 10 records of this run" in caplog.text
+    if service in ("mlflow", "clearml"):
+        assert "lacks 10 records of this run" in caplog.text
     if service == "trackio":  # which handles its errors itself
         assert any("trackio failed to flush" in str(warning.message) for warning in recwarn)

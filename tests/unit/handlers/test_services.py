@@ -149,7 +149,7 @@ def test_a_link_in_place_of_its_directory_is_not_followed(tmp_path, caplog):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-@pytest.mark.parametrize("name", ["mlflow", "wandb", "trackio"])
+@pytest.mark.parametrize("name", ["mlflow", "wandb", "trackio", "clearml"])
 def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     with pytest.raises(MachineError, match=r"pip install 'fundamentallm\[loggers\]'"):

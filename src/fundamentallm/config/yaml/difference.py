@@ -33,6 +33,7 @@ RESUME_MAY_DIFFER = frozenset(
         "handlers.samples",
         "handlers.mlflow",
         "handlers.wandb",
+        "handlers.clearml",
         "handlers.trackio",
     }
 )

@@ -21,7 +21,7 @@ from fundamentallm.training.handlers.phases import Phases
 from fundamentallm.training.handlers.progress import Progress
 from fundamentallm.training.handlers.samples import Samples
 from fundamentallm.training.handlers.schedule import Schedule
-from fundamentallm.training.handlers.services import MLflow, Trackio, WandB
+from fundamentallm.training.handlers.services import ClearML, MLflow, Trackio, WandB
 from fundamentallm.training.handlers.signals import Signals
 from fundamentallm.training.handlers.spikes import Spikes
 from fundamentallm.training.handlers.stop_file import StopFile
@@ -34,6 +34,7 @@ __all__ = [
     "AdaptiveClip",
     "BackgroundWriter",
     "Checkpointing",
+    "ClearML",
     "EarlyStopping",
     "Evaluation",
     "Handler",

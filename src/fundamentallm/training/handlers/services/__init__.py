@@ -1,8 +1,9 @@
 """Loggers of services: one file each."""
 
 from fundamentallm.training.handlers.services.base import RunDescription, ServiceLogger
+from fundamentallm.training.handlers.services.clearml import ClearML
 from fundamentallm.training.handlers.services.mlflow import MLflow
 from fundamentallm.training.handlers.services.trackio import Trackio
 from fundamentallm.training.handlers.services.wandb import WandB
 
-__all__ = ["MLflow", "RunDescription", "ServiceLogger", "Trackio", "WandB"]
+__all__ = ["ClearML", "MLflow", "RunDescription", "ServiceLogger", "Trackio", "WandB"]
