@@ -125,7 +125,7 @@ def test_a_checkpoint_that_says_what_it_cannot_mean_is_refused(checkpoint, capsy
     forge(checkpoint, change)
     extra = ["--prompt", "a", "--max-tokens", "2"] if command == "generate" else []
     assert main([command, "runs/tiny", *extra]) in (2, 3, 4)
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.startswith("reading runs/tiny\nerror: ")
 
 
 def test_verify_says_which_key_is_unknown(checkpoint, capsys):

@@ -358,7 +358,7 @@ def test_a_reader_that_leaves_is_no_traceback(whole):
     os.close(reading)
 
     assert process.wait(timeout=60) in (0, 128 + signal.SIGPIPE)
-    expected = r"from \S+step-00000012 \(step 12\); validation loss [\d.]+\n"
+    expected = r"reading \S+\nfrom \S+step-00000012 \(step 12\); validation loss [\d.]+\n"
     assert re.fullmatch(expected, Path("error.txt").read_text())
 
 

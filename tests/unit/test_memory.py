@@ -102,5 +102,5 @@ def test_a_command_without_a_loop_tells_it_too(monkeypatch, capsys, error):
     assert is_out_of_memory(error)
     assert main(["verify", "runs/none"]) == 5
     said = capsys.readouterr().err
-    assert said.startswith("error: out of memory\n")
+    assert said.startswith("reading runs/none\nerror: out of memory\n")
     assert "gradient_checkpointing" in said

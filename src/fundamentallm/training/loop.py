@@ -424,7 +424,7 @@ class TrainingLoop(Dispatcher):
         assert wish is not None
         assert self.restore_point is not None
         finish = self._facts.finish
-        self._facts, self._decision = StepFacts(), GO_ON
+        self._facts = StepFacts()
         if finish.startswith(STOPPED_BY):
             self._facts.finish = finish  # a handler's terminate() holds, with a healthy state
         broke_at = self.state.iteration
@@ -432,6 +432,7 @@ class TrainingLoop(Dispatcher):
         interventions = self.interventions.state_dict()
         self.ranks.barrier()  # the writer may still be writing the checkpoint that the others read
         self.restore_point.restore_before(self, wish.before)
+        self._decision = GO_ON  # also where the restored state had been an end
         for name, value in kept.items():
             setattr(self.state, name, value)
         self.interventions.load_state_dict(interventions)
@@ -973,7 +974,8 @@ class TrainingLoop(Dispatcher):
         self.epochs.load_state_dict(state_dict.get("epochs_ended_early", ()))
         self.state.epoch = self.epochs.position(self.state.iteration)[0]
         self._heed_epochs()
-        self._decision = GO_ON
+        ended = str(state_dict.get("finished", ""))
+        self._decision = Decision(End.FINISH, ended) if ended else GO_ON
         self.interventions.load_state_dict(state_dict["ledger"])
         self.run_id = state_dict["run_id"]
         self._owes_epoch_end = not state_dict.get("epoch_completed", False)
