@@ -371,6 +371,7 @@ def test_a_run_whose_output_nobody_reads_still_finishes(place):
             stdout=writing,
             stderr=writing,
             stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},  # buffered, as users have it
             timeout=100,
         )
     finally:

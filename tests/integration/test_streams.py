@@ -117,6 +117,7 @@ def test_a_terminal_that_has_gone_ends_nothing(command: str) -> None:
             [*ENGINE, *COMMANDS[command]],
             stdout=theirs,
             stderr=theirs,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},  # buffered, as users have it
             timeout=100,
         )
     finally:

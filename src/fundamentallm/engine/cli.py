@@ -17,7 +17,13 @@ from typing import NoReturn
 
 import fundamentallm
 from fundamentallm.engine.commands import COMMANDS
-from fundamentallm.engine.console import discard, open_closed_streams, printable, program
+from fundamentallm.engine.console import (
+    discard,
+    open_closed_streams,
+    printable,
+    program,
+    settle_streams,
+)
 from fundamentallm.errors import ConfigError, FundamentaLLMError, InterruptedRunError, MachineError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -33,11 +39,9 @@ def exit_process(code: int) -> NoReturn:
     the shutdown wait for it. At this point files are closed and the state is on the disk, so a
     shutdown has nothing left to do.
     """
+    settle_streams()
     left_behind = any(thread.name.startswith("logger ") for thread in threading.enumerate())
     if left_behind or os.environ.get("WORLD_SIZE", "1") != "1":
-        with contextlib.suppress(OSError, ValueError):  # the terminal is closed
-            sys.stdout.flush()
-            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

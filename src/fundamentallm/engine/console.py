@@ -15,6 +15,7 @@ from typing import TextIO
 from fundamentallm.files.private import open_to_append
 
 ROOT = "fundamentallm"
+_GONE = (errno.EIO, errno.EBADF)  # a terminal that is closed
 
 
 def program() -> str:
@@ -105,7 +106,7 @@ def say(text: str = "", end: str = "\n") -> None:
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
     except OSError as error:
-        if error.errno not in (errno.EIO, errno.EBADF):
+        if error.errno not in _GONE:
             raise
         discard(sys.stdout)
 
@@ -115,6 +116,22 @@ def discard(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def settle_streams() -> None:
+    """Flush the standard streams; drop what nobody reads any more.
+
+    A line whose write failed stays in its buffer, and Python, which flushes once more when it
+    ends, would make the exit code 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            if error.errno in (*_GONE, errno.EPIPE):
+                discard(stream)
+        except ValueError:  # a plugin has closed it
+            pass
 
 
 def open_closed_streams() -> None:
