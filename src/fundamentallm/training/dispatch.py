@@ -36,14 +36,20 @@ class Dispatcher(Engine):
             *TrainingEvents, event_to_attr={event: event.counter for event in TrainingEvents}
         )
         self.attached: dict[str, Any] = {}
-        self._last_handlers: dict[Events, Callable[[], None]] = {}
+        # Compared by identity: the hash of an Ignite event is a function in Python.
+        self._last_handlers: list[tuple[Events, Callable[[], None]]] = []
 
     def notify(self, event: TrainingEvents) -> None:
         """Count the event and fire it if anyone listens."""
         if event.counts:
             setattr(self.state, event.counter, getattr(self.state, event.counter) + 1)
-        if self._event_handlers[event]:
+        handlers = self._event_handlers[event]
+        if not handlers:
+            return
+        if self.logger.isEnabledFor(logging.DEBUG):
             self._fire_event(event)
+        else:
+            self._call(event, handlers)
 
     def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
         """Fire as Ignite does, without formatting an unused debug line; then call the last handler.
@@ -53,21 +59,25 @@ class Dispatcher(Engine):
         if event_args or event_kwargs or self.logger.isEnabledFor(logging.DEBUG):
             super()._fire_event(event_name, *event_args, **event_kwargs)
         else:
-            self.last_event_name = event_name
-            for handler, args, options in self._event_handlers[event_name]:
-                if args and isinstance(args[0], weakref.ref):  # of the engine, if it is wanted
-                    handler(args[0](), *args[1:], **options)
-                else:
-                    handler(*args, **options)
-        if (last := self._last_handlers.get(event_name)) is not None:
-            last()
+            self._call(event_name, self._event_handlers[event_name])
+        for event, handler in self._last_handlers:
+            if event is event_name:
+                handler()
+
+    def _call(self, event: Any, handlers: list[Any]) -> None:
+        self.last_event_name = event
+        for handler, args, options in handlers:
+            if args and isinstance(args[0], weakref.ref):  # of the engine, if it is wanted
+                handler(args[0](), *args[1:], **options)
+            else:
+                handler(*args, **options)
 
     def keep_last(self, event: Events, handler: Callable[[], None]) -> None:
         """Call an internal handler behind all others of its event.
 
         It is not among the engine's handlers, which others count, time and list.
         """
-        self._last_handlers[event] = handler
+        self._last_handlers.append((event, handler))
 
     def add_event_handler(
         self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any

@@ -74,7 +74,7 @@ class RobustWindow:
 
     def extend(self, values: Iterable[float]) -> None:
         """Add values of accepted steps; values that are not finite are left out."""
-        self._values.extend(value for value in values if math.isfinite(value))
+        self._values.extend([value for value in values if math.isfinite(value)])
         self._measure()
 
     def clear(self) -> None:
@@ -98,7 +98,8 @@ class RobustWindow:
             return
         self.median = _median(self._values)
         if self.full:
-            mad = _median(abs(value - self.median) for value in self._values)
+            median = self.median
+            mad = _median([abs(value - median) for value in self._values])
             self.scale = max(mad / NORMAL_MAD, self.floor * abs(self.median), self.smallest)
         elif self.early is not None:
             self.scale = max(self.early * abs(self.median), self.smallest)
