@@ -50,6 +50,7 @@ LAYERS = [
     ["training.limits"],
     ["training.decision"],
     ["training.dispatch"],
+    ["training.ignite_handlers"],
     ["training.evaluator"],
     ["training.loop"],
     ["training.checkpoint.snapshot", "training.recovery.incident"],

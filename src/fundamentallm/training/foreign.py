@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from ignite.handlers import (
     LRScheduler,
     ParamGroupScheduler,
     ParamScheduler,
-    StateParamScheduler,
 )
 from ignite.handlers.lr_finder import _ExponentialLR
 from ignite.metrics import Frequency, GpuInfo, Metric, MetricGroup, MetricsLambda
@@ -98,39 +97,6 @@ def load_state(owner: Any, state: Mapping[str, Any]) -> None:
         owner.load_state_dict(_with_functions(state, owner.state_dict()))
     else:
         owner.load_state_dict(state)
-
-
-class Carried:
-    """The states of Ignite's handlers, kept from resets at events that fire again.
-
-    STARTED fires again when a run is resumed or has rolled back, and EPOCH_STARTED too where that
-    is inside an epoch.
-
-    Args:
-        handlers: Ignite's handlers with a state.
-        groups: the parameter groups of the optimizer, which schedulers among them change.
-    """
-
-    def __init__(self, handlers: list[Any], groups: list[dict[str, Any]]) -> None:
-        self.states = [(owner, state_of(owner)) for owner in handlers]
-        self.groups = [
-            {key: value for key, value in group.items() if key != "params"} for group in groups
-        ]
-
-    @classmethod
-    def of(cls, handlers: Iterable[Any], optimizer: Optimizer) -> Carried | None:
-        """Return the states of Ignite's among some handlers, None if there are none."""
-        found = [owner for owner in handlers if is_foreign(owner)]
-        return cls(found, optimizer.param_groups) if found else None
-
-    def put_back(self, engine: Engine, optimizer: Optimizer) -> None:
-        """Restore them."""
-        for owner, state in self.states:
-            load_state(owner, state)
-            if isinstance(owner, StateParamScheduler) and owner.event_index > 0:
-                setattr(engine.state, owner.param_name, owner.get_param())
-        for group, options in zip(optimizer.param_groups, self.groups, strict=True):
-            group.update(options)
 
 
 def sets_rate(owner: Any, optimizer: Optimizer) -> bool:

@@ -54,6 +54,7 @@ from fundamentallm.training.dispatch import Dispatcher, caller_name
 from fundamentallm.training.epochs import Epochs
 from fundamentallm.training.evaluator import Evaluator
 from fundamentallm.training.history import History
+from fundamentallm.training.ignite_handlers import IgniteHandlers
 from fundamentallm.training.interventions import Interventions
 from fundamentallm.training.limits import Budget, Limits
 from fundamentallm.training.recovery.data_faults import DataFaults
@@ -200,10 +201,7 @@ class TrainingLoop(Dispatcher):
         self._error: BaseException | None = None
         self._error_ended_by = ""
 
-        self._rate_setters: list[Any] = []  # Ignite's schedulers
-        self._carried: foreign.Carried | None = None
-        self._owes_epoch_end = False
-        self._epoch_completed_at = -1
+        self._ignite = IgniteHandlers(self, self.optimizer)
         self.keep_last(Events.STARTED, self._after_started)
         self.keep_last(Events.EPOCH_STARTED, self._after_epoch_started)
         self.keep_last(Events.ITERATION_COMPLETED, self._after_step)
@@ -298,8 +296,7 @@ class TrainingLoop(Dispatcher):
         self._heed_epochs()
         self.state.epoch_length = self.steps_per_epoch
         self.state.epoch = epoch  # Ignite adds the one begun
-        handlers = self.attached.values() if self.state.iteration else ()
-        self._carried = foreign.Carried.of(handlers, self.optimizer)
+        self._ignite.carry()
         super().run(
             self._faults.kept_from(ahead(self.train_loader, self.device)),
             epoch_length=self.steps_per_epoch,
@@ -341,17 +338,14 @@ class TrainingLoop(Dispatcher):
 
     def _after_started(self) -> None:
         """Undo what handlers of STARTED reset where a run goes on; heed a limit that they set."""
-        if self._carried is not None:
-            self._carried.put_back(self, self.optimizer)
+        self._ignite.undo_resets()
         limit = self.state.max_iters
         if limit != (self.total_steps or 2**62):
             self.budget.limits = Limits(limit)
 
     def _after_epoch_started(self) -> None:
         """Undo what handlers of EPOCH_STARTED reset where a run goes on inside an epoch."""
-        carried, self._carried = self._carried, None
-        if carried is not None and not self.epochs.end_with(self.state.iteration):
-            carried.put_back(self, self.optimizer)
+        self._ignite.begin_epoch(is_inside=not self.epochs.end_with(self.state.iteration))
 
     def _save_what_is_done(self) -> None:
         """Save before a run ends because its data cannot be read.
@@ -406,18 +400,14 @@ class TrainingLoop(Dispatcher):
 
     def _repeat_end_of_epoch(self) -> None:
         """Let Ignite's handlers hear the end of an epoch that came after the restored save."""
-        owes, self._owes_epoch_end = self._owes_epoch_end, False
+        owes, self._ignite.owes_epoch_end = self._ignite.owes_epoch_end, False
         goes_on = self._decision.end is End.GO_ON
         if owes and goes_on and self._owes_handlers_an_end_of_epoch():
             self._fire_event(Events.EPOCH_COMPLETED)
 
     def _owes_handlers_an_end_of_epoch(self) -> bool:
         step = self.state.iteration
-        return step > 0 and self.epochs.end_with(step) and self._ignite_hears_end_of_epoch()
-
-    def _ignite_hears_end_of_epoch(self) -> bool:
-        handlers = self._event_handlers[Events.EPOCH_COMPLETED]
-        return any(foreign.is_carried(entry[0]) for entry in handlers)
+        return step > 0 and self.epochs.end_with(step) and self._ignite.hear_epoch_end
 
     def _go_back(self) -> None:
         wish = self._facts.roll_back
@@ -459,7 +449,7 @@ class TrainingLoop(Dispatcher):
             self.state.output = output
             self.notify(TrainingEvents.FLLM_STEP_REJECTED)
         else:
-            with self._foreign_rates() if self._rate_setters else nullcontext():
+            with self._foreign_rates() if self.rate_is_foreign else nullcontext():
                 output = self._attempt(window, num_tokens, num_sequences)
         self._account(output)
         return output
@@ -491,21 +481,12 @@ class TrainingLoop(Dispatcher):
 
     @contextmanager
     def _foreign_rates(self) -> Iterator[None]:
-        """Lower the rates that a handler of Ignite has set by the interventions, for one step.
-
-        It may compute the next ones from them, so they are put back.
-        """
-        groups, step = self.optimizer.param_groups, self.state.iteration
-        rates = [group["lr"] for group in groups]
-        factor = self.interventions.rate_factor(step) if self.interventions.cuts else 1.0
-        try:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate * factor
-            self.state.metrics["train/lr"] = float(groups[0]["lr"])
+        """Lower the rates that a handler of Ignite has set by the interventions, for one step."""
+        cuts, step = self.interventions.cuts, self.state.iteration
+        factor = self.interventions.rate_factor(step) if cuts else 1.0
+        with self._ignite.rates_times(factor) as rate:
+            self.state.metrics["train/lr"] = rate
             yield
-        finally:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
 
     def _attempt(self, window: Window, num_tokens: int, num_sequences: int) -> StepOutput:
         """Take the step; repeat it if a controller asks for that after a refusal."""
@@ -593,8 +574,7 @@ class TrainingLoop(Dispatcher):
     def _after_epoch(self) -> None:
         """End the last step of an epoch, behind every other handler of EPOCH_COMPLETED."""
         if self.epochs.end_with(self.state.iteration):
-            if self._ignite_hears_end_of_epoch():
-                self._epoch_completed_at = self.state.iteration
+            self._ignite.note_epoch_end(self.state.iteration)
             self._facts.leaving |= self.ranks.alone and self._is_interrupted
             self._conclude()  # what those handlers wish
             self._end_step()
@@ -912,20 +892,17 @@ class TrainingLoop(Dispatcher):
     def admit(self, handler: Callable[..., Any]) -> None:
         """Keep the state of a handler's owner; let a scheduler of Ignite set the learning rate."""
         super().admit(handler)
-        owner = foreign.owner_of(handler)
-        if foreign.sets_rate(owner, self.optimizer) and owner not in self._rate_setters:
-            self._rate_setters.append(owner)
-            logger.info("%s of Ignite sets the learning rate", type(owner).__name__)
+        self._ignite.admit(foreign.owner_of(handler))
 
     def release(self, owner: Any) -> None:
         """Forget one of Ignite's handlers."""
         super().release(owner)
-        self._rate_setters = [known for known in self._rate_setters if known is not owner]
+        self._ignite.release(owner)
 
     @property
     def rate_is_foreign(self) -> bool:
         """Whether a handler of Ignite sets the learning rate, so that the schedule does not."""
-        return bool(self._rate_setters)
+        return bool(self._ignite.rate_setters)
 
     # ------------------------------------------------------------------ state
 
@@ -938,7 +915,7 @@ class TrainingLoop(Dispatcher):
             state["user"] = {key: getattr(self.state, key) for key in own}
         if self.epochs.cuts:
             state["epochs_ended_early"] = self.epochs.state_dict()
-        if self._epoch_completed_at == self.state.iteration:  # most saves come before
+        if self._ignite.have_heard_epoch_end(self.state.iteration):  # most saves come before
             state["epoch_completed"] = True
         elif self._owes_handlers_an_end_of_epoch():
             state["end_of_epoch"] = self.state.seen_by_handlers()
@@ -978,6 +955,6 @@ class TrainingLoop(Dispatcher):
         self._decision = Decision(End.FINISH, ended) if ended else GO_ON
         self.interventions.load_state_dict(state_dict["ledger"])
         self.run_id = state_dict["run_id"]
-        self._owes_epoch_end = not state_dict.get("epoch_completed", False)
+        self._ignite.owes_epoch_end = not state_dict.get("epoch_completed", False)
         self.state.show_handlers(state_dict.get("end_of_epoch"))
         self.history.cut_back(self.state.iteration, self.evaluation_pending())

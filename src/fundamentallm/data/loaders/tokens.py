@@ -92,26 +92,27 @@ class TokenWindowLoader(EpochLoader):
         return self._gather(starts)
 
     def _gather(self, rows: np.ndarray) -> Batch:
-        # Targets from each first token to the end of the text; sequences that reach it go on.
-        left = len(self._ids) - 1 - rows
-        across = np.flatnonzero(left < self.sequence_length)
-        windows = torch.from_numpy(
-            self._windows[np.where(left < self.sequence_length, 0, rows)].astype(np.int64)
-        )
+        end = len(self._ids) - 1
+        beyond = rows > end - self.sequence_length
+        across: list[tuple[int, int]] = []  # rows that reach the text's end, and the targets left
+        if beyond.any():
+            across = [(int(row), end - int(rows[row])) for row in np.flatnonzero(beyond)]
+            windows = self._windows[np.where(beyond, 0, rows)]
+        else:
+            windows = self._windows[rows]
+        tokens = torch.from_numpy(windows.astype(np.int64))
         # Copies: a batch may be viewed flat, and writing to one part must not change the other.
-        inputs, targets = (
-            windows[:, shift : shift + self.sequence_length].clone(memory_format=_FORMAT)
-            for shift in (0, 1)
-        )
-        for row in across:
-            tail = self._read(rows[row], int(left[row]) + 1)
-            head = self._read(0, self.sequence_length - int(left[row]) + 1)
+        inputs = tokens[:, :-1].clone(memory_format=_FORMAT)
+        targets = tokens[:, 1:].clone(memory_format=_FORMAT)
+        for row, left in across:  # they go on at the text's beginning
+            tail = self._read(rows[row], left + 1)
+            head = self._read(0, self.sequence_length - left + 1)
             inputs[row] = torch.cat([tail[:-1], head[:-1]])
             targets[row] = torch.cat([tail[1:], head[1:]])
         batch = add_documents({"input_ids": inputs, "target_ids": targets}, self.end_id)
         if "document_ids" in batch:
-            for row in across:
-                batch["document_ids"][row, int(left[row]) :] += 1
+            for row, left in across:
+                batch["document_ids"][row, left:] += 1
         return batch
 
     def _read(self, start: int, length: int) -> Tensor:

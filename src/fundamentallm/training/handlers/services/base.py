@@ -14,7 +14,8 @@ import re
 import shutil
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -236,6 +237,21 @@ class ServiceLogger(BackgroundWriter):
         ids = {"run_id": self._run.run_id, "service_id": service_id}
         replace_file(Filesystem(), self._id_file, [json.dumps(ids).encode()])
 
+    @contextmanager
+    def files_here(self, variable: str) -> Iterator[None]:
+        """Let a package that reads this variable keep its files here, unless the user has set it.
+
+        It is set for the call alone: another run of the process has a directory of its own.
+        """
+        if variable in os.environ:
+            yield
+            return
+        os.environ[variable] = str(self.directory.resolve())
+        try:
+            yield
+        finally:
+            del os.environ[variable]
+
     @property
     def _id_file(self) -> Path:
         return self.directory.with_suffix(".json")
@@ -263,6 +279,16 @@ def _link(directory: Path, target: Path) -> None:
     make_directory(target.parent)
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(directory, target, copy_function=link)
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    """Return a record as one row of named values, for services that keep rows."""
+    row: dict[str, Any] = dict(record.metrics)
+    if record.kind == "train":
+        row |= {"epoch": record.epoch, "tokens": record.tokens}
+    if record.text:
+        row["sample" if record.kind == "samples" else f"{record.kind}/text"] = record.text
+    return row
 
 
 def now() -> str:

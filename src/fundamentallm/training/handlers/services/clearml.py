@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,6 @@ AUTOMATIC = (
     *("xgboost", "scikit", "fastai", "lightgbm", "hydra", "joblib", "megengine", "catboost"),
     *("gradio", "jsonargparse"),
 )
-CACHE_DIR = "CLEARML_CACHE_DIR"  # sessions without a server lie below it
 
 
 @HANDLERS.register("clearml")
@@ -68,10 +67,8 @@ class ClearML(ServiceLogger):
         offline = self.mode == "offline"
         ClearMLLogger.set_bypass_mode(offline)
         Task.set_random_seed(None)  # else Task.init seeds Python, NumPy and torch
-        from_user = os.environ.get(CACHE_DIR)
-        if offline and from_user is None:  # read when the task is made
-            os.environ[CACHE_DIR] = str(self.directory.resolve())
-        try:
+        # Sessions without a server lie in this directory, which is read when the task is made.
+        with self.files_here("CLEARML_CACHE_DIR") if offline else nullcontext():
             self._logger = ClearMLLogger(
                 project_name=self.project,
                 task_name=run.name,
@@ -82,9 +79,6 @@ class ClearML(ServiceLogger):
                 auto_resource_monitoring=False,
                 auto_connect_streams=False,
             )
-        finally:
-            if offline and from_user is None:
-                del os.environ[CACHE_DIR]
         task = self._logger.get_task()
         task.set_parameters(run.settings())
         task.connect_configuration(run.config, name="config")

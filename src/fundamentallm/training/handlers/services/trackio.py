@@ -16,6 +16,7 @@ from fundamentallm.training.handlers.services.base import (
     ServiceLogger,
     now,
     refuse_secrets,
+    row_of,
 )
 
 
@@ -81,12 +82,7 @@ class Trackio(ServiceLogger):
     def send(self, records: Sequence[Record]) -> None:
         """Log a row for each record."""
         for record in records:
-            row: dict[str, Any] = dict(record.metrics)
-            if record.kind == "train":
-                row |= {"epoch": record.epoch, "tokens": record.tokens}
-            if record.text:
-                row["sample" if record.kind == "samples" else f"{record.kind}/text"] = record.text
-            self._run_there.log(row, step=record.step)
+            self._run_there.log(row_of(record), step=record.step)
 
     def cut(self, step: int, evaluation_pending: bool) -> None:
         """Delete the rows of later steps from the local database; mark them elsewhere."""

@@ -14,9 +14,8 @@ from fundamentallm.training.handlers.services.base import (
     RunDescription,
     ServiceLogger,
     now,
+    row_of,
 )
-
-DATA_DIR = "WANDB_DATA_DIR"  # W&B reads it at each artifact
 
 
 @HANDLERS.register("wandb")
@@ -88,12 +87,7 @@ class WandB(ServiceLogger):
     def send(self, records: Sequence[Record]) -> None:
         """Log a row for each record."""
         for record in records:
-            row: dict[str, Any] = {"step": record.step, **record.metrics}
-            if record.kind == "train":
-                row |= {"epoch": record.epoch, "tokens": record.tokens}
-            if record.text:
-                row["sample" if record.kind == "samples" else f"{record.kind}/text"] = record.text
-            self._logger.log(row)
+            self._logger.log({"step": record.step, **row_of(record)})
 
     def cut(self, step: int, evaluation_pending: bool) -> None:
         """Mark that rows of later steps before this one do not count."""
@@ -103,15 +97,9 @@ class WandB(ServiceLogger):
         """Log the checkpoint's directory as an artifact of type model."""
         run = self._logger.run
         artifact = self._logger.Artifact(f"{run.id}-{checkpoint.name}", type="model")
-        from_user = os.environ.get(DATA_DIR)
-        if from_user is None:  # else the copies lie in the home directory
-            os.environ[DATA_DIR] = str(self.directory.resolve())
-        try:
+        with self.files_here("WANDB_DATA_DIR"):  # read at each artifact; else the home directory
             artifact.add_dir(str(checkpoint))
             self._logger.log_artifact(artifact)
-        finally:
-            if from_user is None:
-                del os.environ[DATA_DIR]
 
     def finish(self) -> None:
         """End the run."""
