@@ -354,6 +354,7 @@ def test_a_reader_that_leaves_is_no_traceback(whole):
             os.environ,
         )
     os.close(writing)
+    assert select.select([reading], [], [], 60)[0]
     os.read(reading, 1)
     os.close(reading)
 

@@ -466,3 +466,25 @@ def test_two_threads_read_one_file(
     for thread in threads:
         thread.join()
     assert wrong == dict.fromkeys((reader, "validation"), 0)
+
+
+def test_a_file_that_is_touched_at_every_read_is_still_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However fast something touches it: the number of reads has a bound."""
+    path = tmp_path / "ids"
+    np.arange(COUNT, dtype="<u4").tofile(path)
+    ids = FileTokens(path, 0, COUNT, np.dtype("<u4"))
+    assert ids.sha256(COUNT) == SHA256
+    read, reads = os.pread, []
+
+    def touched(descriptor: int, size: int, place: int) -> bytes:
+        reads.append(place)
+        assert len(reads) < 1000, "it reads for ever"
+        data = read(descriptor, min(size, 1 << 12), place)
+        os.utime(path, ns=(len(reads), len(reads)))
+        return data
+
+    monkeypatch.setattr(os, "pread", touched)
+    rows = ids[100:].gather(np.array([0, 1_500, COUNT - 150]), 50)
+    assert rows.tolist() == [list(range(100 + at, 150 + at)) for at in (0, 1_500, COUNT - 150)]

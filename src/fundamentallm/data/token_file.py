@@ -394,18 +394,19 @@ class _WatchedFile:
         Raises:
             DataError: the file is not what it was.
         """
-        while True:
-            file = self._file  # another thread may put a new one in its place
-            whole = all(
-                file.fill(part, self._offset + place)
-                for part, place in zip(parts, places, strict=True)
-            )
-            # After the reading: data read before a change is valid.
-            if whole and self._unchanged(file):
-                return
-            with self._reopening:
-                if self._file is file:
-                    self._file = self._accept_or_refuse()
+        if self._filled(parts, places):
+            return
+        with self._reopening:
+            if not self._filled(parts, places):  # another thread may have opened it again
+                self._file = self._accept_or_refuse(parts, places)
+
+    def _filled(self, parts: list[memoryview], places: list[int]) -> bool:
+        file = self._file  # another thread may put a new one in its place
+        whole = all(
+            file.fill(part, self._offset + place) for part, place in zip(parts, places, strict=True)
+        )
+        # After the reading: data read before a change is valid.
+        return whole and self._unchanged(file)
 
     def _unchanged(self, file: _OpenFile) -> bool:
         try:
@@ -413,18 +414,28 @@ class _WatchedFile:
         except OSError:
             return False
 
-    def _accept_or_refuse(self) -> _OpenFile:
-        """Open the path again and return the file if it holds the same."""
+    def _accept_or_refuse(self, parts: list[memoryview], places: list[int]) -> _OpenFile:
+        """Open the path again, fill memory, and return the file if it holds the same.
+
+        Memory gets the bytes that the hash has seen: they are right however often something touches
+        the file meanwhile, so one pass is enough.
+        """
         try:
             file = _OpenFile(self.path)
         except DataError as error:
             raise self._changed(error.what) from error
         digest = hashlib.sha256()
-        place, end = self._offset, self._offset + self._size
-        while place < end and (data := file.read(min(1 << 20, end - place), place)):
+        at = 0
+        while at < self._size and (
+            data := file.read(min(1 << 20, self._size - at), self._offset + at)
+        ):
             digest.update(data)
-            place += len(data)
-        if place < end or digest.hexdigest() != self.expected_sha256:
+            for part, place in zip(parts, places, strict=True):
+                first, last = max(place, at), min(place + part.nbytes, at + len(data))
+                if first < last:
+                    part[first - place : last - place] = data[first - at : last - at]
+            at += len(data)
+        if at < self._size or digest.hexdigest() != self.expected_sha256:
             raise self._changed(f"{file.stamp[2]:,} bytes, other contents")
         return file
 
