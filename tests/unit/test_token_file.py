@@ -432,6 +432,18 @@ READERS: dict[str, Callable[[FileTokens], int]] = {
 SHA256 = hashlib.sha256(np.arange(COUNT, dtype="<u4").tobytes()).hexdigest()
 
 
+def slow_disk(seed: int) -> Callable[[int, int, int], bytes]:
+    """Return a `pread` that waits now and then and gives less than it was asked for."""
+    read, delays = os.pread, random.Random(seed)
+
+    def slow(descriptor: int, size: int, place: int) -> bytes:
+        if delays.random() < 0.05:
+            time.sleep(0)
+        return read(descriptor, min(size, 1 << 14), place)
+
+    return slow
+
+
 @pytest.mark.parametrize("touched", [False, True])
 @pytest.mark.parametrize("reader", READERS)
 def test_two_threads_read_one_file(
@@ -442,14 +454,7 @@ def test_two_threads_read_one_file(
     np.arange(COUNT, dtype="<u4").tofile(path)
     ids = FileTokens(path, 0, COUNT, np.dtype("<u4"))
     assert ids.sha256(COUNT) == SHA256
-    read, delays = os.pread, random.Random(0)
-
-    def slow(descriptor: int, size: int, place: int) -> bytes:
-        if delays.random() < 0.05:
-            time.sleep(0)
-        return read(descriptor, min(size, 1 << 14), place)  # and short of what was asked for
-
-    monkeypatch.setattr(os, "pread", slow)
+    monkeypatch.setattr(os, "pread", slow_disk(0))
     wrong: dict[str, int] = {}
 
     def run(name: str) -> None:
@@ -466,6 +471,25 @@ def test_two_threads_read_one_file(
     for thread in threads:
         thread.join()
     assert wrong == dict.fromkeys((reader, "validation"), 0)
+
+
+@pytest.mark.long
+def test_ten_thousand_step_batches_beside_evaluations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ids"
+    np.arange(COUNT, dtype="<u4").tofile(path)
+    ids = FileTokens(path, 0, COUNT, np.dtype("<u4"))
+    monkeypatch.setattr(os, "pread", slow_disk(1))
+    steps, evaluations = [], []
+    loader = TokenWindowLoader(ids[:TRAINED], Batching(16, 8, seed=1))
+    training = threading.Thread(target=lambda: steps.append(check_windows(loader, TRAINED, 10_000)))
+    training.start()
+    while training.is_alive():
+        evaluations.append(check_validation(ids, 1))
+    assert steps == [0]
+    assert len(evaluations) > 100
+    assert set(evaluations) == {0}
 
 
 def test_a_file_that_is_touched_at_every_read_is_still_read(
