@@ -19,12 +19,15 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training.checkpoint import snapshot
 from fundamentallm.training.handlers import (
+    AdaptiveClip,
+    Checkpointing,
     EarlyStopping,
     Evaluation,
     LossEMA,
     NaNRollback,
     Perplexity,
     Schedule,
+    Spikes,
     WeightEMA,
 )
 from fundamentallm.training.limits import Limits
@@ -254,3 +257,46 @@ def test_a_rank_that_was_there_goes_on_with_its_own_numbers():
         expected = torch.rand(8)
         assert torch.equal(drawn(rank, 2, state), expected)
         assert torch.equal(drawn(rank, 4, state), expected)
+
+
+def leaves(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths of the values in nested dicts and lists, lists included."""
+    if isinstance(tree, dict):
+        return [leaf for key in tree for leaf in leaves(tree[key], (*path, key))]
+    if isinstance(tree, list):
+        return [path, *(leaf for at in range(len(tree)) for leaf in leaves(tree[at], (*path, at)))]
+    return [] if isinstance(tree, Tensor) else [path]
+
+
+def test_no_value_of_another_kind_is_taken_from_a_handlers_state(tmp_path):
+    """It is refused when it is loaded, not when the handler first computes with it."""
+    train, val = tiny_loaders()
+    handlers = [
+        LossEMA(0.8), Perplexity(), WeightEMA(0.9), Evaluation(), EarlyStopping(patience=50),
+        NaNRollback(), Spikes(window=4, needed=2), AdaptiveClip(warmup=2), Checkpointing(tmp_path),
+    ]  # fmt: skip
+    config = TrainingConfig(total_steps=5, eval_steps=2, max_seconds=1e6)
+    trainer = Trainer(tiny_model(), train, val, device="cpu", config=config, handlers=handlers)
+    Schedule(LinearWarmup(trainer.optimizer, warmup_steps=20)).attach(trainer)
+    trainer.run()
+    sound = snapshot.copied(snapshot.capture(trainer))
+    snapshot.restore(trainer, sound)
+    paths = leaves(sound["handlers"])
+    assert {path[0] for path in paths} >= {
+        "loss_ema", "perplexity", "early_stopping", "nan_rollback", "spikes", "adaptive_clip",
+        "checkpointing", "schedule", "weight_ema",
+    }  # fmt: skip
+    taken = []
+    for path in paths:
+        for other in ("x", True, {"a": 1}, [[None]]):
+            spoiled = copy.deepcopy(sound)
+            place = spoiled["handlers"]
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = other
+            try:
+                snapshot.restore(trainer, spoiled)
+            except CheckpointError:
+                continue
+            taken.append((path, other))
+    assert taken == []

@@ -11,6 +11,7 @@ from ignite.engine import State
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.recovery.diagnosis import Incident
+from fundamentallm.training.saved import LARGEST
 from fundamentallm.training.step import StepOutput
 
 # The counters of a run and their values at its start. All are in every checkpoint.
@@ -30,7 +31,6 @@ COUNTERS: dict[str, int | float] = {
     "elapsed_before": 0.0,
 }
 # A rollback does not reset these: they happened, and stay.
-LARGEST = 2**63 - 1
 IRREVERSIBLE = ("incidents", "rollbacks", "elapsed_before")
 
 

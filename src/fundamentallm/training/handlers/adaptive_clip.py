@@ -8,6 +8,7 @@ from typing import Any
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
+from fundamentallm.training.saved import saved_count, saved_number, saved_numbers
 
 
 @HANDLERS.register("adaptive_clip")
@@ -84,8 +85,8 @@ class AdaptiveClip:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore saved averages."""
-        self.first_norms = list(state_dict["first_norms"])
-        mean, variance = state_dict["mean"], state_dict["variance"]
-        self.mean = math.nan if mean is None else mean
-        self.variance = math.nan if variance is None else variance
-        self.num_clipped = state_dict["num_clipped"]
+        self.first_norms = saved_numbers(state_dict, "first_norms")
+        begun = state_dict["mean"] is not None
+        self.mean = saved_number(state_dict, "mean") if begun else math.nan
+        self.variance = saved_number(state_dict, "variance") if begun else math.nan
+        self.num_clipped = saved_count(state_dict, "num_clipped")

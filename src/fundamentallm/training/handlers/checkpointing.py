@@ -32,6 +32,7 @@ from fundamentallm.training.checkpoint.store import STEP_NAME, CheckpointStore, 
 from fundamentallm.training.checkpoint.tree import Stateful, copied
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
+from fundamentallm.training.saved import saved_count, saved_number
 
 logger = logging.getLogger(__name__)
 
@@ -560,5 +561,6 @@ class Checkpointing(Checkpoint):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the saved best score and its step."""
-        self.best_score = state_dict["best_score"]
-        self.best_step = state_dict["best_step"]
+        known = state_dict["best_step"] is not None
+        self.best_score = saved_number(state_dict, "best_score")
+        self.best_step = saved_count(state_dict, "best_step") if known else None

@@ -9,6 +9,7 @@ from typing import Any
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
+from fundamentallm.training.saved import saved_count, saved_number
 
 logger = logging.getLogger(__name__)
 
@@ -57,5 +58,5 @@ class EarlyStopping:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved count."""
-        self.best = state_dict["best"]
-        self.waited = state_dict["waited"]
+        self.best = saved_number(state_dict, "best")
+        self.waited = saved_count(state_dict, "waited")

@@ -9,6 +9,7 @@ from ignite.engine import Events
 
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
+from fundamentallm.training.saved import saved_count, saved_number
 
 
 @HANDLERS.register("loss_ema")
@@ -54,5 +55,5 @@ class LossEMA:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved mean."""
-        self.total = state_dict["total"]
-        self.count = state_dict["count"]
+        self.total = saved_number(state_dict, "total")
+        self.count = saved_count(state_dict, "count")

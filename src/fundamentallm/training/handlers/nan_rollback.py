@@ -33,6 +33,7 @@ from fundamentallm.training.recovery.diagnosis import (
     StepReplayer,
 )
 from fundamentallm.training.recovery.incident import write_incident
+from fundamentallm.training.saved import saved_count, saved_counts
 
 logger = logging.getLogger(__name__)
 
@@ -380,17 +381,18 @@ class NaNRollback:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take counts over; never fewer than are known, for a rollback loads an older state."""
-        self.overflows = state_dict["overflows"]
-        self._blamed = state_dict.get("blamed", 0)  # unknown to a checkpoint of an earlier release
+        self.overflows = saved_count(state_dict, "overflows")
+        # Unknown to a checkpoint of an earlier release.
+        self._blamed = saved_count({"blamed": 0, **state_dict}, "blamed")
         self._good_window = None
         self._redone = None  # of the course that is left
         self._good_steps.clear()
-        self._good_steps.extend(state_dict["good_steps"])
-        counts = [state_dict[name] for name in ("total", "transients", "spikes")]
+        self._good_steps.extend(saved_counts(state_dict, "good_steps"))
+        counts = [saved_count(state_dict, name) for name in ("total", "transients", "spikes")]
         if sum(counts) >= self.total + self.transients + self.spikes:
             self.total, self.transients, self.spikes = counts
-            self.region_end = state_dict["region_end"]
-            self.in_region = state_dict["in_region"]
+            self.region_end = saved_count(state_dict, "region_end")
+            self.in_region = saved_count(state_dict, "in_region")
 
 
 def _replayer(trainer: TrainingLoop) -> StepReplayer:

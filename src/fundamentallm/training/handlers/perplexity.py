@@ -9,6 +9,7 @@ from ignite.engine import Events
 
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
+from fundamentallm.training.saved import saved_count, saved_number
 from fundamentallm.training.step import perplexity_of
 
 
@@ -47,5 +48,5 @@ class Perplexity:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the sums of a saved epoch."""
-        self.nll = state_dict["nll"]
-        self.num_tokens = state_dict["num_tokens"]
+        self.nll = saved_number(state_dict, "nll")
+        self.num_tokens = saved_count(state_dict, "num_tokens")

@@ -16,6 +16,7 @@ from fundamentallm.models.generation.batch import generate_tokens
 from fundamentallm.models.generation.sampling import SamplingRules
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
+from fundamentallm.training.saved import saved_count
 from fundamentallm.training.state import Sample
 from fundamentallm.training.step import undisturbed
 
@@ -118,7 +119,8 @@ class Samples:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the pending sample."""
-        self.owed = state_dict["owed"]
+        pending = state_dict["owed"] is not None
+        self.owed = saved_count(state_dict, "owed") if pending else None
 
     def _prompt_ids(self) -> list[int]:
         try:

@@ -9,6 +9,7 @@ from ignite.handlers.param_scheduler import ParamScheduler
 
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
+from fundamentallm.training.saved import saved_number
 from fundamentallm.training.schedulers import LearningRateScheduler
 
 
@@ -62,4 +63,5 @@ class Schedule(ParamScheduler):
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Restore the progress; the clock continues from there."""
-        self.progress = state_dict["progress"]
+        known = state_dict["progress"] is not None
+        self.progress = saved_number(state_dict, "progress") if known else None

@@ -12,6 +12,7 @@ from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.recovery.diagnosis import DIVERGENCE, SPIKE, Incident
 from fundamentallm.training.recovery.outliers import RobustWindow
+from fundamentallm.training.saved import saved_count, saved_numbers, saved_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -211,9 +212,11 @@ class Spikes:
         self.losses.load_state_dict(state_dict["losses"])
         self.norms.load_state_dict(state_dict["norms"])
         self.newest.load_state_dict(state_dict["newest"])
-        self._accepted = [(loss, norm) for loss, norm in state_dict["accepted"]]
-        self.lowest, self.lowest_scale = state_dict["lowest"] or (math.inf, math.inf)
-        self.in_a_row = state_dict["in_a_row"]
+        self._accepted = [(loss, norm) for loss, norm in saved_pairs(state_dict, "accepted")]
+        known = state_dict["lowest"] is not None
+        lowest = saved_numbers(state_dict, "lowest") if known else (math.inf, math.inf)
+        self.lowest, self.lowest_scale = lowest
+        self.in_a_row = saved_count(state_dict, "in_a_row")
         self._take_limits()
 
 

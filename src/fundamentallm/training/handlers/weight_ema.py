@@ -12,6 +12,7 @@ from torch import Tensor
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
+from fundamentallm.training.saved import saved_count
 
 
 @HANDLERS.register("weight_ema")
@@ -96,7 +97,7 @@ class WeightEMA:
         for name, tensor in saved.items():
             if tensor.shape != (shape := self._parameters[name].shape):
                 raise ValueError(f"the average of {name} is {[*tensor.shape]}, not {[*shape]}")
-        self.num_updates = state_dict["num_updates"]
+        self.num_updates = saved_count(state_dict, "num_updates")
         self.averages = {
             name: tensor.to(self._parameters[name].device, torch.float32, copy=True)
             for name, tensor in saved.items()

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+from fundamentallm.training.saved import saved_numbers
+
 # The MAD of a normal distribution is 0.6745 standard deviations.
 NORMAL_MAD = 0.6744897501960817
 
@@ -89,7 +91,7 @@ class RobustWindow:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load values; the newest `size` of them are used."""
         self._values.clear()
-        self._values.extend(state_dict["values"])
+        self._values.extend(saved_numbers(state_dict, "values"))
         self._measure()
 
     def _measure(self) -> None:
