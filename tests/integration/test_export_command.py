@@ -122,7 +122,30 @@ def test_one_file_for_torch_load() -> None:
     )
 
 
-@pytest.mark.parametrize("format_name", ["hf", "torch"])
+def test_a_folder_for_llama_cpp_comes_with_the_next_commands(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    command = ["export", "runs/llama", "--format", "gguf", "--type", "Q8_0", "--out", "my models/a"]
+    assert main(command) == 0
+    assert {path.name for path in Path("my models/a").iterdir()} == {"model.gguf", "Modelfile"}
+    said = capsys.readouterr().out.splitlines()
+    assert said[-5:] == [
+        "note: characters outside of the vocabulary are refused there too, as the id -1",
+        "next, with Ollama:",
+        "  ollama create llama -f 'my models/a/Modelfile' && ollama run llama",
+        "or with llama.cpp (in older versions the program is llama-cli):",
+        "  llama-completion -m 'my models/a/model.gguf' -no-cnv -p 'the '",
+    ]
+
+
+def test_the_type_of_matrices_is_for_gguf_alone(capsys: pytest.CaptureFixture) -> None:
+    command = ["export", "runs/llama", "--format", "hf", "--type", "F16", "--out", "x"]
+    assert main(command) == 2
+    assert "export format 'hf' has no option 'type'" in capsys.readouterr().err
+    assert not Path("x").exists()
+
+
+@pytest.mark.parametrize("format_name", ["hf", "gguf", "torch"])
 @pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
 def test_an_export_replaces_nothing(
     format_name: str, kind: str, capsys: pytest.CaptureFixture

@@ -1,6 +1,7 @@
 """Export a trained model for other tools.
 
 `hf`     a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` open
+`gguf`   a folder for llama.cpp and Ollama (`gguf.py`)
 `torch`  one file for `torch.load(path, weights_only=True)`
 
 An export is complete or absent, and never replaces anything.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +27,41 @@ from fundamentallm.files.filesystem import (
     random_suffix,
     write_file,
 )
+from fundamentallm.inference.gguf import TensorType, gguf_files
 from fundamentallm.inference.load import Trained
 from fundamentallm.models.layouts import layout_for, require_transformer
 from fundamentallm.registry import Registry
 from fundamentallm.training.checkpoint.manager import save_weights
 from fundamentallm.training.checkpoint.tensor_file import tensor_file_chunks
 
-EXPORTS: Registry[Callable[[Trained, Path], None]] = Registry("export format")
+EXPORTS: Registry[None] = Registry("export format", supplied=("trained", "path"))
 
 
-def export(trained: Trained, format_name: str, path: Path) -> None:
+def export(
+    trained: Trained, format_name: str, path: Path, options: Mapping[str, Any] | None = None
+) -> None:
     """Write a model in one of the formats of `EXPORTS`.
 
     Args:
         trained: the model; its weights are written as float32.
-        format_name: "hf" or "torch".
+        format_name: "hf", "gguf" or "torch".
         path: must not exist; missing parents are made.
+        options: of the format, as `{"type": "Q8_0"}`.
 
     Raises:
-        ConfigError: the format is unknown, or cannot express the model: `key` is the field.
+        ConfigError: the format is unknown or has no such option, or it cannot express the model:
+            `key` is the field.
         CheckpointError: the path exists already.
         OSError: the disk refuses; nothing is left at the path.
     """
-    write = EXPORTS.get(format_name)
+    write, checked = EXPORTS.get(format_name), EXPORTS.check(format_name, options or {})
     if Filesystem().status(path) is not None:
         raise CheckpointError(
             "the path exists already, and an export replaces nothing",
             where=str(path),
             fix="choose a new path with --out, or remove what is there",
         )
-    write(trained, path)
+    write(trained, path, **checked)
 
 
 @EXPORTS.register("hf")
@@ -103,6 +109,17 @@ def export_hf(trained: Trained, path: Path) -> None:
             ),
         },
     )
+
+
+@EXPORTS.register("gguf")
+def export_gguf(trained: Trained, path: Path, *, type: TensorType = "F32") -> None:
+    """Write a folder that llama.cpp and Ollama open.
+
+    Args:
+        trained, path: as in `export`.
+        type: of the matrices, as in `gguf_files`.
+    """
+    write_folder(path, gguf_files(trained, type))
 
 
 @EXPORTS.register("torch")

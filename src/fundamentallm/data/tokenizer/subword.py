@@ -415,12 +415,12 @@ def _unreachable(state: Mapping[str, Any], end: str | None) -> dict[str, Any]:
     if "merges" in model:
         if model.get("byte_fallback"):  # the library looks these up by name; no merge makes them
             kept = {name for name in special if _BYTE.fullmatch(name) and name != end}
-        model["merges"] = _merges_without(model, special - kept)
+        model["merges"] = merges_without(model, special - kept)
     hidden = {**state, "model": model, "added_tokens": added}
     return _renamed(hidden, lambda name: name if name in kept else f"\0{secret}{name}\0")
 
 
-def _merges_without(model: Mapping[str, Any], special: set[str]) -> list[Any]:
+def merges_without(model: Mapping[str, Any], special: set[str]) -> list[Any]:
     """Return the merges of a BPE that neither make nor use a special token."""
     prefix = model.get("continuing_subword_prefix") or ""
     kept = []
