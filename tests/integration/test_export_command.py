@@ -83,6 +83,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_folder_has_what_transformers_looks_for(kind: str) -> None:
     assert {path.name for path in Path("out", kind).iterdir()} == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -127,7 +128,11 @@ def test_a_folder_for_llama_cpp_comes_with_the_next_commands(
 ) -> None:
     command = ["export", "runs/llama", "--format", "gguf", "--type", "Q8_0", "--out", "my models/a"]
     assert main(command) == 0
-    assert {path.name for path in Path("my models/a").iterdir()} == {"model.gguf", "Modelfile"}
+    assert {path.name for path in Path("my models/a").iterdir()} == {
+        "README.md",
+        "model.gguf",
+        "Modelfile",
+    }
     said = capsys.readouterr().out.splitlines()
     assert said[-5:] == [
         "note: characters outside of the vocabulary are refused there too, as the id -1",
@@ -213,7 +218,92 @@ def test_a_disk_that_fails_at_any_operation_leaves_all_or_nothing(
     assert {path.name: path.read_bytes() for path in target.iterdir()} == {"a": b"123", "b": b"4"}
 
 
+def test_the_model_card_says_losses_data_and_settings() -> None:
+    card = Path("out/llama/README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["pipeline_tag"] == "text-generation"
+    trained = load_trained(Path("runs/llama"), torch.device("cpu"))
+    step = trained.manifest.step
+    lines = Path("runs/llama/metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    (val,) = [one["val/loss"] for one in records if "val/loss" in one and one["step"] == step]
+    smoothed = [one["train/loss_ema"] for one in records if "train/loss_ema" in one]
+    plain = card.replace("\\", "")
+    assert f"| validation loss at step {step} | {val:.4f} nats per token" in plain
+    assert any(f"| {loss:.4f} nats per token" in plain for loss in smoothed)
+    sha256 = trained.manifest.metadata["data"]["sha256"]
+    assert f"| SHA-256 | {sha256} |" in plain
+    assert f"| tokenizer's SHA-256 | {trained.tokenizer.fingerprint()} |" in plain
+    assert f"SHA-256 {trained.manifest.hash}" in plain
+    assert "| source | text.txt |" in plain
+    settings = yaml.safe_load(card.split("```yaml\n")[1].split("\n```")[0])
+    assert settings["training"]["total_steps"] == 4
+    assert RunConfig.model_validate(settings) == trained.config
+
+
 # ------------------------------------------------------------------------------- init_from
+
+
+CHAT = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize("holder", ["tokenizer_config.json", "chat_template.jinja"])
+def test_what_a_folder_says_about_use_is_kept(holder: str) -> None:
+    folder = Path("out/llama")
+    tokens = {"bos_token": {"content": "t"}, "eos_token": "a", "pad_token": "not a token"}
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    if holder == "tokenizer_config.json":
+        said["chat_template"] = CHAT
+    else:
+        (folder / holder).write_text(CHAT)
+    (folder / "tokenizer_config.json").write_text(json.dumps({**said, **tokens}))
+    described = json.loads((folder / "config.json").read_text())
+    described |= {"bos_token_id": 3, "eos_token_id": 5}
+    (folder / "config.json").write_text(json.dumps(described))
+    generation = {"eos_token_id": [5, 7], "temperature": 0.6, "top_p": 0.9, "pad_token_id": 2}
+    (folder / "generation_config.json").write_text(
+        json.dumps({**generation, "transformers_version": "4.0"})
+    )
+    name = write("next.yaml", start_from("out/llama"))
+    assert main(["run", name]) == 0
+    shutil.rmtree("out")  # it is in the checkpoints, also of a run that was continued
+    shutil.rmtree("runs/next/checkpoints/step-00000004")
+    assert main(["run", name]) == 0
+    assert main(["export", "runs/next", "--format", "hf", "--out", "back"]) == 0
+    config, generate, reading = (
+        json.loads(Path("back", file).read_text())
+        for file in ("config.json", "generation_config.json", "tokenizer_config.json")
+    )
+    assert [config[f"{key}_token_id"] for key in ("bos", "eos", "pad")] == [3, [5, 7], 2]
+    assert generate == {**generation, "bos_token_id": 3}
+    assert (reading["bos_token"], reading["eos_token"]) == ("t", "a")
+    assert "pad_token" in reading  # by its id, for the name is none of the tokenizer's
+    assert reading["chat_template"] == CHAT
+    assert "split_special_tokens" not in reading
+    assert main(["export", "runs/next", "--format", "gguf", "--out", "gguf"]) == 0
+    modelfile = Path("gguf/Modelfile").read_text()
+    assert "PARAMETER temperature 0.6\n" in modelfile
+    assert "PARAMETER top_p 0.9\n" in modelfile
+    assert "TEMPLATE" not in modelfile
+    assert CHAT.encode() in Path("gguf/model.gguf").read_bytes()
+
+
+def test_another_tokenizer_does_not_keep_the_folder_s_ids() -> None:
+    path = Path("out/llama/config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bos_token_id": 3}))
+    values = start_from("out/llama", tokenizer="character")
+    assert main(["run", write("next.yaml", values)]) == 0
+    assert main(["export", "runs/next", "--format", "hf", "--out", "back"]) == 0
+    assert json.loads(Path("back/config.json").read_text())["bos_token_id"] is None
+
+
+@pytest.mark.parametrize("text", ['{"temperature": NaN}', "{", "[" * 100_000])
+def test_settings_of_generation_that_are_no_json_are_told(
+    text: str, capsys: pytest.CaptureFixture
+) -> None:
+    Path("out/llama/generation_config.json").write_text(text)
+    assert main(["run", write("next.yaml", start_from("out/llama"))]) == 3
+    assert "out/llama/generation_config.json: this is not JSON" in capsys.readouterr().err
 
 
 def start_from(folder: str, *, model: dict[str, Any] | None = None, **data: Any) -> dict[str, Any]:

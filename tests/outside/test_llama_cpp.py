@@ -68,21 +68,29 @@ def exported(
     return model, opened(place / "out" / "model.gguf")
 
 
-def opened(path: Path, vocab_only: bool = False) -> Any:
+def opened(path: Path) -> Any:
     import llama_cpp
 
-    return llama_cpp.Llama(
-        str(path),
-        n_ctx=256,
-        n_threads=1,
-        n_threads_batch=1,
-        logits_all=True,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
-        flash_attn=False,
-        vocab_only=vocab_only,
-        verbose=False,
-    )
+    def plain_parameters() -> Any:
+        parameters = default_parameters()
+        # Else weights are rearranged, for AMX even where a virtual machine does not allow it.
+        parameters.use_extra_bufts = False
+        return parameters
+
+    default_parameters = llama_cpp.llama_model_default_params
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", plain_parameters)
+        return llama_cpp.Llama(
+            str(path),
+            n_ctx=256,
+            n_threads=1,
+            n_threads_batch=1,
+            logits_all=True,
+            type_k=llama_cpp.GGML_TYPE_F32,
+            type_v=llama_cpp.GGML_TYPE_F32,
+            flash_attn=False,
+            verbose=False,
+        )
 
 
 def their_logits(theirs: Any, ids: list[int]) -> Tensor:
@@ -128,14 +136,26 @@ class TableGelu(nn.Module):
 @pytest.mark.parametrize(
     "fields", [{}, {"bias": True, "tie_embeddings": False, "d_ff": 40}], ids=["plain", "all"]
 )
-def test_logits_of_the_gpt2_layout(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_logits_of_the_gpt2_layout_with_random_weights(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """A trained model is held to the bound of the Llama layout below.
+
+    Of 200,000 values some lie so near the middle of two float16 values that the last bit of a sum
+    decides which is looked up; random weights make much of that.
+    """
     model, theirs = exported({**TANH, **fields}, ByteTokenizer(end=True), tmp_path)
     kind = "gpt2 " + ("all" if fields else "plain")
-    REPORT[f"{kind}, exact GELU"] = difference(model, theirs)
+    REPORT[f"{kind}, exact GELU"] = exact = difference(model, theirs)
+    with_table(model)
+    REPORT[f"{kind}, the table"] = found = difference(model, theirs)
+    assert found < 1e-3
+    assert found < exact
+
+
+def with_table(model: nn.Module) -> None:
     for block in model.blocks:
         block.feedforward = TableGelu(block.feedforward)
-    REPORT[f"{kind}, the table"] = found = difference(model, theirs)
-    assert found < BOUND
 
 
 @pytest.mark.parametrize(("type_name", "bound"), [("F16", 0.02), ("Q8_0", 0.2)])
@@ -182,10 +202,19 @@ def test_greedy_text_of_a_trained_model(
     ours, theirs = load_trained(Path("runs/mine"), torch.device("cpu")), opened(
         Path("out/model.gguf")
     )  # fmt: skip
-    bound = BOUND
+    sample = ours.tokenizer.encode(TEXT).tolist()[:128]
+
+    def largest() -> float:
+        with torch.no_grad():
+            own = ours.model(torch.tensor([sample]))[0]
+        assert own.std() > 0.3
+        return (own - their_logits(theirs, sample)).abs().max().item()
+
+    REPORT[f"trained {kind}"] = largest()
     if kind.startswith("gpt2"):
-        for block in ours.model.blocks:
-            block.feedforward = TableGelu(block.feedforward)
+        with_table(ours.model)
+        REPORT[f"trained {kind}, the table"] = largest()
+    assert largest() < BOUND
     ids = ours.tokenizer.encode("the ").tolist()
     assert theirs.tokenize(b"the ", add_bos=False, special=False) == ids
     text = ids[:]
@@ -194,7 +223,7 @@ def test_greedy_text_of_a_trained_model(
         with torch.no_grad():
             own = ours.model(torch.tensor([text]))[0, -1]
         best = own.topk(2).values
-        if best[0] - best[1] < bound:
+        if best[0] - best[1] < BOUND:
             break
         assert logits.argmax() == own.argmax(), step
         text.append(int(own.argmax()))
@@ -259,7 +288,7 @@ TOKENIZERS = {
     "llama 3": lambda: bpe(words("llama 3"), ignore_merges=True),
     "llama 3 without ignore_merges": lambda: bpe(words("llama 3")),
     "qwen 2": lambda: bpe(words("qwen 2")),
-    "added tokens": lambda: bpe(words("gpt-2"), ["<tool>", "  ", "    ", "</s><"]),
+    "added tokens": lambda: bpe(words("gpt-2"), ["<tool>", "  ", "    ", "tis"]),
 }
 
 

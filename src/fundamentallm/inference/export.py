@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from fundamentallm.data.tokenizer import TOKENIZER_FILE
+from fundamentallm.data.tokenizer.subword import ids_by_name
 from fundamentallm.data.tokenizer.tokenizer_json import token_name, tokenizer_json
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import (
@@ -29,7 +30,9 @@ from fundamentallm.files.filesystem import (
 )
 from fundamentallm.inference.gguf import TensorType, gguf_files
 from fundamentallm.inference.load import Trained
+from fundamentallm.inference.model_card import CARD, model_card
 from fundamentallm.models.layouts import layout_for, require_transformer
+from fundamentallm.models.layouts.origin import CHAT_TEMPLATE, NAMES, SPECIAL, Origin
 from fundamentallm.registry import Registry
 from fundamentallm.training.checkpoint.manager import save_weights
 from fundamentallm.training.checkpoint.tensor_file import tensor_file_chunks
@@ -71,6 +74,10 @@ def export_hf(trained: Trained, path: Path) -> None:
     No text is a special token: `<unk>` is five characters, and nothing precedes a prompt. The
     end of a document is the end of a text there, where the tokenizer has one. Where a model learnt
     to end its responses with one token, `generate` there stops at it too.
+
+    A model that started from such a folder keeps the folder's tokens that begin, end and pad a
+    text, its chat template and its settings of generation. A chat template writes special tokens
+    by their names, so with one the names are tokens in any text.
     """
     config = require_transformer(trained.config.model)
     layout = layout_for(config)
@@ -79,8 +86,18 @@ def export_hf(trained: Trained, path: Path) -> None:
     tokenizer = tokenizer_json(trained.tokenizer)
     end_id = trained.tokenizer.end_id
     end = None if end_id is None else token_name(tokenizer, end_id)
+    origin = trained.came_from
     # Written as null: the families' own defaults are ids that mean something else here.
-    special = {"bos_token_id": None, "eos_token_id": end_id, "pad_token_id": None}
+    special = {
+        **dict.fromkeys(SPECIAL),
+        **origin.special,
+        "eos_token_id": _one_or_all(_distinct(origin.ids("eos_token_id"), trained.stop_ids)),
+    }
+    reading = (
+        {"split_special_tokens": True}
+        if origin.chat_template is None
+        else {CHAT_TEMPLATE: origin.chat_template}
+    )
     write_folder(
         path,
         {
@@ -94,15 +111,17 @@ def export_hf(trained: Trained, path: Path) -> None:
                     "dtype": "float32",
                 }
             ),
-            "generation_config.json": _json({**special, **_stops(trained)}),
+            "generation_config.json": _json({**origin.generation, **special, **_stops(trained)}),
             "model.safetensors": tensor_file_chunks(layout.to_theirs(config, weights)),
             TOKENIZER_FILE: _json(tokenizer),
+            CARD: [model_card(trained, "hf").encode()],
             "tokenizer_config.json": _json(
                 {
                     "tokenizer_class": "PreTrainedTokenizerFast",
                     "model_max_length": length,
                     "clean_up_tokenization_spaces": False,
-                    "split_special_tokens": True,
+                    **reading,
+                    **_names(origin, tokenizer),
                     **({} if end is None else {"eos_token": end}),
                     "model_input_names": ["input_ids", "attention_mask"],
                 }
@@ -119,7 +138,8 @@ def export_gguf(trained: Trained, path: Path, *, type: TensorType = "F32") -> No
         trained, path: as in `export`.
         type: of the matrices, as in `gguf_files`.
     """
-    write_folder(path, gguf_files(trained, type))
+    card = [model_card(trained, "gguf").encode()]
+    write_folder(path, {**gguf_files(trained, type), CARD: card})
 
 
 @EXPORTS.register("torch")
@@ -137,13 +157,37 @@ def export_torch(trained: Trained, path: Path) -> None:
     )
 
 
-def _stops(trained: Trained) -> dict[str, int | list[int]]:
+def _names(origin: Origin, tokenizer: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tokens that begin, end and pad a text, by the names of an exported tokenizer."""
+    known, names = ids_by_name(tokenizer), {}
+    for key in NAMES:
+        name, ids = origin.names.get(key), origin.ids(f"{key}_id")
+        if name not in known:  # or it would be a new token
+            name = token_name(tokenizer, ids[0]) if ids else None
+        if name is not None:
+            names[key] = name
+    return names
+
+
+def _stops(trained: Trained) -> dict[str, int | list[int] | None]:
+    """Return the ids that end a text in `generate` there, where there are any."""
     learnt = [trained.tokenizer.encode(text).tolist() for text in trained.stop]
-    ids = trained.stop_ids + [one[0] for one in learnt if len(one) == 1]
+    one_token = [ids[0] for ids in learnt if len(ids) == 1]
+    kept = trained.came_from
+    ids = _distinct(kept.ids("eos_token_id"), trained.stop_ids, one_token)
     if not ids:
         return {}
     # Padding comes after the end alone, so it may be any token.
-    return {"eos_token_id": ids[0] if len(ids) == 1 else ids, "pad_token_id": ids[0]}
+    padding = _distinct(kept.ids("pad_token_id"), ids)[0]
+    return {"eos_token_id": _one_or_all(ids), "pad_token_id": padding}
+
+
+def _distinct(*parts: Iterable[int]) -> list[int]:
+    return list(dict.fromkeys(number for part in parts for number in part))
+
+
+def _one_or_all(ids: list[int]) -> int | list[int] | None:
+    return ids if len(ids) > 1 else ids[0] if ids else None
 
 
 def write_folder(

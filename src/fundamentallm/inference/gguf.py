@@ -29,6 +29,7 @@ _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 _TYPES = {"F32": 0, "F16": 1, "Q8_0": 8}
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}
 _ENDS = ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
+_TEMPLATE = "tokenizer.chat_template"
 _BLOCK = 32  # values that share a scale in Q8_0
 _BLOCK_BYTES = 2 + _BLOCK
 
@@ -48,7 +49,8 @@ def gguf_files(trained: Trained, type: TensorType) -> dict[str, Iterable[bytes]]
     config = require_transformer(trained.config.model)
     architecture, sizes = gguf_metadata(config)
     vocabulary = gguf_vocabulary(trained.tokenizer, config.vocab_size or 0)
-    end = vocabulary.end_id
+    end, origin = vocabulary.end_id, trained.came_from
+    begin = [one for one in origin.ids("bos_token_id") if one < len(vocabulary.tokens)]
     metadata: dict[str, Value] = {
         "general.architecture": architecture,
         "general.type": "model",
@@ -63,6 +65,8 @@ def gguf_files(trained: Trained, type: TensorType) -> dict[str, Iterable[bytes]]
         **({} if vocabulary.merges is None else {"tokenizer.ggml.merges": vocabulary.merges}),
         # Without these llama.cpp takes some ordinary token, and puts it before a text.
         **({} if end is None else dict.fromkeys(_ENDS, end)),
+        **({_ENDS[0]: begin[0]} if begin else {}),
+        **({} if origin.chat_template is None else {_TEMPLATE: origin.chat_template}),
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.add_space_prefix": False,
@@ -82,20 +86,20 @@ def gguf_files(trained: Trained, type: TensorType) -> dict[str, Iterable[bytes]]
 def modelfile(trained: Trained) -> str:
     """Return Ollama's description of the model: its file, context, sampling and stops.
 
-    The sampling is that of `generate`, the prompt goes to the model as it is, and what ends a
-    response here ends it there.
+    The sampling is that of `generate`, or of the folder that the run started from. The prompt goes
+    to the model as it is, unless there is a chat template. What ends a response here ends it there.
     """
-    config = require_transformer(trained.config.model)
+    config, origin = require_transformer(trained.config.model), trained.came_from
+    sampling = {"temperature": 0.8, "top_k": 0, "top_p": 1, "repeat_penalty": 1}
+    kept = {"repeat_penalty": origin.generation.get("repetition_penalty"), **origin.generation}
+    sampling |= {name: kept[name] for name in sampling if type(kept.get(name)) in (int, float)}
     stops = [stop for stop in trained.stop if stop and '"""' not in stop]
     return "\n".join(
         [
             f"FROM ./{MODEL_FILE}",
-            'TEMPLATE """{{ .Prompt }}"""',
+            *(['TEMPLATE """{{ .Prompt }}"""'] if origin.chat_template is None else []),
             f"PARAMETER num_ctx {config.sequence_length}",
-            "PARAMETER temperature 0.8",
-            "PARAMETER top_k 0",
-            "PARAMETER top_p 1",
-            "PARAMETER repeat_penalty 1",
+            *(f"PARAMETER {name} {value:g}" for name, value in sampling.items()),
             *(f'PARAMETER stop """{stop}"""' for stop in stops),
             "",
         ]

@@ -16,6 +16,7 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.files.private import check_file
 from fundamentallm.files.run_layout import BEST, CONFIG, RunOrCheckpoint
 from fundamentallm.inference.stored_model import stored_config, stored_model
+from fundamentallm.models.layouts.origin import Origin
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
@@ -57,6 +58,11 @@ class Trained:
         """The token that ends a document, if the tokenizer has one."""
         end = self.tokenizer.end_id
         return [] if end is None else [end]
+
+    @property
+    def came_from(self) -> Origin:
+        """What the folder that the run started from says about use; empty without one."""
+        return Origin.of(self.manifest.metadata.get("origin"))
 
     @property
     def origin(self) -> str:

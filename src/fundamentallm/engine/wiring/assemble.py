@@ -215,6 +215,7 @@ def assemble(
             rules=RULES,
             versions=versions(),
             circumstances=machine.circumstances(),
+            **inputs.start.origin(),
         )
     )
 

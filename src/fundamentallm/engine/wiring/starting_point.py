@@ -6,23 +6,20 @@ weights from its checkpoint, so the folder may be deleted by then.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from fundamentallm.config import RunConfig, TransformerConfig
-from fundamentallm.data.text_file import read_text
 from fundamentallm.data.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_from_dict
 from fundamentallm.data.tokenizer.tokenizer_json import read_tokenizer_json
 from fundamentallm.engine.wiring.run_directory import RunDirectory
-from fundamentallm.errors import ConfigError, DataError
+from fundamentallm.errors import ConfigError
 from fundamentallm.inference.stored_model import stored_config
+from fundamentallm.models.layouts.origin import Origin
 from fundamentallm.models.layouts.pretrained import Pretrained
 from fundamentallm.training.checkpoint.manifest import Manifest
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class StartingPoint:
         assert self.pretrained is not None
         path = self.pretrained.folder / TOKENIZER_FILE
         if path.exists():
-            return read_tokenizer_json(path, _end_of_text(path.with_name(TOKENIZER_CONFIG)))
+            return read_tokenizer_json(path, Origin.read(path.parent).names.get("eos_token"))
         with self.written.locating_errors("data.tokenizer"):
             raise ConfigError(
                 "the init_from folder has no tokenizer, and a new one would give the ids"
@@ -65,6 +62,19 @@ class StartingPoint:
                 got=f"no {TOKENIZER_FILE} in {self.pretrained.folder}",
                 fix="set data.tokenizer to the one that the model was trained with",
             )
+
+    def origin(self) -> dict[str, Any]:
+        """Return what the folder says about use, as `Origin.to_dict`, under the key `origin`.
+
+        Nothing without a folder, or with another tokenizer, for which its ids mean nothing.
+        """
+        if "tokenizer" not in self.written.left_to_init_from:
+            return {}
+        if self.checkpoint is not None:
+            kept = self.checkpoint.metadata.get("origin")
+            return {} if kept is None else {"origin": kept}
+        assert self.pretrained is not None
+        return {"origin": Origin.read(self.pretrained.folder).to_dict()}
 
     def load_into(self, model: nn.Module) -> None:
         """Put the folder's weights into a new transformer; without a folder, do nothing.
@@ -122,19 +132,3 @@ def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
         }
     )
     return StartingPoint(completed, config, pretrained, notes=notes)
-
-
-def _end_of_text(path: Path) -> str | None:
-    """Return the token that a folder's tokenizer_config.json names as the end of a text."""
-    if not path.exists():
-        return None
-    try:
-        said = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            "the tokenizer's configuration is not JSON", where=str(path), got=str(error)
-        ) from error
-    end = said.get("eos_token") if isinstance(said, dict) else None
-    if isinstance(end, dict):
-        end = end.get("content")
-    return end if isinstance(end, str) else None

@@ -27,6 +27,7 @@ METADATA_FORMS: dict[tuple[str, ...], tuple[type, ...]] = {
     ("data",): (dict,),
     ("data", "sha256"): OPTIONAL_TEXT,
     ("data", "response_end"): OPTIONAL_TEXT,
+    ("origin",): (dict,),
     ("versions",): (dict,),
     ("circumstances",): (dict,),
     ("val_loss",): OPTIONAL_NUMBER,

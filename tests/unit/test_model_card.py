@@ -1,0 +1,93 @@
+"""Texts of a model card are data, and secrets are not in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.unit.test_gguf import trained
+
+from fundamentallm.config import RunConfig
+from fundamentallm.data.tokenizer import ByteTokenizer
+from fundamentallm.inference.model_card import escaped, fenced, model_card
+from fundamentallm.models.layouts.origin import Origin
+
+HOSTILE = [
+    "a|b",
+    "<script>alert(1)</script>",
+    "![x](https://example.org/x.png)",
+    "line\n## another",
+    "`code` **bold** _it_ [l](m)",
+    "\u202eright to left\u200b",
+    "www.example.org",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_every_sign_of_markup_is_escaped(text: str) -> None:
+    shown = escaped(text)
+    assert "\n" not in shown
+    assert shown.isprintable()
+    position = 0
+    while position < len(shown):
+        if shown[position] == "\\":
+            position += 2
+            continue
+        assert shown[position].isalnum() or shown[position] == " " or ord(shown[position]) > 127
+        position += 1
+
+
+@pytest.mark.parametrize("text", ["plain", "```\n# out\n```", "a ```` b", "`" * 9])
+def test_no_line_of_a_text_ends_its_block(text: str) -> None:
+    first, *inside, last = fenced(text, "yaml").split("\n")
+    assert "\n".join(inside) == text
+    assert first == last + "yaml"
+    assert last not in text
+    assert set(last) == {"`"}
+
+
+def test_secrets_of_addresses_and_settings_are_left_out(tmp_path: Path) -> None:
+    run = RunConfig.model_validate(
+        {
+            "data": {
+                "sources": [
+                    {
+                        "url": "https://me:geheim@example.org/a.txt?token=geheim&x=1",
+                        "sha256": "0" * 64,
+                    }
+                ]
+            },
+            "handlers": {"wandb": {"api_key": "geheim"}},
+        }
+    )
+    one = trained({}, ByteTokenizer(), tmp_path)
+    run = run.model_copy(update={"model": one.config.model})
+    object.__setattr__(one, "config", run)
+    for format_name in ("hf", "gguf"):
+        card = model_card(one, format_name)
+        assert "geheim" not in card
+        assert "example" in card
+        assert yaml.safe_load(card.split("---\n")[1])["tags"] == ["fundamentallm", format_name]
+
+
+def test_a_damaged_metrics_file_costs_no_card(tmp_path: Path) -> None:
+    one = trained({}, ByteTokenizer(), tmp_path / "checkpoints" / "step-00000000")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "tokens": 7}\n[1]\n{"step": "x"}\n{\n')
+    assert "not measured at this step" in model_card(one, "hf")
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        None,
+        [],
+        {"special": [1], "names": 3, "generation": "x", "chat_template": 5},
+        {"special": {"bos_token_id": -1, "eos_token_id": [], "pad_token_id": True}},
+        {"names": {"bos_token": {"a": 1}}, "generation": {"eos_token_id": 4}},
+    ],
+)
+def test_what_a_checkpoint_keeps_of_a_folder_is_read_as_far_as_it_has_the_form(
+    stored: object,
+) -> None:
+    assert Origin.of(stored) == Origin()
