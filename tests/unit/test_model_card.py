@@ -11,7 +11,7 @@ from tests.unit.test_gguf import trained
 from fundamentallm.config import RunConfig
 from fundamentallm.data.tokenizer import ByteTokenizer
 from fundamentallm.inference.model_card import escaped, fenced, model_card
-from fundamentallm.models.layouts.origin import Origin
+from fundamentallm.inference.origin import Origin
 
 HOSTILE = [
     "a|b",

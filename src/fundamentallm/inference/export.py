@@ -31,8 +31,8 @@ from fundamentallm.files.filesystem import (
 from fundamentallm.inference.gguf import TensorType, gguf_files
 from fundamentallm.inference.load import Trained
 from fundamentallm.inference.model_card import CARD, model_card
+from fundamentallm.inference.origin import CHAT_TEMPLATE, NAMES, SPECIAL, Origin
 from fundamentallm.models.layouts import layout_for, require_transformer
-from fundamentallm.models.layouts.origin import CHAT_TEMPLATE, NAMES, SPECIAL, Origin
 from fundamentallm.registry import Registry
 from fundamentallm.training.checkpoint.manager import save_weights
 from fundamentallm.training.checkpoint.tensor_file import tensor_file_chunks

@@ -15,8 +15,8 @@ from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.private import check_file
 from fundamentallm.files.run_layout import BEST, CONFIG, RunOrCheckpoint
+from fundamentallm.inference.origin import Origin
 from fundamentallm.inference.stored_model import stored_config, stored_model
-from fundamentallm.models.layouts.origin import Origin
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore

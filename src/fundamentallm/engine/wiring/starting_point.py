@@ -16,8 +16,8 @@ from fundamentallm.data.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_fr
 from fundamentallm.data.tokenizer.tokenizer_json import read_tokenizer_json
 from fundamentallm.engine.wiring.run_directory import RunDirectory
 from fundamentallm.errors import ConfigError
+from fundamentallm.inference.origin import Origin
 from fundamentallm.inference.stored_model import stored_config
-from fundamentallm.models.layouts.origin import Origin
 from fundamentallm.models.layouts.pretrained import Pretrained
 from fundamentallm.training.checkpoint.manifest import Manifest
 
