@@ -100,7 +100,7 @@ def _losses(trained: Trained) -> dict[str, str]:
     step, measured = trained.manifest.step, {}
     for name, loss in {
         "validation": trained.val_loss,
-        "training, smoothed": _metric(trained, "train/loss_ema"),
+        "smoothed training": _metric(trained, "train/loss_ema"),
     }.items():
         if loss is not None:
             perplexity = f"{math.exp(loss):.2f}" if loss < 100 else "very large"
