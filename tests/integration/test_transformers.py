@@ -234,6 +234,36 @@ def test_both_stop_at_the_end_of_a_document(transformers: ModuleType, tmp_path: 
     assert [piece.text for piece in pieces] == [""]
 
 
+def test_a_chat_template_works_there_again(transformers: ModuleType, tmp_path: Path) -> None:
+    trained = BpeTokenizer(300, texts=TEXTS)
+    state, first = trained.json, trained.vocab_size
+    marks = [
+        {"id": first + number, "content": name, "special": True, "normalized": False,
+         "single_word": False, "lstrip": False, "rstrip": False}
+        for number, name in enumerate(["<|start|>", "<|stop|>"])
+    ]  # fmt: skip
+    tokenizer = SubwordTokenizer({**state, "added_tokens": [*state["added_tokens"], *marks]})
+    template = "{% for one in messages %}<|start|>{{ one.content }}<|stop|>{% endfor %}"
+    origin = {
+        "special": {"bos_token_id": first, "eos_token_id": [0, first + 1]},
+        "names": {"bos_token": "<|start|>"},
+        "generation": {"temperature": 0.5},
+        "chat_template": template,
+    }
+    config = TransformerConfig(vocab_size=first + 2, d_model=24, num_layers=1, num_heads=4)
+    config = config.model_copy(update={"sequence_length": 64})
+    manifest = Manifest("step-00000000", 0, {}, {"origin": origin}, "")
+    run = RunConfig().model_copy(update={"model": config})
+    one = Trained(random_model(config), tokenizer, run, tmp_path, manifest, False)
+    export(one, "hf", tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (first, 0, first + 2)
+    ids = theirs.apply_chat_template([{"role": "user", "content": "the cat"}], return_dict=False)
+    assert ids == [first, *tokenizer.encode("the cat").tolist(), first + 1]
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (settings.eos_token_id, settings.temperature) == ([0, first + 1], 0.5)
+
+
 LLAMA = {
     "vocab_size": 50,
     "hidden_size": 32,
