@@ -7,6 +7,8 @@ from pathlib import Path
 
 RUN_DIR = "run_dir="
 
+RUN_OR_CHECKPOINT = "a run (its best checkpoint, else its last), a checkpoint, or a pointer file"
+
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Declare CONFIG.yaml, its overrides, and --plugins."""
@@ -43,7 +45,7 @@ def is_run_dir(word: str) -> bool:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Declare RUN_OR_CHECKPOINT, --device and --plugins."""
-    parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT", help=RUN_OR_CHECKPOINT)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:0, mps")
     add_plugins(parser)
 

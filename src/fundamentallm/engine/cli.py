@@ -174,7 +174,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         summary = command.SUMMARY
-        own = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        own = commands.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + "."
+        )
         own.set_defaults(command=command.execute)
         own.add_argument("--debug", action="store_true", help="show a traceback with an error")
         command.add_arguments(own)

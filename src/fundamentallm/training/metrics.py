@@ -39,6 +39,11 @@ def accuracy(device: torch.device) -> Metric:
 def top_k(device: torch.device, tokenizer: Tokenizer, k: int = 5) -> Metric:
     """Return the share of targets among the k most probable tokens.
 
+    Args:
+        device: where the share is summed.
+        tokenizer: the one of the run.
+        k: how many tokens count, 1 to the size of the vocabulary.
+
     Raises:
         ValueError: k is below 1 or above the size of the vocabulary.
     """

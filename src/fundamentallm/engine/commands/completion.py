@@ -33,7 +33,7 @@ _fundamentallm_config() {{
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("shell", choices=tuple(_CONFIGURATIONS))
+    parser.add_argument("shell", choices=tuple(_CONFIGURATIONS), help="the shell to complete in")
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 

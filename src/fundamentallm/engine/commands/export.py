@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fundamentallm.engine.arguments import add_plugins
+from fundamentallm.engine.arguments import RUN_OR_CHECKPOINT, add_plugins
 from fundamentallm.engine.console import console_output, say
 from fundamentallm.engine.stopping import loading
 
@@ -25,7 +25,7 @@ READERS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT", help=RUN_OR_CHECKPOINT)
     parser.add_argument(
         "--format",
         required=True,

@@ -12,7 +12,7 @@ SUMMARY = "write a commented YAML file that is fit for this machine and your tex
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("path", type=Path, metavar="FILE.yaml")
+    parser.add_argument("path", type=Path, metavar="FILE.yaml", help="the file to write")
     parser.add_argument(
         "--data",
         metavar="PATH",

@@ -13,7 +13,9 @@ SUMMARY = "reproduce a recorded numerical incident"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("incident", type=Path, metavar="INCIDENT_DIR")
+    parser.add_argument(
+        "incident", type=Path, metavar="INCIDENT_DIR", help="a folder under incidents/ of a run"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default), auto, cuda, cuda:0, mps")
     add_plugins(parser)
 

@@ -18,7 +18,7 @@ REFRESH_SECONDS = 3.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the directory of a run")
     parser.add_argument(
         "--out",
         type=Path,

@@ -22,7 +22,12 @@ SUMMARY = "prove a run's checkpoints, or one checkpoint, intact"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run, all of its checkpoints, or one checkpoint",
+    )
     add_plugins(parser)
 
 

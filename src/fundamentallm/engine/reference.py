@@ -1,0 +1,400 @@
+"""The reference pages of the documentation, generated from the code. Imports no torch.
+
+`python -m fundamentallm.engine.reference docs` writes three pages: every key of a YAML file, every
+registered component with its options, and every command with its arguments. A test holds the pages
+against the code, and each cell of a table has a text: a key without a unit or an example, or an
+argument without a help text, is an error here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from fundamentallm.config import RunConfig
+from fundamentallm.config.base import BaseConfig
+from fundamentallm.config.component import Component
+from fundamentallm.config.data import DataConfig, SourceConfig
+from fundamentallm.config.evaluation import EvaluationConfig
+from fundamentallm.config.model import FamilyConfig, TransformerConfig
+from fundamentallm.config.parallel import ParallelConfig, PatienceConfig
+from fundamentallm.config.training import TrainingConfig
+from fundamentallm.engine.catalogue import KINDS, Catalogue, stored_catalogue
+from fundamentallm.engine.cli import build_parser
+from fundamentallm.registry import in_words
+
+SECTIONS: dict[str, type[BaseConfig]] = {
+    "": RunConfig,
+    "data": DataConfig,
+    "data.sources": SourceConfig,
+    "model": TransformerConfig,
+    "model (another family)": FamilyConfig,
+    "training": TrainingConfig,
+    "evaluation": EvaluationConfig,
+    "parallel": ParallelConfig,
+    "parallel.patience": PatienceConfig,
+}
+"""Where a section stands in a YAML file -> its class."""
+
+NO_UNIT = "none"
+
+_STEPS = "optimizer steps"
+_UNITS = {
+    "accumulation_steps": "micro-batches",
+    "adamw_lr": "change per update",
+    "alpha": "share",
+    "base": "ratio",
+    "betas": "shares",
+    "batch_size": "sequences",
+    "call_seconds": "seconds",
+    "checkpoint_steps": _STEPS,
+    "chunk_tokens": "tokens",
+    "d_ff": "features",
+    "d_model": "features",
+    "decay": "share",
+    "decay_fraction": "share",
+    "decay_rate": "ratio",
+    "dropout": "share",
+    "embedding_lr": "change per update",
+    "eval_steps": _STEPS,
+    "every": "evaluations",
+    "flush_seconds": "seconds",
+    "global_batch": "sequences",
+    "head_lr": "change per update",
+    "healthy_after": _STEPS,
+    "k": "tokens",
+    "keep_last": "checkpoints",
+    "label_smoothing": "share",
+    "learning_rate": "change per update",
+    "log_steps": _STEPS,
+    "logit_softcap": "logits",
+    "max_grad_norm": "gradient norm",
+    "max_grad_value": "gradient element",
+    "max_overflows": _STEPS,
+    "max_per_region": "rollbacks",
+    "max_rollbacks": "incidents",
+    "max_seconds": "seconds",
+    "max_spikes": _STEPS,
+    "max_tokens": "tokens",
+    "max_transients": _STEPS,
+    "min_delta": "nats per token",
+    "min_interval": "seconds",
+    "min_learning_rate": "change per update",
+    "momentum": "share",
+    "n_saved": "checkpoints",
+    "needed": _STEPS,
+    "neighbours": "step batches",
+    "num_epochs": "epochs",
+    "num_heads": "heads",
+    "num_kv_heads": "heads",
+    "num_layers": "blocks",
+    "num_steps": "iterations",
+    "num_tokens": "tokens",
+    "patience": "evaluations",
+    "peak_tflops": "10^12 FLOP/s",
+    "rate_factor": "ratio",
+    "rate_steps": _STEPS,
+    "rise": "standard deviations",
+    "save": "seconds",
+    "scale": "standard deviation",
+    "sequence_length": "tokens",
+    "split": "shares",
+    "step": "seconds",
+    "stop_after_seconds": "seconds",
+    "threads": "threads",
+    "threshold": "standard deviations",
+    "total_steps": _STEPS,
+    "vector_lr": "change per update",
+    "vocab_size": "tokens",
+    "warmup": _STEPS,
+    "warmup_steps": _STEPS,
+    "window": _STEPS,
+    # Numbers that are pure numbers.
+    "eps": NO_UNIT,
+    "optimizer_eps": NO_UNIT,
+    "optimizer_weight_decay": NO_UNIT,
+    "seed": NO_UNIT,
+    "temperature": NO_UNIT,
+    "weight": NO_UNIT,
+    "weight_decay": NO_UNIT,
+    "z_loss": NO_UNIT,
+}
+"""Units of numbers by the name of the key. Text and switches have none."""
+_OTHER_UNITS = {("spikes", "patience"): _STEPS}
+
+EXAMPLES: dict[str, Any] = {
+    "handlers": {"samples": {"num_tokens": 200}, "tensorboard": False},
+    "plugins": ["my_package.handlers"],
+    "data.sources": [{"path": "books/", "weight": 3}, {"name": "python-docs", "weight": 1}],
+    "data.global_batch": 64,
+    "data.sources.path": "books/",
+    "data.sources.url": "https://example.org/books.txt",
+    "data.sources.name": "python-docs",
+    "data.sources.weight": 3,
+    "data.sources.sha256": "9f86d081884c7d65" * 4,
+    "model.init_from": "folder-of-a-model",
+    "model.vocab_size": 4096,
+    "model.num_kv_heads": 2,
+    "model.d_ff": 512,
+    "model.sequence_length": 256,
+    "model.logit_softcap": 15,
+    "model.adapter": "my_adapter",
+    "model (another family).family": "my_family",
+    "model (another family).vocab_size": 4096,
+    "model (another family).sequence_length": 256,
+    "model (another family).adapter": "my_adapter",
+    "training.max_grad_value": 1.0,
+    "training.threads": 4,
+    "training.total_steps": 2000,
+    "training.max_tokens": 10_000_000,
+    "training.max_seconds": 3600,
+    "training.stop_after_seconds": 3000,
+    "training.checkpoint_steps": 500,
+    "evaluation.metrics": {"accuracy": {}, "top_k": {"k": 5}},
+}
+"""Values of the keys whose default says nothing: what one would write."""
+
+
+def pages() -> dict[str, str]:
+    """Return the text of each generated page by its file name."""
+    return {
+        "configuration.md": configuration_page(),
+        "components.md": components_page(stored_catalogue()),
+        "commands.md": commands_page(build_parser()),
+    }
+
+
+def configuration_page() -> str:
+    """Return the page of every key of a YAML file."""
+    parts = [
+        "# Every key of a configuration",
+        "A run is a YAML file. Each key can also be set on the command line, with dots: "
+        "`training.learning_rate=3e-4`. What a component can be stands in "
+        "[Components](components.md). `fundamentallm check FILE` tells what the keys say "
+        "together.",
+    ]
+    for place, section in SECTIONS.items():
+        parts += [f"## {place or 'Top level'}", _first_line(section.__doc__ or "")]
+        parts.append(
+            _table(
+                ("key", "values", "default", "unit", "example", "description"),
+                (_key_row(section, place, key) for key in section.model_fields),
+            )
+        )
+    return _page(parts)
+
+
+def components_page(catalogue: Catalogue) -> str:
+    """Return the page of every component and its options.
+
+    Args:
+        catalogue: the components that exist.
+    """
+    parts = [
+        "# Components",
+        "What a YAML file can name. A component without options is written as its name, one with "
+        "options as `{name: cosine, ...}`; handlers and metrics are mappings of a name to its "
+        "options. `fundamentallm list` prints the same, with `--plugins` those of plugins too.",
+    ]
+    for kind, entries in catalogue.items():
+        parts += [f"## {kind}", f"Key: `{KINDS[kind]}`."]
+        if not entries:
+            parts.append("The package has none; plugins can add some.")
+        for name, entry in entries.items():
+            parts += [f"### {kind}: {name}", _sentence(entry["summary"])]
+            if kind == "families" and name == TransformerConfig.model_fields["family"].default:
+                parts.append("Its options are the keys of [model](configuration.md#model).")
+            elif entry["options"]:
+                parts.append(
+                    _table(
+                        ("option", "values", "default", "unit", "description"),
+                        (_option_row(name, key, entry) for key in entry["options"]),
+                    )
+                )
+            else:
+                parts.append("It has no options.")
+    return _page(parts)
+
+
+def commands_page(parser: argparse.ArgumentParser) -> str:
+    """Return the page of every command and its arguments.
+
+    Args:
+        parser: the parser of all commands.
+    """
+    parts = [
+        "# Every command",
+        "`fundamentallm COMMAND`, or `python -m fundamentallm COMMAND`. `--help` after a command "
+        "prints its arguments. With `--debug` an error comes with its traceback.",
+    ]
+    for name, command in _subparsers(parser).items():
+        usage = command.format_usage().removeprefix("usage: ").split()
+        parts += [f"## {name}", _sentence(command.description or ""), f"`{' '.join(usage)}`"]
+        rows = [
+            (_code(_argument(action)), _default(action), _cell(_help(action)))
+            for action in command._actions
+            if action.dest not in ("help", "debug")
+        ]
+        parts.append(_table(("argument", "default", "description"), rows))
+    return _page(parts)
+
+
+def example_of(section: type[BaseConfig], place: str, key: str) -> Any:
+    """Return a value of a key as one would write it; its default where that says enough.
+
+    Args:
+        section: the class of the section.
+        place: where the section stands, as in `SECTIONS`.
+        key: the name of the field.
+
+    Raises:
+        KeyError: `EXAMPLES` lacks a key that has no default of its own.
+    """
+    path = f"{place}.{key}" if place else key
+    if path in EXAMPLES:
+        return EXAMPLES[path]
+    default = _plain(section.model_fields[key].get_default(call_default_factory=True))
+    if default is None or default is PydanticUndefined:
+        raise KeyError(path)
+    return default
+
+
+def _key_row(section: type[BaseConfig], place: str, key: str) -> tuple[str, ...]:
+    field = section.model_fields[key]
+    schema = section.model_json_schema()["properties"][key]
+    default = _plain(field.get_default(call_default_factory=True))
+    described = _cell(field.description or "")
+    if isinstance(default, BaseConfig):
+        return (_code(key), "a section", "its defaults", NO_UNIT, _code(f"{key}: {{}}"), described)
+    return (
+        _code(key),
+        _cell(_values(schema)),
+        "required" if default is PydanticUndefined else _code(_yaml(default)),
+        _unit(key, schema),
+        _code(f"{key}: {_yaml(example_of(section, place, key))}"),
+        described,
+    )
+
+
+def _option_row(component: str, key: str, entry: dict[str, Any]) -> tuple[str, ...]:
+    schema = entry["options"][key]
+    required = key in entry["required"]
+    return (
+        _code(key),
+        _cell(_values(schema)),
+        "required" if required else _code(_yaml(schema["default"])),
+        _OTHER_UNITS.get((component, key)) or _unit(key, schema),
+        _cell(schema.get("description", "")),
+    )
+
+
+def _values(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(map(_values, schema["anyOf"]))
+    if schema.get("$ref", "").endswith("/Component"):
+        return "a component"
+    if "oneOf" in schema:
+        return " or ".join(map(_values, schema["oneOf"]))
+    if schema.get("type") == "array" and "$ref" in schema.get("items", {}):
+        return "a list of sources"
+    return in_words(schema)
+
+
+def _unit(key: str, schema: dict[str, Any]) -> str:
+    kinds = {schema.get("type")} | {choice.get("type") for choice in schema.get("anyOf", ())}
+    counted = kinds & {"integer", "number"} or "prefixItems" in schema
+    return _UNITS[key] if counted else NO_UNIT
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+def _argument(action: argparse.Action) -> str:
+    metavar = action.metavar or (
+        "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper()
+    )
+    value = metavar if isinstance(metavar, str) else " ".join(metavar)
+    if not action.option_strings:
+        return value
+    flags = ", ".join(action.option_strings)
+    return flags if action.nargs == 0 else f"{flags} {value}"
+
+
+def _default(action: argparse.Action) -> str:
+    if action.required and action.nargs not in ("*", "?"):
+        return "required"
+    if action.nargs == 0 or action.default in (None, [], argparse.SUPPRESS):
+        return "not given"
+    return _code(str(action.default))
+
+
+def _help(action: argparse.Action) -> str:
+    return (action.help or "").replace("%%", "%").replace("%(default)s", str(action.default))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Component):
+        return value.name if not value.options else {"name": value.name, **value.options}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _yaml(value: Any) -> str:
+    """Return a value in YAML's flow style on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    if isinstance(value, str) and value and value.isprintable() and value == value.strip():
+        return value
+    return json.dumps(value)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(head), ["---"] * len(head)]
+    for row in rows:
+        if not all(cell.strip("` ") for cell in row):
+            raise ValueError(f"a cell is empty: {row}")
+        lines.append(list(row))
+    if len(lines) == 2:
+        return "It takes no arguments."
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Return a text that fits a cell: one line, no bar, no HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("|", "\\|") + "`"
+
+
+def _sentence(text: str) -> str:
+    return _cell(text).rstrip(".") + "."
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0]
+
+
+def _page(parts: Iterable[str]) -> str:
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Write the pages into the folder that is named."""
+    (folder,) = sys.argv[1:] or ["docs"]
+    for name, text in pages().items():
+        Path(folder, name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
