@@ -66,7 +66,15 @@ LAYERS = [
     ["engine.catalogue"],
     ["engine", "engine.tuning.tune", "engine.tuning.range_test"],
     ["engine.commands"],
-    ["engine.cli", "engine.__main__", "engine.reference", "__main__", "training.train", "testing"],
+    [
+        "engine.cli",
+        "engine.sweeping.child",
+        "engine.__main__",
+        "engine.reference",
+        "__main__",
+        "training.train",
+        "testing",
+    ],
 ]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -79,6 +79,8 @@ def fits(annotation: Any, value: Any) -> bool:
         return any(fits(member, value) for member in arguments)
     if origin is Literal:
         return any(value is known or value == known for known in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return isinstance(value, list) and all(fits(arguments[0], one) for one in value)
     if origin is tuple:
         return (
             isinstance(value, list)

@@ -22,7 +22,7 @@ from fundamentallm.reports.run_data import RunData
 
 LEVEL = 0.05
 SEED = "seed"
-IGNORED = frozenset({SEED, "name", "training.checkpoint_dir"})
+IGNORED = frozenset({SEED, "name", "training.checkpoint_dir", "handlers.pruning.limits"})
 """Keys that may differ within a group."""
 IDENTITIES = {"data.sha256": "texts", "tokenizer.sha256": "tokenizers"}
 """What losses per token depend on, told in a note."""

@@ -24,6 +24,7 @@ from fundamentallm.engine.commands import (
     report,
     run,
     schema,
+    sweep,
     tune,
     verify,
 )
@@ -54,6 +55,7 @@ COMMANDS: Mapping[str, Command] = {
     "replay": replay,
     "report": report,
     "compare": compare,
+    "sweep": sweep,
     "generate": generate,
     "list": list,
     "schema": schema,

@@ -222,7 +222,7 @@ def _watch(folder: Path, environment: dict[str, str], patience: float) -> Measur
             return Measurement(**json.loads(result.read_text(encoding="utf-8")))
         output.seek(0)
         said = output.read().decode("utf-8", "replace").strip().splitlines()
-    return failed(_reason(code, said[-1] if said else ""))
+    return failed(reason_of_end(code, said[-1] if said else ""))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -235,7 +235,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _reason(code: int, last_line: str) -> str:
+def reason_of_end(code: int, last_line: str) -> str:
+    """Return why a process ended, from its exit code and the last line that it wrote."""
     if code == -signal.SIGTERM or code == -getattr(signal, "SIGKILL", 9):
         return "killed by the system, probably out of memory"
     if code < 0:

@@ -22,6 +22,7 @@ READ_BY_HANDLER = {
         "training.eval_epochs",
         "evaluation.metrics",
         "handlers.early_stopping",
+        "handlers.pruning",
         "handlers.samples",
     ),
     "checkpointing": (KEEP_LAST, "training.checkpoint_steps"),

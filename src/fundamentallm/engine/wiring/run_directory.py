@@ -29,7 +29,7 @@ from fundamentallm.training.checkpoint.catalogue import Survey
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.snapshot import check_usable
-from fundamentallm.training.checkpoint.store import CheckpointStore
+from fundamentallm.training.checkpoint.store import HIDDEN_NAME, CheckpointStore
 from fundamentallm.training.decision import STOPPED_BY
 
 BUDGET_FIELDS = ("num_epochs", "total_steps", "max_tokens", "max_seconds")
@@ -257,15 +257,22 @@ def _is_free(path: Path, config: RunConfig) -> bool:
     if not path.is_dir():
         return False
     checkpoints = config.checkpoints_in(path)
-    if checkpoints.is_dir() and any(checkpoints.iterdir()):
+    if checkpoints.is_dir() and any(not _is_torn(entry) for entry in checkpoints.iterdir()):
         return False
     # The files of a run that ended before its first checkpoint.
     left = {*BEFORE_A_CHECKPOINT, checkpoints.name}
     return all(
         entry.name in left
+        or _is_torn(entry)
         or (entry.name.startswith(("corpus", "stacks-rank-")) and entry.suffix == ".txt")
         for entry in path.iterdir()
     )
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a killed process was still writing this; it is never read."""
+    hidden = HIDDEN_NAME.fullmatch(path.name)
+    return hidden is not None and hidden["kind"] == "tmp"
 
 
 def describe(config: RunConfig, resolved: RunConfig, **parts: Any) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from fundamentallm.training.handlers.overfitting import Overfitting
 from fundamentallm.training.handlers.perplexity import Perplexity
 from fundamentallm.training.handlers.phases import Phases
 from fundamentallm.training.handlers.progress import Progress
+from fundamentallm.training.handlers.pruning import Pruning
 from fundamentallm.training.handlers.samples import Samples
 from fundamentallm.training.handlers.schedule import Schedule
 from fundamentallm.training.handlers.services import ClearML, MLflow, Trackio, WandB
@@ -49,6 +50,7 @@ __all__ = [
     "Perplexity",
     "Phases",
     "Progress",
+    "Pruning",
     "Record",
     "Samples",
     "Schedule",
