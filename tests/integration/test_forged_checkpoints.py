@@ -288,3 +288,9 @@ def test_a_report_of_another_model_than_the_evidence_is_refused(incident, capsys
     path.write_text(json.dumps(report))
     assert main(["replay", str(incident)]) == 4
     assert "error: " in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_leaves_out_how_it_computed_goes_on_by_the_defaults(checkpoint, capsys):
+    forge(checkpoint, lambda it: it.metadata["config"].pop("training"))
+    assert main(["run", "tiny.yaml", "training.total_steps=6", "--resume", "runs/tiny"]) == 0
+    assert "from step" in capsys.readouterr().err

@@ -40,6 +40,7 @@ from fundamentallm.errors import ConfigError, DataError, MachineError
 from fundamentallm.files.filesystem import Filesystem, replace_file
 from fundamentallm.files.private import check_file
 from fundamentallm.files.run_layout import CORPUS
+from fundamentallm.inference.stored_model import stored_config
 from fundamentallm.models.build import build_model, check_model, uses_attention
 from fundamentallm.models.native.library import find_compiler, load_library
 from fundamentallm.training.checkpoint.manifest import Manifest
@@ -517,9 +518,15 @@ def as_it_began(
 
     Earlier choices stay: another precision would change the results.
     """
-    known = {**BEFORE_THERE_WAS_A_CHOICE, **checkpoint.metadata["config"]["training"]}
+    stored = checkpoint.metadata["config"]
+    known = stored_config(stored, checkpoint.name).training
     fields = ("precision", "mixed_precision", "bf16_weights", "attention", "compile")
-    began = training.model_copy(update={name: known[name] for name in fields})
+    choices = {name: getattr(known, name) for name in fields}
+    said = stored.get("training", {})
+    choices |= {
+        name: value for name, value in BEFORE_THERE_WAS_A_CHOICE.items() if name not in said
+    }
+    began = training.model_copy(update=choices)
     reason = _why_not_compiled(began.compile == "native", model, device) if began.compile else ""
     if not reason:
         return began, []
