@@ -13,7 +13,7 @@ SUMMARY = "train one configuration with many settings"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("config", type=Path, metavar="SWEEP.yaml")
+    parser.add_argument("config", type=Path, metavar="SWEEP.yaml", help="the file of the sweep")
     parser.add_argument(
         "--sweep-dir", type=Path, metavar="DIR", help="the directory; default sweeps/<name>"
     )
