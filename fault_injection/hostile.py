@@ -2,7 +2,7 @@
 
     python -m fault_injection.hostile
 
-In a copy of a sound run one of ten places becomes one of fifteen things: links of every sort,
+In a copy of a sound run one of eleven places becomes one of fifteen things: links of every sort,
 pipes, devices, sockets, folders. `run --resume`, `verify` and `generate` meet it, each trial in a
 child of one process. It holds where each command ends with success or a typed error; `run` refuses
 what it would write to; nothing outside is changed, shown or made; no code is started; and it takes
@@ -133,8 +133,8 @@ KINDS: tuple[Kind, ...] = (
 )  # fmt: skip
 # What `run` writes to, in a run directory; it refuses what is none of its own.
 WRITTEN = (
-    "metrics.jsonl", "samples.jsonl", "log.txt", "config.yaml", ".lock", "corpus.txt", "STOP",
-    "checkpoints",
+    "README.md", "metrics.jsonl", "samples.jsonl", "log.txt", "config.yaml", ".lock", "corpus.txt",
+    "STOP", "checkpoints",
 )  # fmt: skip
 READ = ("checkpoints/last", "checkpoints/step-00000002/MANIFEST.json")
 PLACES = (*WRITTEN, *READ)

@@ -8,7 +8,7 @@ FundamentaLLMError
     MachineError               5    devices, disks, memory, processes, missing packages
     NumericalError            20    training cannot continue for numerical reasons
     StalledRankError          21    one of several ranks stands still, and the run was ended
-    InterruptedRunError  128 + n    signal n ended the run; its state was saved
+    InterruptedRunError  128 + n    signal n ended the command
 ```
 
 One error is one message: what happened, where (file, line, key), what was found and expected, and
@@ -116,7 +116,7 @@ class StalledRankError(FundamentaLLMError):
 
 
 class InterruptedRunError(FundamentaLLMError):
-    """A signal ended the run after its state was saved.
+    """A signal ended a command. A run that saved its state ends with this code and no error.
 
     Args:
         what: the message.

@@ -57,7 +57,10 @@ OF_BOTH = [link, dangling, relative, pipe, device, listening, linked_folder, loo
 OF_BOTH += [linked_pipe, own_memory, parent, standard_input]
 OF_A_FILE = [*OF_BOTH, hard_link, folder]
 OF_A_FOLDER = OF_BOTH
-FILES = ["metrics.jsonl", "samples.jsonl", "log.txt", "config.yaml", ".lock", "corpus.txt", "STOP"]
+FILES = [
+    "README.md", "metrics.jsonl", "samples.jsonl", "log.txt", "config.yaml", ".lock", "corpus.txt",
+    "STOP",
+]  # fmt: skip
 FOLDERS = [
     "tensorboard",
     "incidents",
@@ -194,8 +197,8 @@ def test_an_incident_that_is_no_files_is_refused(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
-def test_the_command_tries_fifteen_kinds_at_ten_places_and_notices_what_does_not_hold() -> None:
-    assert (len(KINDS), len(PLACES)) == (15, 10)
+def test_the_command_tries_fifteen_kinds_at_eleven_places_and_notices_what_does_not_hold() -> None:
+    assert (len(KINDS), len(PLACES)) == (15, 11)
     assert set(hostile([parent, hard_link], ["checkpoints/last", "log.txt"]).values()) == {""}
 
     def sound(path: Path, outside: Path) -> None:

@@ -149,7 +149,9 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_to_the_same_end(whole, plac
     result = forked.run(["run", "tiny.yaml"], place, AT_STEP="6", SIGNALS=str(int(number)))
 
     assert result.returncode == 128 + number
-    assert f"stopped by signal {int(number)} at step 6; the state is saved" in result.stderr
+    by = "Ctrl-C" if number == signal.SIGINT else f"signal {int(number)}"
+    assert f"stopped by {by}, saved at step 6; the same command goes on: " in result.stderr
+    assert "error" not in result.stderr
     assert "Traceback" not in result.stderr
     assert Path("runs/tiny/checkpoints/last").read_text() == "step-00000006\n"
 
@@ -246,19 +248,22 @@ def test_a_signal_from_outside_while_the_program_still_loads_is_no_traceback(pla
 
 
 def in_terminal(
-    arguments: Sequence[str], dialogue: Sequence[tuple[bytes, bytes | signal.Signals]] = ()
+    arguments: Sequence[str],
+    dialogue: Sequence[tuple[bytes, bytes | signal.Signals]] = (),
+    columns: int = 120,
 ) -> tuple[int, str]:
     """Run a command in a terminal of its own.
 
     Args:
         arguments: the command.
         dialogue: what to wait for, and what to type or which signal to send then.
+        columns: the width of the terminal.
 
     Returns:
         Its exit code and what the terminal saw.
     """
     master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     variables = {"TERM": "dumb", "XDG_STATE_HOME": str(Path("state").resolve())}
     process = forked.Forked(arguments, [slave] * 3, {**os.environ, **variables})
     os.close(slave)
@@ -299,6 +304,27 @@ def test_a_terminal_sees_a_progress_bar():
     assert re.search(r"12/12.*loss \d", seen)
     assert "step 8: validation loss" in seen
     assert "Done: 12 steps" in seen
+
+
+@pytest.mark.parametrize("columns", [60, pytest.param(40, marks=pytest.mark.long)])
+def test_a_narrow_terminal_shows_the_loss_and_no_torn_line_after_ctrl_c(
+    place, monkeypatch, columns
+):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("AT_STEP", "6")
+    monkeypatch.setenv("SIGNALS", "2")
+    code, seen = in_terminal(["run", "tiny.yaml"], columns=columns)
+
+    assert code == 128 + signal.SIGINT, seen
+    assert not re.search("\x1b\\[[0-9;]*m", seen)  # no colour
+    frames = [frame for frame in re.split("[\r\n]", seen) if "%|" in frame]
+    assert any("loss " in frame for frame in frames)
+    if columns == 60:
+        assert all("ETA " in frame for frame in frames if "loss " in frame)
+    assert all(len(frame) <= columns - 3 for frame in frames)  # room for ^C in the same line
+    line = re.search(r"[\r\n]([^\r\n]*)stopped by Ctrl-C, saved at step 6; the same command", seen)
+    assert line is not None
+    assert line[1] == ""  # at the beginning of a line, with no word before it
 
 
 def test_no_terminal_sees_lines_and_no_bar(capsys):

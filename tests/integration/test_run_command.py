@@ -155,6 +155,7 @@ def test_the_directory_holds_what_is_promised(place):
     run = Path("runs/tiny")
     assert {path.name for path in run.iterdir()} == {
         ".lock",
+        "README.md",
         "checkpoints",
         "config.yaml",
         "log.txt",
@@ -170,6 +171,12 @@ def test_the_directory_holds_what_is_promised(place):
     assert last(run) == "step-00000012"
     assert (run / "checkpoints" / "best").read_text().strip() in checkpoints(run)
     assert "step 12: validation loss" in (run / "log.txt").read_text()
+    assert (run / "README.md").stat().st_mode == (run / "config.yaml").stat().st_mode
+    text = (run / "README.md").read_text()
+    for name in ("config.yaml", "log.txt", "metrics.jsonl", "samples.jsonl", "tensorboard/"):
+        assert f"| `{name}` |" in text
+    for command in re.findall(r"`\S+ -m fundamentallm ((?:evaluate|verify) [^`]+)`", text):
+        assert main(shlex.split(command)) == 0
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [4, 8, 12]
     assert [len(sample["text"]) for sample in samples] == [5, 5, 5]
@@ -295,7 +302,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(done, at_step, capsys, step)
     at_step(step, press_ctrl_c)
     assert main(["run", "tiny.yaml", "--run-dir", "cut"]) == 130
     error = capsys.readouterr().err
-    assert f"stopped by signal 2 at step {step}" in error
+    assert f"stopped by Ctrl-C, saved at step {step}; the same command goes on" in error
     assert last("cut") == f"step-{step:08d}"
     assert lines("cut")[-1]["step"] <= step
 
@@ -336,7 +343,9 @@ def test_the_way_on_that_an_interrupted_run_names_works(at_step, capsys):
     at_step(5, press_ctrl_c)
     start = ["data.batch_size=2", "training.scheduler={name: cosine}", "--run-dir", "my run"]
     assert main(["run", "tiny.yaml", *start]) == 130
-    words = shlex.split(capsys.readouterr().err.split("continue with: ")[1].splitlines()[0])
+    words = shlex.split(
+        capsys.readouterr().err.split("the same command goes on: ")[1].splitlines()[0]
+    )
     at_step(10**6, press_ctrl_c)
 
     assert words[:3] == ["python", "-m", "fundamentallm"]

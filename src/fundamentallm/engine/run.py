@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import shlex
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,11 +34,12 @@ from fundamentallm.engine.wiring.exactness import (
     tell_other_split,
 )
 from fundamentallm.engine.wiring.run_directory import RunDirectory
-from fundamentallm.errors import DataError, InterruptedRunError, MachineError
+from fundamentallm.engine.wiring.run_readme import run_readme
+from fundamentallm.errors import DataError, MachineError
 from fundamentallm.files.filesystem import Filesystem, replace_file
 from fundamentallm.files.lock import refuse_if_owned, run_lock
 from fundamentallm.files.private import make_directory, open_to_read
-from fundamentallm.files.run_layout import BEST, CONFIG, LOG, SAMPLES, TENSORBOARD
+from fundamentallm.files.run_layout import BEST, CONFIG, LOG, README, SAMPLES, TENSORBOARD
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
@@ -58,10 +60,13 @@ def run(
     plugins: Sequence[str] = (),
     allow_inexact: bool = False,
 ) -> int:
-    """Start or continue the run that a configuration describes; return the exit code.
+    """Start or continue the run that a configuration describes.
+
+    Returns:
+        The exit code: 0, or 128 + n after signal n, with the state saved.
 
     Raises:
-        FundamentaLLMError: of the class of the fault; `InterruptedRunError` after a signal.
+        FundamentaLLMError: of the class of the fault.
     """
     for word in overrides:
         if is_run_dir(word):
@@ -150,6 +155,9 @@ def _train(
             held.enter_context(run_lock(directory.path))
             text = run.config.to_yaml()
             replace_file(Filesystem(), directory.path / CONFIG, [text.encode()])
+            if not (directory.path / README).exists():
+                text = run_readme(directory.path, directory.checkpoints, program())
+                replace_file(Filesystem(), directory.path / README, [text.encode()])
             keep_texts(run)
             held.enter_context(logging_to(directory.path / LOG))
         ranks.barrier()
@@ -163,15 +171,21 @@ def _train(
             trainer.resume(directory.checkpoints / directory.checkpoint.name, directory.survey)
         trainer.run()
         if trainer.interrupted_by is not None and not trainer.finished:
-            raise InterruptedRunError(
-                f"stopped by signal {trainer.interrupted_by} at step {trainer.state.iteration};"
-                " the state is saved",
-                signal_number=trainer.interrupted_by,
-                fix=f"continue with: {again}",
-            )
+            if ranks.is_writer:
+                logger.info(
+                    "stopped by %s, saved at step %d; the same command goes on: %s",
+                    _signal_in_words(trainer.interrupted_by),
+                    trainer.state.iteration,
+                    again,
+                )
+            return 128 + trainer.interrupted_by
         if ranks.is_writer:
             _conclude(run, again)
     return 0
+
+
+def _signal_in_words(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else f"signal {number}"
 
 
 def _announce(run: Run) -> None:

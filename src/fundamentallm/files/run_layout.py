@@ -1,6 +1,7 @@
 """All file names of a run directory, and the parser of RUN_OR_CHECKPOINT.
 
 runs/mine/
+  README.md               what the files are, and the commands for them
   config.yaml             resolved
   metrics.jsonl, samples.jsonl, log.txt, tensorboard/
   corpus.txt              the text of a built-in source; in a mixture: corpus-NAME.txt
@@ -26,6 +27,7 @@ from pathlib import Path
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.private import check_directory, check_file
 
+README = "README.md"
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -51,7 +53,7 @@ CORRUPT = "corrupt"
 REPORT = "report.json"
 EVIDENCE = "evidence"
 
-BEFORE_A_CHECKPOINT = frozenset({CONFIG, LOG, METRICS, PAGE, TENSORBOARD, LOGGERS, LOCK})
+BEFORE_A_CHECKPOINT = frozenset({README, CONFIG, LOG, METRICS, PAGE, TENSORBOARD, LOGGERS, LOCK})
 """Files that a run may have before its first checkpoint, besides `corpus*.txt` and
 `stacks-rank-*.txt`."""
 
@@ -77,7 +79,7 @@ def check_entries(run: Path, checkpoints: Path) -> None:
         CheckpointError: a file is a link, a pipe, a device or a directory, or a directory is a
             link; the message tells what to do.
     """
-    for name in (CONFIG, METRICS, SAMPLES, LOG, LOCK, STOP):
+    for name in (README, CONFIG, METRICS, SAMPLES, LOG, LOCK, STOP):
         check_file(run / name)
     for pattern in ("corpus*.txt", "stacks-rank-*.txt"):
         for path in run.glob(pattern):

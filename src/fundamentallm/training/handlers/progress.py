@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,10 @@ from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
+
+DISPENSABLE = ("mfu", "speed", "lr", "ema", "eta")
+"""Figures that a narrow terminal does without, the first of them first."""
+SHORTEST_BAR = 3
 
 
 @HANDLERS.register("progress")
@@ -60,7 +65,7 @@ class Progress:
                 total=trainer.total_steps,
                 file=self._stream,
                 unit="step",
-                dynamic_ncols=True,
+                ncols=room_in(self._stream),
                 bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
                 if trainer.total_steps is not None
                 else "{desc}{n_fmt} steps{postfix}",
@@ -78,11 +83,13 @@ class Progress:
             if last or now - self._shown_at >= 0.1:
                 self._shown_at = now
                 self._bar.n = state.iteration
-                self._bar.set_postfix_str(self._figures(trainer), refresh=True)
+                self._bar.ncols = room_in(self._stream)
+                self._bar.set_postfix_str(self._fitting(trainer), refresh=True)
         elif last or now - self._shown_at >= self.min_interval:
             self._shown_at = now
             total = f"/{trainer.total_steps}" if trainer.total_steps is not None else ""
-            logger.info("step %d%s: %s", state.iteration, total, self._figures(trainer))
+            figures = ", ".join(self._figures(trainer).values())
+            logger.info("step %d%s: %s", state.iteration, total, figures)
 
     def close(self) -> None:
         """Close the bar; its last state stays on the terminal."""
@@ -90,21 +97,48 @@ class Progress:
             self._bar.close()
             self._bar = None
 
-    def _figures(self, trainer: TrainingLoop) -> str:
+    def _fitting(self, trainer: TrainingLoop) -> str:
+        """Return the figures that the terminal has room for; loss and remaining time go last."""
+        assert self._bar is not None
+        figures = self._figures(trainer)
+        if self._bar.ncols is not None:
+            total = self._bar.total
+            counts = f"100%|{' ' * SHORTEST_BAR}| {total}/{total}" if total else "100000 steps"
+            room = self._bar.ncols - len(counts)
+            for name in DISPENSABLE:
+                if sum(len(text) + 2 for text in figures.values()) <= room:
+                    break
+                figures.pop(name, None)
+        return ", ".join(figures.values())
+
+    def _figures(self, trainer: TrainingLoop) -> dict[str, str]:
         metrics = trainer.state.metrics
-        parts = [f"loss {metrics['train/loss']:.4f}"]
+        figures = {"loss": f"loss {metrics['train/loss']:.4f}"}
         if "train/loss_ema" in metrics:
-            parts.append(f"ema {metrics['train/loss_ema']:.4f}")
+            figures["ema"] = f"ema {metrics['train/loss_ema']:.4f}"
         if "train/lr" in metrics:
-            parts.append(f"lr {metrics['train/lr']:.2e}")
+            figures["lr"] = f"lr {metrics['train/lr']:.2e}"
         if "train/tokens_per_second" in metrics:
-            parts.append(f"{metrics['train/tokens_per_second']:,.0f} tok/s")
+            figures["speed"] = f"{metrics['train/tokens_per_second']:,.0f} tok/s"
         if "train/mfu" in metrics:
-            parts.append(f"MFU {metrics['train/mfu']:.1%}")
+            figures["mfu"] = f"MFU {metrics['train/mfu']:.1%}"
         remaining = trainer.budget.seconds_remaining()
         if remaining is not None:
-            parts.append(f"ETA {format_seconds(remaining)}")
-        return ", ".join(parts)
+            figures["eta"] = f"ETA {format_seconds(remaining)}"
+        return figures
+
+
+def room_in(stream: TextIO | None) -> int | None:
+    """Return the columns for a bar; None where the width of the terminal is unknown.
+
+    Three columns stay free: a terminal shows `^C` behind the bar, and in a full line it would go
+    to the next one and leave a torn bar above.
+    """
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns if stream is not None else 0
+    except (OSError, ValueError, AttributeError):
+        return None
+    return max(columns - 3, 1) if columns else None
 
 
 def format_seconds(seconds: float) -> str:

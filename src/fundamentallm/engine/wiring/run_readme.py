@@ -1,0 +1,60 @@
+"""The README.md of a run directory: what its files are, and the commands for them."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from fundamentallm.files.run_layout import (
+    BEST,
+    CONFIG,
+    INCIDENTS,
+    LAST,
+    LOG,
+    METRICS,
+    PAGE,
+    SAMPLES,
+    STOP,
+    TENSORBOARD,
+)
+
+
+def run_readme(run: Path, checkpoints: Path, program: str) -> str:
+    """Return the text.
+
+    Args:
+        run: the run directory.
+        checkpoints: where its checkpoints lie.
+        program: how the program is called.
+    """
+    name = shlex.quote(str(run))
+    place = checkpoints.relative_to(run) if checkpoints.is_relative_to(run) else checkpoints
+    return f"""# {run.name}
+
+A training run of FundamentaLLM.
+
+| file | what it is |
+|---|---|
+| `{CONFIG}` | the configuration, with every default and every `auto` resolved |
+| `{METRICS}` | one JSON object a line: step, losses in nats per token, rate, speed |
+| `{SAMPLES}` | texts that the model wrote while it was trained |
+| `{LOG}` | what the terminal said, with times |
+| `{TENSORBOARD}/` | the metrics for TensorBoard |
+| `{place}/` | one directory a checkpoint: weights and state, with SHA-256 sums |
+| `{place}/{BEST}`, `{place}/{LAST}` | the names of the best and the last checkpoint |
+| `{INCIDENTS}/` | evidence of updates that were refused, if there were any |
+
+A file is there once the run has written it.
+
+| to | type |
+|---|---|
+| write text with the model | `{program} generate {name}` |
+| measure its loss | `{program} evaluate {name}` |
+| see the curves in `{PAGE}` | `{program} report {name}` |
+| prove the checkpoints whole | `{program} verify {name}` |
+| hand the model on | `{program} export {name} --format hf --out DIR` |
+| stop the run with its state saved | Ctrl-C, or `touch {shlex.quote(str(run / STOP))}` |
+| go on after a stop | the command that started the run |
+
+The commands name this directory as it was called when the run started.
+"""
