@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from fault_injection.sweeps import campaign
 
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.sweeping import processes
@@ -161,3 +162,9 @@ def test_a_run_killed_in_its_first_writes_begins_again(place: Path) -> None:
     (run / ".config.yaml.tmp-0123456789ab").write_text("na")
     arguments = ["run", "base.yaml", "training.total_steps=1", "--run-dir", str(run)]
     assert main(arguments) == 0
+
+
+@pytest.mark.long
+def test_a_sweep_killed_with_its_processes_gives_the_same_results() -> None:
+    report = campaign(kills=3, seed=1, method="random")
+    assert (report["kills"], report["errors"], report["different"]) == (3, [], [])
