@@ -397,8 +397,9 @@ def trial_directory(scratch: Path) -> Iterator[Path]:
 
 def own_places(place: Path) -> dict[str, str]:
     """Return the variables by which programs and libraries keep their files inside a trial."""
-    names = ("TMPDIR", "XDG_CACHE_HOME", "HOME", "TORCHINDUCTOR_CACHE_DIR")
-    return dict.fromkeys(names, str(place))
+    places = dict.fromkeys(("TMPDIR", "XDG_CACHE_HOME", "HOME"), str(place))
+    # torch makes its own when it is imported: `place` itself would be made outside of `place`.
+    return {**places, "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor")}
 
 
 def forked(kind: str, number: int, seed: int, material: Path, place: Path) -> str:
