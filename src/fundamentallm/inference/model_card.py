@@ -117,7 +117,7 @@ def _data(trained: Trained) -> dict[str, Any]:
     return {
         "source": ", ".join(sources),
         "SHA-256": data.get("sha256"),
-        "training tokens": _count(data.get("num_tokens")),
+        "tokens, all parts of the split": _count(data.get("num_tokens")),
         "split": " / ".join(f"{part:g}" for part in configured.split),
         "context length": _count(trained.config.model.sequence_length),
         "tokenizer": f"{tokenizer.to_dict()['type']}, {tokenizer.vocab_size:,} tokens",
