@@ -18,12 +18,12 @@ from fundamentallm.config import TransformerConfig
 from fundamentallm.config.data import SourceConfig
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.private import open_to_read
-from fundamentallm.files.run_layout import METRICS
+from fundamentallm.files.run_layout import METRICS, README
 from fundamentallm.inference.load import Trained
 from fundamentallm.models.layouts import layout_for
 from fundamentallm.redaction import redacted, redacted_settings
 
-CARD = "README.md"
+CARD = README
 
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 _USE = {
