@@ -627,3 +627,23 @@ def test_tokens_of_other_kinds_give_the_same_batches(kind: Any) -> None:
     assert [
         m["target_ids"].tolist() for m in ValidationLoader(kind(ids), Batching(4, 2))
     ] == validated
+
+
+def test_without_a_seed_the_order_is_that_of_seed_0() -> None:
+    plain, zero = (
+        TokenWindowLoader(np.arange(100), batching)
+        for batching in (Batching(4, 2), Batching(4, 2, seed=0))
+    )
+    assert rows_of(plain.window_at(0, 0)) == rows_of(zero.window_at(0, 0))
+
+
+def test_a_full_step_computes_its_rows_on_every_rank() -> None:
+    loader = TokenWindowLoader(np.arange(500), Batching(4, 5, accumulation_steps=3, world_size=2))
+    assert loader.computed_per_step == loader.tokens_per_step == 120
+    assert sum(micro["input_ids"].numel() for micro in loader.window_at(0, 0).micro_batches) == 60
+
+
+def test_a_text_of_two_whole_sequences_has_every_phase() -> None:
+    loader = TokenWindowLoader(np.arange(9), Batching(4, 2))
+    phases = {int(loader.rows_at(epoch, 0).min()) for epoch in range(40)}
+    assert phases == {0, 1, 2, 3}

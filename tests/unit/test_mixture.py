@@ -177,3 +177,8 @@ def test_an_incident_names_source_and_place() -> None:
             found = corpus_place(place, number, row)  # type: ignore[arg-type]
             assert found == {"source": ids[0] // 1000, "corpus_offset": ids[0] % 1000}
     assert corpus_place(place, 99, 0) == {"corpus_offset": None}  # type: ignore[arg-type]
+
+
+def test_the_remainder_counts_and_not_the_share() -> None:
+    assert split_evenly(7, [5.2, 1.8]) == [5, 2]
+    assert split_evenly(10, [6.3, 2.3, 1.4]) == [6, 2, 2]

@@ -120,3 +120,10 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
         save_portable(path, {"step": {3}})
     assert load_portable(path) == {"step": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_missing_file_and_a_directory_are_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(CheckpointError, match="there is no such file") as caught:
+            load_portable(path)
+        assert caught.value.where == str(path)

@@ -18,6 +18,7 @@ from fundamentallm.config.training import TrainingConfig
 from fundamentallm.errors import CheckpointError
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training.checkpoint import snapshot
+from fundamentallm.training.checkpoint.finite import bit_sum
 from fundamentallm.training.handlers import (
     AdaptiveClip,
     Checkpointing,
@@ -300,3 +301,74 @@ def test_no_value_of_another_kind_is_taken_from_a_handlers_state(tmp_path):
                 continue
             taken.append((path, other))
     assert taken == []
+
+
+class Rank(Ranks):
+    """One rank of several; the others say `said`, one answer for each question."""
+
+    def __init__(self, rank: int, world_size: int, *said: Any) -> None:
+        super().__init__(rank, world_size)
+        self.said = iter(said)
+
+    def gather_bytes(self, tensor: Tensor) -> list[Tensor]:
+        others = next(self.said, None)
+        parts = [tensor + rank for rank in range(self.world_size)] if others is None else others
+        return [*parts[: self.rank], tensor, *parts[self.rank + 1 :]]
+
+    def sum_counts(self, counts: Any) -> list[int]:
+        return [own + more for own, more in zip(counts, next(self.said), strict=True)]
+
+
+def test_the_generators_of_every_rank_are_collected():
+    state = snapshot.RandomState(Rank(0, 3)).state_dict()
+    own = torch.get_rng_state()
+    assert state.keys() == {"rank 0", "rank 1", "rank 2"}
+    assert [state[f"rank {rank}"]["torch"].tolist() for rank in range(3)] == [
+        (own + rank).tolist() for rank in range(3)
+    ]
+    assert {"python", "numpy"} <= state["rank 0"].keys()
+    assert "python" not in state["rank 2"]  # of Python's generators only the writer's is kept
+
+
+def test_the_seed_of_a_new_rank_stays_what_it_is():
+    torch.manual_seed(7)
+    state = snapshot.RandomState(Ranks()).state_dict()
+    seeds = []
+    for rank in (1, 2):
+        drawn(rank, 3, state)
+        seeds.append(torch.initial_seed())
+    assert seeds == [9102697305752276099, 6835109888746758923]
+
+
+def test_damage_on_any_rank_is_told_on_all():
+    trainer = make_trainer()
+    healthy = capture(trainer)
+    assert snapshot.damage_on_any_rank(trainer, healthy) is None  # alone: checked where it writes
+
+    def found(rank: int, state: dict, *said: Any) -> Any:
+        trainer.ranks = Rank(rank, 2, *said)
+        return snapshot.damage_on_any_rank(trainer, state)
+
+    # The others' answers: how many of them are damaged, then the sums of their weights.
+    own = bit_sum(trainer.model.parameters())
+    same = torch.tensor(list(own.to_bytes(8, "little")), dtype=torch.uint8)
+    assert found(1, healthy, [0], [same, same]) is None
+    assert "no longer have the same weights" in str(found(1, healthy, [0], [same ^ 1, same]))
+    assert "another rank" in str(found(1, healthy, [1]))
+    damaged = copy.deepcopy(healthy)
+    next(iter(damaged["model"].values())).view(-1)[0] = math.nan
+    assert f"step {trainer.state.iteration}, rank 1" in str(found(1, damaged, [0]))
+
+
+def test_states_are_equal_except_in_what_differs_between_saves_of_one_state():
+    state = capture(make_trainer())
+    other = copy.deepcopy(state)
+    assert snapshot.are_equal(state, other) is True
+    for mark in ("checkpoints", "elapsed_before", "finished", "end_of_epoch"):
+        other["trainer"][mark] = "another"
+    assert snapshot.are_equal(state, other) is True
+    other["trainer"]["tokens_seen"] = -1
+    assert snapshot.are_equal(state, other) is False
+    other = copy.deepcopy(state)
+    next(iter(other["model"].values())).view(-1)[0] += 1
+    assert snapshot.are_equal(state, other) is False

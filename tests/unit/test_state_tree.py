@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.properties import examples
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.checkpoint.tree import flatten, unflatten
+from fundamentallm.training.checkpoint.tree import copied, flatten, unflatten
 
 
 class Shard(torch.Tensor):
@@ -181,3 +181,23 @@ def test_a_malformed_skeleton_is_refused(skeleton: Any) -> None:
 def test_a_skeleton_without_end_is_refused() -> None:
     with pytest.raises(CheckpointError, match="malformed"):
         unflatten(json.loads("[" * 900 + "]" * 900), {})
+
+
+def test_a_copy_uses_the_memory_of_an_earlier_one_where_it_fits():
+    buffers: dict[str, torch.Tensor] = {}
+    first = copied({"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(2)}, buffers)
+    memory = {name: tensor.data_ptr() for name, tensor in first.items()}
+    tree = {
+        "a": torch.tensor([1.0, 2.0, 3.0]),
+        "b": torch.tensor([[4.0, 5.0], [6.0, 7.0]]),
+        "c": torch.tensor([8, 9]),
+        "d": torch.tensor(10),
+    }
+    second = copied(tree, buffers)
+    assert_same(second, tree)
+    assert second["a"].data_ptr() == memory["a"]
+    assert second["b"].data_ptr() != memory["b"]  # of another shape
+    assert second["c"].data_ptr() != memory["c"]  # of another dtype
+    assert buffers.keys() == tree.keys()
+    assert all(buffers[name].data_ptr() == second[name].data_ptr() for name in tree)
+    assert all(second[name].data_ptr() != tensor.data_ptr() for name, tensor in tree.items())
