@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from fundamentallm.config.training import TrainingConfig
 
@@ -135,8 +136,7 @@ class StepFacts:
     saved: End | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StepEnd:
+class StepEnd(NamedTuple):
     """The inputs of a decision; equal on all ranks.
 
     Attributes:

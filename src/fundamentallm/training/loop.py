@@ -448,9 +448,11 @@ class TrainingLoop(Dispatcher):
             output = StepOutput(math.nan, math.nan, num_tokens, num_sequences, "ledger")
             self.state.output = output
             self.notify(TrainingEvents.FLLM_STEP_REJECTED)
-        else:
-            with self._foreign_rates() if self.rate_is_foreign else nullcontext():
+        elif self._ignite.rate_setters:
+            with self._foreign_rates():
                 output = self._attempt(window, num_tokens, num_sequences)
+        else:
+            output = self._attempt(window, num_tokens, num_sequences)
         self._account(output)
         return output
 
@@ -621,10 +623,11 @@ class TrainingLoop(Dispatcher):
     def _decide(self) -> Decision:
         step = self.state.iteration
         unmeasured = self.state.evaluated_step != step
-        at = StepEnd(step, self.total_steps, self._cadence, self._facts, unmeasured)
+        last = self.budget.limits.total_steps
+        at = StepEnd(step, last, self._cadence, self._facts, unmeasured)
         decision = decide(at)
         if decision.pending and not self._is_evaluated():
-            return decide(replace(at, unmeasured=False))
+            return decide(at._replace(unmeasured=False))
         return decision
 
     def _save(self, why: Save) -> None:
@@ -854,7 +857,7 @@ class TrainingLoop(Dispatcher):
 
     def is_log_step(self) -> bool:
         """Whether the current step's metrics belong in the logs."""
-        return self._cadence.logs_at(self.state.iteration) or bool(self.finished)
+        return self._cadence.logs_at(self.state.iteration) or bool(self._decision.reason)
 
     def _wants_to_leave(self) -> bool:
         pause = self.config.stop_after_seconds

@@ -144,7 +144,10 @@ class MetricsWriter(ABC):
         metrics = trainer.state.metrics
         # In an order of names: that of the dict depends on where the process began.
         numbers = {}
-        for name in sorted(name for name in metrics if name.startswith(f"{kind}/")):
+        prefix = f"{kind}/"
+        for name in sorted(metrics):
+            if not name.startswith(prefix):
+                continue
             try:
                 number = metrics[name]
                 numbers[name] = number if isinstance(number, (int, float)) else float(number)

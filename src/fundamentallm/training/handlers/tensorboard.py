@@ -31,6 +31,7 @@ class TensorBoard(MetricsWriter):
     def __init__(self, run_dir: Path) -> None:
         self.directory = run_dir / TENSORBOARD
         self._writer: Any = None
+        self._event: Any = None  # the class of a record
         self._flushed_at = 0.0
 
     def cut_back(self, step: int, evaluation_pending: bool) -> None:
@@ -40,17 +41,17 @@ class TensorBoard(MetricsWriter):
 
     def write(self, record: Record) -> None:
         """Write the metrics as scalars, and the text if there is one."""
-        from tensorboardX.proto.summary_pb2 import Summary
-        from tensorboardX.summary import text
-
         if self._writer is None:
             self._open(record.step)
-        summary = Summary()
+        event = self._event(step=record.step)
+        values = event.summary.value
         for name, number in record.metrics.items():
-            summary.value.add(tag=name, simple_value=number)
+            values.add(tag=name, simple_value=number)
         if record.text:
-            summary.value.extend(text(record.kind, record.text).value)
-        self._add(record.step, summary=summary)
+            from tensorboardX.summary import text
+
+            values.extend(text(record.kind, record.text).value)
+        self._add(event)
 
     def close(self) -> None:
         """Flush and close the file."""
@@ -64,7 +65,7 @@ class TensorBoard(MetricsWriter):
     def _open(self, step: int) -> None:
         # Imported here: without this handler protobuf is not needed. RecordWriter, since the
         # thread of SummaryWriter dies of a full disk, and the run would wait for it forever.
-        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter
 
         check_directory(self.directory)
@@ -75,14 +76,13 @@ class TensorBoard(MetricsWriter):
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{number:04d}"
         Filesystem().create(self.directory / name).close()  # private, and not a link
         self._writer = RecordWriter(str(self.directory / name))
-        self._add(step, file_version="brain.Event:2")
-        self._add(step, session_log=SessionLog(status=SessionLog.START))
+        self._event = Event
+        self._add(Event(step=step, file_version="brain.Event:2"))
+        self._add(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
-    def _add(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
-        now = time.time()
-        self._writer.write(Event(wall_time=now, step=step, **content).SerializeToString())
+    def _add(self, event: Any) -> None:
+        now = event.wall_time = time.time()
+        self._writer.write(event.SerializeToString())
         if now - self._flushed_at >= FLUSH_SECONDS:
             self._flushed_at = now
             self._writer.flush()
