@@ -203,7 +203,7 @@ def test_a_signal_from_outside_is_heard(place):
         process.wait()
 
     assert process.returncode == 130
-    step = int(re.search(r"at step (\d+); the state is saved", error)[1])
+    step = int(re.search(r"saved at step (\d+);", error)[1])
     assert Path("runs/tiny/checkpoints/last").read_text() == f"step-{step:08d}\n"
     assert timeless("runs/tiny")[-1]["step"] == step
 
