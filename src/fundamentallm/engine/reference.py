@@ -126,7 +126,7 @@ _UNITS = {
     "z_loss": NO_UNIT,
 }
 """Units of numbers by the name of the key. Text and switches have none."""
-_OTHER_UNITS = {("spikes", "patience"): _STEPS}
+_OTHER_UNITS = {("spikes", "patience"): _STEPS, ("visdom", "port"): NO_UNIT}
 
 EXAMPLES: dict[str, Any] = {
     "handlers": {"samples": {"num_tokens": 200}, "tensorboard": False},

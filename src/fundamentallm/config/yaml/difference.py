@@ -35,6 +35,9 @@ RESUME_MAY_DIFFER = frozenset(
         "handlers.wandb",
         "handlers.clearml",
         "handlers.trackio",
+        "handlers.neptune",
+        "handlers.visdom",
+        "handlers.polyaxon",
     }
 )
 """Keys, with all below them, that may change when a run is resumed: budgets, metrics, logging,

@@ -22,7 +22,15 @@ from fundamentallm.training.handlers.progress import Progress
 from fundamentallm.training.handlers.pruning import Pruning
 from fundamentallm.training.handlers.samples import Samples
 from fundamentallm.training.handlers.schedule import Schedule
-from fundamentallm.training.handlers.services import ClearML, MLflow, Trackio, WandB
+from fundamentallm.training.handlers.services import (
+    ClearML,
+    MLflow,
+    Neptune,
+    Polyaxon,
+    Trackio,
+    Visdom,
+    WandB,
+)
 from fundamentallm.training.handlers.signals import Signals
 from fundamentallm.training.handlers.spikes import Spikes
 from fundamentallm.training.handlers.stop_file import StopFile
@@ -46,9 +54,11 @@ __all__ = [
     "MetricsWriter",
     "ModelFlopsUtilization",
     "NaNRollback",
+    "Neptune",
     "Overfitting",
     "Perplexity",
     "Phases",
+    "Polyaxon",
     "Progress",
     "Pruning",
     "Record",
@@ -60,6 +70,7 @@ __all__ = [
     "TensorBoard",
     "Throughput",
     "Trackio",
+    "Visdom",
     "WandB",
     "WeightEMA",
 ]

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,9 +186,8 @@ class ServiceLogger(BackgroundWriter):
     def cut(self, step: int, evaluation_pending: bool) -> None:
         """Remove the records of later steps as `cut_back` says, or mark that they do not count."""
 
-    @abstractmethod
     def send_checkpoint(self, checkpoint: Path) -> None:
-        """Copy the directory of a checkpoint to the service."""
+        """Copy the directory of a checkpoint to the service; nothing where it keeps no files."""
 
     def write_all(self, records: Sequence[Record]) -> None:
         """Hand over records, to a run that is opened if it is not open."""
@@ -238,7 +238,7 @@ class ServiceLogger(BackgroundWriter):
         replace_file(Filesystem(), self._id_file, [json.dumps(ids).encode()])
 
     @contextmanager
-    def files_here(self, variable: str) -> Iterator[None]:
+    def files_here(self, variable: str, below: str = "") -> Iterator[None]:
         """Let a package that reads this variable keep its files here, unless the user has set it.
 
         It is set for the call alone: another run of the process has a directory of its own.
@@ -246,7 +246,7 @@ class ServiceLogger(BackgroundWriter):
         if variable in os.environ:
             yield
             return
-        os.environ[variable] = str(self.directory.resolve())
+        os.environ[variable] = str(self.directory.resolve() / below)
         try:
             yield
         finally:
@@ -279,6 +279,16 @@ def _link(directory: Path, target: Path) -> None:
     make_directory(target.parent)
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(directory, target, copy_function=link)
+
+
+@contextmanager
+def same_excepthook() -> Iterator[None]:
+    """Keep the process's hook for errors, in whose place a client would put its own."""
+    hook = sys.excepthook
+    try:
+        yield
+    finally:
+        sys.excepthook = hook
 
 
 def row_of(record: Record) -> dict[str, Any]:
