@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fundamentallm.config.component import Component
-from fundamentallm.config.yaml.problems import to_config_error
+from fundamentallm.config.yaml.problems import problem, to_config_error
 from fundamentallm.config.yaml.source import FLOAT, YamlDocument, parse_yaml, read_yaml
 from fundamentallm.errors import MachineError
 from fundamentallm.files.private import narrow
@@ -189,3 +189,25 @@ _Dumper.add_representer(list, _Dumper.flow_list)
 _Dumper.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(f"(?:{FLOAT.pattern})$"), list("-+.0123456789")
 )
+
+
+def name_pattern(longest: int) -> str:
+    """Return the regular expression of a name that is a directory's name too."""
+    return f"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{longest - 1}}}"
+
+
+def directory_name(name: str, owner: str, longest: int) -> str:
+    """Return the name of a run or a sweep (`owner`) if its directory can have it.
+
+    Raises:
+        PydanticCustomError: it cannot, with the reason.
+    """
+    if not re.fullmatch(name_pattern(longest), name) or name.endswith("."):
+        raise problem(
+            "",
+            f"the {owner}'s name cannot be a directory name",
+            got=name,
+            expected=f"at most {longest} letters, digits, ., _ and -, not beginning with . or -",
+            fix=f"choose a name like 'my-{owner}'; to choose the directory, use --{owner}-dir",
+        )
+    return name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from fundamentallm.config.base import BaseConfig, Seed
+from fundamentallm.config.base import BaseConfig, Seed, directory_name, name_pattern
 from fundamentallm.config.component import plain_options
 from fundamentallm.config.data import DataConfig
 from fundamentallm.config.evaluation import EvaluationConfig
@@ -24,7 +23,7 @@ from fundamentallm.errors import ConfigError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
+LONGEST_NAME = 100
 
 Section = TypeVar("Section", bound=BaseConfig)
 
@@ -37,7 +36,9 @@ class RunConfig(BaseConfig):
     `to_dict` and `to_yaml` write each value once, and none that follows from `data.global_batch`.
     """
 
-    name: Annotated[str, Field(json_schema_extra={"pattern": f"^{_NAME}$"})] = "run"
+    name: Annotated[
+        str, Field(json_schema_extra={"pattern": f"^{name_pattern(LONGEST_NAME)}$"})
+    ] = "run"
     """Name of the run and of its directory under runs/: letters, digits, ., _ and -."""
 
     seed: Seed = 42
@@ -140,15 +141,7 @@ class RunConfig(BaseConfig):
     @field_validator("name")
     @classmethod
     def _path_component(cls, name: str) -> str:
-        if not re.fullmatch(_NAME, name) or name.endswith("."):
-            raise problem(
-                "",
-                "the run's name cannot be a directory name",
-                got=name,
-                expected="at most 100 letters, digits, ., _ and -, not beginning with . or -",
-                fix="choose a name like 'my-run'; to choose the directory, use --run-dir",
-            )
-        return name
+        return directory_name(name, "run", LONGEST_NAME)
 
     @field_validator("model", mode="before")
     @classmethod

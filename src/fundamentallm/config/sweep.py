@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from fundamentallm.config.base import BaseConfig, Count, CountOrZero, Seed, Text
+from fundamentallm.config.base import (
+    BaseConfig,
+    Count,
+    CountOrZero,
+    Seed,
+    Text,
+    directory_name,
+    name_pattern,
+)
 from fundamentallm.config.load import replaced
 from fundamentallm.config.run import RunConfig
 from fundamentallm.config.yaml.key_path import excerpt
@@ -22,7 +29,7 @@ from fundamentallm.errors import ConfigError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_NAME = "[A-Za-z0-9_][A-Za-z0-9._-]{0,59}"
+LONGEST_NAME = 60  # its runs are named after it
 MOST_TRIALS = 10_000
 MOST_SEEDS = 100
 
@@ -95,7 +102,9 @@ class Prune(BaseConfig):
 class SweepConfig(BaseConfig):
     """A sweep: what SWEEP.yaml says."""
 
-    name: Annotated[str, Field(json_schema_extra={"pattern": f"^{_NAME}$"})] = "sweep"
+    name: Annotated[
+        str, Field(json_schema_extra={"pattern": f"^{name_pattern(LONGEST_NAME)}$"})
+    ] = "sweep"
     """Name of the sweep and of its directory under sweeps/: letters, digits, ., _ and -."""
 
     config: Text
@@ -214,15 +223,7 @@ class SweepConfig(BaseConfig):
     @field_validator("name")
     @classmethod
     def _path_component(cls, name: str) -> str:
-        if not re.fullmatch(_NAME, name) or name.endswith("."):
-            raise problem(
-                "",
-                "the sweep's name cannot be a directory name",
-                got=name,
-                expected="at most 60 letters, digits, ., _ and -, not beginning with . or -",
-                fix="choose a name like 'my-sweep'; to choose the directory, use --sweep-dir",
-            )
-        return name
+        return directory_name(name, "sweep", LONGEST_NAME)
 
     @model_validator(mode="after")
     def _keys_of_a_run(self) -> SweepConfig:
