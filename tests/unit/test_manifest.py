@@ -106,7 +106,17 @@ def test_metadata_that_is_no_json_is_refused(metadata: dict[Any, Any]) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b'{"a": 1, "a": 1}', b"[NaN]", b"[-Infinity]", b"\xff", b"[" * 100_000, b"[1] 2"],
+    [
+        b"",
+        b"{",
+        b'{"a": 1, "a": 1}',
+        b"[NaN]",
+        b"[-Infinity]",
+        b"[1e999]",
+        b"\xff",
+        b"[" * 100_000,
+        b"[1] 2",
+    ],
     ids=lambda data: repr(data[:20]),
 )
 def test_json_is_strict(data: bytes) -> None:

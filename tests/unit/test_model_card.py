@@ -10,6 +10,7 @@ from tests.unit.test_gguf import trained
 
 from fundamentallm.config import RunConfig
 from fundamentallm.data.tokenizer import ByteTokenizer
+from fundamentallm.errors import DataError
 from fundamentallm.inference.model_card import escaped, fenced, model_card
 from fundamentallm.inference.origin import Origin
 
@@ -91,3 +92,10 @@ def test_what_a_checkpoint_keeps_of_a_folder_is_read_as_far_as_it_has_the_form(
     stored: object,
 ) -> None:
     assert Origin.of(stored) == Origin()
+
+
+def test_a_number_that_no_checkpoint_can_hold_is_told_with_its_file(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"temperature": 1e999}')
+    with pytest.raises(DataError, match=r"generation_config\.json: .*\n.*1e999") as raised:
+        Origin.read(tmp_path)
+    assert raised.value.where == str(tmp_path / "generation_config.json")

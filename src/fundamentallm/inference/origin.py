@@ -14,6 +14,7 @@ from typing import Any
 
 from fundamentallm.data.text_file import read_text
 from fundamentallm.errors import DataError
+from fundamentallm.training.checkpoint.manifest import FINITE
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 NAMES = ("bos_token", "eos_token", "pad_token")
@@ -101,14 +102,10 @@ def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(read_text(path), parse_constant=_refuse)
+        value = json.loads(read_text(path), **FINITE)
     except (ValueError, RecursionError) as error:
         raise DataError("this is not JSON", where=str(path), got=str(error)) from error
     return value if isinstance(value, dict) else {}
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _name(token: Any) -> Any:

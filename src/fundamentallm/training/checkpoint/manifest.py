@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -145,9 +146,7 @@ def parse_json(data: bytes, where: str) -> Any:
         CheckpointError: anything else; `where` names the file.
     """
     try:
-        return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
-        )
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, **FINITE)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise CheckpointError("this is not strict JSON", where=where, got=str(error)) from error
 
@@ -161,6 +160,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):  # 1e999
+        raise ValueError(f"{text[:20]} is beyond a float64")
+    return number
+
+
+FINITE: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _finite}
+"""Arguments of `json.loads` for which NaN and infinity are no numbers, however they are written."""
 
 
 def _records(files: Any, where: str) -> dict[str, FileRecord]:
