@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -48,7 +49,7 @@ def test_begins_at_the_import_where_the_kernel_does_not_tell(monkeypatch, stat):
         return stat if self.name == "stat" else "1000.0 1.0"
 
     monkeypatch.setattr(clock.Path, "read_text", read_text)
-    assert clock._age_at_import() == 0.0
+    assert clock._age() == 0.0
 
 
 def test_reads_the_start_behind_a_command_name_with_spaces_and_parentheses(monkeypatch):
@@ -57,4 +58,21 @@ def test_reads_the_start_behind_a_command_name_with_spaces_and_parentheses(monke
     stat = "7 (a) b (c) " + " ".join(map(str, range(3, 22))) + " 90000 1 2\n"
     texts = {"stat": stat, "uptime": "925.5 3.0\n"}
     monkeypatch.setattr(clock.Path, "read_text", lambda self: texts[self.name])
-    assert clock._age_at_import() == pytest.approx(25.5)
+    assert clock._age() == pytest.approx(25.5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_has_an_age_of_its_own():
+    """As under a server that imports once, and forks for each run."""
+    time.sleep(max(0.0, 0.5 - clock.seconds_since_start()))
+    reader, writer = os.pipe()
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, str(clock.seconds_since_start()).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    age = float(os.read(reader, 64))
+    os.close(reader)
+    os.close(writer)
+    assert 0 <= age <= time.monotonic() - began + 0.05

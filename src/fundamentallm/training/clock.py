@@ -6,15 +6,13 @@ import os
 import time
 from pathlib import Path
 
-_IMPORTED_AT = time.monotonic()
-
 
 def seconds_since_start() -> float:
     """Return the age of this process in seconds, from the same origin at every call."""
-    return time.monotonic() - _STARTED_AT
+    return time.monotonic() - _started_at
 
 
-def _age_at_import() -> float:
+def _age() -> float:
     """Ask the kernel how long the process has lived; 0 if it is unknown.
 
     Imports of several seconds come before the first line of a training program, and a budget
@@ -31,4 +29,13 @@ def _age_at_import() -> float:
     return max(0.0, uptime - started)
 
 
-_STARTED_AT = _IMPORTED_AT - _age_at_import()
+def _look() -> None:
+    """Ask when this process began: at import, and anew where it was forked from one that had."""
+    global _started_at
+    _started_at = time.monotonic() - _age()
+
+
+_started_at: float
+_look()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_look)
