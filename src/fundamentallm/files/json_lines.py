@@ -16,6 +16,9 @@ from fundamentallm.files.private import open_to_append, open_to_read
 
 logger = logging.getLogger(__name__)
 
+# ASCII, because some readers take characters like U+2028 for the end of a line.
+_ENCODER = json.JSONEncoder(allow_nan=False)
+
 
 class JsonLines:
     """Records that each have a `step`.
@@ -34,8 +37,7 @@ class JsonLines:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record."""
-        # ASCII, because some readers take characters like U+2028 for the end of a line.
-        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        line = (_ENCODER.encode(record) + "\n").encode()
         try:
             # Opened for each line, so that a line reaches the system at once, and writing works
             # again after the file was moved or the disk was full. Unbuffered, a line takes half

@@ -9,7 +9,6 @@ since they may contain the user's text.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat
 from io import FileIO
@@ -22,11 +21,12 @@ PRIVATE_DIRECTORY = 0o700
 READABLE_FILE = 0o644
 READABLE_DIRECTORY = 0o755
 
-# Windows lacks some of these; there only the check before opening applies.
+# Windows lacks some of these; there the file is checked before it is opened.
 _PLAIN = sum(
     getattr(os, name, 0)
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
 )
+_OPENS_PLAINLY = all(hasattr(os, name) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY"))
 
 
 def open_to_read(path: Path) -> FileIO:
@@ -113,12 +113,12 @@ def make_directory(path: Path) -> None:
 
 def _opened(path: Path, flags: int) -> int:
     writing = flags & (os.O_WRONLY | os.O_RDWR) != 0
-    check_file(path, writing)
+    if not _OPENS_PLAINLY:
+        check_file(path, writing)
     try:
         descriptor = os.open(path, flags | _PLAIN, PRIVATE_FILE)
-    except OSError as error:
-        if error.errno == errno.ELOOP:  # it became a link after the check
-            check_file(path, writing)
+    except OSError:
+        check_file(path, writing)  # the reason, where it is not a plain file
         raise
     try:
         _check_status(path, os.fstat(descriptor), writing)

@@ -94,10 +94,10 @@ class Budget:
 
         By the first rank's clock; every rank must call it.
         """
-        if not self.limits.follows_clock:
+        seconds = self.limits.max_seconds
+        if seconds is None or not self.limits.follows_clock:
             return None
-        assert self.limits.max_seconds is not None
-        progress = min(1.0, self.elapsed_seconds() / self.limits.max_seconds)
+        progress = min(1.0, self.elapsed_seconds() / seconds)
         if self._ranks.alone:
             return progress
         # Clocks differ, and ranks with different learning rates would drift apart.

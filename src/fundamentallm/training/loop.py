@@ -438,12 +438,12 @@ class TrainingLoop(Dispatcher):
         window = self.window = as_window(batch)
         if not self.model.training:
             self.model.train()
-        sequences = sum([micro["input_ids"].shape[0] for micro in window.micro_batches])
+        sequences, computed = count_computed(window)
         if self.ranks.alone:  # it checks this after the step
             num_tokens, num_sequences = window.num_tokens, sequences
-            self.tokens_computed = count_computed(window)
+            self.tokens_computed = computed
         else:
-            num_tokens, num_sequences = self._agree_on(window, sequences)
+            num_tokens, num_sequences = self._agree_on(window, sequences, computed)
         if self.state.iteration in self.interventions.skipped:
             output = StepOutput(math.nan, math.nan, num_tokens, num_sequences, "ledger")
             self.state.output = output
@@ -456,13 +456,13 @@ class TrainingLoop(Dispatcher):
         self._account(output)
         return output
 
-    def _agree_on(self, window: Window, sequences: int) -> tuple[int, int]:
+    def _agree_on(self, window: Window, sequences: int, computed: int) -> tuple[int, int]:
         """Return tokens and sequences over all ranks; on the way, vote on what may end the run."""
         num_tokens, num_sequences, self.tokens_computed, *votes = self.ranks.sum_counts(
             [
                 window.num_tokens,
                 sequences,
-                count_computed(window),
+                computed,
                 self.budget.is_used_up(),
                 self._wants_to_leave(),
                 bool(self._stopped_by),
@@ -540,7 +540,7 @@ class TrainingLoop(Dispatcher):
         if math.isfinite(output.loss) and not output.rejection:
             state.epoch_nll += output.loss * output.num_tokens
             state.epoch_tokens += output.num_tokens
-        if step_of_epoch == self.steps_per_epoch:
+        if step_of_epoch == self.epochs.length:
             self._measure_epoch()
 
     def _measure_epoch(self) -> None:
@@ -556,16 +556,17 @@ class TrainingLoop(Dispatcher):
         facts = self._facts
         if self.ranks.alone:
             facts.exhausted, facts.leaving = self.budget.is_used_up(), self._wants_to_leave()
-        self._end_epoch_early()
+        if facts.end_epoch:
+            self._end_epoch_early()
         self._decision = self._decide()
+        step = self.state.iteration
         if self._decision is not ROLL_BACK:
             self.notify(TrainingEvents.FLLM_METRICS_MEASURED)
-            self.history.record_step(self.state.iteration, self.state.metrics)
+            self.history.record_step(step, self.state.metrics)
             self.notify(TrainingEvents.FLLM_METRICS_READY)
             wishes = facts.finish or facts.end_epoch or facts.roll_back is not None
             if self._decision is not GO_ON or wishes:
                 self._conclude()
-        step = self.state.iteration
         if self._decision is ROLL_BACK or not self.epochs.end_with(step):
             self._end_step()
         elif self.epochs.last_cut(step)[0] == step:
