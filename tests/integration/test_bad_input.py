@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.runs import trained
 
 from fundamentallm.engine.cli import main
 from fundamentallm.files.filesystem import Filesystem
@@ -47,11 +48,7 @@ def finished(tmp_path_factory) -> Path:
     """A directory with a finished run of CONFIG; tests take a copy."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copy(TEXT, folder / "text.txt")
-    (folder / "tiny.yaml").write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main(["run", "tiny.yaml"]) == 0
-    return folder
+    return trained(folder, CONFIG)
 
 
 @pytest.fixture

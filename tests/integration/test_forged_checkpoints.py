@@ -17,6 +17,7 @@ import pytest
 import torch
 from fault_injection.forge import Contents, forge
 from fault_injection.heal import make_incident
+from tests.runs import trained
 
 from fundamentallm.engine.cli import main
 
@@ -36,11 +37,7 @@ MOST_BYTES = 1 << 30
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     shutil.copy(TEXT, folder / "text.txt")
-    (folder / "tiny.yaml").write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main(["run", "tiny.yaml"]) == 0
-    return folder
+    return trained(folder, CONFIG)
 
 
 @pytest.fixture

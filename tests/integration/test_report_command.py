@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.runs import copied, trained
 
 from fundamentallm.engine.cli import main
 from fundamentallm.files.lock import run_lock
@@ -25,20 +26,13 @@ handlers: {{tensorboard: false}}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        (place / "tiny.yaml").write_text(CONFIG)
-        assert main(["run", "tiny.yaml"]) == 0
-    return place
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("trained"), CONFIG)
 
 
 @pytest.fixture
-def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(trained, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    return Path("runs/tiny")
+def run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return copied(finished, tmp_path / "copy", monkeypatch)
 
 
 def test_the_page_shows_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

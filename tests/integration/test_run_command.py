@@ -20,6 +20,7 @@ import tokenizers
 import torch
 import yaml
 from ignite.engine import Events
+from tests.runs import trained
 
 from fundamentallm.compute import compilation
 from fundamentallm.compute import plan as compute_plan
@@ -64,11 +65,7 @@ def finished(tmp_path_factory) -> Path:
     """A directory with a finished run of CONFIG; tests take a copy."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copy(TEXT, folder / "text.txt")
-    (folder / "tiny.yaml").write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main(["run", "tiny.yaml"]) == 0
-    return folder
+    return trained(folder, CONFIG)
 
 
 @pytest.fixture

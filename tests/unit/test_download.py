@@ -9,10 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tests.servers import LocalServer, QuietHandler
 
 from fundamentallm.config.data import SourceConfig
 from fundamentallm.data.sources import TextSource, built_in, read_source
@@ -27,7 +27,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-class Server:
+class Server(LocalServer):
     """A web server on loopback that answers every request with `body`."""
 
     def __init__(self) -> None:
@@ -36,26 +36,15 @@ class Server:
         self.requests = 0
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
+        class Handler(QuietHandler):
+            def answer(self) -> None:
                 server.requests += 1
                 self.send_response(server.status)
                 self.send_header("Content-Length", str(len(server.body)))
                 self.end_headers()
                 self.wfile.write(server.body)
 
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/input.txt"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture
@@ -259,7 +248,7 @@ class RangeServer(Server):
         self.knows_ranges = True
         server = self
 
-        def answer(handler: BaseHTTPRequestHandler) -> None:
+        def answer(handler: QuietHandler) -> None:
             wanted = handler.headers.get("Range")
             server.ranges.append(wanted)
             begin = int(wanted[len("bytes=") : -1]) if wanted and server.knows_ranges else 0
@@ -357,15 +346,15 @@ for line in sys.stdin:
 """
 
 
-class SlowServer:
+class SlowServer(LocalServer):
     """Answers several at once, a piece at a time, and knows ranges."""
 
     def __init__(self) -> None:
         self.body = b""
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
+        class Handler(QuietHandler):
+            def answer(self) -> None:
                 wanted = self.headers.get("Range")
                 body = server.body
                 begin = int(wanted[len("bytes=") : -1]) if wanted else 0
@@ -378,18 +367,7 @@ class SlowServer:
                     self.wfile.flush()
                     time.sleep(random.random() * 0.01)
 
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/input.txt"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__init__(Handler, at_once=True)
 
 
 def test_two_runs_that_start_at_once_with_one_address_get_the_right_file(tmp_path: Path) -> None:

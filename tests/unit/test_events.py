@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from ignite.engine import Events
+from tests.losses import NaNAt
 
 from fundamentallm import events
 from fundamentallm.config.training import TrainingConfig
@@ -14,7 +15,6 @@ from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.events import LOOP, TrainingEvents
 from fundamentallm.testing import RecordingHandler, SpoiltGradient, tiny_loaders, tiny_model
 from fundamentallm.training.handlers import Checkpointing, Evaluation, NaNRollback, Samples
-from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.trainer import Trainer
 
 
@@ -49,19 +49,6 @@ def test_the_drawing_knows_no_other_events():
     assert events.__doc__ is not None
     names = set(re.findall(r"\bFLLM_[A-Z_]+[A-Z]\b", events.__doc__))
     assert names == {event.name for event in TrainingEvents}
-
-
-class NaNAt:
-    is_nll = True
-
-    def __init__(self, *calls: int) -> None:
-        self.calls = calls
-        self.count = 0
-
-    def __call__(self, logits, targets, reduction="sum"):
-        self.count += 1
-        loss = compute_loss(logits, targets, reduction)
-        return loss * float("nan") if self.count in self.calls else loss
 
 
 class DamagedMoments:

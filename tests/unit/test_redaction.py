@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from tests.servers import LocalServer, QuietHandler
 
 from fundamentallm.config import RunConfig, load_config
 from fundamentallm.config.data import SourceConfig
@@ -44,7 +43,7 @@ def test_only_the_secret_is_left_out(text, shown):
     assert redacted(shown) == shown
 
 
-class Server:
+class Server(LocalServer):
     """Answers who knows the secret, and remembers what was asked for."""
 
     def __init__(self) -> None:
@@ -52,8 +51,8 @@ class Server:
         self.away = ""
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
+        class Handler(QuietHandler):
+            def answer(self) -> None:
                 said = self.headers.get("Authorization")
                 server.asked.append((self.path, said))
                 if server.away and self.path == "/moved":
@@ -70,18 +69,7 @@ class Server:
                 self.end_headers()
                 self.wfile.write(BODY)
 
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.host = f"127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -82,14 +82,7 @@ class BaseConfig(BaseModel):
         """
         text = dump_yaml(self.to_dict())
         if path is not None:
-            try:
-                with open(path, "w", encoding="utf-8", opener=narrow) as file:
-                    file.write(text)
-            except OSError as error:
-                raise MachineError(
-                    f"the configuration cannot be written: {error.strerror or error}",
-                    where=str(path),
-                ) from error
+            write_yaml(path, text)
         return text
 
     @classmethod
@@ -135,6 +128,26 @@ class BaseConfig(BaseModel):
         as unset. Nothing else may change a configuration.
         """
         self.__dict__.update(values)
+
+
+def write_yaml(path: str | Path, text: str, mode: Literal["w", "x"] = "w") -> None:
+    """Write a configuration that other users may read.
+
+    Args:
+        path: the file; its directory must exist.
+        text: its content, written as UTF-8.
+        mode: "x" keeps a file that exists.
+
+    Raises:
+        MachineError: the file cannot be written.
+    """
+    try:
+        with open(path, mode, encoding="utf-8", opener=narrow) as file:
+            file.write(text)
+    except OSError as error:
+        raise MachineError(
+            f"the configuration cannot be written: {error.strerror or error}", where=str(path)
+        ) from error
 
 
 def dump_yaml(plain: Any, flow: bool = False) -> str:

@@ -13,13 +13,12 @@ import torch
 
 from fundamentallm.compute.peak import device_peak
 from fundamentallm.config import RunConfig
-from fundamentallm.config.base import dump_yaml
+from fundamentallm.config.base import dump_yaml, write_yaml
 from fundamentallm.config.yaml.file import MODELINE, SCHEMA
 from fundamentallm.data.sources import read_source
 from fundamentallm.data.sources.tokens import is_tokens
 from fundamentallm.engine.console import program, say
-from fundamentallm.errors import ConfigError, MachineError
-from fundamentallm.files.private import narrow
+from fundamentallm.errors import ConfigError
 from fundamentallm.training.handlers.progress import format_seconds
 
 DATA = "python-docs"
@@ -93,13 +92,7 @@ def new(path: Path, data: str | None = None, budget: str | None = None) -> int:
     device, peak = _machine()
     content = configuration(path.stem, data, seconds, text, device, peak)
     RunConfig.from_yaml(content)
-    try:
-        with open(path, "x", encoding="utf-8", opener=narrow) as file:
-            file.write(content)
-    except OSError as error:
-        raise MachineError(
-            f"the configuration cannot be written: {error.strerror or error}", where=str(path)
-        ) from error
+    write_yaml(path, content, "x")
     say(f"Written to {path}: {data}, {format_seconds(seconds)} on {device}. Next:")
     say(f"  {program()} check {shlex.quote(str(path))}")
     say(f"  {program()} run {shlex.quote(str(path))}")

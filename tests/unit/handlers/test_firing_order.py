@@ -9,7 +9,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Events
-from torch import Tensor
+from tests.losses import NaNAt
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.tokenizer import CharacterTokenizer
@@ -41,22 +40,8 @@ from fundamentallm.training.handlers import (
     Throughput,
     WeightEMA,
 )
-from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.schedulers import LinearWarmup
 from fundamentallm.training.trainer import Trainer
-
-
-class NaNAt:
-    is_nll = True
-
-    def __init__(self, call: int) -> None:
-        self.call = call
-        self.count = 0
-
-    def __call__(self, logits: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
-        self.count += 1
-        loss = compute_loss(logits, targets, reduction)
-        return loss * math.nan if self.count == self.call else loss
 
 
 def make_trainer(*handlers: Any, loss_fn: Any = None, **options: Any) -> Trainer:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Events
+from tests.losses import NaNAt
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.events import TrainingEvents
@@ -24,21 +25,7 @@ from fundamentallm.training.handlers import (
     Schedule,
 )
 from fundamentallm.training.handlers.logs import json_number
-from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.trainer import Trainer
-
-
-class NaNAt:
-    is_nll = True
-
-    def __init__(self, call: int) -> None:
-        self.call = call
-        self.count = 0
-
-    def __call__(self, logits, targets, reduction="sum"):
-        self.count += 1
-        loss = compute_loss(logits, targets, reduction)
-        return loss * math.nan if self.count == self.call else loss
 
 
 def make_trainer(directory: Path, *handlers: Any, loss_fn: Any = None, **options: Any) -> Trainer:

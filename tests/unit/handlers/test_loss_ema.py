@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.losses import NaNAt
 from tests.properties import examples
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training.handlers import Checkpointing, LossEMA
-from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.trainer import Trainer
 
 LOSSES = st.floats(0, 50) | st.sampled_from([math.nan, math.inf, -math.inf])
@@ -71,23 +71,6 @@ def test_goes_on_from_its_state(before, after):
 def test_refuses_a_decay_outside_its_range(decay):
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\)"):
         LossEMA(decay)
-
-
-class NaNAt:
-    """Cross-entropy, but NaN at its nth call."""
-
-    is_nll = True
-
-    def __init__(self, *calls: int) -> None:
-        self.calls = calls
-        self.count = 0
-
-    def __call__(
-        self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "sum"
-    ) -> torch.Tensor:
-        self.count += 1
-        loss = compute_loss(logits, targets, reduction)
-        return loss * math.nan if self.count in self.calls else loss
 
 
 def test_follows_a_real_run():

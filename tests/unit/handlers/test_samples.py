@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from fundamentallm.training.handlers import (
     Samples,
     WeightEMA,
 )
-from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.trainer import Trainer
 
 LETTERS = "\nabcdefghij"  # eleven, as many as tiny_model has tokens
@@ -149,19 +147,6 @@ def test_modes_stay_as_they_were(tmp_path):
         trainer.add_event_handler(event, lambda engine: modes.append(engine.model.training))
     trainer.run()
     assert set(modes) == {True}
-
-
-class NaNAt:
-    is_nll = True
-
-    def __init__(self, call: int) -> None:
-        self.call = call
-        self.count = 0
-
-    def __call__(self, logits, targets, reduction="sum"):
-        self.count += 1
-        loss = compute_loss(logits, targets, reduction)
-        return loss * math.nan if self.count == self.call else loss
 
 
 def test_a_rollback_takes_samples_back(tmp_path):

@@ -24,7 +24,6 @@ from fundamentallm.training.handlers import (
     Schedule,
     TensorBoard,
 )
-from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.trainer import Trainer
 
 
@@ -61,19 +60,6 @@ def read(directory: Path) -> dict[str, dict[int, float]]:
             for value in event.summary.value:
                 shown.setdefault(value.tag, {})[event.step] = value.simple_value
     return shown
-
-
-class NaNAt:
-    is_nll = True
-
-    def __init__(self, call: int) -> None:
-        self.call = call
-        self.count = 0
-
-    def __call__(self, logits, targets, reduction="sum"):
-        self.count += 1
-        loss = compute_loss(logits, targets, reduction)
-        return loss * math.nan if self.count == self.call else loss
 
 
 def make_trainer(directory: Path, *handlers: Any, loss_fn: Any = None, **options: Any) -> Trainer:

@@ -16,6 +16,7 @@ import torch
 
 from fundamentallm.compute.plan import ModelFacts, Plan
 from fundamentallm.config import RunConfig, load_config
+from fundamentallm.config.base import write_yaml
 from fundamentallm.config.load import overridden, replaced
 from fundamentallm.config.yaml.edit import edited
 from fundamentallm.config.yaml.file import MODELINE, SCHEMA, packaged, read_yaml_text
@@ -32,7 +33,6 @@ from fundamentallm.engine.wiring.assemble import check_names, open_machine, read
 from fundamentallm.engine.wiring.run_directory import nowhere
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.files.names import numbered
-from fundamentallm.files.private import narrow
 from fundamentallm.models.build import uses_attention
 from fundamentallm.models.layers.attention import KERNELS
 from fundamentallm.models.native.library import find_compiler
@@ -336,13 +336,7 @@ def write_copy(
     text = edited(read_yaml_text(config_path), document, [*others, *changes])
     if packaged(config_path):  # its schema stands beside it
         text = text.replace(f"{MODELINE}{SCHEMA.name}", f"{MODELINE}{SCHEMA}", 1)
-    try:
-        with open(target, "x", encoding="utf-8", opener=narrow) as file:
-            file.write(text)
-    except OSError as error:
-        raise MachineError(
-            f"the configuration cannot be written: {error.strerror or error}", where=str(target)
-        ) from error
+    write_yaml(target, text, "x")
     check_names(load_config(target))
 
 
