@@ -15,6 +15,9 @@ import torch
 from ignite.engine import Events
 from torch import Tensor
 
+from fundamentallm.compute.distributed import Ranks
+from fundamentallm.compute.precision import Precision
+from fundamentallm.compute.rng import capture_generators
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.errors import NumericalError
 from fundamentallm.events import TrainingEvents
@@ -28,6 +31,8 @@ from fundamentallm.training.handlers import (
     Perplexity,
     Schedule,
 )
+from fundamentallm.training.handlers import nan_rollback as module
+from fundamentallm.training.interventions import Interventions
 from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.recovery.diagnosis import Incident
 from fundamentallm.training.step import StepOutput
@@ -736,3 +741,365 @@ def test_the_evidence_of_a_damaged_state_says_what_is_damaged(tmp_path, part):
     else:
         assert "optimizer.state.0.exp_avg" in incident.fault
         assert report["first_bad"] == {"forward": None, "backward": None}
+
+
+# ------------------------------------------------------------------ decisions, without training
+
+
+class AsSeen:
+    """A run as the handler sees it: what it asks, and what it tells the run to do.
+
+    Args:
+        step: the present one.
+        checkpoints: their steps.
+        loss_fn: of the replays.
+        ranks: of the run.
+    """
+
+    def __init__(
+        self,
+        step: int = 10,
+        checkpoints: tuple[int, ...] = (),
+        loss_fn: Plain | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        torch.manual_seed(3)
+        self.model = tiny_model(num_layers=1)
+        self.loss_fn = loss_fn or Plain()
+        self.precision = Precision("fp32", torch.device("cpu"))
+        self.ranks = ranks or Ranks()
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.train_loader, _ = tiny_loaders()
+        self.window = self.train_loader.window_at(0, 0)
+        self.epochs = SimpleNamespace(position=lambda step: (0, step))
+        self.generators_before = capture_generators(self.precision.device)
+        self.interventions = Interventions()
+        self.attached: dict[str, Any] = {}
+        self.state = SimpleNamespace(iteration=step, metrics={})
+        self.checkpoints = checkpoints
+        self.asked: list[int | None] = []  # before which step's end the weights are to be
+        self.earlier: dict[str, Tensor] | None = None
+        self.went_back: list[int | None] = []
+        self.redone: list[int] = []
+        self.incidents: list[Incident] = []
+
+    def restore_step(self, before: int | None = None) -> int | None:
+        early = [it for it in self.checkpoints if before is None or it <= before]
+        return max(early, default=min(self.checkpoints, default=None))
+
+    def weights_before(self, before: int | None = None) -> dict[str, Tensor] | None:
+        self.asked.append(before)
+        return self.earlier
+
+    def roll_back(self, reason: str, before: int | None = None) -> None:
+        self.went_back.append(self.restore_step(before))
+
+    def redo_step(self) -> None:
+        self.redone.append(self.state.iteration)
+
+    def report_incident(self, incident: Incident) -> None:
+        self.incidents.append(incident)
+
+    def refuse(self, handler: NaNRollback, rejection: str, step: int = 0, details: str = "") -> Any:
+        """Refuse the present step, or another one, and return the incident."""
+        self.state.iteration = step or self.state.iteration
+        self.state.output = StepOutput(2.0, 1.0, 8, 1, rejection, details)
+        handler.judge(self)  # type: ignore[arg-type]
+        return self.incidents[-1]
+
+    def apply(self, handler: NaNRollback, *steps: int) -> None:
+        """Apply the updates of some steps, and come back to the present one."""
+        present = self.state.iteration
+        for self.state.iteration in steps:
+            handler.note_good_window(self)  # type: ignore[arg-type]
+        self.state.iteration = present
+
+
+COUNTS = {
+    "max_rollbacks": 10,
+    "max_per_region": 3,
+    "max_overflows": 30,
+    "max_transients": 100,
+    "max_spikes": 100,
+    "healthy_after": 10,
+    "neighbours": 1,
+    "rate_steps": 100,
+}
+
+
+def test_the_options_have_their_documented_defaults_and_bounds():
+    handler = NaNRollback()
+    assert {name: getattr(handler, name) for name in COUNTS} == COUNTS
+    assert handler.rate_factor == 0.5
+    assert NaNRollback(**dict.fromkeys(COUNTS, 0), rate_factor=1.0).state_dict() == {
+        "total": 0,
+        "transients": 0,
+        "spikes": 0,
+        "region_end": 0,
+        "in_region": 0,
+        "overflows": 0,
+        "blamed": 0,
+        "good_steps": [],
+    }
+    for factor in (0.0, 1.5):
+        with pytest.raises(ValueError, match="rate_factor"):
+            NaNRollback(rate_factor=factor)
+
+
+@pytest.mark.parametrize(
+    ("healthy_after", "max_per_region", "kept"),
+    [(3, 2, 12), (1, 10, 1024), (1, 20, 1024), (0, 3, 1), (2, 0, 2)],
+)
+def test_as_many_good_steps_are_known_as_the_last_retry_needs(healthy_after, max_per_region, kept):
+    handler, run = NaNRollback(healthy_after=healthy_after, max_per_region=max_per_region), AsSeen()
+    run.apply(handler, *range(1, 1100))
+    assert handler.state_dict()["good_steps"] == list(range(1100 - kept, 1100))
+
+
+DIVERGED = [
+    # healthy_after, checkpoints, where to, skipped, steps with a lower rate, a part of the decision
+    (2, (0, 4, 6, 7, 8), 7, {9, 10, 11}, (8, 12), "going back to step 7, without"),
+    (2, (0, 6, 8), 6, {9, 10, 11}, (7, 12), "of steps 9 to 11, learning rate x 0.5 for 3 steps"),
+    (2, (8, 9), 8, {9, 10, 11}, (9, 12), "step 8 (the oldest kept: none has proved healthy), wi"),
+    (0, (8, 9), 9, {10, 11}, (10, 12), "going back to step 9, without the windows of steps 10 to"),
+    (20, (0, 9), 0, {9, 10, 11}, (1, 12), "step 0 (the oldest kept: none has proved healthy), wi"),
+    (2, (), None, {10, 11}, (10, 12), "continuing from here, without the windows of steps 10 to"),
+]
+
+
+@pytest.mark.parametrize(("healthy", "checkpoints", "to", "skipped", "slow", "said"), DIVERGED)
+def test_a_divergence_leads_before_the_good_steps_that_prove_health(
+    healthy, checkpoints, to, skipped, slow, said
+):
+    handler = NaNRollback(healthy_after=healthy, rate_steps=3)
+    run = AsSeen(10, checkpoints)
+    run.apply(handler, *range(1, 10))
+    incident = run.refuse(handler, "divergence")
+    assert said in incident.decision
+    assert run.went_back == [to]
+    assert run.interventions.state_dict() == {
+        "skipped": sorted(skipped),
+        "cuts": [[*slow, 0.5]],
+    }
+    assert len(incident.diagnosis.bad_rows) == 3
+
+
+def test_without_a_good_step_the_oldest_checkpoint_counts_even_if_none_is_needed():
+    run = AsSeen(10, (2, 9))
+    assert (
+        "none has proved healthy" in run.refuse(NaNRollback(healthy_after=0), "divergence").decision
+    )
+    assert run.went_back == [2]
+
+
+def test_another_fault_of_the_state_goes_back_to_the_newest_and_changes_no_plan():
+    run = AsSeen(10, (2, 9))
+    incident = run.refuse(NaNRollback(), "learning rate", details="two of three")
+    assert incident.decision == "going back to step 9"
+    assert incident.diagnosis.bad_rows == ()
+    assert incident.diagnosis.replay.statistics
+    assert run.went_back == [9]
+    assert run.interventions == Interventions()
+
+
+def test_a_region_ends_some_steps_after_its_last_fault():
+    handler, run = NaNRollback(max_per_region=3, rate_steps=5), AsSeen(checkpoints=(0,))
+    seen = []
+    for step in (10, 15, 12, 21, 26):  # the last step of a region is within it
+        run.refuse(handler, "learning rate", step)
+        seen.append((handler.in_region, handler.region_end, handler.total))
+    assert seen == [(1, 15, 1), (2, 20, 2), (3, 20, 3), (1, 26, 4), (2, 31, 5)]
+    run.refuse(handler, "learning rate", 31)
+    with pytest.raises(NumericalError, match="after 3 rollbacks in this region"):
+        run.refuse(handler, "learning rate", 31)
+    assert len(run.went_back) == 6
+
+
+def test_each_retry_looks_and_skips_twice_as_far():
+    handler = NaNRollback(max_per_region=4, healthy_after=1, rate_steps=50)
+    run = AsSeen(40, tuple(range(40)))
+    run.apply(handler, *range(1, 40))
+    for _ in range(4):
+        run.refuse(handler, "divergence")
+        run.interventions.skipped, skipped = set(), run.interventions.skipped
+    # One good step behind step 38, two behind 37, four behind 35, eight behind 31.
+    assert run.went_back == [38, 37, 35, 31]
+    assert skipped == set(range(32, 49))
+
+
+def test_a_spike_is_skipped_with_its_worst_sequences_until_there_are_too_many():
+    handler, run = NaNRollback(max_spikes=2), AsSeen()
+    for step in (5, 7):
+        incident = run.refuse(handler, "spike", step, details="loss 9 scales above")
+        assert (incident.step, incident.verdict) == (step, "spike")
+        assert "(loss 9 scales above)" in incident.fault
+        assert len(incident.diagnosis.bad_rows) == 3
+    assert "()" not in run.refuse(NaNRollback(), "spike", 8).fault
+    with pytest.raises(NumericalError, match="after 2 spikes"):
+        run.refuse(handler, "spike", 9)
+    assert run.interventions.skipped == {5, 7, 8}
+    assert handler.state_dict()["spikes"] == 3
+    assert handler.state_dict()["total"] == 0
+
+
+def test_the_first_overflow_of_too_many_gives_up_with_what_the_modules_gave():
+    handler, run = NaNRollback(max_overflows=2), AsSeen()
+    run.state.output = StepOutput(2.0, math.inf, 8, 1, "overflow")
+    handler.judge(run)  # type: ignore[arg-type]
+    assert run.incidents == []
+    with pytest.raises(NumericalError, match="2 fp16 overflows in a row"):
+        handler.judge(run)  # type: ignore[arg-type]
+    (incident,) = run.incidents
+    assert (incident.verdict, incident.decision) == ("overflow", "giving up")
+    assert incident.diagnosis is not None
+    assert incident.diagnosis.replay.statistics
+    assert incident.diagnosis.bad_rows == ()
+
+
+class NotWith(Plain):
+    """Breaks on the window of a run while the model has the weights that it has now."""
+
+    def of(self, run: AsSeen) -> None:
+        self.model = run.model
+        self.rows = run.window.micro_batches[0]["target_ids"]
+        self.weights = next(run.model.parameters()).detach().clone()
+
+    def spoil(self, loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        known = any(torch.equal(row, bad) for row in targets for bad in self.rows)
+        now = torch.equal(next(self.model.parameters()), self.weights)
+        return loss * math.nan if known and now else loss
+
+
+@pytest.mark.parametrize(("applied", "asked"), [([3, 5], 4), ([5], 4), ([], 6)])
+@pytest.mark.parametrize("kept", [True, False])
+def test_earlier_weights_are_those_before_the_last_applied_update(applied, asked, kept):
+    run, handler = AsSeen(8, loss_fn=(loss_fn := NotWith())), NaNRollback()
+    loss_fn.of(run)
+    loss_fn.rows = loss_fn.rows[:2]  # without a good window every bad row would be a divergence
+    run.window, window = run.train_loader.window_at(0, 1), run.window
+    run.apply(handler, *applied)
+    run.window = window
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    run.earlier = {name: tensor * 0.5 for name, tensor in before.items()} if kept else None
+    incident = run.refuse(handler, "nonfinite")
+    assert incident.verdict == ("data_with_weights" if kept else "data")
+    assert run.asked == [asked]
+    assert run.interventions.skipped == {8}
+    assert handler.state_dict()["blamed"] == (1 if kept else 0)
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_the_known_good_window_is_the_last_that_was_applied():
+    run, handler = AsSeen(8), NaNRollback()
+    assert handler._known_good(run) is None  # type: ignore[arg-type]
+    # A process that continues knows only its step; its loader makes the window again.
+    handler.load_state_dict({**handler.state_dict(), "good_steps": [2, 5]})
+    again = handler._known_good(run)  # type: ignore[arg-type]
+    assert again is not None
+    expected = run.train_loader.window_at(0, 4).micro_batches[0]["input_ids"]
+    assert torch.equal(again.micro_batches[0]["input_ids"], expected)
+    run.train_loader = [run.window]  # type: ignore[assignment]
+    assert handler._known_good(run) is None  # type: ignore[arg-type]
+    run.apply(handler, 7)
+    assert handler._known_good(run) is run.window  # type: ignore[arg-type]
+    run.train_loader, _ = tiny_loaders()
+    assert handler._known_good(run) is run.window  # type: ignore[arg-type]
+    handler.load_state_dict({**handler.state_dict(), "good_steps": []})
+    assert handler._known_good(run) is None  # type: ignore[arg-type]
+
+
+class Voting(Ranks):
+    """A rank of three, whose others have these shares of every vote."""
+
+    others: tuple[int, ...] = (0, 0, 0)
+
+    def sum_counts(self, counts: Any) -> list[int]:
+        return [own + more for own, more in zip(counts, self.others, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("rank", "bad", "others", "writes"),
+    [
+        (0, False, (0, 0, 0), True),
+        (1, False, (0, 0, 0), False),
+        (2, False, (0, 0, 0), False),
+        (1, True, (0, 0, 0), True),
+        (1, True, (1, 0, 0), False),
+        (1, True, (0, 0, 1), True),
+        (0, False, (0, 0, 1), False),
+        (0, True, (0, 1, 1), True),
+    ],
+)
+def test_the_first_rank_whose_share_is_bad_writes_the_evidence(
+    monkeypatch, tmp_path, caplog, rank, bad, others, writes
+):
+    written: list[Incident] = []
+
+    def write(run_dir: Path, incident: Incident, *_: Any) -> Path:
+        written.append(incident)
+        return run_dir
+
+    monkeypatch.setattr(module, "write_incident", write)
+    run = AsSeen(checkpoints=(4,), ranks=(ranks := Voting(rank, 3)))
+    object.__setattr__(ranks, "others", others)
+    if bad:
+        with torch.no_grad():
+            next(run.model.parameters()).fill_(math.nan)
+    run.refuse(NaNRollback(run_dir=tmp_path), "learning rate")
+    assert written == run.incidents * writes
+    said = [record.getMessage() for record in caplog.records if "first bad" in record.getMessage()]
+    assert ["output of" in line for line in said] == ([True, False] if bad and writes else [])
+    levels = {record.levelname for record in caplog.records if "step 10" in record.getMessage()}
+    assert levels == ({"WARNING"} if rank == 0 else set())
+
+
+def test_a_state_that_is_taken_back_replaces_what_the_steps_decide():
+    saved = {
+        "total": 3,
+        "transients": 2,
+        "spikes": 1,
+        "region_end": 40,
+        "in_region": 2,
+        "overflows": 5,
+        "blamed": 1,
+        "good_steps": [7, 8, 9],
+    }
+    handler = NaNRollback()
+    AsSeen().apply(handler, 1, 2)
+    handler.load_state_dict(saved)
+    assert handler.state_dict() == saved
+    # As many incidents, in another course: those of the state that is loaded.
+    handler.load_state_dict({**saved, "total": 1, "transients": 4, "region_end": 30})
+    assert handler.state_dict() == {**saved, "total": 1, "transients": 4, "region_end": 30}
+    # Fewer than are known: a rollback gives no fresh allowance.
+    handler.load_state_dict({**saved, "total": 1, "transients": 2, "in_region": 1, "overflows": 0})
+    known = {**saved, "total": 1, "transients": 4, "region_end": 30, "overflows": 0}
+    assert handler.state_dict() == known
+    without = {name: value for name, value in known.items() if name != "blamed"}
+    handler.load_state_dict(without)  # a checkpoint of an earlier release
+    assert handler.state_dict() == {**known, "blamed": 0}
+
+
+def test_a_step_is_repeated_again_once_the_run_has_gone_back():
+    run, handler = AsSeen(6, (4,)), NaNRollback()
+    assert run.refuse(handler, "nonfinite").verdict == "transient"
+    handler.load_state_dict(handler.state_dict())
+    assert run.refuse(handler, "nonfinite").verdict == "transient"
+    assert run.refuse(handler, "nonfinite").verdict == "unexplained"
+    assert run.redone == [6, 6]
+    assert run.went_back == [4]
+    assert run.interventions.skipped == {6}
+    assert (handler.transients, handler.total) == (2, 1)
+
+
+@pytest.mark.parametrize(("num_bad", "said"), [(0, ""), (3, "z"), (4, "z and 1 more")])
+def test_a_damaged_state_is_named_by_three_tensors(num_bad, said):
+    run, handler = AsSeen(8, (4,)), NaNRollback()
+    names = ["x", "y", "z", "zz"][:num_bad]
+    run.model = torch.nn.ParameterDict({name: torch.full((1,), math.nan) for name in names})  # type: ignore[assignment]
+    fault = module._damage(run)  # type: ignore[arg-type]
+    assert fault == (f": model.x, model.y, model.{said}" if num_bad else "")
+    run = AsSeen(8)
+    handler.judge_state(run)  # type: ignore[arg-type]
+    assert run.incidents == []  # without a checkpoint the error of the save says it
