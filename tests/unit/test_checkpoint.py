@@ -138,8 +138,8 @@ def test_an_instance_works_like_the_class(tmp_path: Path) -> None:
     manager = CheckpointManager(keep_last=2)
     model = parts()[0]
     manager.save(tmp_path / "a", model, step=1)
-    for _ in range(4):
-        manager.save_last(tmp_path / "last", model, {})
+    for step in range(1, 5):
+        assert manager.save_last(tmp_path / "last", model, {}).name == step_name(step)
 
     assert manager.load(tmp_path / "a", model)[5] == 1
     assert len(CheckpointStore(tmp_path / "last").list()) == 2
@@ -305,7 +305,8 @@ def test_a_file_of_other_contents_is_refused(tmp_path: Path) -> None:
     torch.save({"model": 3}, tmp_path / "number.pt")
     (tmp_path / "text").write_text("hello")
 
-    for name in ("weights.pt", "number.pt", "text"):
+    torch.save({"model": {}, "metrics": 3}, tmp_path / "metrics.pt")
+    for name in ("weights.pt", "number.pt", "metrics.pt", "text"):
         with pytest.raises(CheckpointError, match=name):
             CheckpointManager.load(tmp_path / name)
 
@@ -453,6 +454,56 @@ def test_no_kernel_gets_what_it_would_not_look_at(change: Any, says: str) -> Non
     change(state)
     with pytest.raises(CheckpointError, match=says):
         check_optimizer_state(optimizer, state)
+
+
+@pytest.mark.parametrize(
+    ("kept", "fits"),
+    [
+        (torch.zeros(4, 4), True),
+        (torch.zeros(4, 2), False),
+        (torch.zeros(1, 2), False),
+        (torch.zeros(1, 1), True),
+        (torch.zeros(7), True),
+        (0.5, True),
+    ],
+    ids=str,
+)
+def test_what_an_optimizer_keeps_in_a_form_of_its_own_is_its_own(kept: Any, fits: bool) -> None:
+    optimizer = _stepped()  # of one parameter of 4 x 4
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0]["own"] = kept
+    if fits:
+        check_optimizer_state(optimizer, state)
+        return
+    with pytest.raises(CheckpointError, match="'own' of another shape"):
+        check_optimizer_state(optimizer, state)
+
+
+ONE, TWO = torch.ones(1), torch.ones(2)
+KINDS: list[tuple[Any, list[Any], list[Any]]] = [
+    # an option of the optimizer, saved ones that may replace it, and saved ones that may not
+    (None, [None, True, 1, "x", [1]], []),
+    (True, [False, None], [1, 0.5, "x", ONE]),
+    (0.5, [0.25, 3, ONE], [True, None, "x", TWO, [0.5]]),
+    (ONE, [0.25, 3, ONE], [True, None, "x", TWO]),
+    (TWO, [TWO, ONE], [0.5, None]),
+    ((0.5, True), [[0.25, False], (1, None)], [(0.5,), (0.5, 1), (True, True), 0.5, "ab"]),
+    ("x", ["y"], [None, 1]),
+]
+
+
+@pytest.mark.parametrize(("own", "same", "others"), KINDS, ids=str)
+def test_an_option_is_replaced_by_one_of_its_kind(own: Any, same: Any, others: Any) -> None:
+    optimizer = _stepped()
+    optimizer.param_groups[0]["option"] = own
+    state = copy.deepcopy(optimizer.state_dict())
+    for saved in same:
+        state["param_groups"][0]["option"] = saved
+        check_optimizer_state(optimizer, state)
+    for saved in others:
+        state["param_groups"][0]["option"] = saved
+        with pytest.raises(CheckpointError, match="option 'option' of another kind"):
+            check_optimizer_state(optimizer, state)
 
 
 def test_options_of_the_same_kind_may_differ(tmp_path: Path) -> None:

@@ -102,6 +102,19 @@ def test_the_sequences_of_a_step_are_shown_up_to_a_number_of_tokens(monkeypatch,
     assert all(it["text"] is None and it["corpus_offset"] == it["token_ids"][0] for it in found)
 
 
+def test_a_report_shows_a_quarter_of_a_million_tokens():
+    assert module.MAX_TOKENS_SHOWN == 262_144
+
+
+def test_the_place_in_a_mixture_has_its_source():
+    run = trainer(step=2)
+    run.train_loader = SimpleNamespace(
+        batch_size=ROWS, rows_at=lambda epoch, step: np.array([[3, 40], [0, 50], [7, 60]])
+    )
+    assert corpus_place(run, 0, 1) == {"corpus_offset": 50, "source": 0}
+    assert corpus_place(run, 1, 0) == {"corpus_offset": 60, "source": 7}
+
+
 def test_the_first_bad_modules_are_the_first_of_each_pass():
     nan, one = torch.tensor([math.nan]), torch.ones(1)
     replay = Replay(

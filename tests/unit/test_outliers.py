@@ -61,6 +61,36 @@ def test_what_is_not_finite_stands_out_and_never_enters():
     assert window.score(-math.inf) == 0.0
 
 
+def test_the_documented_defaults():
+    window = RobustWindow()
+    window.extend([100.0] * 31)
+    assert window.score(1e9) == 0.0
+    assert window.limit(1.0) == math.inf
+    window.extend([100.0])
+    assert window.limit(1.0) == 102.0
+    window.extend([100.0] * 100)
+    assert len(window) == 128
+    still = RobustWindow()
+    still.extend([0.0] * 32)
+    assert still.limit(1.0) == 1e-12
+
+
+def test_an_early_scale_is_never_zero():
+    window = RobustWindow(8, needed=4, early=0.1, smallest=0.5)
+    window.extend([0.0])
+    assert window.score(1.0) == 2.0
+
+
+def test_a_cleared_window_knows_nothing():
+    window = RobustWindow(8, needed=2)
+    window.extend([1.0, 2.0])
+    window.clear()
+    assert len(window) == 0
+    assert window.score(9.0) == 0.0
+    assert window.limit(1.0) == math.inf
+    assert math.isnan(window.median)
+
+
 def test_almost_half_of_the_window_may_be_wild():
     window = RobustWindow(21, needed=4)
     for index in range(21):
@@ -82,6 +112,15 @@ def test_a_saved_window_goes_on_as_if_nothing_had_been():
         one.extend([value])
         other.extend([value])
     assert one.state_dict() == other.state_dict()
+
+
+def test_loaded_values_replace_the_known_ones():
+    window = RobustWindow(8, needed=2)
+    window.extend([50.0] * 8)
+    window.load_state_dict({"values": [1.0, 3.0]})
+    assert window.state_dict() == {"values": [1.0, 3.0]}
+    assert window.median == 2.0
+    assert RobustWindow(2, needed=2).needed == 2  # the smallest there is
 
 
 @pytest.mark.parametrize(("size", "needed"), [(1, 1), (8, 9), (8, 1)])

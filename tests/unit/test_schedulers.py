@@ -190,6 +190,7 @@ def test_the_staircase_is_bounded_and_falls_only_between_epochs(steps_per_epoch,
         assert len(values) == 1
         assert values.pop() == pytest.approx(rate**epoch)
     assert 0 <= scheduler.multiplier(10**12) <= 1
+    assert ExponentialDecayScheduler(sgd(), steps_per_epoch, 1.0).multiplier(10**12) == 1
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -220,6 +221,9 @@ def test_a_foreign_state_is_refused(state):
     scheduler = ConstantLRScheduler(sgd())
     with pytest.raises(CheckpointError, match="last_step"):
         scheduler.load_state_dict(state)
+    assert scheduler.last_step == 0
+    scheduler.step()
+    scheduler.load_state_dict({"last_step": 0})  # of a schedule before its first step
     assert scheduler.last_step == 0
 
 
@@ -275,6 +279,7 @@ def test_steps_and_progress_are_checked():
         with pytest.raises(ValueError, match="progress"):
             scheduler.step(progress)
     assert scheduler.last_step == 0
+    assert [scheduler.learning_rate(1, progress) for progress in (0, 0.5, 1)] == [BASE] * 3
 
 
 def test_a_tensor_rate_is_written_in_place():

@@ -626,6 +626,8 @@ def test_the_evidence_names_place_text_and_metrics_and_keeps_no_secret(tmp_path,
     text = (directory / "report.json").read_text()
     assert "hunter2" not in text
     report = json.loads(text)
+    assert text == json.dumps(report, indent=2) + "\n"
+    assert report["window"] == []  # the bad sequences say more
     assert report["first_bad"]["forward"]["module"] == "loss"
     (bad,) = report["bad_sequences"]
     window = trainer.train_loader.window_at(0, 5)
@@ -655,6 +657,25 @@ def test_a_disk_that_is_full_does_not_stop_the_healing(tmp_path, caplog):
     assert len(run(trainer)) == 1
     assert trainer.finished
     assert "the evidence cannot be written" in caplog.text
+
+
+def test_a_second_incident_of_a_step_leaves_the_evidence_of_the_first(tmp_path, caplog):
+    for _ in range(2):
+        run(make_trainer(None, Once(2), NaNRollback(run_dir=tmp_path), total_steps=2))
+    first, second = sorted(path.name for path in (tmp_path / "incidents").iterdir())
+    assert first == "00000002-transient"
+    assert second.startswith(first)
+    for name in (first, second):
+        assert report_of(tmp_path, name)["step"] == 2
+        assert f"evidence: {tmp_path / 'incidents' / name}" in caplog.text
+
+
+def test_evidence_is_not_written_through_a_link(tmp_path, caplog):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "incidents").symlink_to("elsewhere")
+    run(make_trainer(None, Once(2), NaNRollback(run_dir=tmp_path), total_steps=2))
+    assert "the evidence cannot be written" in caplog.text
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def report_of(directory: Path, name: str) -> dict[str, Any]:
@@ -709,6 +730,7 @@ def test_the_evidence_of_a_transient_fault_has_the_window_and_the_random_numbers
     ]
     name, state = evidence_of(tmp_path, "00000006-transient")
     assert name == "step-00000005"
+    assert state["model"] == {}
     assert torch.equal(state["generators"]["torch"], before[0])
     assert torch.equal(state["window"][0]["input_ids"], window)
 

@@ -14,7 +14,12 @@ from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model
 from fundamentallm.training.handlers import Checkpointing, NaNRollback, Schedule
 from fundamentallm.training.limits import Budget, Limits
 from fundamentallm.training.losses import compute_loss
-from fundamentallm.training.schedulers import CosineAnnealingScheduler, LearningRateScheduler
+from fundamentallm.training.schedulers import (
+    ConstantLRScheduler,
+    CosineAnnealingScheduler,
+    LearningRateScheduler,
+    LinearWarmup,
+)
 from fundamentallm.training.state import TrainingState
 from fundamentallm.training.trainer import Trainer
 
@@ -145,6 +150,32 @@ def test_a_resumed_run_goes_on_from_the_progress_in_its_state():
     assert second.budget.clock_progress() == 0.5
 
 
+def test_an_intervention_lowers_the_rate_of_its_steps():
+    model = tiny_model()
+    optimizer = two_groups(model)
+    train, _ = tiny_loaders()
+    schedule = ConstantLRScheduler(optimizer)
+    handler = Schedule(schedule)
+    trainer = Trainer(
+        model,
+        train,
+        optimizer=optimizer,
+        scheduler=schedule,
+        device="cpu",
+        config=TrainingConfig(total_steps=4),
+        handlers=[handler],
+    )
+    trainer.interventions.cut_rate(2, 2, 0.5)
+    trainer.run()
+    assert optimizer.used == [[0.02, 0.005], [0.01, 0.0025], [0.01, 0.0025], [0.02, 0.005]]
+
+
+def test_the_rates_of_the_next_update_are_told_to_ignite():
+    handler = Schedule(LinearWarmup(two_groups(tiny_model()), warmup_steps=8))
+    handler.event_index = 3
+    assert handler.get_param() == [0.01, 0.0025]
+
+
 def test_a_trainer_without_a_schedule_keeps_the_rate():
     train, _ = tiny_loaders()
     trainer = Trainer(
@@ -161,3 +192,5 @@ def test_state_goes_through_a_round_trip():
     schedule.progress = 0.375
     other.load_state_dict(schedule.state_dict())
     assert other.progress == 0.375
+    other.load_state_dict({"progress": None})
+    assert other.progress is None
