@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from fault_injection.faults import CHANGES, Crash, FaultyFilesystem
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import FileRecord, Filesystem
 from fundamentallm.files.run_layout import MANIFEST
+from fundamentallm.training.checkpoint import directory
 from fundamentallm.training.checkpoint.directory import ALL_FILES
 from fundamentallm.training.checkpoint.manifest import render_manifest
 from fundamentallm.training.checkpoint.store import CheckpointStore, checked_name, step_name
@@ -360,6 +362,63 @@ def test_a_manifest_of_other_files_is_refused(store: CheckpointStore, listed: se
 
     with pytest.raises(CheckpointError, match="not of a checkpoint"):
         store.read(path)
+
+
+def test_a_manifest_of_the_largest_size_is_read(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert directory.MAX_MANIFEST_BYTES == 16_777_216
+    path = write(store, 1)
+    size = (path / MANIFEST).stat().st_size
+    monkeypatch.setattr(directory, "MAX_MANIFEST_BYTES", size)
+    assert store.manifest(path).step == 1
+    monkeypatch.setattr(directory, "MAX_MANIFEST_BYTES", size - 1)
+    with pytest.raises(CheckpointError, match="too large"):
+        store.manifest(path)
+
+
+def forge(path: Path, skeletons: Any) -> None:
+    """Give a checkpoint another state.json, with the hashes that belong to it."""
+    (path / "state.json").write_text(json.dumps(skeletons))
+    records = {}
+    for name in ALL_FILES - {MANIFEST}:
+        data = (path / name).read_bytes()
+        records[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    (path / MANIFEST).write_bytes(render_manifest(1, records, {}))
+
+
+WEIGHT = {"w": {"$tensor": "w"}}
+
+
+@pytest.mark.parametrize(
+    "skeletons",
+    [
+        [],
+        {"model": WEIGHT},
+        {"model": WEIGHT, "state": {}, "more": {}},
+        {"model": WEIGHT, "state": []},
+        {"model": WEIGHT, "state": {"model": {}}},
+        {"model": [{"$tensor": "w"}], "state": {}},
+        {"model": {"$tuple": [{"$tensor": "w"}]}, "state": {}},
+    ],
+    ids=str,
+)
+def test_a_state_of_another_form_with_right_hashes_is_refused(
+    store: CheckpointStore, skeletons: Any
+) -> None:
+    path = store.write(step_name(1), {"model": {"w": torch.ones(2)}}, step=1)
+    forge(path, {"model": WEIGHT, "state": {"a": 1}})
+    assert set(store.read(path)) == {"model", "a"}
+    forge(path, skeletons)
+    with pytest.raises(CheckpointError, match="the saved state is malformed"):
+        store.read(path)
+
+
+def test_the_size_of_a_state_is_that_of_its_tensors_and_its_text() -> None:
+    tree = {"model": {"w": torch.ones(3)}, "moment": torch.zeros(5, dtype=torch.float64)}
+    state = directory.pack(tree)
+    text = b"".join(state.contents["state.json"]())
+    assert state.num_bytes == 3 * 4 + 5 * 8 + len(text)
 
 
 def test_a_quick_look_does_not_replace_the_hashes(store: CheckpointStore) -> None:

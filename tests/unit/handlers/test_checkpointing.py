@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training.checkpoint.catalogue import Catalogue, Entry
+from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import Checkpointing, Evaluation
 from fundamentallm.training.trainer import Trainer
 
@@ -68,6 +70,7 @@ def test_keeps_the_newest_and_the_best(tmp_path, scores, best, expected):
     assert pointer(tmp_path, "best") == best
     assert pointer(tmp_path, "last") == len(scores) - 1
     assert handler.best_step == best
+    assert [entry.step for entry in handler.catalogue.entries] == expected[::-1]
     assert handler.last_checkpoint == tmp_path / f"step-{len(scores) - 1:08d}"
 
 
@@ -259,6 +262,115 @@ def test_a_failed_save_ends_the_run_and_leaves_the_earlier_ones_whole(tmp_path, 
         trainer.run()
     assert [manifest.step for manifest in handler.store.list()] == [2, 0]
     assert trainer.state.checkpoints == 2
+
+
+def damage(path: Path) -> None:
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+
+
+def test_the_way_back_does_not_take_what_somebody_else_has_put_there(tmp_path):
+    handler = Checkpointing(tmp_path / "run")
+    trainer = make_trainer(handler, checkpoint_steps=2)
+    trainer.run()
+    make_trainer(Checkpointing(tmp_path / "other"), checkpoint_steps=2).run()
+    shutil.rmtree(tmp_path / "run" / "step-00000006")
+    (tmp_path / "other" / "step-00000006").rename(tmp_path / "run" / "step-00000006")
+    handler.restore_before(trainer)
+    assert trainer.state.iteration == 4
+    assert (tmp_path / "run" / "corrupt" / "step-00000006").is_dir()
+
+
+class Telling(Ranks):
+    """The writing rank; notes each text that it tells the others."""
+
+    told: ClassVar[list[Any]] = []
+
+    def first_decides(self, decide: Any) -> Any:
+        self.told.append(super().first_decides(decide))
+        return self.told[-1]
+
+
+def test_the_other_ranks_are_told_what_the_directory_has(tmp_path):
+    """After each save, after each score, and where a run continues."""
+
+    def told_all() -> bool:
+        texts = [text for text in Telling.told if isinstance(text, str)]
+        return bool(texts) and texts[-1] == handler.catalogue.to_json()
+
+    seen: list[bool] = []
+    for total_steps in (6, 9):
+        Telling.told.clear()
+        handler = Checkpointing(tmp_path, 2)
+        trainer = make_trainer(Evaluation(), handler, eval_steps=3, total_steps=total_steps)
+        trainer.ranks = Telling()
+        if total_steps == 9:
+            trainer.resume(tmp_path / "step-00000006")
+            assert told_all()
+        trainer.add_event_handler(
+            TrainingEvents.FLLM_CHECKPOINT_SAVED, lambda: seen.append(told_all())
+        )
+        trainer.run()
+        assert told_all()
+    assert seen == [True] * 4  # of steps 0, 3, 6 and 9
+
+
+def test_a_run_that_continues_reads_each_checkpoint_once_and_cleans_up(tmp_path, monkeypatch):
+    make_trainer(Checkpointing(tmp_path, 9), checkpoint_steps=1).run()
+    damage(tmp_path / "step-00000002")
+    (tmp_path / ".step-00000009.tmp-0123456789ab").mkdir()
+    handler = Checkpointing(tmp_path, 9)
+    read: list[str] = []
+
+    def noting(reads: Any) -> Any:
+        return lambda _, path: (read.append(path.name), reads(path))[1]
+
+    monkeypatch.setattr(CheckpointStore, "load", noting(handler.store.load))
+    monkeypatch.setattr(CheckpointStore, "verify", noting(handler.store.verify))
+    trainer = make_trainer(handler, checkpoint_steps=1, total_steps=12)
+    trainer.resume(tmp_path / "step-00000006")
+    names = [f"step-{step:08d}" for step in range(7)]
+    assert sorted(read) == names
+    assert [path.name for path in (tmp_path / "corrupt").iterdir()] == ["step-00000002"]
+    assert not list(tmp_path.glob(".*"))
+    trainer.run()  # it deletes old ones, which must be whole to count
+    assert kept(tmp_path) == [4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert sorted(read) == names
+
+
+def test_only_a_loss_that_was_measured_at_its_step_is_in_a_manifest(tmp_path):
+    handler = Checkpointing(tmp_path, 9)
+    trainer = make_trainer(
+        Evaluation(), handler, total_steps=7, eval_steps=4, eval_epochs=False, checkpoint_steps=6
+    )
+    metadata = handler._metadata
+    trainer.run()
+    assert math.isfinite(trainer.state.metrics["val/loss"])
+    assert handler.store.manifest(tmp_path / "step-00000006").metadata["val_loss"] is None
+    assert metadata(trainer)["val_loss"] == trainer.state.metrics["val/loss"]
+
+
+def test_the_log_names_the_best(tmp_path, caplog):
+    with caplog.at_level("DEBUG"):
+        scored_run(tmp_path, [None, 1.0, 0.5])
+    said = [record.getMessage() for record in caplog.records if ": saved" in record.getMessage()]
+    assert said == ["step 0: saved", "step 1: saved, the best so far", "step 2: saved"]
+
+
+def test_there_is_no_way_back_where_every_checkpoint_is_damaged(tmp_path):
+    handler = Checkpointing(tmp_path)
+    trainer = make_trainer(handler, checkpoint_steps=2)
+    trainer.run()
+    names = [path.name for path in sorted(tmp_path.glob("step-*"))]
+    assert len(names) == 3
+    for name in names:
+        damage(tmp_path / name)
+    with pytest.raises(CheckpointError, match="no checkpoint left to go back to"):
+        handler.restore_before(trainer)
+    assert trainer.state.iteration == 6
+    assert sorted(path.name for path in (tmp_path / "corrupt").iterdir()) == names
+    assert handler.last_checkpoint is None
+    assert handler.step_to_restore() is None
 
 
 def test_the_way_back_passes_a_damaged_checkpoint_over(tmp_path):
