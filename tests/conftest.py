@@ -19,15 +19,34 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Minutes each, and a file runs in one process: begun last, one would run beside an idle process.
+LONGEST = (
+    "test_fault_injection_heal.py",
+    "test_prepare_command.py",
+    "test_fault_injection_kill.py",
+    "test_stalls.py",
+    "test_fault_injection_resume.py",
+    "test_examples.py",
+    "test_tune_command.py",
+    "test_saving_on_a_failing_disk.py",
+    "test_fault_injection_store.py",
+    "test_fault_injection_fuzz.py",
+)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let property tests draw a few examples by default and all of them with `-m long`."""
-    properties.use(all_examples=config.option.markexpr == "long")
+    is_long = config.option.markexpr == "long"
+    properties.use(all_examples=is_long)
+    if is_long:
+        config.option.loadscopereorder = False  # files begin in the order of the items
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Select the property tests for the long run too."""
+    """Select the property tests for the long run too, and begin with what takes longest."""
     if config.option.markexpr == "long":
         for item in items:
             if is_hypothesis_test(getattr(item, "obj", None)):
                 item.add_marker("long")
+        items.sort(key=lambda item: item.path.name not in LONGEST)
