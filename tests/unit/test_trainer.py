@@ -13,9 +13,16 @@ from ignite.handlers import EarlyStopping
 from torch.utils.data import DataLoader
 
 from fundamentallm.config import TrainingConfig
+from fundamentallm.data.batch import Window
 from fundamentallm.data.dataset import LanguageModelDataset
 from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
-from fundamentallm.errors import CheckpointError, NumericalError
+from fundamentallm.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MachineError,
+    NumericalError,
+)
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import (
     RecordingHandler,
@@ -27,6 +34,8 @@ from fundamentallm.testing import (
 from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import LossEMA, NaNRollback, Perplexity, WeightEMA
+from fundamentallm.training.limits import Limits
+from fundamentallm.training.losses import ChunkedCrossEntropy
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.schedulers import CosineAnnealingScheduler, LinearWarmup
 from fundamentallm.training.trainer import Trainer
@@ -108,6 +117,101 @@ def test_epochs_one_by_one_equal_epochs_at_once() -> None:
     one_by_one.train_epoch()
     one_by_one.train_epoch()
     assert_equal_weights(weights(at_once), weights(one_by_one))
+
+
+def test_train_epoch_goes_on_inside_an_epoch_and_leaves_the_budget_of_the_run() -> None:
+    trainer = make_trainer(num_epochs=3)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=4), trainer.interrupt)
+    assert math.isnan(trainer.train_epoch())  # the epoch has no end yet
+    trainer.train_epoch()
+    assert trainer.state.iteration == len(trainer.train_loader)
+    trainer.train()
+    assert trainer.state.iteration == 3 * len(trainer.train_loader)
+
+
+def test_less_than_an_epoch_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        make_trainer().train(num_epochs=0)
+
+
+def test_the_limits_that_are_given_hold_and_tokens_are_counted_in_steps() -> None:
+    train, _ = tiny_loaders()
+    given = Trainer(tiny_model(), train, device="cpu", limits=Limits(3))
+    assert len(given.train().steps) == 3
+    assert make_trainer(max_tokens=100).total_steps == 4  # steps of 32 tokens
+
+
+def test_a_model_that_lacks_what_the_loss_takes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="logits_from_hidden"):
+        Trainer(UniformModel(11), tiny_loaders()[0], loss_fn=ChunkedCrossEntropy(3), device="cpu")
+
+
+def test_before_its_first_step_a_run_has_counted_nothing_and_is_not_about_to_end() -> None:
+    trainer = make_trainer()
+    assert (trainer.state.iteration, trainer.epoch, trainer.tokens_computed) == (0, 0, 0)
+    assert trainer.window == Window([], 0)
+    assert trainer.finished == ""
+    assert [trainer.stopping, trainer.rolling_back, trainer.saving_for_a_stop] == [False] * 3
+
+
+def test_an_epoch_may_be_one_step() -> None:
+    train = TokenWindowLoader(tiny_tokens(9), Batching(8, 4))
+    trainer = Trainer(tiny_model(), train, tiny_loaders()[1], device="cpu")
+    history = trainer.train(num_epochs=3)
+    assert [entry["step"] for entry in history.epochs] == history.steps == [1, 2, 3]
+    assert [entry["step"] for entry in history.validations] == [1, 2, 3]
+    assert history.epoch_train_loss == history.train_loss
+
+
+def test_a_step_is_taken_in_training_mode_though_a_handler_left_another() -> None:
+    trainer = make_trainer()
+    modes: list[bool] = []
+    trainer.model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
+    trainer.add_event_handler(Events.ITERATION_STARTED(every=2), lambda: trainer.model.eval())
+    trainer.run(max_iters=4)
+    assert modes == [True] * 4
+
+
+def test_a_refused_step_does_not_enter_the_mean_loss_of_the_epoch() -> None:
+    trainer = make_trainer()
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_GRADIENTS_READY(once=3), lambda e: e.reject_step("a spike")
+    )
+    mean = trainer.train_epoch()
+    kept = [step for step in range(len(trainer.train_loader)) if step != 2]
+    tokens = [trainer.train_loader.window_at(0, step).num_tokens for step in kept]
+    losses = [trainer.history.train_loss[step] for step in kept]
+    assert math.isfinite(trainer.history.train_loss[2])
+    expected = sum(x * n for x, n in zip(losses, tokens, strict=True)) / sum(tokens)
+    assert mean == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_step_counts_masked_targets_as_computed_and_shows_its_gradient_norm() -> None:
+    ids = torch.arange(8).remainder(11)[None]
+    targets = (ids + 1).masked_fill(ids < 3, -100)
+    trainer = Trainer(tiny_model(), [(ids, targets)], device="cpu")
+    norms: list[float] = []
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_GRADIENTS_READY, lambda: norms.append(float(trainer.grad_norm))
+    )
+    trainer.run(max_iters=1)
+    assert (trainer.tokens_computed, trainer.state.tokens_seen) == (8, 5)
+    assert norms == [pytest.approx(trainer.state.output.grad_norm)]
+
+
+def test_a_window_of_the_ledger_is_passed_over_and_said() -> None:
+    trainer = make_trainer()
+    trainer.interventions.skip({2})
+    heard: list[tuple[int, str, int]] = []
+
+    @trainer.on(TrainingEvents.FLLM_STEP_REJECTED)
+    def note(engine: Trainer) -> None:
+        output = engine.state.output
+        heard.append((engine.state.iteration, output.rejection, output.num_tokens))
+
+    trainer.run(max_iters=3)
+    assert heard == [(2, "ledger", 32)]
+    assert trainer.state.optimizer_steps == 2
 
 
 def test_validate_equals_the_loss_over_every_target_and_disturbs_nothing() -> None:
@@ -355,6 +459,157 @@ def test_a_finished_run_takes_no_further_step() -> None:
     assert trainer.state.iteration == 2 * step
 
 
+@pytest.mark.parametrize(
+    ("steps", "limits", "reason"),
+    [
+        (4, Limits(3), "the last step is done"),
+        (4, Limits(9, max_tokens=128), "the budget is used up"),
+        (1, Limits(9, max_tokens=32), "the budget is used up"),
+        (4, Limits(None, max_seconds=8.0), "the budget is used up"),
+    ],
+)
+def test_a_run_that_has_used_up_its_new_budget_takes_no_step(
+    steps: int, limits: Limits, reason: str
+) -> None:
+    trainer = make_trainer()
+    trainer.budget.clock = lambda: 2.0 * trainer.state.iteration
+    trainer.run(max_iters=steps)
+    trainer.budget.limits = limits
+    trainer.run()
+    assert (trainer.state.iteration, trainer.finished) == (steps, reason)
+
+
+def test_a_budget_that_ends_while_the_run_starts_leaves_it_one_step() -> None:
+    trainer = make_trainer(max_seconds=5.0)
+    trainer.budget.clock = lambda: 6.0
+    trainer.train()
+    assert (trainer.state.iteration, trainer.finished) == (1, "the budget is used up")
+
+
+def test_a_run_that_goes_on_is_not_finished_when_it_starts() -> None:
+    trainer = make_trainer()
+    trainer.run(max_iters=2)
+    told: list[tuple[str, bool]] = []
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_RUN_STARTED, lambda: told.append((trainer.finished, trainer.stopping))
+    )
+    assert trainer.run(max_iters=4) is trainer.state
+    assert told == [("", False)]
+
+
+def test_a_signal_while_a_run_starts_stops_it_before_its_first_step(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, lambda e: e.interrupt_run(15))
+    trainer.train(num_epochs=1)
+    assert (trainer.state.iteration, trainer.finished, trainer.stopping) == (0, "", True)
+    assert CheckpointStore(tmp_path).step_names() == ["step-00000000"]
+    done = make_trainer()
+    done.train(num_epochs=1)
+    done.interrupt_run(15)
+    done.train(num_epochs=1)
+    assert done.finished == "the last step is done"
+
+
+def test_a_run_that_is_asked_to_pause_saves_and_stops(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.pause_when(lambda: False)
+    trainer.pause_when(lambda: trainer.state.iteration == 3)
+    trainer.train(num_epochs=1)
+    assert (trainer.state.iteration, trainer.finished) == (3, "")
+    newest = CheckpointStore(tmp_path).newest()
+    assert newest is not None
+    assert newest.step == 3
+
+
+def test_the_time_between_two_runs_is_not_time_of_a_step() -> None:
+    trainer = make_trainer()
+    idle = [0.0]
+    trainer.budget.clock = lambda: idle[0] + 2.0 * trainer.state.iteration
+    trainer.run(max_iters=4)
+    idle[0] = 100.0
+    remaining: list[float | None] = []
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=6),
+        lambda: remaining.append(trainer.budget.seconds_remaining()),
+    )
+    trainer.run(max_iters=9)
+    assert remaining == [3 * 2.0]
+
+
+def test_the_epochs_of_a_run_that_was_interrupted_inside_one_keep_their_numbers() -> None:
+    trainer = make_trainer()
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=7), trainer.interrupt)
+    epochs: list[int] = []
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: epochs.append(trainer.state.epoch))
+    for _ in range(2):
+        trainer.train(num_epochs=2)
+    assert epochs == [1] * 10 + [2] * 10
+
+
+class TornLoader(TokenWindowLoader):
+    """Only the first two steps of an epoch can be read."""
+
+    def window_at(self, epoch: int, step: int) -> Window:
+        if step >= 2:
+            raise DataError("the file is cut off")
+        return super().window_at(epoch, step)
+
+
+@pytest.mark.parametrize(("every", "for_a_stop"), [(100, True), (2, False)])
+def test_what_was_trained_is_saved_once_where_the_data_cannot_be_read_any_further(
+    tmp_path: Path, every: int, for_a_stop: bool
+) -> None:
+    config = TrainingConfig(checkpoint_dir=str(tmp_path), checkpoint_steps=every)
+    train = TornLoader(tiny_tokens(), Batching(8, 4))
+    trainer = Trainer(tiny_model(), train, tiny_loaders()[1], device="cpu", config=config)
+    saved: list[tuple[int, bool]] = []
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_CHECKPOINT_SAVED,
+        lambda: saved.append((trainer.state.iteration, trainer.saving_for_a_stop)),
+    )
+    with pytest.raises(DataError, match="cut off"):
+        trainer.train()
+    assert saved == [(0, False), (2, for_a_stop)]
+    assert (trainer.state.iteration, trainer.finished, trainer.stopping) == (2, "", for_a_stop)
+    assert not trainer.saving_for_a_stop
+    newest = CheckpointStore(tmp_path).newest()
+    assert newest is not None
+    assert newest.step == 2
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_out_of_memory_names_the_step_and_a_checkpoint_only_where_there_is_one(
+    tmp_path: Path, saves: bool
+) -> None:
+    trainer = make_trainer(tmp_path if saves else None)
+    trainer.add_event_handler(
+        Events.ITERATION_STARTED(once=3), lambda: (_ for _ in ()).throw(MemoryError)
+    )
+    with pytest.raises(MachineError, match="at step 3") as error:
+        trainer.train(num_epochs=1)
+    assert ("the last checkpoint is kept" in str(error.value)) is saves
+
+
+def test_after_an_error_a_run_on_other_data_reads_those() -> None:
+    trainer = make_trainer()
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=3), lambda: (_ for _ in ()).throw(ArithmeticError)
+    )
+    with pytest.raises(ArithmeticError):
+        trainer.run(max_iters=6)
+    other = TokenWindowLoader(tiny_tokens(97, seed=5), Batching(8, 4))
+    assert len(other) == 3
+    read: list[torch.Tensor] = []
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED,
+        lambda: read.append(trainer.window.micro_batches[0]["input_ids"]),
+    )
+    trainer.run(other, max_iters=5)
+    for step, ids in enumerate(read):
+        assert torch.equal(ids, other.window_at(1, step).micro_batches[0]["input_ids"])
+    assert len(read) == 2
+
+
 def test_a_run_can_be_started_again_after_an_exception() -> None:
     trainer = make_trainer()
     handle = trainer.add_event_handler(
@@ -507,6 +762,34 @@ def test_nothing_of_a_step_that_the_run_goes_back_from_is_evaluated_or_saved(
     assert back == [4]
     assert saved == [0, 4, 8, 10]
     assert trainer.history.steps == list(range(1, 11))
+
+
+def test_a_rollback_to_a_state_that_had_ended_a_run_goes_on(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, eval_steps=100)
+    trainer.attach_defaults()
+    trainer.run(max_iters=4)
+    wished: list[tuple[bool, bool]] = []
+    back: list[tuple[int, str]] = []
+    completed: list[int] = []
+    trainer.add_event_handler(Events.COMPLETED, lambda: completed.append(trainer.state.iteration))
+
+    @trainer.on(TrainingEvents.FLLM_METRICS_READY)
+    def go_back() -> None:
+        if trainer.state.iteration == 6 and not wished:
+            before = trainer.rolling_back
+            trainer.roll_back("a test")
+            wished.append((before, trainer.rolling_back))
+
+    @trainer.on(TrainingEvents.FLLM_ROLLED_BACK)
+    def note() -> None:
+        back.append((trainer.state.iteration, trainer.finished))
+
+    trainer.run(max_iters=8)
+    assert wished == [(False, True)]
+    assert back == [(4, "")]
+    assert completed == [8]
+    assert (trainer.state.iteration, trainer.finished) == (8, "the last step is done")
+    assert trainer.state_dict()["checkpoints"] == trainer.state.checkpoints == 3
 
 
 def test_a_run_counts_its_saves_the_same_where_a_signal_cut_off_its_last_evaluation(
@@ -712,6 +995,34 @@ def test_data_of_another_length_is_refused_on_resume(tmp_path: Path) -> None:
         other.resume(newest)
 
 
+def test_only_the_own_start_may_have_epochs_of_another_length() -> None:
+    trainer = make_trainer()
+    start = copy.deepcopy(trainer.state_dict())
+    trainer.run(max_iters=1)
+    later = copy.deepcopy(trainer.state_dict())
+    trainer.run(TokenWindowLoader(tiny_tokens(97), Batching(8, 4)), max_iters=2)
+    assert trainer.steps_per_epoch != start["epoch_length"]
+    for state in (later, {**start, "run_id": "another"}):
+        with pytest.raises(CheckpointError, match="number of steps"):
+            trainer.load_state_dict(state)
+        assert trainer.state.iteration == 2
+    trainer.load_state_dict(start)
+    assert trainer.state.iteration == 0
+
+
+def test_a_saved_counter_that_is_no_number_is_refused_and_changes_nothing() -> None:
+    trainer = make_trainer()
+    with pytest.raises(CheckpointError, match="tokens_seen"):
+        trainer.load_state_dict({**trainer.state_dict(), "iteration": 3, "tokens_seen": "many"})
+    assert trainer.state.iteration == 0
+
+
+def test_a_restored_position_tells_its_epoch_before_the_run_goes_on() -> None:
+    trainer = make_trainer()
+    trainer.load_state_dict({**trainer.state_dict(), "iteration": 25})
+    assert (trainer.epoch, trainer.state.epoch) == (3, 2)  # Ignite adds the one that begins
+
+
 # ------------------------------------------------------------------ events
 
 
@@ -761,6 +1072,15 @@ def test_the_timeline_names_the_handlers_in_the_order_of_the_loop() -> None:
     recorder.attach(trainer)
     assert any("RecordingHandler" in names for _, names in trainer.timeline())
 
+    def look(engine: Trainer) -> None:
+        pass
+
+    trainer.add_event_handler(Events.STARTED, look)
+    trainer.add_event_handler(
+        Events.STARTED, trainer.interrupt
+    )  # a method of its own is no handler
+    assert dict(trainer.timeline())["STARTED"] == ["RecordingHandler", "look"]
+
 
 def test_a_warmup_schedule_from_the_class_is_applied_by_the_trainer_alone() -> None:
     train, val = tiny_loaders()
@@ -778,4 +1098,6 @@ def test_checkpoints_go_where_train_is_told(tmp_path):
     trainer = Trainer(tiny_model(), train, val, device="cpu", config=config)
     trainer.train(checkpoint_dir=tmp_path / "told")
     assert (tmp_path / "told" / "step-00000002").is_dir()
+    trainer.train(num_epochs=1, checkpoint_dir=tmp_path / "told")  # the same again
+    assert trainer.state.iteration == len(train)
     assert not (tmp_path / "configured").exists()
