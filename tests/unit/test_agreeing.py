@@ -208,10 +208,15 @@ def test_a_twin_changes_nothing(pair):
         Events.ITERATION_COMPLETED,
         lambda: tokens.append((made.state.output.num_tokens, made.state.output.num_sequences)),
     )
+    computed: list[int] = []
+    made.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: computed.append(made.tokens_computed)
+    )
     made.run()
     assert made.state.iteration == 12
     assert ends == [5, 10]
     assert tokens[:5] == [(128, 16)] * 4 + [(112, 14)]
+    assert computed[:5] == [128] * 4 + [112]
 
 
 @pytest.mark.parametrize("name", ["exhausted", "leaving"])
@@ -250,3 +255,96 @@ def test_a_data_error_of_another_rank_ends_the_run_before_the_step(pair, monkeyp
     with pytest.raises(DataError, match="a shard is cut off"):
         made.run()
     assert made.state.iteration == 3
+
+
+def test_a_data_error_of_this_rank_is_forgotten_with_the_next_run(pair, monkeypatch):
+    made = trainer()
+    window_at = made.train_loader.window_at
+
+    def torn(epoch: int, step: int) -> Window:
+        if step == 3:
+            raise DataError("a shard is cut off")
+        return window_at(epoch, step)
+
+    monkeypatch.setattr(made.train_loader, "window_at", torn)
+    with pytest.raises(DataError, match="a shard is cut off"):
+        made.run()
+    assert made.state.iteration == 3
+    monkeypatch.setattr(made.train_loader, "window_at", window_at)
+    made.run()
+    assert made.state.iteration == 12
+
+
+def test_the_veto_of_another_rank_is_asked_for_where_one_may_veto(pair, monkeypatch):
+    made = trainer()
+    heard: list[tuple[int, str]] = []
+    made.add_event_handler(TrainingEvents.FLLM_GRADIENTS_READY, lambda: None)
+    made.add_event_handler(
+        TrainingEvents.FLLM_STEP_REJECTED,
+        lambda: heard.append((made.state.iteration, made.state.output.rejection)),
+    )
+
+    def others(own: list[float]) -> Sequence[float]:
+        return [1] if len(own) == 1 and made.state.iteration == 4 else own
+
+    monkeypatch.setattr(Pair, "others", staticmethod(others))
+    made.run()
+    assert heard == [(4, "rejected on another rank")]
+
+
+def test_ranks_end_an_epoch_one_step_after_a_handler_wished_it(pair):
+    made = trainer()
+    ends = epoch_ends(made)
+    made.add_event_handler(Events.ITERATION_COMPLETED(once=6), lambda: made.terminate_epoch())
+    made.run()
+    assert made.epochs.cuts == [(7, 2)]
+    assert ends == [5, 7, 12]
+
+
+@pytest.mark.parametrize(
+    ("event", "last"),
+    [(Events.ITERATION_COMPLETED(once=3), 4), (TrainingEvents.FLLM_EVALUATION_DUE, 5)],
+    ids=["in a step", "in an evaluation"],
+)
+def test_ranks_end_the_run_where_all_have_heard_that_a_handler_terminates_it(pair, event, last):
+    class Stopper:
+        def __call__(self, engine: Trainer) -> None:
+            engine.terminate()
+
+    made = trainer()
+    made.add_event_handler(event, Stopper())
+    made.run()
+    assert (made.state.iteration, made.finished) == (last, "stopped by Stopper")
+
+
+def test_the_ranks_wait_for_each_other_before_they_read_a_checkpoint(pair, monkeypatch):
+    """The first rank may still be writing it."""
+    made = trainer(4)
+    start = made.state_dict()
+    order: list[str] = []
+
+    class Point:
+        def step_to_restore(self, before: int | None = None) -> int:
+            return 0
+
+        def restore_before(self, trainer: Trainer, before: int | None = None) -> None:
+            order.append("read")
+            trainer.load_state_dict(start)
+
+        def end_due_at(self, step: int) -> str:
+            return ""
+
+        def note_end_of_step(self, trainer: Trainer) -> None:
+            pass
+
+    monkeypatch.setattr(Pair, "barrier", lambda self: order.append("wait"))
+    made.restore_from(Point())  # type: ignore[arg-type]
+
+    @made.on(Events.ITERATION_COMPLETED)
+    def go_back() -> None:
+        if made.state.iteration == 2 and not order:
+            made.roll_back("a test")
+
+    made.run()
+    assert order == ["wait", "read"]
+    assert made.history.steps == [1, 2, 3, 4]

@@ -24,6 +24,7 @@ from fundamentallm.training.decision import (
 # Epochs of 10 steps, evaluation every 4; saves with every evaluation, or every 3.
 WITH_EVALUATION = Cadence(10, log_steps=5, eval_steps=4, eval_epochs=True, checkpoint_steps=None)
 EVERY_3 = replace(WITH_EVALUATION, checkpoint_steps=3)
+EACH = replace(WITH_EVALUATION, eval_steps=1)
 GO_ON, STOP, FINISH, ROLL_BACK = End.GO_ON, End.STOP, End.FINISH, End.ROLL_BACK
 ON_SCHEDULE, FOR_A_STOP = Save.ON_SCHEDULE, Save.FOR_A_STOP
 
@@ -72,6 +73,7 @@ TABLE: dict[str, tuple[Known, Decision]] = {
     "step 0 is saved": (at(0), Decision(GO_ON, save=ON_SCHEDULE)),
     "step 0 is not saved twice": (at(0, saved=GO_ON), Decision(GO_ON)),
     "an evaluation is due": (at(4), Decision(GO_ON, "", True, ON_SCHEDULE, True)),
+    "an evaluation after every step": (at(1, EACH), Decision(GO_ON, "", True, ON_SCHEDULE, True)),
     "an epoch ends": (at(10), Decision(GO_ON, "", True, ON_SCHEDULE, True)),
     "an epoch ends, evaluation there is off": (
         at(10, replace(WITH_EVALUATION, eval_epochs=False)),
@@ -180,6 +182,14 @@ TABLE: dict[str, tuple[Known, Decision]] = {
         Decision(ROLL_BACK),
     ),
     "data that cannot be read": (at(7, data_fault=True), Decision(STOP, save=FOR_A_STOP)),
+    "data that cannot be read before the first step": (
+        at(0, data_fault=True),
+        Decision(STOP, save=FOR_A_STOP),
+    ),
+    "data that cannot be read, and an evaluation after every step": (
+        at(1, EACH, data_fault=True),
+        Decision(STOP, save=FOR_A_STOP, pending=True),
+    ),
     "data that cannot be read, after a save": (at(4, data_fault=True, saved=GO_ON), Decision(STOP)),
     "validation data that cannot be read at the last step": (
         at(50, data_fault=True, saved=FINISH, **CUT_OFF),
@@ -199,6 +209,13 @@ TABLE: dict[str, tuple[Known, Decision]] = {
 @pytest.mark.parametrize(("known", "expected"), TABLE.values(), ids=TABLE)
 def test_the_table_of_cases(known: Known, expected: Decision) -> None:
     assert decided(known) == expected
+
+
+def test_of_a_new_step_nothing_is_wished_or_done() -> None:
+    facts = StepFacts()
+    fields = [getattr(facts, name) for name in StepFacts.__annotations__]
+    assert fields == ["", None, *[False] * 7, None]
+    assert decide(StepEnd(1, 50, WITH_EVALUATION, facts, True)) == Decision(GO_ON)
 
 
 def combinations() -> Iterator[Known]:
@@ -322,5 +339,7 @@ def test_the_cadence_is_that_of_the_configuration() -> None:
     assert [s for s in range(1, 21) if cadence.logs_at(s)] == [5, 10, 15, 20]
     assert [s for s in range(1, 21) if cadence.evaluates_at(s)] == [4, 8, 10, 12, 16, 20]
     assert [s for s in range(21) if cadence.saves_at(s, False)] == [0, 3, 6, 9, 12, 15, 18]
+    behind_a_cut = replace(cadence, epochs_from=7)
+    assert [s for s in range(7, 30) if behind_a_cut.ends_epoch(s)] == [7, 17, 27]
     assert WITH_EVALUATION.saves_at(4, True)
     assert not WITH_EVALUATION.saves_at(3, False)

@@ -168,3 +168,63 @@ def test_positions_are_those_of_whole_epochs_and_of_what_follows_a_cut() -> None
     copied = Epochs(10)
     copied.load_state_dict(epochs.state_dict())
     assert copied == epochs
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_logs_loss_and_completion_of_an_epoch_come_with_its_end_also_with_an_early_one(
+    cut: int,
+) -> None:
+    trainer = make_trainer(total_steps=25, log_steps=4)
+    EndEpochAt(cut).attach(trainer)
+    logged: list[int] = []
+    with_loss: list[int] = []
+    completed: list[int] = []
+    read: list[torch.Tensor] = []
+
+    @trainer.on(TrainingEvents.FLLM_METRICS_READY)
+    def note(engine: Trainer) -> None:
+        step = engine.state.iteration
+        logged.extend([step] if engine.is_log_step() else [])
+        with_loss.extend([step] if "train/epoch_loss" in engine.state.metrics else [])
+        read.append(engine.window.micro_batches[0]["input_ids"])
+
+    trainer.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda: completed.append(trainer.state.iteration)
+    )
+    trainer.train()
+    ends = [cut, cut + STEPS, cut + 2 * STEPS]
+    assert logged == sorted({4, 8, 12, 16, 20, 24, *ends, 25})
+    assert with_loss == completed == ends
+    # The step behind the cut reads the first window of the next epoch.
+    first = trainer.train_loader.window_at(1, 0).micro_batches[0]["input_ids"]
+    assert torch.equal(read[cut], first)
+
+
+def test_train_epoch_ends_where_a_handler_ends_the_epoch() -> None:
+    trainer = make_trainer()
+    EndEpochAt(3).attach(trainer)
+    for step in (3, 13):
+        trainer.train_epoch()
+        assert trainer.state.iteration == step
+
+
+def test_a_rollback_behind_an_early_end_evaluates_as_a_run_that_never_went_there(
+    tmp_path: Path,
+) -> None:
+    """Step 3 would end an epoch if they were counted from the cut at 13."""
+    trainer = make_trainer(tmp_path, total_steps=16, eval_steps=100, checkpoint_steps=3)
+    EndEpochAt(13).attach(trainer)
+    back: list[int] = []
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def go_back() -> None:
+        if trainer.state.iteration == 14 and not back:
+            trainer.roll_back("a test", before=3)
+
+    trainer.add_event_handler(
+        TrainingEvents.FLLM_ROLLED_BACK, lambda: back.append(trainer.state.iteration)
+    )
+    trainer.train()
+    assert back == [3]
+    assert [entry["step"] for entry in trainer.history.validations] == [10, 13, 16]
+    assert trainer.state.evaluations == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from fundamentallm.config import TrainingConfig
+from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.errors import ConfigError
 from fundamentallm.events import TrainingEvents
-from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model
+from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model, tiny_tokens
 from fundamentallm.training.handlers import NaNRollback
 from fundamentallm.training.schedulers import LinearWarmup
 from fundamentallm.training.step import StepOutput
@@ -205,6 +207,47 @@ def test_a_wrapped_scheduler_that_lags_at_iteration_completed_is_refused_a_legac
     legacy.attach(trainer, Events.ITERATION_COMPLETED)
     trainer.train()
     assert trainer.history.lr == pytest.approx([1e-2] * 3 + [5e-3] * 3 + [2.5e-3])
+
+
+@pytest.mark.parametrize(
+    ("event", "steps", "fits"),
+    [
+        (Events.ITERATION_COMPLETED, 2, True),
+        (Events.ITERATION_COMPLETED, 3, False),
+        (Events.EPOCH_COMPLETED, 2 * STEPS, True),
+        (Events.EPOCH_COMPLETED, 2 * STEPS + 1, False),  # a third epoch begins
+    ],
+    ids=str,
+)
+def test_a_scheduler_of_torch_is_refused_only_if_the_run_gets_to_where_ignite_falsifies_it(
+    event: Any, steps: int, fits: bool
+) -> None:
+    trainer = make_trainer(total_steps=steps)
+    scheduler = LRScheduler(lr_scheduler.StepLR(trainer.optimizer, 3, 0.5))
+    with nullcontext() if fits else pytest.raises(ConfigError, match="at update 3"):
+        scheduler.attach(trainer, event)
+    assert trainer.rate_is_foreign is fits
+
+
+def test_handlers_of_one_class_keep_a_state_each_until_their_last_method_is_removed() -> None:
+    trainer = make_trainer()
+    metrics = [Average() for _ in range(3)]
+    for number, metric in enumerate(metrics):
+        metric.attach(trainer, f"mean {number}")
+    assert list(trainer.attached) == ["Average", "Average 2", "Average 3"]
+    assert list(trainer.attached.values()) == metrics
+    trainer.remove_event_handler(metrics[1].started, Events.EPOCH_STARTED)
+    assert len(trainer.attached) == 3
+    metrics[0].detach(trainer)
+    assert list(trainer.attached.values()) == metrics[1:]
+
+
+def test_a_scheduler_of_ignite_may_be_attached_to_two_events_at_once() -> None:
+    trainer = make_trainer(total_steps=4)
+    scheduler = PiecewiseLinear(trainer.optimizer, "lr", [(0, 0.0), (10, 1.0)])
+    trainer.add_event_handler(Events.STARTED | Events.ITERATION_STARTED, scheduler)
+    trainer.train()
+    assert trainer.history.lr == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
 def test_without_a_scheduler_of_ignite_the_schedule_of_the_trainer_holds() -> None:
@@ -533,6 +576,64 @@ def test_what_listens_at_an_epochs_end_sees_output_and_metrics_in_a_resume_there
     resumed.train()
     assert seen == whole
     assert len(whole) == 2
+
+
+def epoch_ends(trainer: Trainer) -> list[int]:
+    """Note where a handler of Ignite's with a state hears the end of an epoch."""
+    heard: list[int] = []
+
+    def score(engine: Trainer) -> float:
+        heard.append(engine.state.iteration)
+        return float(len(heard))
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, EarlyStopping(99, score, trainer))
+    return heard
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_the_end_that_a_restored_state_owes_is_heard_also_in_epochs_of_one_step(
+    step: int, tmp_path: Path
+) -> None:
+    def make(place: Path) -> Trainer:
+        fields: dict[str, Any] = {"total_steps": 3, "eval_steps": 1, "keep_last": 9}
+        config = TrainingConfig(checkpoint_dir=str(place), **fields)
+        train = TokenWindowLoader(tiny_tokens(9), Batching(8, 4))
+        return Trainer(tiny_model(), train, tiny_loaders()[1], device="cpu", config=config)
+
+    whole = make(tmp_path)
+    heard = epoch_ends(whole)
+    whole.train()
+    assert heard == [1, 2, 3]
+    resumed = make(tmp_path / "again")
+    heard = epoch_ends(resumed)
+    resumed.resume(tmp_path / f"step-{step:08d}")
+    resumed.train()
+    assert heard == [1, 2, 3][max(0, step - 1) :]  # a state is saved before its epoch's end is told
+
+
+def test_an_end_of_an_epoch_that_came_before_the_save_is_not_repeated(tmp_path: Path) -> None:
+    def make() -> tuple[Trainer, list[int]]:
+        trainer = make_trainer(
+            tmp_path, total_steps=2 * STEPS, eval_steps=100, eval_epochs=False, checkpoint_steps=100
+        )
+        return trainer, epoch_ends(trainer)
+
+    first, heard = make()
+    first.add_event_handler(Events.EPOCH_COMPLETED(once=1), first.interrupt)
+    first.train()
+    assert heard == [STEPS]
+    again, heard = make()
+    again.resume(tmp_path / f"step-{STEPS:08d}")
+    again.train()
+    assert heard == [2 * STEPS]
+
+
+def test_the_end_of_an_epoch_is_heard_once_in_a_run_epoch_by_epoch() -> None:
+    trainer = make_trainer()
+    heard = epoch_ends(trainer)
+    trainer.train_epoch()
+    trainer.train_epoch()
+    assert heard == [STEPS, 2 * STEPS]
 
 
 def test_rates_of_a_scheduler_are_put_back_where_a_step_fails() -> None:

@@ -150,3 +150,10 @@ def test_progress_by_the_clock_ends_at_one():
     assert budget(Limits(None, 20.0), 5.0).clock_progress() == 0.25
     assert budget(Limits(None, 20.0), 30.0).clock_progress() == 1.0
     assert budget(Limits(10, 20.0), 5.0).clock_progress() is None
+
+
+def test_progress_by_the_clock_ends_at_one_on_many_ranks(monkeypatch):
+    monkeypatch.setattr(Ranks, "sum_counts", lambda self, counts: list(counts))  # the others add 0
+    used = Budget(Limits(None, 20.0), TrainingState(), Ranks(0, 2))
+    used.clock = lambda: 30.0
+    assert used.clock_progress() == 1.0

@@ -273,6 +273,15 @@ def test_the_last_evaluation_decides_whether_a_run_is_finished(tmp_path):
     assert Scores(store.directory).end_of(manifest) == "the last step is done"
 
 
+def test_a_pause_that_is_due_once_the_owed_evaluation_is_made_leaves_one_step(tmp_path):
+    with pytest.raises(Killed):
+        make_trainer(tmp_path / "run", Batches(1, raising(Killed()))).run()
+    again = go_on(tmp_path / "run", stop_after_seconds=5.0)
+    again.budget.clock = lambda: 9.0 if again.state.evaluated_step == 3 else 0.0
+    again.run()
+    assert (again.state.iteration, again.finished) == (4, "")
+
+
 def test_a_run_that_stopped_early_goes_on_when_it_is_told_to(tmp_path):
     place = tmp_path / "run"
     make_trainer(place, patience=1, learning_rate=3.0).run()

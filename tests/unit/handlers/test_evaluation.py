@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
+from ignite.metrics import Average, MetricGroup
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.loaders import Batching, ValidationLoader
@@ -116,6 +118,49 @@ def test_does_nothing_without_validation_data(val_loader):
     assert fired == []
     assert trainer.state.evaluations == 0
     assert "val/loss" not in trainer.state.metrics
+    assert not trainer.evaluation_pending()
+
+
+def test_without_a_handler_that_evaluates_none_is_owed():
+    trainer = make_trainer(total_steps=2, eval_steps=1)
+    trainer.run()
+    assert trainer.finished
+    assert not trainer.evaluation_pending()
+
+
+def test_one_validation_batch_is_enough():
+    train, _ = tiny_loaders()
+    val = ValidationLoader(tiny_tokens(10), Batching(sequence_length=8, batch_size=4))
+    assert len(val) == 1
+    trainer = Trainer(UniformModel(11), train, val, device="cpu")
+    assert trainer.validate()["val/loss"] == pytest.approx(math.log(11), rel=1e-6)
+
+
+def test_evaluates_with_the_weights_that_a_handler_puts_in():
+    trainer = Trainer(UniformModel(11), *tiny_loaders(), device="cpu")
+    bias = trainer.model.bias.data
+    bias[0] = 5.0
+
+    @contextmanager
+    def uniform():
+        kept = bias.clone()
+        bias.zero_()
+        yield
+        bias.copy_(kept)
+
+    assert trainer.validate()["val/loss"] > 3.0
+    trainer.evaluate_with(uniform)
+    assert trainer.validate()["val/loss"] == pytest.approx(math.log(11), rel=1e-6)
+    assert bias[0] == 5.0
+
+
+def test_a_mapping_of_results_is_shown_item_by_item():
+    trainer = make_trainer()
+    group = MetricGroup({"first": Average(lambda x: 1.0), "second": Average(lambda x: 2.0)})
+    group.attach(trainer.evaluator, "group")
+    metrics = trainer.validate()
+    assert set(metrics) == {"val/loss", "val/perplexity", "val/first", "val/second"}
+    assert (metrics["val/first"], metrics["val/second"]) == (1.0, 2.0)
 
 
 def test_a_signal_cuts_it_short_and_the_resumed_run_makes_up_for_it(tmp_path):
