@@ -282,6 +282,13 @@ def test_steps_and_progress_are_checked():
     assert [scheduler.learning_rate(1, progress) for progress in (0, 0.5, 1)] == [BASE] * 3
 
 
+def test_a_group_without_a_base_rate_is_refused():
+    scheduler = ConstantLRScheduler(sgd())
+    scheduler.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+    with pytest.raises(ValueError, match="zip"):
+        scheduler.step()
+
+
 def test_a_tensor_rate_is_written_in_place():
     rate = torch.tensor(BASE, dtype=torch.float64)
     optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=rate, capturable=True)

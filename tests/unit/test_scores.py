@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from dataclasses import asdict
 from itertools import count
@@ -13,6 +14,7 @@ from fault_injection.faults import Crash, FaultyFilesystem
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.run_layout import SCORES
+from fundamentallm.training.checkpoint import scores as module
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.scores import (
     AWAITS_EVALUATION,
@@ -20,6 +22,7 @@ from fundamentallm.training.checkpoint.scores import (
     PRUNE_BYTES,
     Score,
     Scores,
+    finite,
 )
 
 SCORE = Score(3, "abc", True, 1.5, 4.5)
@@ -144,6 +147,35 @@ def test_a_score_is_appended_and_the_file_stays_small(tmp_path):
     scores.put(newest)
     assert scores.all() == [Score(6, "def", True), newest]  # of what has no checkpoint, none
     assert scores.path.stat().st_size < 1000
+
+
+def test_sizes_count_to_the_byte(tmp_path, monkeypatch):
+    assert (MAX_SCORES_BYTES, PRUNE_BYTES) == (67_108_864, 262_144)
+    scores = Scores(tmp_path)
+    scores.put(SCORE)
+    size = scores.path.stat().st_size
+    monkeypatch.setattr(module, "MAX_SCORES_BYTES", size)
+    assert scores.all() == [SCORE]
+    monkeypatch.setattr(module, "MAX_SCORES_BYTES", size - 1)
+    with pytest.raises(CheckpointError, match="not a file of scores"):
+        scores.all()
+    monkeypatch.undo()
+    file = scores.path.stat().st_ino
+    monkeypatch.setattr(module, "PRUNE_BYTES", size + 1)
+    scores.put(SCORE)
+    assert (scores.path.stat().st_ino, scores.path.stat().st_size) == (file, 2 * size)
+    monkeypatch.setattr(module, "PRUNE_BYTES", 2 * size)
+    scores.put(SCORE)
+    assert scores.path.stat().st_ino != file
+    assert scores.path.stat().st_size == size
+
+
+def test_a_loss_that_is_not_finite_is_never_written(tmp_path):
+    assert [finite(value) for value in (1.5, math.nan, math.inf)] == [1.5, None, None]
+    scores = Scores(tmp_path)
+    with pytest.raises(ValueError, match="JSON"):
+        scores.put(Score(3, "abc", True, math.nan))
+    assert not scores.path.exists()
 
 
 def test_lines_of_an_earlier_release_keep_their_form(tmp_path):

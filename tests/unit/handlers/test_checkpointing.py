@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +15,6 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training.checkpoint.catalogue import Catalogue, Entry
-from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.handlers import Checkpointing, Evaluation
 from fundamentallm.training.trainer import Trainer
 
@@ -269,18 +267,6 @@ def damage(path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
 
 
-def test_the_way_back_does_not_take_what_somebody_else_has_put_there(tmp_path):
-    handler = Checkpointing(tmp_path / "run")
-    trainer = make_trainer(handler, checkpoint_steps=2)
-    trainer.run()
-    make_trainer(Checkpointing(tmp_path / "other"), checkpoint_steps=2).run()
-    shutil.rmtree(tmp_path / "run" / "step-00000006")
-    (tmp_path / "other" / "step-00000006").rename(tmp_path / "run" / "step-00000006")
-    handler.restore_before(trainer)
-    assert trainer.state.iteration == 4
-    assert (tmp_path / "run" / "corrupt" / "step-00000006").is_dir()
-
-
 class Telling(Ranks):
     """The writing rank; notes each text that it tells the others."""
 
@@ -313,29 +299,6 @@ def test_the_other_ranks_are_told_what_the_directory_has(tmp_path):
         trainer.run()
         assert told_all()
     assert seen == [True] * 4  # of steps 0, 3, 6 and 9
-
-
-def test_a_run_that_continues_reads_each_checkpoint_once_and_cleans_up(tmp_path, monkeypatch):
-    make_trainer(Checkpointing(tmp_path, 9), checkpoint_steps=1).run()
-    damage(tmp_path / "step-00000002")
-    (tmp_path / ".step-00000009.tmp-0123456789ab").mkdir()
-    handler = Checkpointing(tmp_path, 9)
-    read: list[str] = []
-
-    def noting(reads: Any) -> Any:
-        return lambda _, path: (read.append(path.name), reads(path))[1]
-
-    monkeypatch.setattr(CheckpointStore, "load", noting(handler.store.load))
-    monkeypatch.setattr(CheckpointStore, "verify", noting(handler.store.verify))
-    trainer = make_trainer(handler, checkpoint_steps=1, total_steps=12)
-    trainer.resume(tmp_path / "step-00000006")
-    names = [f"step-{step:08d}" for step in range(7)]
-    assert sorted(read) == names
-    assert [path.name for path in (tmp_path / "corrupt").iterdir()] == ["step-00000002"]
-    assert not list(tmp_path.glob(".*"))
-    trainer.run()  # it deletes old ones, which must be whole to count
-    assert kept(tmp_path) == [4, 5, 6, 7, 8, 9, 10, 11, 12]
-    assert sorted(read) == names
 
 
 def test_only_a_loss_that_was_measured_at_its_step_is_in_a_manifest(tmp_path):

@@ -883,6 +883,7 @@ DIVERGED = [
     (2, (0, 4, 6, 7, 8), 7, {9, 10, 11}, (8, 12), "going back to step 7, without"),
     (2, (0, 6, 8), 6, {9, 10, 11}, (7, 12), "of steps 9 to 11, learning rate x 0.5 for 3 steps"),
     (2, (8, 9), 8, {9, 10, 11}, (9, 12), "step 8 (the oldest kept: none has proved healthy), wi"),
+    (9, (0, 8), 0, {9, 10, 11}, (1, 12), "going back to step 0, without"),
     (0, (8, 9), 9, {10, 11}, (10, 12), "going back to step 9, without the windows of steps 10 to"),
     (20, (0, 9), 0, {9, 10, 11}, (1, 12), "step 0 (the oldest kept: none has proved healthy), wi"),
     (2, (), None, {10, 11}, (10, 12), "continuing from here, without the windows of steps 10 to"),

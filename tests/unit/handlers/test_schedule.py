@@ -168,6 +168,9 @@ def test_an_intervention_lowers_the_rate_of_its_steps():
     trainer.interventions.cut_rate(2, 2, 0.5)
     trainer.run()
     assert optimizer.used == [[0.02, 0.005], [0.01, 0.0025], [0.01, 0.0025], [0.02, 0.005]]
+    optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+    with pytest.raises(ValueError, match="zip"):  # it has no base rate
+        handler.apply(trainer)
 
 
 def test_the_rates_of_the_next_update_are_told_to_ignite():
