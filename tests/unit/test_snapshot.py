@@ -190,6 +190,17 @@ def test_a_state_of_another_model_changes_nothing():
     assert_same(capture(trainer), before)
 
 
+def test_a_state_of_another_precision_changes_nothing():
+    trainer = make_trainer()
+    trainer.budget.clock = lambda: 0.0
+    before = capture(trainer)
+    state = capture(trainer)
+    state["precision"] = {"scale": 1024.0}  # of fp16
+    with pytest.raises(CheckpointError, match="another precision"):
+        snapshot.restore(trainer, state)
+    assert_same(capture(trainer), before)
+
+
 def test_a_refused_state_leaves_the_seconds_of_earlier_processes():
     state = capture(make_trainer(d_model=32))
     trainer = make_trainer()

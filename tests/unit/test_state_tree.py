@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.properties import examples
 
 from fundamentallm.errors import CheckpointError
-from fundamentallm.training.checkpoint.tree import copied, flatten, unflatten
+from fundamentallm.training.checkpoint.tree import copied, equal, flatten, unflatten
 
 
 class Shard(torch.Tensor):
@@ -153,6 +153,40 @@ def test_a_tree_that_contains_itself_is_refused() -> None:
 
     with pytest.raises(CheckpointError, match="contain itself"):
         flatten(tree)
+
+
+def nested(depth: int) -> list[Any]:
+    """An empty list in lists: the innermost is this deep."""
+    tree: list[Any] = []
+    for _ in range(depth):
+        tree = [tree]
+    return tree
+
+
+def test_a_tree_may_be_64_levels_deep() -> None:
+    assert flatten(nested(64))[0] == unflatten(nested(64), {}) == nested(64)
+    with pytest.raises(CheckpointError, match="deeper than 64"):
+        flatten(nested(65))
+    with pytest.raises(CheckpointError, match="malformed"):
+        unflatten(nested(65), {})
+
+
+def test_tensors_of_one_dotted_path_are_numbered() -> None:
+    keys = {0: torch.zeros(1), "0": torch.ones(1), "~": torch.ones(2)}
+    assert list(flatten(keys)[1]) == ["0", "0~2", "~"]
+    both = {"a": {"b": torch.zeros(1), "b~2": torch.ones(1)}, "a.b": torch.ones(2)}
+    assert list(flatten(both)[1]) == ["a.b", "a.b~2", "a.b~3"]
+    assert list(flatten({"__metadata__": torch.zeros(1)})[1]) == ["__metadata__~2"]
+
+
+def test_trees_are_equal_where_values_and_dtypes_are() -> None:
+    tree = {"a": [1, torch.ones(2)], "b": torch.zeros(1)}
+    assert equal(tree, {"a": [1, torch.ones(2)], "b": torch.zeros(1)}) is True
+    assert equal(tree, {**tree, "a": [2, torch.ones(2)]}) is False
+    assert equal(tree, {**tree, "b": torch.ones(1)}) is False
+    assert equal(tree, {**tree, "b": torch.zeros(1, dtype=torch.float64)}) is False
+    assert equal(tree, {"a": tree["a"]}) is False
+    assert equal({"a": 1}, {"a": 1}) is True
 
 
 @pytest.mark.parametrize(
