@@ -166,7 +166,7 @@ def test_a_resume_without_a_survey_reads_each_once_too(place):
     assert reads.taken() == {each: {1} for each in ALL}
 
 
-def test_a_start_reads_a_damaged_one_once_and_sets_it_aside(place):
+def test_a_start_reads_a_damaged_one_once_and_sets_it_aside(place, caplog):
     damage(place, "step-00000008")
     damage(place, "step-00000004")
     (place / ".step-00000009.tmp-0123456789ab").mkdir()  # left by a killed save
@@ -181,6 +181,19 @@ def test_a_start_reads_a_damaged_one_once_and_sets_it_aside(place):
     assert sorted(path.name for path in (place / "corrupt").iterdir()) == [ALL[1], ALL[3]]
     assert [entry.step for entry in handler_of(trainer).catalogue.entries] == [6, 2]
     assert not list(place.glob(".*"))
+    moved = [record.getMessage() for record in caplog.records if "moved" in record.getMessage()]
+    assert ["step-00000008" in line for line in moved] == [True, False]  # newest first
+
+
+def test_each_resume_looks_at_the_directory_as_it_is_then(place):
+    trainer = make_trainer(place)
+    trainer.resume(place / "step-00000008")
+    damage(place, "step-00000004")
+    trainer.resume(place / "step-00000006")
+    assert [path.name for path in (place / "corrupt").iterdir()] == ["step-00000004"]
+    assert [path.name for path in (place / "superseded").iterdir()] == ["step-00000008"]
+    assert (place / "last").read_text() == "step-00000006\n"
+    assert [entry.step for entry in handler_of(trainer).catalogue.entries] == [6, 2]
 
 
 def test_a_damaged_one_that_is_named_is_refused_each_time(place):

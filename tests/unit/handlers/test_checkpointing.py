@@ -298,7 +298,47 @@ def test_the_other_ranks_are_told_what_the_directory_has(tmp_path):
         )
         trainer.run()
         assert told_all()
+        newest = handler.catalogue.newest
+        assert newest is not None
+        assert newest.ended == trainer.finished != ""
+        assert sorted(entry.step for entry in handler.catalogue.entries) == kept(tmp_path)
     assert seen == [True] * 4  # of steps 0, 3, 6 and 9
+
+
+def test_without_an_evaluation_nothing_is_said_of_a_checkpoint_but_in_itself(tmp_path):
+    handler = Checkpointing(tmp_path)
+    make_trainer(handler, total_steps=2).run()
+    assert not handler.scores.path.exists()
+    manifest = handler.store.manifest(tmp_path / "step-00000002")
+    assert handler.scores.end_of(manifest) == "the last step is done"
+
+
+def test_where_a_step_cannot_be_saved_again_its_earlier_checkpoint_counts(tmp_path, monkeypatch):
+    counter = Counter()
+    handler = Checkpointing(tmp_path, 9, to_save={"mine": counter}, on_error="continue")
+    trainer = make_trainer(handler, checkpoint_steps=2)
+    write, names = handler.store.write, []
+
+    def once(name: str, *args: Any, **kwargs: Any) -> Path:
+        names.append(name)
+        if names.count(name) > 1:
+            raise CheckpointError("the disk is full")
+        return write(name, *args, **kwargs)
+
+    def change_and_end(engine: Trainer) -> None:
+        if engine.state.iteration == 4:
+            counter.value = 7
+            engine.terminate()
+
+    monkeypatch.setattr(handler.store, "write", once)
+    trainer.add_event_handler(TrainingEvents.FLLM_CHECKPOINT_SAVED, change_and_end)
+    trainer.run()
+    assert names == [f"step-{step:08d}" for step in (0, 2, 4, 4)]
+    entry = handler.catalogue.get(4)
+    assert entry is not None
+    assert entry.hash == handler.store.manifest(tmp_path / "step-00000004").hash
+    assert handler.step_to_restore() == 4
+    assert handler.store.read(tmp_path / "step-00000004")["objects"]["mine"]["value"] == 0
 
 
 def test_only_a_loss_that_was_measured_at_its_step_is_in_a_manifest(tmp_path):
