@@ -1,6 +1,6 @@
 """Each fenced block of a page is executed or checked, or the page says why it is not.
 
-A block that cannot run here follows a line `<!-- not run: REASON -->`. Commands run in the order of
+Commands run in the order of
 their page, in a folder that has a short run `runs/mine`, with the small budgets of `SMALL` added.
 """
 
@@ -9,39 +9,25 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import shlex
 import shutil
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
 from ignite.engine import Events
 from ignite.handlers import EarlyStopping
 from ignite.metrics import Accuracy, Loss
+from tests.pages import DOCS, ROOT, blocks, code, commands, indented
 
 from fundamentallm.engine.cli import main
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = sorted((ROOT / "docs").rglob("*.md"))
-FENCED = re.compile(
-    r"(?:<!-- not run: (?P<reason>.+?) -->\n\n?)?^```(?P<kind>\w*)\n(?P<code>.*?)^```$",
-    flags=re.DOTALL | re.MULTILINE,
-)
+FINE_TUNING = ROOT / "docs/fine-tuning.md"
 MODEL = ["model.d_model=32", "model.num_layers=1", "model.num_heads=2"]
 DATA = ["data.sequence_length=16", "data.batch_size=2"]
 STEPS = ["training.total_steps=4", "training.warmup_steps=1", "training.eval_steps=2"]
 SMALL = {"run": [*MODEL, *DATA, *STEPS], "tune": [*MODEL, *DATA, *STEPS, "--seconds", "5"]}
 """What is added to the commands of a page, so that they end within seconds."""
-
-
-def blocks(page: Path) -> list[dict[str, str | None]]:
-    return [match.groupdict() for match in FENCED.finditer(page.read_text(encoding="utf-8"))]
-
-
-def commands(page: Path) -> list[list[str]]:
-    bash = [block for block in blocks(page) if block["kind"] == "bash" and not block["reason"]]
-    lines = [line for block in bash for line in (block["code"] or "").splitlines()]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 WITH_COMMANDS = [page for page in DOCS if commands(page)]
@@ -53,17 +39,23 @@ def test_each_block_is_of_a_kind_that_is_tested_or_says_why_not(page):
     assert len(fences) == 2 * len(blocks(page))
     for block in blocks(page):
         assert block["reason"] or block["kind"] in ("bash", "python", "yaml"), block["code"]
+    assert indented(page) == []
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
 def test_a_page_has_only_commands_of_this_package(page):
-    assert all(words[0] == "fundamentallm" for words in commands(page))
+    assert {words[0] for words in commands(page)} <= {"fundamentallm", "torchrun"}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     text = (ROOT / "examples/data/tiny.txt").read_text(encoding="utf-8")
+    (pairs,), (settings,) = code(FINE_TUNING, "json"), code(FINE_TUNING, "yaml")
+    text += pairs  # so that the character vocabulary has its letters
+    (folder / "answers.jsonl").write_text(pairs * 8)
+    (folder / "answers.yaml").write_text(settings)
+    (folder / "config.yaml").write_text("data: {global_batch: 4}\n")
     for name in ("my_texts", "notes", "corpus"):
         (folder / name).mkdir()
     (folder / "my_texts/a.txt").write_text(text)
@@ -75,8 +67,22 @@ def trained(tmp_path_factory):
         patch.chdir(folder)
         for name, seed in (("mine", 1), ("mine-2", 2), ("other", 3), ("quickstart", 4)):
             words = ["run", "quickstart", f"name={name}", f"seed={seed}", "data.source=my_texts/"]
-            assert main([*words, *SMALL["run"]]) == 0
+            length = ["data.sequence_length=64"] if name == "mine" else []  # for whole answers
+            assert main([*words, *SMALL["run"], *length]) == 0
     return folder
+
+
+def launched(words: list[str]) -> None:
+    """Run a command of torchrun with two ranks."""
+    words = [re.sub(r"(?<=nproc_per_node=)\d+", "2", word) for word in words]
+    added = [*SMALL["run"], "data.source=my_texts/", "name=page", "training.device=cpu"]
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words, *added],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.long
@@ -85,9 +91,14 @@ def test_the_commands_of_a_page_work(page, trained, tmp_path, monkeypatch):
     folder = tmp_path / "here"
     shutil.copytree(trained, folder)
     monkeypatch.chdir(folder)
-    for _, *words in commands(page):
+    for program, *words in commands(page):
+        if program == "torchrun":
+            launched(words)
+            continue
         small = list(SMALL.get(words[0], ()))
-        if words[0] == "run" and not any(word.startswith("data.source=") for word in words):
+        if words[0] == "run" and words[1] == "answers.yaml":
+            small = [*STEPS, "training.num_epochs=1"]
+        elif words[0] == "run" and not any(word.startswith("data.source=") for word in words):
             small.append("data.source=my_texts/")  # the page's own text may be large or far away
             small.append("name=page")
         if "--learning-rate" in words:

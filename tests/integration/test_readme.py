@@ -3,58 +3,48 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from tests.pages import DOCS, README, ROOT, code, commands
 
 from fundamentallm.config import RunConfig
 from fundamentallm.config.sweep import SweepConfig
 from fundamentallm.config.yaml.file import packaged
 from fundamentallm.engine.cli import parse
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-README = PAGES[0].read_text(encoding="utf-8")
-
-
-def blocks(language: str, page: Path = PAGES[0]) -> list[str]:
-    text = page.read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-
+PAGES = [README, *(page for page in DOCS if page.parent.name == "docs")]
+TEXT = README.read_text(encoding="utf-8")
 
 WRITTEN = {  # files that a page shows
     block.splitlines()[0].removeprefix("# ")
     for page in PAGES
-    for block in blocks("yaml", page)
+    for block in code(page, "yaml")
     if block.startswith("# ")
 }
-
-
-def commands() -> list[list[str]]:
-    bash = [block for page in PAGES for block in blocks("bash", page)]
-    lines = [line for block in bash for line in block.splitlines() if line.strip()]
-    parts = [part.strip() for line in lines for part in line.split("&&")]
-    return [shlex.split(part, comments=True) for part in parts]
 
 
 def test_the_script_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
 
-    exec("\n".join(blocks("python")), {"__name__": "readme"})
+    exec("\n".join(code(README, "python")), {"__name__": "readme"})
 
     losses = [float(number) for number in re.findall(r"\d\.\d+", capsys.readouterr().out)]
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [command for page in PAGES for command in commands(page)], ids=" ".join
+)
 def test_a_command_is_understood(command):
     if "fundamentallm" in command:
         options = parse(command[command.index("fundamentallm") + 1 :])
         if "config" in options and str(options.config) not in WRITTEN:
             assert packaged(options.config) or (ROOT / options.config).is_file()
+    elif command[0] == "torchrun":
+        assert parse(command[command.index("fundamentallm.engine") + 1 :]).config
     else:
         assert command[0] in {"python3", "pip", "source", "python"}
         if "constraints.txt" in command:
@@ -62,7 +52,7 @@ def test_a_command_is_understood(command):
 
 
 def test_every_file_of_the_tree_exists():
-    (tree,) = re.findall(r"## The tree\n\n```\n(.*?)```", README, flags=re.DOTALL)
+    (tree,) = re.findall(r"## The tree\n\n```\n(.*?)```", TEXT, flags=re.DOTALL)
     folders: list[Path] = []
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
@@ -84,7 +74,7 @@ def test_every_link_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_yaml_block_is_a_valid_part_of_a_configuration(page):
-    for block in blocks("yaml", page):
+    for block in code(page, "yaml"):
         overrides = yaml.safe_load(block.replace("9f86d081884c7d65...", "9f86d081884c7d65" * 4))
         if block.startswith("# sweep.yaml\n"):
             SweepConfig.model_validate(overrides)
