@@ -12,7 +12,11 @@ from torch import nn
 
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint import CheckpointManager
-from fundamentallm.training.checkpoint.manager import check_model_state, check_optimizer_state
+from fundamentallm.training.checkpoint.manager import (
+    check_model_state,
+    check_optimizer_state,
+    save_weights,
+)
 from fundamentallm.training.checkpoint.store import CheckpointStore, step_name
 
 LOCATIONS = ["out/start", "start.pt"]
@@ -360,6 +364,28 @@ def test_an_empty_directory_may_become_the_best(tmp_path: Path) -> None:
 
     assert CheckpointManager.save_best(tmp_path / "best", model, {"val_loss": 2.0}, step=3)
     assert CheckpointManager.load(tmp_path / "best", model)[5] == 3
+
+
+def test_a_position_that_is_not_given_is_the_start(tmp_path: Path) -> None:
+    model = parts()[0]
+    CheckpointManager.save_best(tmp_path / "best", model, {"val_loss": 2.0})
+    assert CheckpointManager.load(tmp_path / "best")[4:] == (0, 0)
+    CheckpointManager.save_last(tmp_path / "run", model, {}, step=7)
+    assert CheckpointManager.load(tmp_path / "run" / "last")[4:] == (0, 7)
+
+
+def test_weights_and_facts_are_one_file_for_torch(tmp_path: Path) -> None:
+    model = parts()[0]
+    save_weights(tmp_path / "deep" / "w.pt", model.state_dict(), step=3)
+    saved = torch.load(tmp_path / "deep" / "w.pt", weights_only=True)
+    assert saved["step"] == 3
+    assert_equal(saved["model"], dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("loss", ["low", None, [1.0]])
+def test_a_loss_that_is_no_number_is_refused(tmp_path: Path, loss: Any) -> None:
+    with pytest.raises(CheckpointError, match="'val_loss' is not a number"):
+        CheckpointManager.save_best(tmp_path / "best", parts()[0], {"val_loss": loss})
 
 
 def test_best_needs_a_loss_and_an_honest_predecessor(tmp_path: Path) -> None:
