@@ -178,7 +178,7 @@ def test_names_that_could_escape_are_refused(store: CheckpointStore, name: str) 
         store.write(name, tree_of(1.0), step=1)
 
 
-@pytest.mark.parametrize("name", ["my run", "\N{SNOWMAN}", "v1.2"])
+@pytest.mark.parametrize("name", ["my run", "\N{SNOWMAN}", "v1.2", "x" * 200])
 def test_other_names_work(store: CheckpointStore, name: str) -> None:
     assert value_of(store.read(store.write(name, tree_of(1.0), step=1))) == 1
 
@@ -231,6 +231,17 @@ def test_a_full_disk_is_seen_before_the_first_byte(tmp_path: Path) -> None:
         write(CheckpointStore(tmp_path, filesystem), 1)
     assert "100 bytes free" in str(caught.value)
     assert filesystem.log == []
+
+
+def test_a_fifth_more_than_the_state_must_be_free(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough = directory.pack(tree_of(1.0)).num_bytes * 12 // 10
+    monkeypatch.setattr(Filesystem, "free_bytes", lambda self, directory: enough)
+    write(store, 1)
+    monkeypatch.setattr(Filesystem, "free_bytes", lambda self, directory: enough - 1)
+    with pytest.raises(CheckpointError, match="disk is full"):
+        write(store, 1)
 
 
 def test_a_place_that_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -615,6 +626,17 @@ def test_later_steps_are_superseded_and_never_read_again(store: CheckpointStore)
     assert value_of(store.read(store.directory / "superseded" / step_name(40))) == 40
     assert (store.directory / "superseded" / f"{step_name(40)}-2").is_dir()
     assert list(store.supersede(20)) == []
+
+
+def test_nothing_is_moved_through_a_link(store: CheckpointStore, tmp_path: Path) -> None:
+    for step in (10, 20):
+        write(store, step)
+    (tmp_path / "elsewhere").mkdir()
+    (store.directory / "superseded").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError):
+        store.supersede(10)
+    assert [manifest.step for manifest in store.list()] == [20, 10]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_version_that_a_killed_save_set_aside_is_superseded_too(store: CheckpointStore) -> None:
