@@ -168,6 +168,7 @@ def test_holds_what_its_drawing_says():
     trainer = make_trainer()
     state = capture(trainer)
     assert {"trainer", "model", "optimizer", "precision", "random", "handlers"} <= state.keys()
+    assert "foreign" not in state  # no handler of Ignite is attached
     assert state["handlers"].keys() == {
         "schedule",
         "loss_ema",
@@ -190,13 +191,40 @@ def test_a_state_of_another_model_changes_nothing():
     assert_same(capture(trainer), before)
 
 
-def test_a_state_of_another_precision_changes_nothing():
+def set_loss_scale(state: dict[str, Any]) -> None:
+    state["precision"] = {"scale": 1024.0}  # of fp16
+
+
+def set_nan(state: dict[str, Any]) -> None:
+    state["model"]["token_embedding.weight"][0] = math.nan
+
+
+def widen(state: dict[str, Any]) -> None:
+    name = "token_embedding.weight"
+    state["model"][name] = state["model"][name].double()
+
+
+def cut_a_moment(state: dict[str, Any]) -> None:
+    moments = state["optimizer"]["state"][0]
+    moments["exp_avg"] = moments["exp_avg"][:1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (set_loss_scale, "another precision"),
+        (set_nan, "not finite"),
+        (widen, "another model"),
+        (cut_a_moment, "'exp_avg' of another shape"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change, says):
     trainer = make_trainer()
     trainer.budget.clock = lambda: 0.0
     before = capture(trainer)
     state = capture(trainer)
-    state["precision"] = {"scale": 1024.0}  # of fp16
-    with pytest.raises(CheckpointError, match="another precision"):
+    change(state)
+    with pytest.raises(CheckpointError, match=says):
         snapshot.restore(trainer, state)
     assert_same(capture(trainer), before)
 
@@ -345,10 +373,11 @@ def test_the_seed_of_a_new_rank_stays_what_it_is():
     torch.manual_seed(7)
     state = snapshot.RandomState(Ranks()).state_dict()
     seeds = []
-    for rank in (1, 2):
-        drawn(rank, 3, state)
+    for rank in (1, 2, 4):
+        drawn(rank, 5, state)
         seeds.append(torch.initial_seed())
-    assert seeds == [9102697305752276099, 6835109888746758923]
+    # The key of rank 4 is 2^63 larger: a seed has 63 bits.
+    assert seeds == [9102697305752276099, 6835109888746758923, 4241146640798332297]
 
 
 def test_damage_on_any_rank_is_told_on_all():
