@@ -228,3 +228,44 @@ def test_a_rollback_behind_an_early_end_evaluates_as_a_run_that_never_went_there
     assert back == [3]
     assert [entry["step"] for entry in trainer.history.validations] == [10, 13, 16]
     assert trainer.state.evaluations == 3
+
+
+@pytest.mark.parametrize("step", range(25))
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 30])
+def test_a_change_of_the_rows_leaves_out_less_than_a_step(step, rows):
+    """30 rows an epoch; steps of 4, and then of other, the same or more rows."""
+    before, length = Epochs(8), -(-30 // rows)
+    after = Epochs(length, rows=[(step, 4), (None, rows)])
+    assert after.load_state_dict(before.state_dict(), 8, step)
+    epoch, within = before.position(step)
+    trained = min(30, within * 4)
+    now = after.position(step)
+    assert (
+        0 <= (now[0] - epoch) * 30 + now[1] * rows - trained < max(rows, 2) or now[1] == length - 1
+    )
+    assert after.number(step) == before.number(step)
+    again = Epochs(length)
+    assert again.load_state_dict(after.state_dict())
+    for later in range(step, step + 3 * length):
+        assert (
+            again.position(later)
+            == after.position(later)
+            == divmod(now[0] * length + now[1] + later - step, length)
+        )
+
+
+def test_epochs_of_another_length_without_a_known_change_are_refused():
+    epochs = Epochs(8, [(3, 1)], [8])
+    assert not epochs.load_state_dict([], 10, 4)
+    assert epochs.state_dict() == [[3, 1]]
+
+
+def test_two_changes_of_the_rows_follow_each_other():
+    first = Epochs(4, rows=[(2, 4), (None, 8)])
+    assert first.load_state_dict([], 8, 2)
+    assert first.position(2) == (0, 1)
+    second = Epochs(8, rows=[(2, 4), (4, 8), (None, 4)])
+    assert second.load_state_dict(first.state_dict(), 4, 4)
+    assert second.position(4) == (0, 6)  # 8 rows, and two steps of 8
+    assert second.state_dict() == [[1, 0], [-2, 0, 4]]
+    assert second.position(6) == (1, 0)

@@ -27,8 +27,8 @@ from fundamentallm.data.loaders import (
     TokenWindowLoader,
 )
 from fundamentallm.data.tokenizer import ByteTokenizer
+from fundamentallm.engine.wiring.comparison import Comparison
 from fundamentallm.engine.wiring.exactness import refuse_other_rows, tell_other_split
-from fundamentallm.engine.wiring.run_directory import drift
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.training.checkpoint.manifest import Manifest
 
@@ -38,6 +38,10 @@ SPLITS = [(1, 4), (2, 3), (4, 3), (3, 2)]
 
 def run_config(training: dict[str, Any] | None = None, **data: Any) -> RunConfig:
     return RunConfig.model_validate({"data": data, "training": training or {}})
+
+
+def drift(stored: Manifest, config: RunConfig) -> list[str]:
+    return [str(difference) for difference in Comparison.of(stored, config).others]
 
 
 def accumulation(config: RunConfig, ranks: int) -> int:

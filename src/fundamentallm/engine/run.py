@@ -9,6 +9,7 @@ import shlex
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -27,6 +28,7 @@ from fundamentallm.engine.wiring.assemble import (
     keep_texts,
     open_machine,
 )
+from fundamentallm.engine.wiring.comparison import FLAG
 from fundamentallm.engine.wiring.exactness import (
     refuse_other_rules,
     refuse_other_versions,
@@ -40,12 +42,14 @@ from fundamentallm.files.filesystem import Filesystem, replace_file
 from fundamentallm.files.lock import refuse_if_owned, run_lock
 from fundamentallm.files.private import make_directory, open_to_read
 from fundamentallm.files.run_layout import BEST, CONFIG, LOG, README, SAMPLES, TENSORBOARD
+from fundamentallm.training.checkpoint.changes import in_words
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.decision import STOPPED_BY
 from fundamentallm.training.handlers.phases import Phases
 from fundamentallm.training.metrics import named_metrics
+from fundamentallm.training.schedulers import SCHEDULERS
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,7 @@ def run(
     run_dir: Path | None = None,
     plugins: Sequence[str] = (),
     allow_inexact: bool = False,
+    change: bool = False,
 ) -> int:
     """Start or continue the run that a configuration describes.
 
@@ -83,11 +88,13 @@ def run(
         ):
             load_plugins([*config.plugins, *plugins], config.locate("plugins"))
             check_names(config)
-            directory = agree_on_directory(config, resume, run_dir, ranks)
+            directory = agree_on_directory(config, resume, run_dir, ranks, change)
             if directory.finished:
                 if ranks.is_writer:
                     without = [word for word in overrides if not word.startswith(TOTAL_STEPS)]
-                    _tell_finished(directory, _command("run", config_path, *without))
+                    schedule = SCHEDULERS.get(config.training.scheduler.name)
+                    flag = f" {FLAG}" * (change or getattr(schedule, "needs_total", False))
+                    _tell_finished(directory, _command("run", config_path, *without), flag)
                 return 0
             if ranks.is_writer:
                 refuse_if_owned(directory.path)
@@ -101,6 +108,7 @@ def run(
                 again += _option("--run-dir", run_dir)
             for module in plugins:
                 again += _option("--plugins", module)
+            again += f" {FLAG}" * change
             return _train(config, directory, machine, again, watchdog)
     except RuntimeError as error:
         if ranks.alone or not ("gloo" in str(error) or isinstance(error, dist.DistError)):
@@ -116,25 +124,25 @@ def run(
 
 
 def agree_on_directory(
-    config: RunConfig, resume: str, run_dir: Path | None, ranks: Ranks
+    config: RunConfig, resume: str, run_dir: Path | None, ranks: Ranks, change: bool = False
 ) -> RunDirectory:
     """Let the first rank choose, and every rank use its choice."""
     if ranks.alone:
-        return run_directory.choose(config, resume, run_dir)
+        return run_directory.choose(config, resume, run_dir, change)
     chosen: list[RunDirectory] = []
 
-    def decide() -> list[str]:
-        directory = run_directory.choose(config, resume, run_dir)
+    def decide() -> list[Any]:
+        directory = run_directory.choose(config, resume, run_dir, change)
         chosen.append(directory)
         name = directory.checkpoint.name if directory.checkpoint else ""
-        place = [str(directory.path), str(directory.checkpoints)]
-        return [*place, name, directory.note, directory.finished]
+        place = [str(directory.path), str(directory.checkpoints), name]
+        return [*place, directory.note, directory.finished, *directory.changed]
 
-    path, checkpoints, name, note, finished = ranks.first_decides(decide)
+    path, checkpoints, name, note, finished, *changed = ranks.first_decides(decide)
     if ranks.is_writer:
         return chosen[0]  # with the checkpoints that it has read
     manifest = CheckpointStore(checkpoints).manifest(Path(checkpoints) / name) if name else None
-    return RunDirectory(Path(path), Path(checkpoints), manifest, note, finished)
+    return RunDirectory(Path(path), Path(checkpoints), manifest, note, finished, None, *changed)
 
 
 def _train(
@@ -155,8 +163,8 @@ def _train(
             held.enter_context(run_lock(directory.path))
             text = run.config.to_yaml()
             replace_file(Filesystem(), directory.path / CONFIG, [text.encode()])
-            if not (directory.path / README).exists():
-                text = run_readme(directory.path, directory.checkpoints, program())
+            if run.changes or not (directory.path / README).exists():
+                text = run_readme(directory.path, directory.checkpoints, program(), run.changes)
                 replace_file(Filesystem(), directory.path / README, [text.encode()])
             keep_texts(run)
             held.enter_context(logging_to(directory.path / LOG))
@@ -164,7 +172,8 @@ def _train(
         if ranks.is_writer:
             _announce(run)
         if directory.checkpoint is not None:
-            tell_other_split(directory.checkpoint, run.config, ranks)
+            if not directory.changes_rows:
+                tell_other_split(directory.checkpoint, run.config, ranks)
             tell_other_circumstances(directory.checkpoint, machine)
             if watchdog is not None:
                 watchdog.enter("load", directory.checkpoint.step)
@@ -193,6 +202,9 @@ def _announce(run: Run) -> None:
     loader = trainer.train_loader
     for note in run.notes:
         logger.info("%s", note)
+    if run.directory.is_changed:
+        for words in in_words(run.changes[-1]):
+            logger.info("change after step %d: %s", run.changes[-1]["step"], words)
     logger.info("validation: %s", run.source.validation_in_words(config.data.split))
     num_targets = getattr(trainer.val_loader, "num_tokens", 0)
     if num_targets < config.data.sequence_length and config.data.split[1]:
@@ -289,14 +301,14 @@ def _best(directory: RunDirectory) -> Manifest | None:
     return store.manifest(best) if best is not None else None
 
 
-def _tell_finished(directory: RunDirectory, again: str) -> None:
+def _tell_finished(directory: RunDirectory, again: str, flag: str) -> None:
     say(f"The run in {directory.path} is finished: {directory.finished}.")
     if directory.finished.startswith(STOPPED_BY):
         say("To train it further:")
         say(f"  {again}{_option('--resume', directory.path)}")
     else:
         say("To train it further, give it a larger budget:")
-        say(f"  {again} {TOTAL_STEPS}N{_option('--resume', directory.path)}")
+        say(f"  {again} {TOTAL_STEPS}N{_option('--resume', directory.path)}{flag}")
     say("To start a new run:")
     say(f"  {again} --resume never")
 

@@ -71,6 +71,7 @@ def page(
             _live("overview", _overview(runs)),
             _curves(),
             _live("figures", _figures(runs)),
+            _live("changes", _changes(runs)),
             _live("marks", _marks(runs)),
             _live("samples", _samples(runs)),
             _live("configuration", _configuration(runs)),
@@ -269,14 +270,26 @@ def _curves() -> Html:
 
 def _marks(runs: Sequence[RunData]) -> Html:
     parts = [tag("h2", "Incidents and rollbacks")]
-    if not any(run.marks for run in runs):
-        parts.append(tag("p", "None."))
+    kinds = ("incident", "rollback")
+    tables = _tables_of_marks(runs, kinds, "Incidents and rollbacks", "what happened")
+    return joined(*parts, *(tables or [tag("p", "None.")]))
+
+
+def _changes(runs: Sequence[RunData]) -> Html:
+    """Return the changes of the configuration; nothing without any."""
+    tables = _tables_of_marks(runs, ("change",), "Changes", "what changed")
+    return joined(tag("h2", "Changes"), *tables) if tables else Html("")
+
+
+def _tables_of_marks(
+    runs: Sequence[RunData], kinds: Sequence[str], caption: str, what: str
+) -> list[Html]:
+    tables = []
     for run in runs:
-        if run.marks:
-            rows = [[f"{mark.step:,}", mark.kind, mark.text] for mark in run.marks]
-            caption = f"Incidents and rollbacks of {run.name}"
-            parts.append(table(["step", "kind", "what happened"], rows, caption))
-    return joined(*parts)
+        rows = [[f"{m.step:,}", m.kind, m.text] for m in run.marks if m.kind in kinds]
+        if rows:
+            tables.append(table(["step", "kind", what], rows, f"{caption} of {run.name}"))
+    return tables
 
 
 def _samples(runs: Sequence[RunData]) -> Html:

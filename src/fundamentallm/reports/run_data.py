@@ -33,6 +33,7 @@ from fundamentallm.files.run_layout import (
 )
 from fundamentallm.inference.load import checkpoints_in
 from fundamentallm.reports.curves import Curve
+from fundamentallm.training.checkpoint.changes import in_words, records_in
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
@@ -52,11 +53,11 @@ WENT_BACK = re.compile(r"went back from step (\d{1,15}) to step \d{1,15} \(.*")
 
 @dataclass(frozen=True)
 class Mark:
-    """An incident, or that the run went back.
+    """An incident, that the run went back, or that it went on with a changed configuration.
 
     Attributes:
         step: where it happened.
-        kind: "incident" or "rollback".
+        kind: "incident", "rollback" or "change".
         text: what happened.
     """
 
@@ -107,7 +108,7 @@ class RunData:
         config: its resolved configuration, plain; empty if it cannot be read.
         config_text: the file.
         curves: by metric name.
-        marks: incidents and rollbacks in the order of their steps.
+        marks: incidents, rollbacks and changes in the order of their steps.
         samples: in the order of their steps.
         num_samples: of the file, some of which `samples` may lack.
         checkpoints: newest first.
@@ -152,8 +153,8 @@ def read_run(path: Path) -> RunData:
     config, text = _config(run, notes)
     curves = _curves(run, notes)
     samples, num_samples = _samples(run, notes)
-    marks = [*_incidents(run, notes), *_rollbacks(run, notes)]
     entries, newest, ended = _checkpoints(checkpoints, notes)
+    marks = [*_incidents(run, notes), *_rollbacks(run, notes), *_changes(newest)]
     facts = _facts(newest)
     is_running = _is_running(run)
     state = "running" if is_running else f"finished: {ended}" if ended else "not finished"
@@ -331,6 +332,11 @@ def _rollbacks(run: Path, notes: list[str]) -> Iterator[Mark]:
         found = WENT_BACK.search(line.decode(errors="replace"))
         if found is not None:
             yield Mark(int(found[1]), "rollback", found[0].rstrip()[:2_000])
+
+
+def _changes(newest: Manifest | None) -> Iterator[Mark]:
+    for change in [] if newest is None else records_in(newest):
+        yield Mark(change["step"], "change", "; ".join(in_words(change))[:2_000])
 
 
 def _checkpoints(

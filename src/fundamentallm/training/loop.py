@@ -324,6 +324,14 @@ class TrainingLoop(Dispatcher):
             super()._handle_exception(e)
         raise e
 
+    @staticmethod
+    def _is_done(state: Any) -> bool:
+        """Whether a limit is met; unlike Ignite's, without counting in epochs of one length."""
+        steps, epochs = state.max_iters, state.max_epochs
+        return (steps is not None and state.iteration >= steps) or (
+            epochs is not None and state.epoch >= epochs
+        )
+
     def _setup_engine(self) -> None:
         """Begin as Ignite does, which knows only epochs of one length."""
         super()._setup_engine()
@@ -940,7 +948,9 @@ class TrainingLoop(Dispatcher):
         """
         check_counters(state_dict)
         is_own_start = state_dict["iteration"] == 0 and state_dict["run_id"] == self.run_id
-        if state_dict["epoch_length"] != self.steps_per_epoch and not is_own_start:
+        cuts, step = state_dict.get("epochs_ended_early", ()), state_dict["iteration"]
+        length = None if is_own_start else state_dict["epoch_length"]
+        if not self.epochs.load_state_dict(cuts, length, step):
             raise CheckpointError(
                 "the checkpoint's epochs have another number of steps: the data, the batch or the"
                 " number of ranks changed",
@@ -948,11 +958,10 @@ class TrainingLoop(Dispatcher):
                 expected=f"{state_dict['epoch_length']} steps",
                 fix="resume with the data and batch settings of the run, or start a new run",
             )
-        position = {"iteration": state_dict["iteration"], "epoch_length": self.steps_per_epoch}
+        position = {"iteration": step, "epoch_length": self.steps_per_epoch}
         counters = {name: state_dict.get(name, value) for name, value in COUNTERS.items()}
         own = state_dict.get("user", {})
         super().load_state_dict({**position, "max_iters": None, **counters, **own})
-        self.epochs.load_state_dict(state_dict.get("epochs_ended_early", ()))
         self.state.epoch = self.epochs.position(self.state.iteration)[0]
         self._heed_epochs()
         ended = str(state_dict.get("finished", ""))

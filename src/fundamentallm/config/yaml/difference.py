@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fundamentallm.config.base import BaseConfig
@@ -44,9 +44,48 @@ RESUME_MAY_DIFFER = frozenset(
 retention, the place of the checkpoints."""
 
 
+BUDGETS = ("num_epochs", "total_steps", "max_tokens", "max_seconds")
+"""The fields of `training` that end a run."""
+
+CHANGEABLE = frozenset(
+    {
+        "training.learning_rate",
+        "training.min_learning_rate",
+        "training.scheduler",
+        "training.warmup_steps",
+        "training.optimizer",
+        "training.optimizer_eps",
+        "training.optimizer_weight_decay",
+        "training.loss",
+        "training.max_grad_norm",
+        "training.max_grad_value",
+        "training.accumulation_steps",
+        "training.gradient_checkpointing",
+        "training.eval_steps",
+        "training.eval_epochs",
+        "training.device",
+        "training.threads",
+        "data.batch_size",
+        "data.global_batch",
+        "handlers",
+    }
+)
+"""Keys, with all below them, with which a run may go on if the user says so, but for the name of
+the optimizer."""
+
+
 def may_differ_on_resume(key: str) -> bool:
     """Return whether a dotted key is in RESUME_MAY_DIFFER or below a key in it."""
-    return any(key == free or key.startswith(free + ".") for free in RESUME_MAY_DIFFER)
+    return _is_at_or_below(key, RESUME_MAY_DIFFER)
+
+
+def may_be_changed(key: str) -> bool:
+    """Return whether a dotted key is in CHANGEABLE or below a key in it."""
+    return _is_at_or_below(key, CHANGEABLE) and key != "training.optimizer.name"
+
+
+def _is_at_or_below(key: str, keys: Collection[str]) -> bool:
+    return any(key == one or key.startswith(one + ".") for one in keys)
 
 
 def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

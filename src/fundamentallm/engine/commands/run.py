@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " PATH: continue that run or checkpoint",
     )
     parser.add_argument(
+        "--change",
+        action="store_true",
+        help="continue the run although its rate, schedule, handlers, batch or budget changed; each"
+        " change is said and recorded",
+    )
+    parser.add_argument(
         "--allow-inexact",
         action="store_true",
         help="continue although other library versions will change the results",
@@ -44,4 +50,5 @@ def execute(options: argparse.Namespace) -> int:
         options.run_dir,
         options.plugins,
         options.allow_inexact,
+        options.change,
     )

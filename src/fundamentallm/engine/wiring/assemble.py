@@ -32,8 +32,10 @@ from fundamentallm.data.tokenizer.tokenizer_json import tokenizer_json
 from fundamentallm.engine.tuning.auto import choose_auto
 from fundamentallm.engine.tuning.fit import refuse_what_cannot_fit
 from fundamentallm.engine.wiring.abilities import check_abilities
+from fundamentallm.engine.wiring.changed_rows import limits_of, rows_of
+from fundamentallm.engine.wiring.comparison import keep_own_options, kept_warmup
 from fundamentallm.engine.wiring.conflicts import settle_kept_checkpoints, unread_settings
-from fundamentallm.engine.wiring.exactness import RULES, refuse_other_rows, versions
+from fundamentallm.engine.wiring.exactness import RULES, Split, refuse_other_rows, versions
 from fundamentallm.engine.wiring.run_directory import RunDirectory, describe
 from fundamentallm.engine.wiring.starting_point import StartingPoint, starting_point
 from fundamentallm.errors import ConfigError, DataError, MachineError
@@ -43,6 +45,7 @@ from fundamentallm.files.run_layout import CORPUS
 from fundamentallm.inference.stored_model import stored_config
 from fundamentallm.models.build import build_model, check_model, uses_attention
 from fundamentallm.models.native.library import find_compiler, load_library
+from fundamentallm.training.checkpoint.changes import CHANGES, Record, changed_keys
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.clock import seconds_since_start
 from fundamentallm.training.handlers import HANDLERS, Handler
@@ -110,6 +113,8 @@ class Run:
         tokenizer: between text and token ids.
         source: the text and its origin.
         notes: decisions to tell the user.
+        changes: with which the run went on, in order; the last one now if
+            `directory.is_changed`.
     """
 
     config: RunConfig
@@ -118,6 +123,7 @@ class Run:
     tokenizer: Tokenizer
     source: Source
     notes: list[str]
+    changes: list[Record]
 
 
 def assemble(
@@ -155,7 +161,8 @@ def assemble(
         warn_of_overlap(written.data, source, tokenizer)
 
     # the plan says how
-    config, plan, notes = resolve(inputs, directory, machine)
+    changes = changes_of(directory, inputs, ranks)
+    config, plan, notes = resolve(inputs, directory, machine, changes)
     notes += unread_settings(written)
     with config.locating_errors("model"):
         refuse_what_cannot_fit(config, plan.device)
@@ -176,6 +183,7 @@ def assemble(
     # training steps
     with config.locating_errors("training.optimizer"):
         optimizer = OptimizerBuilder.from_config(training, model)
+    keep_own_options(optimizer, changed_keys(changes))
     with config.locating_errors("training.scheduler"):
         scheduler = SCHEDULERS.build(
             training.scheduler.name,
@@ -203,6 +211,7 @@ def assemble(
         Limits(training.total_steps, training.max_seconds, training.max_tokens),
     )
     trainer.budget.clock = seconds_since_start
+    trainer.epochs.rows = rows_of(changes)
     trainer.description = dict(
         describe(
             written,
@@ -217,6 +226,7 @@ def assemble(
             versions=versions(),
             circumstances=machine.circumstances(),
             **inputs.start.origin(),
+            **({CHANGES: changes} if changes else {}),
         )
     )
 
@@ -242,7 +252,18 @@ def assemble(
                 seed=config.seed,
             )
         handler.attach(trainer)
-    return Run(config, directory, trainer, tokenizer, source, notes)
+    return Run(config, directory, trainer, tokenizer, source, notes, changes)
+
+
+def changes_of(directory: RunDirectory, inputs: Inputs, ranks: Ranks) -> list[Record]:
+    """Return the changes with which a run went on, and does now."""
+    changes = list(directory.changes)
+    if directory.changes_rows:
+        assert directory.checkpoint is not None
+        saved, now = Split.saved_in(directory.checkpoint), Split.of(inputs.start.config, ranks)
+        if saved is not None:
+            changes[-1] = {**changes[-1], "rows": [saved.rows, now.rows]}
+    return changes
 
 
 def read_inputs(written: RunConfig, directory: RunDirectory, ranks: Ranks) -> Inputs:
@@ -254,7 +275,7 @@ def read_inputs(written: RunConfig, directory: RunDirectory, ranks: Ranks) -> In
     """
     settled = settle_kept_checkpoints(written, begins=directory.checkpoint is None)
     agreed = with_global_batch(settled, ranks.world_size)
-    if directory.checkpoint is not None:
+    if directory.checkpoint is not None and not directory.changes_rows:
         refuse_other_rows(directory.checkpoint, agreed, ranks)
     start = starting_point(agreed, directory)
     source = read_data(start.config.data, directory, ranks)
@@ -466,9 +487,18 @@ def end_of_documents(config: RunConfig, source: Source) -> int | None:
 
 
 def resolve(
-    inputs: Inputs, directory: RunDirectory, machine: Machine
+    inputs: Inputs,
+    directory: RunDirectory,
+    machine: Machine,
+    changes: Sequence[Record] = (),
 ) -> tuple[RunConfig, Plan, list[str]]:
     """Fill in everything that the file leaves open, as far as that needs no measurement.
+
+    Args:
+        inputs: of the run.
+        directory: of the run.
+        machine: where it computes.
+        changes: with which the run went on.
 
     Returns:
         The configuration that the run uses and stores, how it is computed, and notes for the user.
@@ -476,8 +506,11 @@ def resolve(
     config, tokenizer, loader = inputs.start.config, inputs.tokenizer, inputs.loaders.train
     training = config.training
     notes = [*inputs.start.notes, *without_effect(config, inputs.source)]
-    limits = Limits.resolve(training, len(loader), loader.steps_for_tokens)
+    limits = limits_of(training, loader, changes)
     warmup, note = choose_warmup(config, limits.total_steps)
+    if directory.checkpoint is not None:
+        kept = kept_warmup(config, directory.checkpoint, limits.total_steps)
+        warmup, note = (warmup, note) if kept is None else (kept, None)
     notes += [note] if note else []
     model = config.model.model_copy(
         update={

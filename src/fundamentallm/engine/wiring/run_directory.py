@@ -1,38 +1,33 @@
 """Which directory a run uses, and whether it starts there or continues.
 
-`auto`   the unfinished run of the same configuration continues; another run's directory is kept,
-         and the next free `name-2`, `name-3`, ... is used
+`auto`   the run of the same configuration continues, or one that differs in a budget alone; another
+         run's directory is kept, and the next free `name-2`, `name-3`, ... is used
 `never`  always the next free directory
 PATH     the run or checkpoint at PATH continues; a different configuration is refused
+
+With `--change` a run continues although more than a budget differs (`comparison.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fundamentallm.config import RunConfig
-from fundamentallm.config.global_batch import FREE_WITH_EQUAL_ROWS
-from fundamentallm.config.yaml.difference import (
-    config_differences,
-    may_differ_on_resume,
-    with_defaults,
-)
-from fundamentallm.engine.wiring.exactness import Split
+from fundamentallm.engine.wiring.comparison import FLAG, Comparison, Position
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.names import numbered
 from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint, check_entries
 from fundamentallm.inference.stored_model import stored_config
 from fundamentallm.training.checkpoint.catalogue import Survey
+from fundamentallm.training.checkpoint.changes import Record, records_in
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.snapshot import check_usable
 from fundamentallm.training.checkpoint.store import HIDDEN_NAME, CheckpointStore
-from fundamentallm.training.decision import STOPPED_BY
-
-BUDGET_FIELDS = ("num_epochs", "total_steps", "max_tokens", "max_seconds")
+from fundamentallm.training.decision import LAST_STEP, STOPPED_BY, USED_UP
 
 
 @dataclass(frozen=True)
@@ -43,9 +38,12 @@ class RunDirectory:
         path: the directory.
         checkpoints: where the run's checkpoints lie.
         checkpoint: the checkpoint to continue from; None for a new run.
-        survey: the checkpoints as read; None on a rank that read none.
         note: what to tell the user about the choice; may be empty.
         finished: why the run there is finished; empty if it is not.
+        survey: the checkpoints as read; None on a rank that read none.
+        changes: those with which the run went on before, and last the one with which it does now.
+        is_changed: whether there is one with which it does now.
+        changes_rows: whether a step now has other rows than before.
     """
 
     path: Path
@@ -54,26 +52,70 @@ class RunDirectory:
     note: str = ""
     finished: str = ""
     survey: Survey | None = None
+    changes: Sequence[Record] = ()
+    is_changed: bool = False
+    changes_rows: bool = False
+
+    @property
+    def changed(self) -> tuple[Sequence[Record], bool, bool]:
+        """What the other ranks are to know of the changes: the last three fields."""
+        return self.changes, self.is_changed, self.changes_rows
 
 
-def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory:
+@dataclass(frozen=True)
+class _Found:
+    """A run that may go on.
+
+    Attributes:
+        path: its directory.
+        newest: the checkpoint to continue from.
+        survey: its checkpoints.
+        comparison: of its configuration with the present one.
+    """
+
+    path: Path
+    newest: Manifest
+    survey: Survey
+    comparison: Comparison
+
+
+def choose(
+    config: RunConfig, resume: str, run_dir: Path | None, change: bool = False
+) -> RunDirectory:
     """Choose the directory; nothing is written.
 
     Args:
         config: the configuration as written.
         resume: "auto", "never" or a path.
         run_dir: the user's own choice of a directory; None for `runs/<name>`.
+        change: the user accepts a changed configuration of the run that goes on.
 
     Raises:
         CheckpointError: the path cannot be resumed, its configuration differs, or the user's
             directory holds something else.
+        ConfigError: the arguments contradict each other.
     """
+    if resume == "never" and change:
+        raise ConfigError(
+            f"{FLAG} goes on with a run, but --resume never asks for a new one",
+            fix="remove one of them",
+        )
     if resume not in ("auto", "never"):
-        return _continue_at(Path(resume), config, run_dir)
+        return _continue_at(Path(resume), config, run_dir, change)
     if run_dir is not None:
-        return _at(run_dir, config, resume)
+        return _at(run_dir, config, resume, change)
+    return _in_runs(config, resume, change)
+
+
+def _in_runs(config: RunConfig, resume: str, change: bool) -> RunDirectory:
+    """Choose among `runs/name`, `runs/name-2`, and so on.
+
+    The run of this configuration goes on; else the first that differs from it in a budget alone;
+    else, with `change`, the only one; else a new one starts.
+    """
     base = Path("runs") / config.name
-    differing = ""
+    near: list[_Found] = []
+    others: list[_Found] = []
     candidates = numbered(base)
     while True:
         candidate = next(candidates)
@@ -82,50 +124,41 @@ def choose(config: RunConfig, resume: str, run_dir: Path | None) -> RunDirectory
             continue
         check_entries(candidate, config.checkpoints_in(candidate))
         if is_free:
-            note = f"a new run starts in {candidate}"
-            if differing:
-                note += f": {differing}"
-            elif resume == "never" and candidate != base:
-                note += ": --resume never was given"
-            return RunDirectory(
-                candidate,
-                config.checkpoints_in(candidate),
-                note=note if candidate != base else "",
-            )
+            break
         survey = survey_of(config.checkpoints_in(candidate))
         newest = newest_checkpoint(survey)
         if newest is None:
             continue
-        differences = drift(newest, config)
-        if not differences:
-            return _going_on(candidate, newest, survey)
-        differing = differing or f"{candidate} has another configuration ({differences[0]})"
+        found = _Found(candidate, newest, survey, Comparison.of(newest, config))
+        if not found.comparison.differs:
+            return _going_on(found, change)
+        (others if found.comparison.others else near).append(found)
+    if near:
+        return _going_on(near[0], change)
+    if change and others:
+        if len(others) > 1:
+            raise ConfigError(
+                f"{FLAG} could mean several runs",
+                got=", ".join(str(found.path) for found in others),
+                fix=f"name one: --resume {others[-1].path} {FLAG}",
+            )
+        return _going_on(others[0], change)
+    note = f"a new run starts in {candidate}"
+    if others:
+        first = others[0]
+        note += f": {first.path} has another configuration ({first.comparison.others[0]})"
+        if first.comparison.can_be_changed:
+            note += f"; {FLAG} would go on with it"
+    elif resume == "never" and candidate != base:
+        note += ": --resume never was given"
+    checkpoints = config.checkpoints_in(candidate)
+    return RunDirectory(candidate, checkpoints, note=note if candidate != base else "")
 
 
 def nowhere(config: RunConfig) -> RunDirectory:
     """Return the directory that a new run would get, for commands that create none."""
     path = Path("runs") / config.name
     return RunDirectory(path, config.checkpoints_in(path))
-
-
-def drift(manifest: Manifest, config: RunConfig) -> list[str]:
-    """Return the differences that make a configuration a different run, as text.
-
-    With a `data.global_batch` of as many rows as the run's steps have, they may be split otherwise.
-    """
-    differences = config_differences(as_written(manifest), config.model_dump(mode="json"))
-    rows, split = config.data.global_batch, Split.saved_in(manifest)
-    free = FREE_WITH_EQUAL_ROWS if split is not None and rows == split.rows else frozenset()
-    return [
-        f"{key}: {was!r} in the run, {now!r} now"
-        for key, was, now in differences
-        if key not in free and not may_differ_on_resume(key)
-    ]
-
-
-def as_written(manifest: Manifest) -> dict[str, Any]:
-    """Return the configuration that a checkpoint's run was started with."""
-    return with_defaults(manifest.metadata.get("config_as_written", {}), RunConfig)
 
 
 def survey_of(checkpoints: Path) -> Survey:
@@ -150,7 +183,7 @@ def newest_checkpoint(survey: Survey, pointer: str = "") -> Manifest | None:
     return newest
 
 
-def _at(path: Path, config: RunConfig, resume: str) -> RunDirectory:
+def _at(path: Path, config: RunConfig, resume: str, change: bool) -> RunDirectory:
     check_entries(path, config.checkpoints_in(path))
     if _is_free(path, config):
         return RunDirectory(path, config.checkpoints_in(path))
@@ -168,11 +201,10 @@ def _at(path: Path, config: RunConfig, resume: str) -> RunDirectory:
             where=str(path),
             fix="choose a new directory with --run-dir, or remove --resume never",
         )
-    _refuse_drift(newest, config, path)
-    return _going_on(path, newest, survey)
+    return _going_on(_Found(path, newest, survey, Comparison.of(newest, config)), change)
 
 
-def _continue_at(path: Path, config: RunConfig, run_dir: Path | None) -> RunDirectory:
+def _continue_at(path: Path, config: RunConfig, run_dir: Path | None, change: bool) -> RunDirectory:
     named = RunOrCheckpoint.parse(path, config.checkpoints_in)
     run = path if named.is_run else config.run_of(named.checkpoints)
     check_entries(run, named.checkpoints)
@@ -191,36 +223,54 @@ def _continue_at(path: Path, config: RunConfig, run_dir: Path | None) -> RunDire
             expected=str(run),
             fix="remove --run-dir",
         )
-    _refuse_drift(manifest, config, path)
+    found = _Found(run, manifest, survey, Comparison.of(manifest, config))
+    return _going_on(found, change, named=path)
+
+
+def _going_on(found: _Found, change: bool, named: Path | None = None) -> RunDirectory:
+    """Go on with a run, or say that it is finished.
+
+    Args:
+        found: the run.
+        change: the user accepts a changed configuration.
+        named: the path by which the user named it; None if it was found.
+
+    Raises:
+        CheckpointError: its configuration differs too much, or its checkpoint cannot be used.
+    """
+    manifest, survey, comparison = found.newest, found.survey, found.comparison
+    where = str(named or found.path)
+    comparison.refuse_others(where, change)
     _check_resumable(manifest)
-    finished = Scores(named.checkpoints).end_of(manifest)
-    has_more_to_do = _has_larger_budget(config, as_written(manifest)["training"])
-    if has_more_to_do or finished.startswith(STOPPED_BY):
+    checkpoints = survey.store.directory
+    finished = Scores(checkpoints).end_of(manifest)
+    position = None
+    if comparison.differs:
+        position = Position.of(survey.look(manifest.name), manifest.name)
+        is_new_end = bool(comparison.budgets) or finished not in (LAST_STEP, USED_UP)
+        if is_new_end and position.leaves_more(comparison.config.training):
+            finished = ""
+    if named is not None and finished.startswith(STOPPED_BY):
         finished = ""
-    return RunDirectory(run, named.checkpoints, manifest, _note(run, manifest), finished, survey)
-
-
-def _has_larger_budget(config: RunConfig, saved: Mapping[str, Any]) -> bool:
-    budgets = [(getattr(config.training, field), saved[field]) for field in BUDGET_FIELDS]
-    return any(now is not None and (was is None or now > was) for now, was in budgets)
-
-
-def _refuse_drift(manifest: Manifest, config: RunConfig, path: Path) -> None:
-    differences = drift(manifest, config)
-    if differences:
-        raise CheckpointError(
-            "the run has a different configuration:\n    " + "\n    ".join(differences),
-            where=str(path),
-            fix="undo the change, or start a new run with --resume never"
-            " (budgets and logging may differ)",
-        )
-
-
-def _going_on(path: Path, newest: Manifest, survey: Survey) -> RunDirectory:
-    _check_resumable(newest)
-    finished = Scores(survey.store.directory).end_of(newest)
-    note = _note(path, newest)
-    return RunDirectory(path, survey.store.directory, newest, note, finished, survey)
+    note, changes = f"continuing {found.path} from step {manifest.step}", records_in(manifest)
+    is_changed = position is not None and not finished
+    if position is not None and not finished:
+        moves = comparison.moves_schedule(position)
+        if moves and not change:
+            comparison.refuse_moved_schedule(where)
+        note += comparison.in_words(moves)
+        changes.append(comparison.record(position))
+    return RunDirectory(
+        found.path,
+        checkpoints,
+        manifest,
+        note,
+        finished,
+        survey,
+        changes,
+        is_changed,
+        is_changed and comparison.changes_rows,
+    )
 
 
 def _check_resumable(manifest: Manifest) -> None:
@@ -244,10 +294,6 @@ def _check_resumable(manifest: Manifest) -> None:
             fix="start a fresh run with --resume never",
         )
     stored_config(manifest.metadata["config"], manifest.name)
-
-
-def _note(path: Path, manifest: Manifest) -> str:
-    return f"continuing {path} from step {manifest.step}"
 
 
 def _is_free(path: Path, config: RunConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from fundamentallm.files.run_layout import (
@@ -17,15 +18,17 @@ from fundamentallm.files.run_layout import (
     STOP,
     TENSORBOARD,
 )
+from fundamentallm.training.checkpoint.changes import Record, in_words
 
 
-def run_readme(run: Path, checkpoints: Path, program: str) -> str:
+def run_readme(run: Path, checkpoints: Path, program: str, changes: Sequence[Record] = ()) -> str:
     """Return the text.
 
     Args:
         run: the run directory.
         checkpoints: where its checkpoints lie.
         program: how the program is called.
+        changes: with which the run went on.
     """
     name = shlex.quote(str(run))
     place = checkpoints.relative_to(run) if checkpoints.is_relative_to(run) else checkpoints
@@ -57,4 +60,18 @@ A file is there once the run has written it.
 | go on after a stop | the command that started the run |
 
 The commands name this directory as it was called when the run started.
-"""
+""" + _changes(changes)
+
+
+def _changes(changes: Sequence[Record]) -> str:
+    if not changes:
+        return ""
+    rows = [
+        f"| {change['step']:,} | `{words.replace('|', '/').replace('`', '')}` |\n"
+        for change in changes
+        for words in in_words(change)
+    ]
+    return (
+        "\n## Changes\n\nThe run went on with a changed configuration:\n\n"
+        "| after step | change |\n|---|---|\n" + "".join(rows)
+    )

@@ -187,6 +187,15 @@ class Survey:
             return held[1]
         return self.store.read(self.store.directory / name)
 
+    def look(self, name: str) -> dict[str, Any]:
+        """Return the state of a checkpoint and hold it.
+
+        Raises:
+            CheckpointError: it is damaged or unusable.
+        """
+        self._held = name, self.take(name)
+        return self._held[1]
+
     def manifests(self) -> Iterator[Manifest]:
         """Read the remaining checkpoints; yield the manifests of all usable ones."""
         for name in self.store.step_names():
