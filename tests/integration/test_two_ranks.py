@@ -28,9 +28,12 @@ from fundamentallm.compute.distributed import Ranks, join_ranks, leave_ranks
 from fundamentallm.config import TrainingConfig
 from fundamentallm.data.batch import Window, count_valid
 from fundamentallm.data.loaders import Batching, TokenWindowLoader, ValidationLoader
+from fundamentallm.data.tokenizer import CharacterTokenizer
+from fundamentallm.engine.wiring.bits_per_byte import BitsPerByte
 from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem
+from fundamentallm.inference.evaluate import Document
 from fundamentallm.testing import tiny_model, tiny_tokens
 from fundamentallm.training.evaluator import Evaluator
 from fundamentallm.training.handlers import Checkpointing, Evaluation, NaNRollback
@@ -459,6 +462,8 @@ def evaluation(ranks: Ranks) -> dict[str, Any]:
     Accuracy().attach(output, "accuracy")
     TopKCategoricalAccuracy(3).attach(output, "top_3")
     Loss(F.cross_entropy).attach(output, "cross_entropy")
+    letters = CharacterTokenizer("".join(map(chr, range(0xE0, 0xE0 + VOCABULARY))))
+    BitsPerByte(loader, [Document("text", loader.tokens)], letters).attach(output)
     output.run(loader)
     metrics = dict(output.state.metrics)
     if ranks.rank == 1:
@@ -833,6 +838,8 @@ def test_evaluation_adds_up_over_ranks_with_unequal_shares(both):
         for name, value in alone["metrics"].items():
             exact = name in ("accuracy", "top_3")
             assert metrics[name] == (value if exact else pytest.approx(value, rel=1e-6))
+        bits = alone["nll"] / math.log(2) / (69 * 2)  # each character takes two bytes
+        assert metrics["bits_per_byte"] == pytest.approx(bits, rel=1e-12)
         assert results["evaluation"]["cut"] == {}  # by the second rank alone
 
 

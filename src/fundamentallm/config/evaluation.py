@@ -12,6 +12,8 @@ from fundamentallm.config.component import Component
 from fundamentallm.config.yaml.problems import problem
 
 ALWAYS_MEASURED = ("loss", "perplexity")
+TAKEN_NAMES = (*ALWAYS_MEASURED, "bits_per_byte")
+"""Names that no metric of one's own may have."""
 
 
 class EvaluationConfig(BaseConfig):
@@ -33,7 +35,7 @@ class EvaluationConfig(BaseConfig):
             )
         chosen = {}
         for name, value in metrics.items():
-            if name in ALWAYS_MEASURED:
+            if name in TAKEN_NAMES:
                 raise problem(
                     str(name),
                     f"{name} is always measured",

@@ -15,7 +15,7 @@ import json
 from typing import Any
 
 from fundamentallm.config import RunConfig
-from fundamentallm.config.evaluation import ALWAYS_MEASURED
+from fundamentallm.config.evaluation import TAKEN_NAMES
 from fundamentallm.config.model import TRANSFORMER
 from fundamentallm.config.yaml.file import SCHEMA
 from fundamentallm.engine.catalogue import CATALOGUE, KINDS, Catalogue, registered_catalogue
@@ -182,7 +182,7 @@ def _metrics(entries: dict[str, JSON]) -> JSON:
         "additionalProperties": {"if": {"type": "boolean"}, "then": off, "else": chosen},
         "propertyNames": {
             "pattern": "^[A-Za-z0-9_-]{1,100}$",
-            "not": {"enum": list(ALWAYS_MEASURED)},
+            "not": {"enum": list(TAKEN_NAMES)},
         },
     }
 

@@ -36,7 +36,7 @@ from fundamentallm.inference.decoding import REPLACEMENT, Decoder
 from fundamentallm.models.calling import inputs_for, logits_of
 from fundamentallm.training.evaluator import predictions_of
 from fundamentallm.training.losses import compute_loss
-from fundamentallm.training.step import perplexity_of, to_device, undisturbed
+from fundamentallm.training.step import bits_per, perplexity_of, to_device, undisturbed
 
 PIECE = 1 << 16  # tokens decoded at once
 
@@ -97,12 +97,11 @@ class Evaluated:
     def of(cls, nll: float, num_tokens: int, num_characters: int, num_bytes: int) -> Evaluated:
         """Compute the figures from a sum of negative log-likelihoods in nats; NaN for no tokens."""
         loss = nll / num_tokens if num_tokens else math.nan
-        bits = nll / math.log(2)
         return cls(
             loss,
             perplexity_of(loss),
-            bits / max(num_characters, 1),
-            bits / max(num_bytes, 1),
+            bits_per(nll, max(num_characters, 1)),
+            bits_per(nll, max(num_bytes, 1)),
             num_tokens,
             num_characters,
             num_bytes,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fundamentallm.reports.run_data import RunData
+from fundamentallm.training.step import bits_per
 
 LEVEL = 0.05
 SEED = "seed"
@@ -245,10 +246,13 @@ def run_figures(run: RunData) -> dict[str, float | None]:
 
 
 def _bits_per_byte(run: RunData, best: float | None) -> float | None:
-    """Return bits per byte at the best loss, where a token is a byte of text."""
+    """Return bits per byte at the best loss; a run may have none where a token is a byte."""
+    if (curve := run.curves.get("val/bits_per_byte")) is not None:
+        lowest = curve.lowest()
+        return lowest[1] if lowest else None
     if best is None or run.bytes_per_token is None:
         return None
-    return best / math.log(2) / run.bytes_per_token
+    return bits_per(best, run.bytes_per_token)
 
 
 def _described(run: RunData) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.precision import Precision
-from fundamentallm.config.evaluation import ALWAYS_MEASURED
+from fundamentallm.config.evaluation import ALWAYS_MEASURED, TAKEN_NAMES
 from fundamentallm.data.batch import Batch, as_window
 from fundamentallm.training.losses import Head, takes_hidden_states, widened
 from fundamentallm.training.recovery.data_faults import DataFaults
@@ -72,6 +72,7 @@ class Evaluator(Engine):
     Attributes:
         nll: summed negative log-likelihood of the last whole pass, in nats.
         num_tokens: its valid targets.
+        data: of the pass under way; None between passes.
         weights: a context that puts the weights to evaluate into the model.
         leaves: asked after each micro-batch; on True the pass is cut short.
         faults: holds back an error of this rank's data until all ranks have heard of it.
@@ -91,6 +92,7 @@ class Evaluator(Engine):
         self.ranks = ranks or Ranks()
         self.loss_fn = loss_fn
         self.nll, self.num_tokens = 0.0, 0
+        self.data: Iterable[Any] | None = None
         self.weights: Callable[[], AbstractContextManager[None]] = nullcontext
         self.leaves: Callable[[], bool] = lambda: False
         self.faults = DataFaults(self.ranks)
@@ -117,6 +119,7 @@ class Evaluator(Engine):
         if max_epochs not in (None, 1):
             raise ValueError(f"an evaluation is one pass, got max_epochs={max_epochs}")
         state, device = self.state, self.precision.device
+        self.data = data
         state.metrics.clear()
         # Ignite would go on with a pass that was cut short, and keep the length of the last one.
         state.max_epochs = state.max_iters = state.epoch_length = None
@@ -128,7 +131,7 @@ class Evaluator(Engine):
                 super().run(self._micro_batches(data), max_epochs=1, epoch_length=epoch_length)
         finally:
             # As in `TrainingLoop.run`; and the logits are large.
-            self._internal_run_generator = self._dataloader_iter = None
+            self._internal_run_generator = self._dataloader_iter = self.data = None
             state.output = state.batch = state.dataloader = None
         if not self._is_whole:
             state.metrics.clear()
@@ -151,7 +154,7 @@ class Evaluator(Engine):
         """
         if not isinstance(getattr(handler, "__self__", handler), Metric):
             self.admit(handler)
-        elif args and args[0] in ALWAYS_MEASURED:
+        elif args and args[0] in TAKEN_NAMES:
             raise ValueError(
                 f"the evaluator measures '{args[0]}' itself, per token and in float64; attach the"
                 " metric under another name"

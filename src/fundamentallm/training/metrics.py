@@ -22,7 +22,7 @@ from numbers import Real
 import torch
 from ignite.metrics import Accuracy, Entropy, Metric, TopKCategoricalAccuracy
 
-from fundamentallm.config.evaluation import ALWAYS_MEASURED
+from fundamentallm.config.evaluation import TAKEN_NAMES
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.registry import Registry
 
@@ -63,7 +63,7 @@ def entropy(device: torch.device) -> Metric:
 
 def named_metrics(metrics: Mapping[str, object]) -> str:
     """Return the numbers among the metrics of a validation pass besides its own, for a line."""
-    own = [f"val/{name}" for name in ALWAYS_MEASURED]
+    own = [f"val/{name}" for name in TAKEN_NAMES]
     return "".join(
         f", {name.removeprefix('val/')} {number:.4g}"
         for name, number in numbers_in(metrics).items()

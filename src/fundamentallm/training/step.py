@@ -351,6 +351,11 @@ def perplexity_of(loss: float) -> float:
         return math.inf
 
 
+def bits_per(nll: float, size: float) -> float:
+    """Return the bits for each of so many bytes or characters, from nats for all of them."""
+    return nll / math.log(2) / size
+
+
 # A mixture of kinds must be sorted first.
 _FOREACH_KINDS = {("cpu", torch.float32)}
 

@@ -32,6 +32,7 @@ from fundamentallm.data.tokenizer.tokenizer_json import tokenizer_json
 from fundamentallm.engine.tuning.auto import choose_auto
 from fundamentallm.engine.tuning.fit import refuse_what_cannot_fit
 from fundamentallm.engine.wiring.abilities import check_abilities
+from fundamentallm.engine.wiring.bits_per_byte import BitsPerByte, validation_documents
 from fundamentallm.engine.wiring.changed_rows import limits_of, rows_of
 from fundamentallm.engine.wiring.comparison import keep_own_options, kept_warmup
 from fundamentallm.engine.wiring.conflicts import settle_kept_checkpoints, unread_settings
@@ -231,6 +232,8 @@ def assemble(
     )
 
     # metrics share the validation pass
+    documents = validation_documents(source, val_loader, tokenizer, config.data.split)
+    BitsPerByte(val_loader, documents, tokenizer).attach(trainer.evaluator)
     for name, component in config.evaluation.metrics.items():
         with config.locating_errors(f"evaluation.metrics.{name}"):
             metric = METRICS.build(
