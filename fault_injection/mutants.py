@@ -100,6 +100,7 @@ TESTS = {  # of a file or directory below the package
     "training/step.py": STEP,
     "training/decision.py": ("test_decision", *STEP),
     "training/loop.py": LOOP,
+    "training/steering.py": LOOP,
     "training/trainer.py": LOOP,
     "training/dispatch.py": LOOP,
     "training/limits.py": ("handlers/test_schedule", *LOOP),

@@ -52,6 +52,7 @@ LAYERS = [
     ["training.dispatch"],
     ["training.ignite_handlers"],
     ["training.evaluator"],
+    ["training.steering"],
     ["training.loop"],
     ["training.checkpoint.snapshot", "training.recovery.incident"],
     ["training.handlers.base"],
