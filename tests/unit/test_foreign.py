@@ -242,12 +242,13 @@ def test_handlers_of_one_class_keep_a_state_each_until_their_last_method_is_remo
     assert list(trainer.attached.values()) == metrics[1:]
 
 
-def test_a_scheduler_of_ignite_may_be_attached_to_two_events_at_once() -> None:
+def test_a_scheduler_of_torch_may_be_attached_to_two_events_at_once() -> None:
     trainer = make_trainer(total_steps=4)
-    scheduler = PiecewiseLinear(trainer.optimizer, "lr", [(0, 0.0), (10, 1.0)])
+    scheduler = LRScheduler(lr_scheduler.StepLR(trainer.optimizer, 3, 0.5))
     trainer.add_event_handler(Events.STARTED | Events.ITERATION_STARTED, scheduler)
     trainer.train()
-    assert trainer.history.lr == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    # The first of the steps of the schedule is taken at STARTED.
+    assert trainer.history.lr == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3])
 
 
 def test_without_a_scheduler_of_ignite_the_schedule_of_the_trainer_holds() -> None:

@@ -33,6 +33,7 @@ from fundamentallm.data.loaders import (
     ValidationLoader,
     WindowLoader,
     as_window_loader,
+    batch_shape_of,
 )
 from fundamentallm.data.permutation import Permutation, derive_key
 from fundamentallm.errors import DataError
@@ -150,7 +151,7 @@ def test_the_rows_of_an_epoch_are_the_same_for_any_sizes(
     assert rows == [rows_of(alone.window_at(2, step))[0] for step in range(len(alone))]
 
 
-@pytest.mark.parametrize(("num_tokens", "epoch"), [(103, 0), (103, 7), (21, 3), (6, 1)])
+@pytest.mark.parametrize(("num_tokens", "epoch"), [(103, 0), (103, 7), (21, 3), (6, 1), (1403, 4)])
 def test_the_starts_are_phase_and_permutation_of_seed_and_epoch(
     num_tokens: int, epoch: int
 ) -> None:
@@ -415,6 +416,17 @@ def test_a_shuffling_loader_leaves_the_training_s_random_numbers_alone(
     assert seeded == []  # torch.manual_seed would reseed the dropout of every GPU
 
 
+def test_the_order_of_a_shuffling_loader_is_that_of_torch_for_a_key_of_seed_and_epoch() -> None:
+    """The formula written out: a resumed run relies on it."""
+    keys = [derive_key(5, epoch, 3) for epoch in range(4)]
+    assert max(keys) >= 2**63 > min(keys)  # torch takes a key modulo 2^63
+    loader = WindowLoader(plain_loader(30, batch_size=1, shuffle=True), seed=5)
+    for key, epoch in zip(keys, epochs_of(loader, 4), strict=True):
+        torch.manual_seed(key % 2**63)
+        expected = [rows_of(as_window(b)) for b in plain_loader(30, batch_size=1, shuffle=True)]
+        assert epoch == expected
+
+
 DATA = LanguageModelDataset(np.arange(91), 3)
 ORDERS = {
     "generator": lambda: {"shuffle": True, "batch_size": 4, "generator": torch.Generator()},
@@ -618,6 +630,12 @@ def test_tokens_that_are_no_row_of_integers_are_misuse(tokens: Any) -> None:
             loader(tokens, Batching(4, 2))
 
 
+def test_a_list_without_tokens_is_an_empty_split() -> None:
+    assert len(ValidationLoader([], Batching(4, 2))) == 0
+    with pytest.raises(ValueError, match="one row of integers"):
+        ValidationLoader([0.5], Batching(4, 2))
+
+
 @pytest.mark.parametrize("kind", [list, torch.tensor])
 def test_tokens_of_other_kinds_give_the_same_batches(kind: Any) -> None:
     ids = np.arange(60)
@@ -647,3 +665,9 @@ def test_a_text_of_two_whole_sequences_has_every_phase() -> None:
     loader = TokenWindowLoader(np.arange(9), Batching(4, 2))
     phases = {int(loader.rows_at(epoch, 0).min()) for epoch in range(40)}
     assert phases == {0, 1, 2, 3}
+
+
+def test_a_loader_tells_the_shape_of_its_batches_as_far_as_it_knows() -> None:
+    assert batch_shape_of(TokenWindowLoader(np.arange(50), Batching(4, 2))) == (2, 4)
+    assert batch_shape_of(WindowLoader(plain_loader(10, batch_size=2))) == (2, None)
+    assert batch_shape_of(WindowLoader([])) == (None, None)

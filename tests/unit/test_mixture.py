@@ -18,6 +18,7 @@ from fundamentallm.data.loaders import (
     ValidationLoader,
     split_evenly,
 )
+from fundamentallm.data.permutation import derive_key
 from fundamentallm.errors import DataError
 from fundamentallm.training.epochs import Epochs
 from fundamentallm.training.recovery.incident import corpus_place
@@ -136,6 +137,20 @@ def test_one_source_has_the_windows_of_its_own_loader() -> None:
     plain = TokenWindowLoader(SOURCES[0], Batching(8, 4, seed=7))
     assert len(loader) == len(plain)
     assert loader.tokens_per_step == plain.tokens_per_step
+
+
+def test_a_source_goes_by_a_key_of_the_seed_and_its_number() -> None:
+    """The formula written out: a resumed run relies on it."""
+    loader = mixture(seed=7)
+    for number, tokens in enumerate(SOURCES):
+        own = TokenWindowLoader(tokens, Batching(8, 4, seed=derive_key(7, number, 4)))
+        places = np.arange(own.num_sequences)
+        assert np.array_equal(loader.members[number].starts_at(2, places), own.starts_at(2, places))
+
+
+def test_each_source_has_a_name() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        MixtureLoader(SOURCES, WEIGHTS, ["a", "b"], Batching(8, 4))
 
 
 def test_validation_reads_every_target_of_every_source() -> None:

@@ -39,6 +39,7 @@ class Bench:
         max_grad_norm: float | None = None,
         precision: Precision = FP32,
         optimizer: torch.optim.Optimizer | None = None,
+        max_grad_value: float | None = None,
     ) -> None:
         torch.manual_seed(0)
         self.model = model if model is not None else tiny_model(VOCABULARY, LENGTH)
@@ -54,6 +55,7 @@ class Bench:
             Ranks(),
             max_grad_norm,
             self.notify,
+            max_grad_value,
         )
 
     def notify(self, event: TrainingEvents) -> None:
@@ -161,6 +163,48 @@ def test_weights_change_between_the_gradients_event_and_the_update_event():
     assert_same_bits(seen[TrainingEvents.FLLM_OPTIMIZER_STEPPED], bench.state()["model"])
 
 
+def test_before_its_first_window_a_step_knows_neither_loss_nor_norm():
+    step = Bench(max_grad_norm=0.5).step
+    assert math.isnan(step.loss)
+    assert math.isnan(step.norm)
+    assert (step.clip_norm, step.veto, step.veto_details) == (0.5, "", "")
+    assert not step.vetoes_possible
+
+
+def test_one_valid_target_is_enough_for_an_update():
+    bench = Bench()
+    share = window(1, rows=1, masked=LENGTH - 1)
+    nll, count = naive_nll(bench.model, share.micro_batches)
+    output = bench.take(share)
+    assert (output.rejection, output.num_tokens, count) == ("", 1, 1)
+    assert output.loss == pytest.approx(nll, rel=1e-6)
+
+
+def test_parameters_without_a_gradient_have_a_norm_of_zero():
+    class Aside(UniformModel):
+        """What learns is not among the parameters."""
+
+        def __init__(self) -> None:
+            super().__init__(VOCABULARY)
+            self.offset = [torch.zeros(VOCABULARY, requires_grad=True)]
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.offset[0].expand(*input_ids.shape, -1)
+
+    output = Bench(Aside()).take(window())
+    assert (output.rejection, output.grad_norm) == ("", 0.0)
+
+
+def test_the_type_of_the_loss_may_change_between_two_steps():
+    model = tiny_model(VOCABULARY, LENGTH)
+    bench = Bench(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
+    narrow = bench.take(window())
+    model.double()
+    wide = bench.take(window())
+    assert (wide.loss, wide.grad_norm) == pytest.approx((narrow.loss, narrow.grad_norm), rel=1e-5)
+    assert wide.loss != narrow.loss
+
+
 def test_gradients_of_an_earlier_step_leave_no_trace():
     fresh, used = Bench(), Bench()
     for parameter in used.model.parameters():
@@ -202,6 +246,62 @@ def test_a_gradient_below_the_limit_is_left_alone():
     free, wide = Bench(), Bench(max_grad_norm=1e3)
     assert free.take(window()) == wide.take(window())
     assert_same_bits(wide.state(), free.state())
+
+
+@pytest.mark.parametrize("share", [1.0005, 4.0])
+def test_a_gradient_is_clipped_as_soon_as_it_is_above_the_limit(share):
+    norm = Bench().take(window()).grad_norm
+    clipped = Bench(max_grad_norm=norm / share)
+    clipped.take(window())
+    assert float(clipped.gradient().norm()) == pytest.approx(norm / share, rel=1e-4)
+
+
+def test_a_tiny_gradient_is_clipped_to_a_limit_that_is_tinier():
+    share = 8e-6 / Bench().take(window()).grad_norm
+
+    def faint(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        return share * LanguageModelingLoss()(logits, targets, reduction)
+
+    bench = Bench(loss_fn=faint, max_grad_norm=2e-6)
+    assert bench.take(window()).grad_norm == pytest.approx(8e-6, rel=1e-3)
+    assert 1e-6 < float(bench.gradient().norm()) <= 2e-6
+
+
+def test_each_element_is_clipped_to_its_own_limit():
+    free, clipped = Bench(), Bench(max_grad_value=0.01)
+    free.take(window())
+    clipped.take(window())
+    assert float(free.gradient().abs().max()) > 0.02
+    assert torch.equal(clipped.gradient(), free.gradient().clamp(-0.01, 0.01))
+
+
+@pytest.mark.parametrize(
+    ("limit", "norms", "expected"),
+    [(None, [0.05], 0.05), (0.08, [0.05], 0.05), (0.05, [0.08], 0.05), (None, [0.05, 0.08], 0.05)],
+)
+def test_a_controller_may_lower_the_limit_of_one_step(limit, norms, expected):
+    bench = Bench(max_grad_norm=limit)
+    free = Bench(max_grad_norm=limit)
+
+    def lower(event: TrainingEvents) -> None:
+        if event == TrainingEvents.FLLM_GRADIENTS_READY:
+            for norm in norms:
+                bench.step.clip_to(norm)
+
+    bench.on_event = lower
+    assert bench.take(window()).grad_norm > 0.1
+    assert float(bench.gradient().norm()) == pytest.approx(expected, rel=1e-4)
+    bench.on_event = lambda event: None
+    bench.model.load_state_dict(free.model.state_dict())
+    bench.take(window())
+    free.take(window())
+    assert torch.equal(bench.gradient(), free.gradient())
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, math.nan])
+def test_a_limit_that_is_no_number_above_zero_is_refused(norm):
+    with pytest.raises(ValueError, match="above 0"):
+        Bench().step.clip_to(norm)
 
 
 def test_observers_of_the_gradients_event_see_them_whole_and_unclipped():
@@ -312,12 +412,12 @@ def test_a_veto_refuses_the_update_for_one_step():
 
     def object_(event: TrainingEvents) -> None:
         if event == TrainingEvents.FLLM_GRADIENTS_READY:
-            bench.step.veto = "too steep"
+            bench.step.veto, bench.step.veto_details = "too steep", "ten times the median"
 
     bench.on_event = object_
     bench.step.vetoes_possible = True
     output = bench.take(window())
-    assert output.rejection == "too steep"
+    assert (output.rejection, output.details) == ("too steep", "ten times the median")
     assert math.isfinite(output.loss)
     assert math.isfinite(output.grad_norm)
     assert_left_alone(bench, before)
@@ -343,8 +443,9 @@ def test_a_vetoed_step_counts_for_nothing_in_the_loss_scale():
 
 def test_a_nonfinite_loss_outranks_a_veto():
     bench = warmed(loss_fn=Fault(math.nan, False, 0))
-    bench.on_event = lambda event: setattr(bench.step, "veto", "too steep")
-    assert bench.take(window()).rejection == "nonfinite"
+    bench.on_event = lambda event: bench.step.__dict__.update(veto="too steep", veto_details="so")
+    output = bench.take(window())
+    assert (output.rejection, output.details) == ("nonfinite", "")
 
 
 def test_a_window_without_targets_is_refused_before_the_model_is_asked():

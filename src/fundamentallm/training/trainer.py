@@ -138,8 +138,7 @@ class Trainer(TrainingLoop):
         if self.restore_point is None:
             self._checkpoint_dir = path.parent
         self.attach_defaults()
-        if self.restore_point is None:
-            raise ValueError("a handler switched checkpoints off: there is nothing to resume with")
+        assert self.restore_point is not None  # attached just now, unless there was one
         self.restore_point.restore(self, path, survey)
 
     def train_epoch(self) -> float:
