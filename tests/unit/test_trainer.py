@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -590,12 +591,17 @@ def test_out_of_memory_names_the_step_and_a_checkpoint_only_where_there_is_one(
     assert ("the last checkpoint is kept" in str(error.value)) is saves
 
 
-def test_after_an_error_a_run_on_other_data_reads_those() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_an_error_or_a_stop_a_run_on_other_data_reads_those(fails: bool) -> None:
     trainer = make_trainer()
-    trainer.add_event_handler(
-        Events.ITERATION_COMPLETED(once=3), lambda: (_ for _ in ()).throw(ArithmeticError)
-    )
-    with pytest.raises(ArithmeticError):
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=3))
+    def end() -> None:
+        trainer.interrupt()
+        if fails:
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError) if fails else nullcontext():
         trainer.run(max_iters=6)
     other = TokenWindowLoader(tiny_tokens(97, seed=5), Batching(8, 4))
     assert len(other) == 3
@@ -1021,6 +1027,9 @@ def test_a_restored_position_tells_its_epoch_before_the_run_goes_on() -> None:
     trainer = make_trainer()
     trainer.load_state_dict({**trainer.state_dict(), "iteration": 25})
     assert (trainer.epoch, trainer.state.epoch) == (3, 2)  # Ignite adds the one that begins
+    cut = {"iteration": 25, "epochs_ended_early": [[3, 1]]}
+    trainer.load_state_dict({**trainer.state_dict(), **cut})
+    assert (trainer.epoch, trainer.state.epoch) == (4, 3)
 
 
 # ------------------------------------------------------------------ events

@@ -232,7 +232,6 @@ class TrainingLoop(SteeredEngine):
             # After an exception Ignite keeps its spent generator, and the next run would return
             # at once without a step (held by tests/unit/test_ignite_contract.py).
             self._internal_run_generator = None
-            self._dataloader_iter = None
             self.notify(TrainingEvents.FLLM_RUN_ENDED)
         return self.state
 
@@ -241,7 +240,6 @@ class TrainingLoop(SteeredEngine):
         epoch, step = self.epochs.position(self.state.iteration)
         self.train_loader.set_position(epoch, step)
         self.should_terminate = False
-        self._heed_epochs()
         self.state.epoch_length = self.steps_per_epoch
         self.state.epoch = epoch  # Ignite adds the one begun
         self._ignite.carry()
