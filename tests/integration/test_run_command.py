@@ -177,6 +177,10 @@ def test_the_directory_holds_what_is_promised(place):
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [4, 8, 12]
     assert [len(sample["text"]) for sample in samples] == [5, 5, 5]
+    for copying in (sample["copying"] for sample in samples):
+        assert copying["whole"]
+        assert copying["validation"]["count"] > 0
+        assert copying["place"].startswith("text.txt:")
     assert {path.name for path in place.iterdir()} == {"runs", "text.txt", "tiny.yaml"}
 
 

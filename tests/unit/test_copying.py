@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fundamentallm.inference import copying
-from fundamentallm.inference.copying import TrainingText, distinct_share, passages
+from fundamentallm.data import copying
+from fundamentallm.data.copying import CopyingFigures, TrainingText, distinct_share, passages
 
 LETTERS = st.text("ab\U0001f600 ", max_size=40)
 
@@ -79,3 +79,26 @@ def test_passages_are_of_the_documents() -> None:
     assert [len(passage) for passage in found] == [20] * 4
     assert all(any(passage in one for one in documents) for passage in found)
     assert passages(documents, 1000) == []
+
+
+def test_the_figures_of_a_sample_stand_beside_those_of_validation_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(copying, "SEARCHED", 1000)
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefgh ", k=600)) for _ in range(2)]
+    span = texts[0][100:150]
+    figures = CopyingFigures([("a.txt", texts[0])], [texts[1]])
+    found = figures.of(f"QQQ{span}QQQ")
+    assert (found["longest"], found["start"], found["place"]) == (50, 3, "a.txt:1:101")
+    assert (found["searched"], found["whole"]) == (600, True)
+    # 56 characters: the passages have 56, the nearest length of three binary digits from it on.
+    expected = [TrainingText([("a.txt", texts[0])]).examine(one) for one in passages(texts[1:], 56)]
+    usual = found["validation"]
+    assert usual["count"] == 4
+    assert usual["longest"] == sum(one.length for one in expected) / 4
+    assert usual["repeated"] == sum(one.repeated for one in expected) / 4
+    assert found["longest"] > 3 * usual["longest"]
+    assert not CopyingFigures([("a", "x" * 1000)], []).of("xx")["whole"]
+    assert CopyingFigures([("a", "x")], ["short"]).of("x" * 100)["validation"] is None
+    assert figures.of("")["place"] is None

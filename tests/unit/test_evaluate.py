@@ -20,12 +20,12 @@ from fundamentallm.data.tokenizer import (
     CharacterTokenizer,
     SubwordTokenizer,
     Tokenizer,
+    changes_texts,
 )
 from fundamentallm.inference import evaluate as module
 from fundamentallm.inference.evaluate import (
     Document,
     _windows,
-    changes_texts,
     decoded_size,
     evaluate_documents,
     example_documents,

@@ -18,7 +18,13 @@ from fundamentallm.config.data import SourceConfig
 from fundamentallm.data.documents import find_inputs
 from fundamentallm.data.preparing.folder import _tell_other_shares
 from fundamentallm.data.preparing.pieces import Counts
-from fundamentallm.data.sources import ExampleSource, MixtureSource, TextSource, read_source
+from fundamentallm.data.sources import (
+    ExampleSource,
+    MixtureSource,
+    TextSource,
+    TokenSource,
+    read_source,
+)
 from fundamentallm.data.sources.base import draw_parts
 from fundamentallm.data.tokenizer import ByteTokenizer
 from fundamentallm.errors import DataError
@@ -37,6 +43,47 @@ def texts_of(source: TextSource, fractions: tuple[float, float, float]) -> dict[
 def test_a_single_text_is_cut_by_position() -> None:
     source = TextSource.of([("a.txt", "0123456789")])
     assert texts_of(source, TENTH) == {"train": "01234567", "val": "8", "test": "9"}
+
+
+@pytest.mark.parametrize("count", [1, 3, 60])
+def test_the_texts_of_a_part_are_those_of_its_tokens(count: int) -> None:
+    source = TextSource.of([(f"{i}.txt", f"{i:04} " * (i + 9)) for i in range(count)])
+    mixture = MixtureSource.of([1.0, 1.0], [source, source])
+    for part, text in texts_of(source, TENTH).items():
+        found = list(source.texts(part, BYTES, TENTH, 10**6))
+        assert "".join(one for _, one in found) == text
+        assert "".join(one for _, one in source.texts(part, BYTES, TENTH, 7)) == text[:7]
+        assert all(name.endswith(".txt") for name, _ in found)
+        assert list(mixture.texts(part, BYTES, TENTH, 10**6)) == found * 2
+        bounded = mixture.texts(part, BYTES, TENTH, len(text) + 3)
+        assert "".join(one for _, one in bounded) == text + text[:3]
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_the_texts_of_tokens_are_their_documents(end: bool) -> None:
+    documents = ["\u20ac" * 30, "b" * 8, "c" * 50]
+    tokenizer = ByteTokenizer(end=end)
+    ids = [tokenizer.encode(text) for text in documents]
+    if end:
+        ids = [np.append(one, tokenizer.end_id).astype(np.uint16) for one in ids]
+    source = TokenSource(
+        "t", "", tokenizer=tokenizer, end_id=tokenizer.end_id, tokens=np.concatenate(ids)
+    )
+    whole = documents if end else ["".join(documents)]
+    named = [(f"t: document {number}", text) for number, text in enumerate(whole, 1)]
+    assert list(source.texts("train", tokenizer, (1.0, 0.0, 0.0), 1000)) == named
+    # 40 characters of the text are more than 40 of its ids.
+    found = source.texts("train", tokenizer, (1.0, 0.0, 0.0), 40)
+    assert "".join(text for _, text in found) == "".join(documents)[:40]
+
+
+def test_the_texts_of_examples_are_prompt_and_response(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(10)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    source = read_source(str(path), response_end="!")
+    texts = [text for _, text in source.texts("train", BYTES, TENTH, 1000)]
+    assert texts == [f"p{i}r{i}!" for i in range(8)]
 
 
 def test_a_few_files_hold_out_the_end_of_each() -> None:

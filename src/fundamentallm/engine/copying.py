@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fundamentallm.data.copying import WORDS, Copied, TrainingText, passages
 from fundamentallm.engine.evaluate import documents_of, run_source
-from fundamentallm.inference.copying import WORDS, Copied, TrainingText, passages
 from fundamentallm.inference.load import Trained
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from fundamentallm.data.sources import (
     read_source,
 )
 from fundamentallm.data.sources.base import part_bounds
-from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.data.tokenizer import Tokenizer, changes_texts
 from fundamentallm.engine.console import console_output, printable, say
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.wiring.assemble import read_run_source
@@ -35,7 +35,6 @@ from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.inference.evaluate import (
     Document,
     Evaluated,
-    changes_texts,
     decoded_size,
     evaluate_documents,
     example_documents,

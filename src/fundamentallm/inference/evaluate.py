@@ -31,7 +31,6 @@ from fundamentallm.data.batch import IGNORED, Batch, add_documents
 from fundamentallm.data.examples import EncodedExamples, Example
 from fundamentallm.data.token_file import Tokens
 from fundamentallm.data.tokenizer import Tokenizer
-from fundamentallm.errors import DataError
 from fundamentallm.inference.decoding import REPLACEMENT, Decoder
 from fundamentallm.models.calling import inputs_for, logits_of
 from fundamentallm.training.evaluator import predictions_of
@@ -39,11 +38,6 @@ from fundamentallm.training.losses import compute_loss
 from fundamentallm.training.step import bits_per, perplexity_of, to_device, undisturbed
 
 PIECE = 1 << 16  # tokens decoded at once
-
-# What tokenizers change: case, white space, composed marks, signs beside words, rare characters.
-_VARIED = (
-    "Hello, World  don't ( x ) .\n\n\tna\u00efve e\u0301 \ufb01 \u4f60\u597d \U0001f600 \ue000 "
-)
 
 
 @dataclass(frozen=True)
@@ -277,17 +271,6 @@ def _less(size: tuple[int, int], tokenizer: Tokenizer, given: Tokens) -> tuple[i
     # A character that the given tokens only begin is not whole yet.
     characters, octets = text_size(tokenizer.decode(np.asarray(given)).rstrip(REPLACEMENT))
     return max(0, size[0] - characters), max(0, size[1] - octets)
-
-
-def changes_texts(tokenizer: Tokenizer) -> bool:
-    """Whether decoding can change a text, so that its size is lost.
-
-    A tokenizer that refuses unknown text never changes it.
-    """
-    try:
-        return tokenizer.decode(tokenizer.encode(_VARIED)) != _VARIED
-    except DataError:
-        return False
 
 
 def text_size(text: str) -> tuple[int, int]:

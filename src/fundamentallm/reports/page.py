@@ -14,7 +14,7 @@ from typing import Any
 
 from fundamentallm.reports.curves import MAX_VALUES, Curve, drawn
 from fundamentallm.reports.html import Html, escaped, joined, json_block, table, tag
-from fundamentallm.reports.run_data import CheckpointEntry, RunData
+from fundamentallm.reports.run_data import CheckpointEntry, RunData, Sample
 
 MAX_ALL_VALUES = 60_000
 """Values of all curves of a page, about 4 MB; beyond it, curves have fewer than `MAX_VALUES`."""
@@ -305,7 +305,8 @@ def _samples(runs: Sequence[RunData]) -> Html:
             tag(
                 "article",
                 tag("h3" if len(runs) == 1 else "h4", f"Step {sample.step:,}"),
-                tag("pre", tag("b", sample.prompt), sample.text),
+                tag("pre", tag("b", sample.prompt), *_copied(sample)),
+                tag("p", copying_in_words(sample), class_="note"),
             )
             for sample in run.samples
         ] or [Html("")]
@@ -314,6 +315,33 @@ def _samples(runs: Sequence[RunData]) -> Html:
             words = f"Earlier samples ({len(earlier):,}), oldest first"
             parts.append(tag("details", tag("summary", words), *earlier))
     return joined(*parts)
+
+
+def _copied(sample: Sample) -> list[str]:
+    """Return the text, with the longest span of the training text underlined."""
+    start, length = (int(sample.copying.get(key, 0)) for key in ("start", "longest"))
+    text, end = sample.text, start + length
+    return [text[:start], tag("u", text[start:end]), text[end:]] if length else [text]
+
+
+def copying_in_words(sample: Sample) -> str:
+    """Say what a sample copies and repeats, with the same figures of validation text."""
+    if "longest" not in sample.copying:
+        return "Whether it copies was not measured; generate --check-copying measures a model."
+    parts = []
+    for key, form, words in (
+        ("longest", ",.0f", "characters at most are also in the training text"),
+        ("distinct", ".0%", "of the 4-grams of words are different"),
+        ("repeated", ",.0f", "characters at most are repeated"),
+    ):
+        if key in sample.copying:
+            usual = f" (validation text: {sample.usual[key]:{form}})" if key in sample.usual else ""
+            where = f", underlined, at {sample.place}" if key == "longest" and sample.place else ""
+            parts.append(f"{sample.copying[key]:{form}} {words}{where}{usual}")
+    if not sample.copying.get("whole", 1):
+        searched = sample.copying.get("searched", 0)
+        parts.append(f"only the first {searched:,.0f} characters were searched")
+    return "; ".join(parts) + "."
 
 
 def _configuration(runs: Sequence[RunData]) -> Html:

@@ -68,11 +68,23 @@ class Mark:
 
 @dataclass(frozen=True)
 class Sample:
-    """A text that the run wrote."""
+    """A text that the run wrote, and what it copies (`data.copying.CopyingFigures.of`).
+
+    Attributes:
+        step: of its weights.
+        prompt: what it continues.
+        text: the text.
+        copying: plain figures by name; empty if they were not measured.
+        usual: the same of validation text; empty if they were not measured.
+        place: where the longest span stands; empty without one.
+    """
 
     step: int
     prompt: str
     text: str
+    copying: Mapping[str, float] = field(default_factory=dict)
+    usual: Mapping[str, float] = field(default_factory=dict)
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -288,19 +300,35 @@ def _is_value(value: Any) -> bool:
 
 def _samples(run: Path, notes: list[str]) -> tuple[tuple[Sample, ...], int]:
     """Return the samples, evenly chosen where there are many, and how many there are."""
-    found = [
-        Sample(
-            record["step"],
-            str(record.get("prompt", ""))[:MAX_SAMPLE_CHARACTERS],
-            str(record.get("text", ""))[:MAX_SAMPLE_CHARACTERS],
-        )
-        for record in _records(run / SAMPLES, notes)
-    ]
+    found = [_sample(record) for record in _records(run / SAMPLES, notes)]
     if len(found) <= MAX_SAMPLES:
         return tuple(found), len(found)
     last = len(found) - 1
     chosen = (round(i * last / (MAX_SAMPLES - 1)) for i in range(MAX_SAMPLES))
     return tuple(found[i] for i in chosen), len(found)
+
+
+def _sample(record: Mapping[str, Any]) -> Sample:
+    prompt, text = (str(record.get(key, ""))[:MAX_SAMPLE_CHARACTERS] for key in ("prompt", "text"))
+    told = record.get("copying")
+    copying = told if isinstance(told, dict) else {}
+    usual, place = copying.get("validation"), copying.get("place")
+    return Sample(
+        record["step"],
+        prompt,
+        text,
+        _numbers(copying),
+        _numbers(usual if isinstance(usual, dict) else {}),
+        place[:MAX_NAME_CHARACTERS] if isinstance(place, str) else "",
+    )
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        key: float(value)
+        for key, value in record.items()
+        if (isinstance(value, bool) or _is_finite(value)) and value >= 0
+    }
 
 
 def _incidents(run: Path, notes: list[str]) -> Iterator[Mark]:

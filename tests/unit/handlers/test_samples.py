@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from fundamentallm.config.training import TrainingConfig
+from fundamentallm.data.copying import CopyingFigures
 from fundamentallm.data.tokenizer import CharacterTokenizer
+from fundamentallm.errors import DataError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model
 from fundamentallm.training.handlers import (
@@ -202,3 +204,34 @@ def test_a_disk_that_fails_is_told_once_and_training_goes_on(tmp_path, caplog):
     assert trainer.state.iteration == 8
     warnings = [r for r in caplog.records if "samples.jsonl cannot be written" in r.getMessage()]
     assert len(warnings) == 1
+
+
+def split_texts(part: str, limit: int) -> list[tuple[str, str]]:
+    return [("text.txt", {"train": LETTERS * 20, "val": LETTERS[::-1] * 9}[part][:limit])]
+
+
+def test_a_sample_tells_what_it_copies(tmp_path):
+    trainer = make_trainer(samples(tmp_path, split_texts=split_texts))
+    trainer.run()
+    figures = CopyingFigures(split_texts("train", 1000), [LETTERS[::-1] * 9])
+    for record in read(tmp_path):
+        assert record["copying"] == figures.of(record["text"])
+        assert record["copying"]["searched"] == 220
+    assert trainer.state.sample is not None
+    assert set(trainer.state.sample._asdict()) == {"step", "prompt", "text"}
+
+
+def test_what_a_sample_copies_can_be_left_out(tmp_path):
+    make_trainer(samples(tmp_path, split_texts=split_texts, check_copying=False)).run()
+    assert all(set(record) == {"step", "prompt", "text"} for record in read(tmp_path))
+
+
+def test_a_text_that_cannot_be_read_again_is_told_once_and_training_goes_on(tmp_path, caplog):
+    def gone(part: str, limit: int) -> list[tuple[str, str]]:
+        raise DataError("the text is gone")
+
+    trainer = make_trainer(samples(tmp_path, split_texts=gone))
+    with caplog.at_level(logging.WARNING, "fundamentallm"):
+        trainer.run()
+    assert [set(record) for record in read(tmp_path)] == [{"step", "prompt", "text"}] * 4
+    assert len([r for r in caplog.records if "not searched for copies" in r.getMessage()]) == 1

@@ -139,7 +139,9 @@ def test_every_text_of_a_run_is_data(tmp_path: Path) -> None:
         (path / "config.yaml").write_text(f"name: mine # {visible}\n")
         metric = "train/" + text
         write_lines(path / "metrics.jsonl", [{**record(1, train__loss=1.0), metric: 2.0}])
-        write_lines(path / "samples.jsonl", [{"step": 1, "prompt": text, "text": text * 2}])
+        copying = {"longest": 5, "start": 2, "place": text}
+        sample = {"step": 1, "prompt": text, "text": text * 2, "copying": copying}
+        write_lines(path / "samples.jsonl", [sample])
         write_incident(path, 1, text)
         (path / "log.txt").write_bytes(
             f"went back from step 1 to step 0 ({text})\n".encode(errors="replace")
@@ -217,6 +219,35 @@ def test_of_many_samples_the_first_and_the_last_are_shown(run: Path) -> None:
     assert (steps[0], steps[-1]) == (1, 1000)
     assert steps == sorted(set(steps))
     assert data.num_samples == 1000
+
+
+def test_what_a_sample_copies_is_beside_it(run: Path) -> None:
+    copying = {
+        "longest": 4,
+        "start": 3,
+        "place": "a.txt:2:7",
+        "distinct": 0.5,
+        "repeated": 2,
+        "searched": 2_000_000,
+        "whole": False,
+        "validation": {"longest": 1.75, "distinct": 0.9, "repeated": 3.0, "count": 4},
+    }
+    lines = [
+        {"step": 1, "prompt": "p", "text": "of an older run"},
+        {"step": 2, "prompt": "p", "text": "foreign", "copying": {"longest": "4", "place": 3}},
+        {"step": 3, "prompt": "p", "text": "is COPIED", "copying": copying},
+    ]
+    write_lines(run / "samples.jsonl", lines)
+    shown = Page(page([read_run(run)]))
+    latest, *earlier = shown.texts("article")
+    assert latest.endswith(
+        "pis COPIED4 characters at most are also in the training text, underlined, at a.txt:2:7"
+        " (validation text: 2); 50% of the 4-grams of words are different (validation text: 90%);"
+        " 2 characters at most are repeated (validation text: 3); only the first 2,000,000"
+        " characters were searched."
+    )
+    assert shown.texts("u") == ["COPI"]
+    assert ["was not measured" in text for text in earlier] == [True, True]
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -130,6 +130,19 @@ class Source(ABC):
     ) -> Iterator[Passage]:
         """Yield what a part ("train", "val" or "test") consists of, as far as known."""
 
+    @abstractmethod
+    def texts(
+        self, part: str, tokenizer: Tokenizer, fractions: Sequence[float], limit: int
+    ) -> Iterator[tuple[str, str]]:
+        """Yield name and text of the documents of a part, as the tokenizer writes them.
+
+        Args:
+            part: "train", "val" or "test".
+            tokenizer: of the ids.
+            fractions: of train, val and test.
+            limit: characters of all texts together; the part is read from its beginning.
+        """
+
     def kept_texts(self) -> dict[str, str]:
         """Return file name and text of what a run keeps a copy of: text that can change."""
         return {}
@@ -183,6 +196,15 @@ class SequenceSource(Source):
             ValidationLoader(parts["val"], batching, end_id),
             sum(map(len, parts.values())),
         )
+
+
+def within(texts: Iterable[tuple[str, str]], limit: int) -> Iterator[tuple[str, str]]:
+    """Yield names and texts until they have `limit` characters; the last one may be cut."""
+    for name, text in texts:
+        if limit <= 0:
+            return
+        yield name, text[:limit]
+        limit -= len(text)
 
 
 def split_tokens(tokens: Tokens, fractions: Sequence[float]) -> dict[str, Tokens]:

@@ -18,9 +18,17 @@ from fundamentallm.data.examples import (
 )
 from fundamentallm.data.file_kinds import kind_of
 from fundamentallm.data.loaders import Batching, ExampleLoader, ExampleValidationLoader
-from fundamentallm.data.sources.base import MANY, Loaders, Passage, Source, draw_parts, split_tokens
+from fundamentallm.data.sources.base import (
+    MANY,
+    Loaders,
+    Passage,
+    Source,
+    draw_parts,
+    split_tokens,
+    within,
+)
 from fundamentallm.data.sources.paths import existing
-from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.data.tokenizer import Tokenizer, changes_texts
 from fundamentallm.errors import DataError
 
 
@@ -116,6 +124,16 @@ class ExampleSource(Source):
             return np.concatenate([split_tokens(file, fractions)[part] for file in files])
         parts = draw_parts([(digest([one]), 1) for one in self.examples], fractions)
         return np.flatnonzero(np.array(parts) == part)
+
+    def texts(
+        self, part: str, tokenizer: Tokenizer, fractions: Sequence[float], limit: int
+    ) -> Iterator[tuple[str, str]]:
+        """Yield the examples of a part, prompt and response joined."""
+        changes = changes_texts(tokenizer)
+        own = (self.examples[number] for number in self.numbers(fractions, part))
+        texts = ((one.where, one.prompt + one.response) for one in own)
+        for name, text in within(texts, limit):
+            yield name, tokenizer.decode(tokenizer.encode(text)) if changes else text
 
     def validation_in_words(self, fractions: Sequence[float]) -> str:
         """Say how many examples of which kind it has."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from fundamentallm.data.loaders import (
     MixtureValidationLoader,
     ValidationLoader,
 )
-from fundamentallm.data.sources.base import Loaders, Passage, SequenceSource, Source
+from fundamentallm.data.sources.base import Loaders, Passage, SequenceSource, Source, within
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import DataError
 from fundamentallm.files.run_layout import corpus_of
@@ -107,6 +108,13 @@ class MixtureSource(Source):
         """Yield those of each member."""
         for member in self.members:
             yield from member.passages(part, tokenizer, fractions)
+
+    def texts(
+        self, part: str, tokenizer: Tokenizer, fractions: Sequence[float], limit: int
+    ) -> Iterator[tuple[str, str]]:
+        """Yield those of each member."""
+        each = (member.texts(part, tokenizer, fractions, limit) for member in self.members)
+        yield from within(itertools.chain.from_iterable(each), limit)
 
     def validation_in_words(self, fractions: Sequence[float]) -> str:
         """Say what the validation part of each member consists of."""

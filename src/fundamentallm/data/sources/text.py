@@ -22,12 +22,13 @@ from fundamentallm.data.sources.base import (
     draw_parts,
     part_bounds,
     split_tokens,
+    within,
 )
 from fundamentallm.data.sources.built_in import SOURCES
 from fundamentallm.data.sources.paths import existing
 from fundamentallm.data.text_file import read_text, read_texts, to_utf8
 from fundamentallm.data.token_file import Tokens
-from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.data.tokenizer import Tokenizer, changes_texts
 from fundamentallm.errors import DataError
 from fundamentallm.files.private import check_file
 from fundamentallm.files.run_layout import CORPUS, corpus_of
@@ -166,7 +167,23 @@ class TextSource(SequenceSource):
     def passages(
         self, part: str, tokenizer: Tokenizer, fractions: Sequence[float]
     ) -> Iterator[Passage]:
-        """Yield the files of a part, with their long paragraphs and lines.
+        """Yield the files of a part, with their long paragraphs and lines."""
+        for _, text in self._files_of(part, fractions):
+            if text.strip():
+                yield _passage(text, tuple(_paragraphs(text)))
+
+    def texts(
+        self, part: str, tokenizer: Tokenizer, fractions: Sequence[float], limit: int
+    ) -> Iterator[tuple[str, str]]:
+        """Yield the files of a part."""
+        changes = changes_texts(tokenizer)
+        for name, text in within(self._files_of(part, fractions, limit), limit):
+            yield name, tokenizer.decode(tokenizer.encode(text)) if changes else text
+
+    def _files_of(
+        self, part: str, fractions: Sequence[float], limit: int | None = None
+    ) -> Iterator[tuple[str, str]]:
+        """Yield name and text of the files of a part, at most `limit` characters of each.
 
         The ends of a part are taken in characters, which is where the tokens are cut or nearly so.
         """
@@ -176,10 +193,9 @@ class TextSource(SequenceSource):
             own = slice(0, len(unit.contents))
             if own_part is None:
                 own = part_bounds(len(unit.contents), fractions, part)
-            for _, start, length in unit.pieces:
-                text = unit.contents[max(start, own.start) : min(start + length, own.stop)]
-                if text.strip():
-                    yield _passage(text, tuple(_paragraphs(text)))
+            for name, start, length in unit.pieces:
+                begin, end = max(start, own.start), min(start + length, own.stop)
+                yield name, unit.contents[begin : end if limit is None else min(end, begin + limit)]
 
     def validation_in_words(self, fractions: Sequence[float]) -> str:
         """Say what the validation part consists of."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -11,7 +12,7 @@ import numpy as np
 
 from fundamentallm.data.file_kinds import kind_of
 from fundamentallm.data.prepared import PARTS, WHOLE, is_prepared, read_prepared
-from fundamentallm.data.sources.base import Passage, SequenceSource, split_tokens
+from fundamentallm.data.sources.base import Passage, SequenceSource, split_tokens, within
 from fundamentallm.data.sources.paths import existing, expanded
 from fundamentallm.data.token_file import Tokens, read_tokens
 from fundamentallm.data.tokenizer import Tokenizer
@@ -46,6 +47,25 @@ class _Ids(SequenceSource):
             size += len(ids) - begin
         if size:
             yield Passage(size, document.digest())
+
+    def texts(
+        self, part: str, tokenizer: Tokenizer, fractions: Sequence[float], limit: int
+    ) -> Iterator[tuple[str, str]]:
+        """Yield the documents of a part; one where nothing marks where they end."""
+
+        def decoded(ids: np.ndarray) -> str:
+            text = tokenizer.decode(ids[:limit])
+            return tokenizer.decode(ids) if len(ids) > limit > len(text) else text
+
+        # A character has four bytes at most, and so it has four ids at most.
+        ids = np.asarray(self.parts(tokenizer, fractions)[part][: 4 * limit])
+        ends = [] if self.end_id is None else np.flatnonzero(ids == self.end_id).tolist()
+        documents = (
+            (f"{self.name}: document {number:,}", decoded(ids[begin + 1 : end]))
+            for number, (begin, end) in enumerate(itertools.pairwise([-1, *ends, len(ids)]), 1)
+            if end > begin + 1
+        )
+        yield from within(documents, limit)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from fundamentallm.data.tokenizer.base import (
     TOKENIZERS,
     Tokenizer,
     build_tokenizer,
+    changes_texts,
     load_tokenizer,
     tokenizer_from_dict,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "SubwordTokenizer",
     "Tokenizer",
     "build_tokenizer",
+    "changes_texts",
     "load_tokenizer",
     "tokenizer_from_dict",
 ]

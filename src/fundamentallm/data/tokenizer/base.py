@@ -282,3 +282,20 @@ def checked_end(state: Mapping[str, Any]) -> bool:
     if not isinstance(end, bool):
         raise ValueError(f"'end' is true or false, not {end!r:.50}")
     return end
+
+
+# What tokenizers change: case, white space, composed marks, signs beside words, rare characters.
+_VARIED = (
+    "Hello, World  don't ( x ) .\n\n\tna\u00efve e\u0301 \ufb01 \u4f60\u597d \U0001f600 \ue000 "
+)
+
+
+def changes_texts(tokenizer: Tokenizer) -> bool:
+    """Whether decoding can change a text, so that its size is lost.
+
+    A tokenizer that refuses unknown text never changes it.
+    """
+    try:
+        return tokenizer.decode(tokenizer.encode(_VARIED)) != _VARIED
+    except DataError:
+        return False

@@ -6,7 +6,7 @@ Read `assemble` from top to bottom as a recipe; a script can copy its lines and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,9 @@ def assemble(
         metric.attach(trainer.evaluator, name)
 
     # handlers listen
+    def split_texts(part: str, limit: int) -> Iterator[tuple[str, str]]:
+        return source.texts(part, tokenizer, config.data.split, limit)
+
     for name, options in chosen_handlers(config).items():
         with config.locating_errors(f"handlers.{name}"):
             handler = HANDLERS.build(
@@ -249,6 +252,7 @@ def assemble(
                 options,
                 scheduler=scheduler,
                 tokenizer=tokenizer,
+                split_texts=split_texts,
                 run_dir=directory.path,
                 checkpoint_dir=directory.checkpoints,
                 n_saved=training.keep_last,

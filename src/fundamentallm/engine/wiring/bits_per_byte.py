@@ -14,10 +14,9 @@ from fundamentallm.data.loaders import (
     ValidationLoader,
 )
 from fundamentallm.data.sources import ExampleSource, Source
-from fundamentallm.data.tokenizer import Tokenizer
+from fundamentallm.data.tokenizer import Tokenizer, changes_texts
 from fundamentallm.inference.evaluate import (
     Document,
-    changes_texts,
     example_documents,
     predicted_size,
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fundamentallm.data.copying import SEARCHED, CopyingFigures
 from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.tokenizer import Tokenizer
-from fundamentallm.errors import DataError
+from fundamentallm.errors import DataError, FundamentaLLMError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.json_lines import JsonLines
 from fundamentallm.files.run_layout import SAMPLES
@@ -38,6 +40,10 @@ class Samples:
         num_tokens: length of a sample in tokens; it ends earlier with the document.
         temperature: 1 samples from the model's distribution, 0 takes the likeliest token.
         every: evaluations between two samples.
+        check_copying: whether each sample is searched for spans that also stand in the training
+            text, of which the first two million characters are searched (a fifth of a second).
+        split_texts: returns name and text of the documents of a part ("train", "val"), up to so
+            many characters of them; None: nothing is searched.
     """
 
     def __init__(
@@ -49,6 +55,8 @@ class Samples:
         num_tokens: int = 100,
         temperature: float = 0.8,
         every: int = 1,
+        check_copying: bool = True,
+        split_texts: Callable[[str, int], Iterable[tuple[str, str]]] | None = None,
     ) -> None:
         for name, number in (("num_tokens", num_tokens), ("every", every)):
             if number < 1:
@@ -60,6 +68,8 @@ class Samples:
         self.num_tokens = num_tokens
         self.rules = SamplingRules(temperature=temperature)
         self.every = every
+        self.split_texts = split_texts if check_copying else None
+        self._figures: CopyingFigures | None = None
         self.owed: int | None = None
 
     def attach(self, trainer: TrainingLoop) -> None:
@@ -109,9 +119,23 @@ class Samples:
         self.owed = None
         text = self.tokenizer.decode(ids)
         sample = trainer.state.sample = Sample(step, self.prompt, text)
-        self.file.append(sample._asdict())
+        self.file.append({**sample._asdict(), **self._copying(text)})
         logger.debug("sample at step %d:\n%s", step, text)
         trainer.notify(TrainingEvents.FLLM_TEXT_SAMPLED)
+
+    def _copying(self, text: str) -> dict[str, Any]:
+        """Return what a text copies under the key of a record, nothing where it is not searched."""
+        if self.split_texts is None:
+            return {}
+        try:
+            if self._figures is None:
+                validation = [one for _, one in self.split_texts("val", SEARCHED)]
+                self._figures = CopyingFigures(self.split_texts("train", SEARCHED), validation)
+            return {"copying": self._figures.of(text)}
+        except FundamentaLLMError as error:
+            logger.warning("samples are not searched for copies: %s", error)
+            self.split_texts = None
+            return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step whose sample is pending; None without one."""

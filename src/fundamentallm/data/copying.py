@@ -11,12 +11,17 @@ import bisect
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 WORDS = 4
 """Length of the n-grams, in words."""
+
+SEARCHED = 1 << 21
+"""Characters of a training text that are searched for each sample of a run."""
 
 NUM_PASSAGES = 4
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
@@ -51,6 +56,7 @@ class Copied:
         distinct: the share of different ones among its n-grams of `WORDS` words; None of a text
             with fewer words.
         repeated: characters of the longest span that occurs twice in the text itself.
+        start: where the span begins in the text.
     """
 
     length: int
@@ -58,6 +64,7 @@ class Copied:
     place: Place | None
     distinct: float | None
     repeated: int
+    start: int = 0
 
 
 class TrainingText:
@@ -84,8 +91,8 @@ class TrainingText:
         """Return what a text copies from the documents, and what it repeats."""
         length, start, at = self._longest(codes_of(text))
         place = self._place(at) if length else None
-        repeated = _longest_repeated(text)
-        return Copied(length, text[start : start + length], place, distinct_share(text), repeated)
+        span, distinct = text[start : start + length], distinct_share(text)
+        return Copied(length, span, place, distinct, longest_repeated(text), start)
 
     def _longest(self, text: Codes) -> tuple[int, int, int]:
         """Return length, place in the text and first place in the documents."""
@@ -102,14 +109,14 @@ class TrainingText:
 
     def _shared(self, text: Codes, length: int) -> tuple[int, int] | None:
         """Return the places of a span of a length that both have, None if there is none."""
-        own = self._hashes(text, length)
+        own = self.hashes(text, length)
         order = np.argsort(own, kind="stable")
         ordered = own[order]
         # Most windows are ruled out by the highest bits of their hashes, in a fraction of the time.
         possible = np.zeros(1 << _HIGH_BITS, np.bool_)
         possible[own >> _SHIFT] = True
         for first in range(0, len(self._codes) - length + 1, _CHUNK):
-            theirs = self._hashes(self._codes[first : first + _CHUNK + length - 1], length)
+            theirs = self.hashes(self._codes[first : first + _CHUNK + length - 1], length)
             candidates = np.flatnonzero(possible[theirs >> _SHIFT])
             hashes = theirs[candidates]
             spots = np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)
@@ -121,7 +128,7 @@ class TrainingText:
                     return start, there
         return None
 
-    def _hashes(self, codes: Codes, length: int) -> NDArray[np.uint64]:
+    def hashes(self, codes: Codes, length: int) -> NDArray[np.uint64]:
         """Return the hash of each window of a length."""
         sums = np.zeros(len(codes) + 1, np.uint64)
         self._grow(len(codes))
@@ -139,6 +146,65 @@ class TrainingText:
         before = self._texts[number][: at - self._starts[number]]
         line = before.count("\n") + 1
         return Place(self.names[number], line, len(before) - (before.rfind("\n") + 1) + 1)
+
+
+class CopyingFigures:
+    """What texts copy from the beginning of a training text, and what validation text shares.
+
+    The time of a text and the memory are bounded: `SEARCHED` characters are searched.
+
+    Args:
+        training: name and text of documents with at most `SEARCHED` characters together.
+        validation: texts to compare with.
+    """
+
+    def __init__(self, training: Iterable[tuple[str, str]], validation: Sequence[str]) -> None:
+        documents = list(training)
+        self._searched = sum(len(text) for _, text in documents)
+        self._training = TrainingText(documents)
+        self._validation = validation
+        self._usual: dict[int, dict[str, Any] | None] = {}
+
+    def of(self, text: str) -> dict[str, Any]:
+        """Return the figures of a text as plain JSON.
+
+        `longest`, `start` and `place`: characters of the longest span that also stands in the
+        training text, where it begins in the text (from 0) and where it stands first, None without
+        one. `distinct` and `repeated`: as in `Copied`. `searched`: characters of the training text
+        that were searched, and `whole` whether they are all of it. `validation`: the means of
+        `longest`, `distinct` and `repeated` over `count` validation passages of this length or a
+        little longer; None if the validation text is too short.
+        """
+        copied = self._training.examine(text)
+        return {
+            "longest": copied.length,
+            "start": copied.start,
+            "place": None if copied.place is None else str(copied.place),
+            "distinct": copied.distinct,
+            "repeated": copied.repeated,
+            "searched": self._searched,
+            "whole": self._searched < SEARCHED,
+            "validation": self._usual_at(len(text)),
+        }
+
+    def _usual_at(self, length: int) -> dict[str, Any] | None:
+        """Return the figures of validation text, of few different lengths, so that few are made."""
+        step = 1 << max(0, length.bit_length() - 3)
+        rounded = -(-length // step) * step
+        if rounded not in self._usual:
+            found = [self._training.examine(one) for one in passages(self._validation, rounded)]
+            distinct = [one.distinct for one in found if one.distinct is not None]
+            self._usual[rounded] = (
+                {
+                    "longest": fmean(one.length for one in found),
+                    "distinct": fmean(distinct) if distinct else None,
+                    "repeated": fmean(one.repeated for one in found),
+                    "count": len(found),
+                }
+                if found
+                else None
+            )
+        return self._usual[rounded]
 
 
 def codes_of(text: str) -> Codes:
@@ -172,12 +238,17 @@ def passages(documents: Sequence[str], length: int, count: int = NUM_PASSAGES) -
     return found
 
 
-def _longest_repeated(text: str) -> int:
+def longest_repeated(text: str) -> int:
+    """Return the characters of the longest span that occurs twice in a text."""
+    codes, hashing = codes_of(text), TrainingText([])
     low, high = 0, len(text) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        windows = [text[i : i + middle] for i in range(len(text) - middle + 1)]
-        if len(set(windows)) < len(windows):
+        hashes = hashing.hashes(codes, middle)
+        order = np.argsort(hashes, kind="stable")
+        equal = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+        pairs = zip(order[equal].tolist(), order[equal + 1].tolist(), strict=True)
+        if any(np.array_equal(codes[a : a + middle], codes[b : b + middle]) for a, b in pairs):
             low = middle
         else:
             high = middle - 1
