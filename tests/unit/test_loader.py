@@ -36,6 +36,7 @@ from fundamentallm.data.loaders import (
     batch_shape_of,
 )
 from fundamentallm.data.permutation import Permutation, derive_key
+from fundamentallm.data.token_file import FileTokens
 from fundamentallm.errors import DataError
 from fundamentallm.testing import tiny_loaders, tiny_model
 from fundamentallm.training.trainer import Trainer
@@ -628,6 +629,24 @@ def test_tokens_that_are_no_row_of_integers_are_misuse(tokens: Any) -> None:
     for loader in (TokenWindowLoader, ValidationLoader):
         with pytest.raises(ValueError, match="one row of integers"):
             loader(tokens, Batching(4, 2))
+
+
+def test_padding_of_validation_is_the_token_that_every_vocabulary_has() -> None:
+    (batch,) = ValidationLoader(np.arange(1, 7), Batching(4, 2))
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 0, 0, 0]]
+    assert batch["target_ids"].tolist() == [[2, 3, 4, 5], [6, -100, -100, -100]]
+
+
+def test_a_file_of_tokens_is_read_as_an_array_is(tmp_path: Path) -> None:
+    ids = np.arange(60, dtype=np.uint16)
+    (tmp_path / "ids.bin").write_bytes(ids.tobytes())
+    in_file = FileTokens(tmp_path / "ids.bin", 0, len(ids), ids.dtype)
+    for loader in (TokenWindowLoader, ValidationLoader):
+        batches = [
+            [as_window(batch).micro_batches for batch in loader(tokens, Batching(4, 2))]
+            for tokens in (in_file, ids)
+        ]
+        assert str(batches[0]) == str(batches[1])
 
 
 def test_a_list_without_tokens_is_an_empty_split() -> None:

@@ -148,6 +148,15 @@ def test_a_source_goes_by_a_key_of_the_seed_and_its_number() -> None:
         assert np.array_equal(loader.members[number].starts_at(2, places), own.starts_at(2, places))
 
 
+def test_the_first_epoch_begins_with_the_first_pass_through_each_source() -> None:
+    loader = mixture(seed=7)
+    rows = np.concatenate([loader.rows_at(0, step) for step in range(len(loader))])
+    for number, (member, share) in enumerate(zip(loader.members, loader.shares, strict=True)):
+        places = [divmod(place, member.num_sequences) for place in range(share)]
+        expected = [int(member.starts_at(lap, np.array([at]))[0]) for lap, at in places]
+        assert sorted(rows[rows[:, 0] == number, 1].tolist()) == sorted(expected)
+
+
 def test_each_source_has_a_name() -> None:
     with pytest.raises(ValueError, match="shorter"):
         MixtureLoader(SOURCES, WEIGHTS, ["a", "b"], Batching(8, 4))
