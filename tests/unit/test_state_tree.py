@@ -203,13 +203,17 @@ def test_trees_are_equal_where_values_and_dtypes_are() -> None:
         {"$dict": [[None, 1]]},
         {"$dict": [[True, 1]]},
         {"$object": "os.system"},
-        {},
     ],
     ids=str,
 )
 def test_a_malformed_skeleton_is_refused(skeleton: Any) -> None:
     with pytest.raises(CheckpointError, match="malformed"):
-        unflatten(skeleton, {"t": torch.zeros(1)})
+        unflatten([{"$tensor": "t"}, skeleton], {"t": torch.zeros(1)})
+
+
+def test_a_tensor_without_a_place_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="malformed"):
+        unflatten({}, {"t": torch.zeros(1)})
 
 
 def test_a_skeleton_without_end_is_refused() -> None:
@@ -235,3 +239,5 @@ def test_a_copy_uses_the_memory_of_an_earlier_one_where_it_fits():
     assert buffers.keys() == tree.keys()
     assert all(buffers[name].data_ptr() == second[name].data_ptr() for name in tree)
     assert all(second[name].data_ptr() != tensor.data_ptr() for name, tensor in tree.items())
+    assert copied({"a": torch.ones(3)}, buffers)["a"].data_ptr() == memory["a"]
+    assert buffers.keys() == {"a"}
