@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -668,6 +669,17 @@ def test_a_second_incident_of_a_step_leaves_the_evidence_of_the_first(tmp_path, 
     for name in (first, second):
         assert report_of(tmp_path, name)["step"] == 2
         assert f"evidence: {tmp_path / 'incidents' / name}" in caplog.text
+
+
+def test_evidence_is_for_the_user_who_runs(tmp_path):
+    before = os.umask(0o022)
+    try:
+        run(make_trainer(None, Once(2), NaNRollback(run_dir=tmp_path / "new"), total_steps=2))
+    finally:
+        os.umask(before)
+    path = tmp_path / "new" / "incidents" / "00000002-transient"
+    modes = [each.stat().st_mode & 0o777 for each in (path, path.parent, path.parent.parent)]
+    assert modes == [0o700, 0o700, 0o755]
 
 
 def test_evidence_is_not_written_through_a_link(tmp_path, caplog):

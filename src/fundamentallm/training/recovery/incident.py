@@ -70,7 +70,6 @@ def write_incident(
     directory = next(path for path in numbered(named) if not os.path.lexists(path))
     check_directory(directory.parent)
     make_directory(directory.parent)
-    make_directory(directory)
     # Transient faults and spikes may be frequent. A replay of the first is finite, and a finite
     # step has no bad module, so weights would show nothing.
     has_weights = incident.verdict not in (TRANSIENT, SPIKE)
