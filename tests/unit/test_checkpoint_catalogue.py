@@ -185,11 +185,14 @@ def test_a_start_reads_a_damaged_one_once_and_sets_it_aside(place, caplog):
     assert ["step-00000008" in line for line in moved] == [True, False]  # newest first
 
 
-def test_each_resume_looks_at_the_directory_as_it_is_then(place):
+def test_each_resume_looks_at_the_directory_as_it_is_then(place, caplog):
     trainer = make_trainer(place)
-    trainer.resume(place / "step-00000008")
-    damage(place, "step-00000004")
-    trainer.resume(place / "step-00000006")
+    with caplog.at_level("INFO"):
+        trainer.resume(place / "step-00000008")
+        assert "continuing from" not in caplog.text
+        damage(place, "step-00000004")
+        trainer.resume(place / "step-00000006")
+    assert "continuing from step 6: moved step-00000008 to" in caplog.text
     assert [path.name for path in (place / "corrupt").iterdir()] == ["step-00000004"]
     assert [path.name for path in (place / "superseded").iterdir()] == ["step-00000008"]
     assert (place / "last").read_text() == "step-00000006\n"
@@ -256,6 +259,7 @@ def test_a_rollback_sets_aside_what_is_no_longer_what_was_saved(tmp_path, finish
     assert went_to == [4]
     assert [path.name for path in (tmp_path / "corrupt").iterdir()] == ["step-00000006"]
     assert "moved to" in caplog.text
+    assert {"damaged": "is damaged", "another one": "not the checkpoint that"}[fault] in caplog.text
     assert trainer.state.iteration == 8
 
 

@@ -365,6 +365,8 @@ def test_a_wish_to_finish_after_a_save_leaves_the_checkpoint_as_it_is(tmp_path):
     # The wish is on the disk before the evaluation, so a kill there does not lose it.
     with pytest.raises(Killed):
         make(tmp_path / "run", Batches(1, raising(Killed()))).run()
+    (score,) = Scores(tmp_path / "run" / "checkpoints").all()
+    assert (score.measured, score.due, score.finished) == (False, whole.finished, "")
     again = go_on(tmp_path / "run", patience=9, checkpoint_steps=2, eval_steps=9)
     again.run()
     assert again.finished == whole.finished

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -14,7 +16,10 @@ from fundamentallm.config.training import TrainingConfig
 from fundamentallm.errors import CheckpointError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.training.checkpoint import snapshot
 from fundamentallm.training.checkpoint.catalogue import Catalogue, Entry
+from fundamentallm.training.checkpoint.finite import DamagedStateError
+from fundamentallm.training.checkpoint.scores import Score
 from fundamentallm.training.handlers import Checkpointing, Evaluation
 from fundamentallm.training.trainer import Trainer
 
@@ -313,6 +318,130 @@ def test_without_an_evaluation_nothing_is_said_of_a_checkpoint_but_in_itself(tmp
     assert handler.scores.end_of(manifest) == "the last step is done"
 
 
+def test_a_state_is_on_the_disk_where_it_is_equal_or_only_its_evaluation_is_newer(tmp_path):
+    handler = Checkpointing(tmp_path)
+    trainer = make_trainer(handler, total_steps=2)
+    trainer.run()
+    known = handler.catalogue.get(2)
+    assert known is not None
+    state = handler.store.read(tmp_path / "step-00000002")
+    other = {**state, "objects": {"mine": 1}}
+    for awaits, evaluated, expected in (
+        (True, 2, True),
+        (True, 1, False),
+        (False, 2, False),
+        (False, 1, False),
+    ):
+        trainer.state.evaluated_step = evaluated
+        entry = replace(known, awaits_evaluation=awaits)
+        assert handler._is_on_disk(trainer, entry, other) is expected
+        assert handler._is_on_disk(trainer, entry, state) is True
+    damage(tmp_path / "step-00000002")
+    assert handler._is_on_disk(trainer, replace(known, awaits_evaluation=False), state) is False
+
+
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.parametrize("for_a_stop", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_an_end_with_a_state_on_the_disk_makes_it_one_of_the_schedule(
+    tmp_path, pending, for_a_stop, before
+):
+    handler, reported = Checkpointing(tmp_path), []
+    run = SimpleNamespace(
+        ranks=Ranks(),
+        finished="enough",
+        evaluation_pending=lambda: pending,
+        report_saved=reported.append,
+    )
+    known = Entry(4, "hash", "run", for_a_stop, awaits_evaluation=before, uncounted=before)
+    handler.catalogue = Catalogue((known,))
+    handler._note_end_due(run, known)  # type: ignore[arg-type]
+    assert handler.catalogue.get(4) == replace(
+        known,
+        for_a_stop=False,
+        awaits_evaluation=pending or before,
+        uncounted=for_a_stop or before,
+    )
+    assert reported == [tmp_path / "step-00000004"] * for_a_stop
+    due = [Score(4, "hash", measured=False, due="enough")]
+    assert handler.scores.all() == due * pending
+
+
+def test_an_origin_counts_only_for_its_step(tmp_path):
+    handler = Checkpointing(tmp_path)
+    assert (handler.has_ended_at(4), handler.end_due_at(4)) == (False, "")
+    handler._origin = 4, True, "enough"
+    assert [handler.has_ended_at(step) for step in (3, 4, 5)] == [False, True, False]
+    assert [handler.end_due_at(step) for step in (3, 4, 5)] == ["", "enough", ""]
+    handler._origin = 4, False, ""
+    assert (handler.has_ended_at(4), handler.end_due_at(4)) == (False, "")
+
+
+def test_nothing_is_written_where_the_state_of_another_rank_is_damaged(tmp_path, monkeypatch):
+    handler = Checkpointing(tmp_path)
+    trainer = make_trainer(handler, checkpoint_steps=2)
+    error = DamagedStateError("the state of another rank is not finite")
+    monkeypatch.setattr(
+        snapshot,
+        "damage_on_any_rank",
+        lambda trainer, state: error if trainer.state.iteration == 4 else None,
+    )
+    with pytest.raises(DamagedStateError, match="another rank"):
+        trainer.run()
+    assert kept(tmp_path) == [0, 2]
+    assert [entry.step for entry in handler.catalogue.entries] == [2, 0]
+
+
+def test_a_save_whose_old_ones_stay_is_a_save(tmp_path, monkeypatch, caplog):
+    handler = Checkpointing(tmp_path, 2, on_error="continue")
+    assert not handler.asynchronous
+    trainer = make_trainer(handler, checkpoint_steps=2)
+
+    def fails(*_: Any) -> None:
+        raise CheckpointError("it cannot be removed")
+
+    monkeypatch.setattr(handler.store, "prune", fails)
+    trainer.run()
+    assert [entry.step for entry in handler.catalogue.entries] == [6, 4, 2, 0]
+    assert trainer.state.last_checkpoint == tmp_path / "step-00000006"
+    assert "step 6: saved, but old checkpoints are not removed" in caplog.text
+
+
+def test_a_save_of_a_stop_takes_the_place_of_no_other(tmp_path):
+    def make(total_steps: int = 10) -> Trainer:
+        return make_trainer(Checkpointing(tmp_path, 2), checkpoint_steps=4, total_steps=total_steps)
+
+    stopped = make()
+    stopped.add_event_handler(
+        TrainingEvents.FLLM_OPTIMIZER_STEPPED(once=6), lambda engine: engine.interrupt_run(15)
+    )
+    stopped.run()
+    assert kept(tmp_path) == [0, 4, 6]
+    resumed, seen = make(), []
+    resumed.resume(tmp_path / "step-00000006")
+    resumed.add_event_handler(
+        TrainingEvents.FLLM_CHECKPOINT_SAVED, lambda: seen.append(kept(tmp_path))
+    )
+    resumed.run()
+    assert seen == [[4, 8], [8, 10]]
+
+
+def test_the_way_back_leads_to_the_step_or_to_the_oldest(tmp_path):
+    handler = Checkpointing(tmp_path, 3)
+    trainer = make_trainer(handler, checkpoint_steps=2)
+    trainer.run()
+    model = handler.store.read(tmp_path / "step-00000004")["model"]
+    found = handler.weights_before(trainer, 4)
+    assert found is not None
+    assert all(torch.equal(found[name], model[name]) for name in model)
+    assert handler.weights_before(trainer, 1) is None
+    for before, step in ((4, 4), (1, 2)):
+        handler.restore_before(trainer, before)
+        assert trainer.state.iteration == step
+        assert trainer.state.last_checkpoint == tmp_path / f"step-{step:08d}"
+        assert pointer(tmp_path, "last") == step
+
+
 def test_where_a_step_cannot_be_saved_again_its_earlier_checkpoint_counts(tmp_path, monkeypatch):
     counter = Counter()
     handler = Checkpointing(tmp_path, 9, to_save={"mine": counter}, on_error="continue")
@@ -358,6 +487,20 @@ def test_the_log_names_the_best(tmp_path, caplog):
         scored_run(tmp_path, [None, 1.0, 0.5])
     said = [record.getMessage() for record in caplog.records if ": saved" in record.getMessage()]
     assert said == ["step 0: saved", "step 1: saved, the best so far", "step 2: saved"]
+
+
+def test_the_log_names_the_best_of_the_evaluations(tmp_path, caplog):
+    trainer = make_trainer(Evaluation(), Checkpointing(tmp_path), eval_steps=2, learning_rate=3.0)
+    with caplog.at_level("INFO"):
+        trainer.run()
+    lowest, expected = math.inf, []
+    for entry in trainer.history.validations:
+        if entry["val_loss"] < lowest:
+            lowest = entry["val_loss"]
+            expected.append(f"step {entry['step']}: the best so far")
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "the best so far" in line] == expected
+    assert 0 < len(expected) < len(trainer.history.validations)
 
 
 def test_there_is_no_way_back_where_every_checkpoint_is_damaged(tmp_path):
