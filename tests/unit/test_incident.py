@@ -32,7 +32,8 @@ def trainer(rank: int = 0, world_size: int = 1, step: int = 2, **options: Any) -
     """Return what a report reads of a run whose tokens are their own offsets."""
     batching = Batching(TIME, ROWS, MICRO_BATCHES, seed=5, rank=rank, world_size=world_size)
     loader = TokenWindowLoader(np.arange(117), batching)
-    epochs = Epochs(len(loader), **options)
+    lengths = [len(loader)] * len(options.get("cuts", []))
+    epochs = Epochs(len(loader), lengths=lengths, **options)
     return SimpleNamespace(
         train_loader=loader,
         ranks=Ranks(rank, world_size),

@@ -63,6 +63,7 @@ def test_what_is_not_finite_stands_out_and_never_enters():
 
 def test_the_documented_defaults():
     window = RobustWindow()
+    assert math.isnan(window.median)
     window.extend([100.0] * 31)
     assert window.score(1e9) == 0.0
     assert window.limit(1.0) == math.inf

@@ -395,6 +395,7 @@ def test_nothing_is_written_where_the_state_of_another_rank_is_damaged(tmp_path,
 def test_a_save_whose_old_ones_stay_is_a_save(tmp_path, monkeypatch, caplog):
     handler = Checkpointing(tmp_path, 2, on_error="continue")
     assert not handler.asynchronous
+    assert handler.directory == tmp_path
     trainer = make_trainer(handler, checkpoint_steps=2)
 
     def fails(*_: Any) -> None:
