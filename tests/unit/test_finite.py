@@ -14,6 +14,7 @@ from fundamentallm.training.checkpoint.finite import (
     all_finite,
     bit_sum,
     check_finite,
+    nonfinite_tensors,
 )
 
 
@@ -51,11 +52,19 @@ def test_a_buffer_may_be_infinite_and_not_nan():
         check_finite(state(math.nan, "mask"), constant_buffers=["mask"])
 
 
-def test_three_are_named_and_the_rest_is_counted():
-    damaged = {"model": {str(n): torch.tensor([math.nan]) for n in range(5)}}
+@pytest.mark.parametrize(("num_bad", "more"), [(3, ""), (4, " and 1 more"), (5, " and 2 more")])
+def test_three_are_named_and_the_rest_is_counted(num_bad, more):
+    damaged = {"model": {str(n): torch.tensor([math.nan]) for n in range(num_bad)}}
     with pytest.raises(DamagedStateError) as caught:
         check_finite(damaged)
-    assert caught.value.got == "model.0, model.1, model.2 and 2 more"
+    assert caught.value.got == f"model.0, model.1, model.2{more}"
+
+
+def test_tensors_in_lists_are_named_by_their_place():
+    bad = torch.tensor([math.nan])
+    tree = {"a": [torch.ones(1), {"b": (bad, "text")}], "c": 3, "d": "text", "e": None}
+    assert [name for name, _ in nonfinite_tensors(tree)] == ["a.1.b.0"]
+    assert [name for name, _ in nonfinite_tensors([1, bad])] == ["1"]
 
 
 def test_names_of_buffers_that_are_no_list_are_refused():
@@ -81,3 +90,5 @@ def test_the_sum_of_bits_is_that_of_the_integers_modulo_their_range():
     assert bit_sum([torch.tensor([1.0, 2.0])]) == 0x3F800000 + 0x40000000
     assert bit_sum([torch.tensor([[1.0]]), torch.tensor([-0.0])]) == 2**64 + 0x3F800000 - 2**31
     assert bit_sum([torch.tensor([-1, -3])]) == 2**64 - 4
+    assert bit_sum([torch.tensor([1.0, 2.0], dtype=torch.bfloat16)]) == 0x3F80 + 0x4000
+    assert bit_sum([torch.tensor([1, 255], dtype=torch.uint8)]) == 256

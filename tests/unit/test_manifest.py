@@ -98,6 +98,30 @@ def test_wrong_fields_with_a_right_hash_are_refused(fields: dict[str, Any]) -> N
         parse(signed(**fields))
 
 
+@pytest.mark.parametrize(
+    ("metadata", "where", "expected"),
+    [
+        ({"config": 5}, "'config'", "dict"),
+        ({"config": {"training": []}}, "'config.training'", "dict"),
+        ({"val_loss": "low"}, "'val_loss'", "int or float or null"),
+        ({"val_loss": True}, "'val_loss'", "int or float or null"),
+        ({"data": {"sha256": 3}}, "'data.sha256'", "str or null"),
+    ],
+)
+def test_metadata_of_another_type_is_refused(
+    metadata: dict[str, Any], where: str, expected: str
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        parse(render_manifest(7, {}, metadata))
+    assert caught.value.what.startswith(f"{where} in the checkpoint's metadata is not of")
+    assert caught.value.expected == expected
+
+
+def test_metadata_may_be_absent_or_null() -> None:
+    for metadata in ({"config": {}}, {"data": {"sha256": None}}, {"val_loss": None}):
+        assert parse(render_manifest(7, {}, metadata)).metadata == metadata
+
+
 @pytest.mark.parametrize("metadata", [{"a": float("nan")}, {"a": {1}}, {(1, 2): 3}], ids=str)
 def test_metadata_that_is_no_json_is_refused(metadata: dict[Any, Any]) -> None:
     with pytest.raises(CheckpointError, match="metadata"):
