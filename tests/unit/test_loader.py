@@ -556,6 +556,7 @@ def test_an_empty_loader_has_no_windows() -> None:
     loader = WindowLoader([])
     assert len(loader) == 0
     assert list(loader) == []
+    assert (loader.accumulation_steps, loader.seed) == (1, 0)
 
 
 def test_no_micro_batch_is_misuse() -> None:
