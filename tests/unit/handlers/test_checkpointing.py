@@ -388,6 +388,7 @@ def test_nothing_is_written_where_the_state_of_another_rank_is_damaged(tmp_path,
     )
     with pytest.raises(DamagedStateError, match="another rank"):
         trainer.run()
+    assert trainer.state.iteration == 4
     assert kept(tmp_path) == [0, 2]
     assert [entry.step for entry in handler.catalogue.entries] == [2, 0]
 
