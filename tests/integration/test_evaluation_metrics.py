@@ -178,3 +178,46 @@ def test_metrics_that_nothing_computes_are_told(capsys):
     assert main(["run", "tiny.yaml", *options]) == 0
     told = capsys.readouterr()
     assert "evaluation.metrics has no effect: the handler evaluation" in told.out + told.err
+
+
+JUDGED = """\
+handlers:
+  samples: false
+  progress: false
+  early_stopping: {patience: 1, metric: val/accuracy, mode: max}
+  checkpointing: {metric: val/accuracy, mode: max}
+"""
+
+
+def test_a_metric_ends_the_run_and_says_which_checkpoint_is_the_best(capsys):
+    text = (CONFIG + CHOICE).replace("handlers: {samples: false, progress: false}\n", JUDGED)
+    Path("tiny.yaml").write_text(text.replace("total_steps: 4", "total_steps: 40"))
+    assert main(["run", "tiny.yaml"]) == 0
+    accuracies = {line["step"]: line["val/accuracy"] for line in lines() if "val/loss" in line}
+    *steps, last = accuracies
+    values = [accuracies[step] for step in steps]
+    assert values == sorted(set(values))  # it rose until the run ended
+    assert accuracies[last] <= values[-1]
+    assert Path("runs/tiny/checkpoints/best").read_text().strip() == f"step-{steps[-1]:08d}"
+    said = capsys.readouterr().out
+    assert f"(no higher val/accuracy in 1 evaluations (best {values[-1]:.4f}))" in said
+    assert f" (best val/accuracy {values[-1]:.4g} at step {steps[-1]}), " in said
+
+
+@pytest.mark.parametrize(
+    ("handler", "options", "key", "message"),
+    [
+        ("early_stopping", "{metric: val/acuracy, mode: max}", "metric", "does not measure"),
+        ("checkpointing", "{metric: val/acuracy, mode: max}", "metric", "does not measure"),
+        ("early_stopping", "{metric: val/accuracy}", "mode", "lower or a higher val/accuracy"),
+    ],
+)
+def test_a_metric_that_cannot_judge_is_told_with_its_line(handler, options, key, message, capsys):
+    text = (CONFIG + CHOICE).replace("progress: false}", f"progress: false, {handler}: {options}}}")
+    Path("tiny.yaml").write_text(text)
+    for command in ("check", "run"):
+        assert main([command, "tiny.yaml"]) == 2
+        told = capsys.readouterr().err
+        assert message in told
+        assert f"tiny.yaml:5: handlers.{handler}.{key}" in told
+    assert ("val/loss, val/perplexity, val/bits_per_byte, val/accuracy" in told) == (key != "mode")

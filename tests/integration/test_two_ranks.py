@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from ignite.engine import Events
 from ignite.handlers import PiecewiseLinear
-from ignite.metrics import Accuracy, Average, Loss, TopKCategoricalAccuracy
+from ignite.metrics import Accuracy, Average, Loss, Metric, TopKCategoricalAccuracy
 from tests import forked
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -36,7 +36,7 @@ from fundamentallm.files.filesystem import Filesystem
 from fundamentallm.inference.evaluate import Document
 from fundamentallm.testing import tiny_model, tiny_tokens
 from fundamentallm.training.evaluator import Evaluator
-from fundamentallm.training.handlers import Checkpointing, Evaluation, NaNRollback
+from fundamentallm.training.handlers import Checkpointing, EarlyStopping, Evaluation, NaNRollback
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import ChunkedCrossEntropy, LanguageModelingLoss, compute_loss
 from fundamentallm.training.trainer import Trainer
@@ -478,6 +478,34 @@ def evaluation(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+class OfOneRank(Metric):
+    """Forgets to sum over the ranks: it rises up to evaluation 2 on the first, else always."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.count = ranks, 0
+        super().__init__()
+
+    def reset(self) -> None:
+        """Nothing is kept."""
+
+    def update(self, output: Any) -> None:
+        """Nothing is measured."""
+
+    def compute(self) -> float:
+        self.count += 1
+        return float(min(self.count, 2) if self.ranks.is_writer else self.count)
+
+
+def judged_by_a_metric_of_one_rank(ranks: Ranks, directory: Path) -> dict[str, Any]:
+    trainer = make_trainer(ranks, steps=24, val_loader=Unreadable(ranks, -1))
+    best = Checkpointing(directory, metric="val/own", mode="max")
+    for handler in (best, EarlyStopping(1, metric="val/own", mode="max")):
+        handler.attach(trainer)
+    OfOneRank(ranks).attach(trainer.evaluator, "own")
+    trainer.run()
+    return {"step": trainer.state.iteration, "best": best.best_step, "ended": trainer.finished}
+
+
 def sums(ranks: Ranks) -> dict[str, Any]:
     odd = ranks.rank == 1
     gathered = ranks.gather_bytes(torch.tensor([ranks.rank, 255, 0], dtype=torch.uint8))
@@ -542,6 +570,7 @@ def all_scenarios(ranks: Ranks, place: Path) -> Iterator[tuple[str, Any]]:
     yield "terminated in an evaluation", terminated_in_an_evaluation(ranks, place / "ended")
     yield "epoch ended", epoch_ended(ranks, place / "epoch-ended")
     yield "evaluation", evaluation(ranks)
+    yield "own metric", judged_by_a_metric_of_one_rank(ranks, place / "own-metric")
 
 
 def run_as_a_rank(place: Path) -> None:
@@ -841,6 +870,13 @@ def test_evaluation_adds_up_over_ranks_with_unequal_shares(both):
         bits = alone["nll"] / math.log(2) / (69 * 2)  # each character takes two bytes
         assert metrics["bits_per_byte"] == pytest.approx(bits, rel=1e-12)
         assert results["evaluation"]["cut"] == {}  # by the second rank alone
+
+
+def test_a_metric_that_differs_between_ranks_has_one_best_and_one_end(both):
+    for results in both:
+        found = results["own metric"]
+        assert (found["step"], found["best"]) == (12, 8)
+        assert found["ended"] == "no higher val/own in 1 evaluations (best 2.0000)"
 
 
 if __name__ == "__main__":

@@ -257,10 +257,9 @@ def _conclude(run: Run, again: str) -> None:
     best = _best(run.directory)
     if "val/loss" in state.metrics:
         scores = Scores(run.directory.checkpoints)
-        best_loss = scores.val_loss(best) if best is not None else None
         say(
             f"Validation loss {state.metrics['val/loss']:.4f}"
-            + (f" (best {best_loss:.4f})" if best_loss is not None else "")
+            + (_in_words(scores, best) if best is not None else "")
             + f"{named_metrics(state.metrics)}."
         )
     samples = run.directory.path / SAMPLES
@@ -292,6 +291,15 @@ def _prompt_for(run: Run) -> str:
         text = run.source.beginning(run.tokenizer)
         return (text.split() or [text[:1]])[0]
     return "The "
+
+
+def _in_words(scores: Scores, best: Manifest) -> str:
+    """Return what makes the best checkpoint the best, in brackets; empty if that is unknown."""
+    score = scores.of(best)
+    if score is not None and score.value is not None:
+        return f" (best {score.metric} {score.value:.4g} at step {best.step})"
+    loss = scores.val_loss(best)
+    return f" (best {loss:.4f})" if loss is not None else ""
 
 
 def _best(directory: RunDirectory) -> Manifest | None:

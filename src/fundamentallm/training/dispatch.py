@@ -137,11 +137,16 @@ class Dispatcher(Engine):
 
     def has_role(self, role: str) -> bool:
         """Return whether a handler with this attribute `role` is attached."""
-        return any(
-            getattr(owner_of(handler), "role", None) == role
+        return bool(self.owners_of_role(role))
+
+    def owners_of_role(self, role: str) -> list[Any]:
+        """Return the attached handlers with this attribute `role`, one for each method."""
+        owners = (
+            owner_of(handler)
             for entries in self._event_handlers.values()
             for handler, _, _ in entries
         )
+        return [owner for owner in owners if getattr(owner, "role", None) == role]
 
 
 def timeline(engine: Engine) -> list[tuple[str, list[str]]]:

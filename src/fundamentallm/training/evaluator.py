@@ -25,13 +25,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from ignite.engine import Engine, Events, State
 from ignite.engine.events import RemovableEventHandle
-from ignite.metrics import Metric
+from ignite.metrics import Metric, MetricGroup, MetricsLambda
 from torch import Tensor, nn
 
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.precision import Precision
 from fundamentallm.config.evaluation import ALWAYS_MEASURED, TAKEN_NAMES
 from fundamentallm.data.batch import Batch, as_window
+from fundamentallm.training.foreign import owner_of
 from fundamentallm.training.losses import Head, takes_hidden_states, widened
 from fundamentallm.training.recovery.data_faults import DataFaults
 from fundamentallm.training.step import (
@@ -160,6 +161,25 @@ class Evaluator(Engine):
                 " metric under another name"
             )
         return super().add_event_handler(event_name, handler, *args, **kwargs)
+
+    def measured_names(self) -> tuple[list[str], bool]:
+        """Return the names of what a pass measures, and whether no others are possible.
+
+        Others are: a metric may give several results under names of its own, and a handler may
+        add any.
+        """
+        names, is_complete = list(ALWAYS_MEASURED), True
+        for handler, args, _ in self._event_handlers[Events.EPOCH_COMPLETED]:
+            owner = owner_of(handler)
+            if isinstance(owner, Metric):
+                names += [name for name in args if isinstance(name, str)]
+                is_ignites = type(owner).__module__.startswith("ignite.")
+                is_complete &= is_ignites and not isinstance(owner, MetricGroup | MetricsLambda)
+            elif own := getattr(owner, "measures", ()):
+                names += own
+            else:
+                is_complete = False
+        return names, is_complete
 
     def _micro_batches(self, data: Iterable[Any]) -> Iterator[Batch]:
         for window in map(as_window, self.faults.kept_from(data)):

@@ -50,6 +50,7 @@ from fundamentallm.training.checkpoint.changes import CHANGES, Record, changed_k
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.clock import seconds_since_start
 from fundamentallm.training.handlers import HANDLERS, Handler
+from fundamentallm.training.handlers.criterion import Criterion
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import LOSSES
 from fundamentallm.training.metrics import METRICS
@@ -245,6 +246,7 @@ def assemble(
     def split_texts(part: str, limit: int) -> Iterator[tuple[str, str]]:
         return source.texts(part, tokenizer, config.data.split, limit)
 
+    criteria: dict[str, Criterion] = {}
     for name, options in chosen_handlers(config).items():
         with config.locating_errors(f"handlers.{name}"):
             handler = HANDLERS.build(
@@ -259,6 +261,11 @@ def assemble(
                 seed=config.seed,
             )
         handler.attach(trainer)
+        if isinstance(criterion := getattr(handler, "criterion", None), Criterion):
+            criteria[name] = criterion
+    for name, criterion in criteria.items():
+        with config.locating_errors(f"handlers.{name}"):
+            criterion.require(trainer)
     return Run(config, directory, trainer, tokenizer, source, notes, changes)
 
 

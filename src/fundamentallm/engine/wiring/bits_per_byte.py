@@ -37,6 +37,8 @@ class BitsPerByte:
         tokenizer: of the run.
     """
 
+    measures = ("bits_per_byte",)
+
     def __init__(
         self, validation: ValidationBatches, documents: Sequence[Document], tokenizer: Tokenizer
     ) -> None:

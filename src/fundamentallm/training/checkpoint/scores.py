@@ -3,9 +3,9 @@
 A checkpoint is written before the evaluation of its step and never changed afterwards. What the
 evaluation measured, and whether the run ended there, stands in a line of scores.jsonl: `step`,
 `manifest` (the hash of the checkpoint's manifest), `measured`, `val_loss` and `perplexity` (null
-where not finite), `finished`, and where they say something `due` and `went_on` (`Score`). The last
-line of a step counts, and only for the checkpoint that has this hash: a line that is left over from
-another course of the run says nothing.
+where not finite), `finished`, and where they say something `due`, `went_on`, `metric` and `value`
+(`Score`). The last line of a step counts, and only for the checkpoint that has this hash: a line
+that is left over from another course of the run says nothing.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Score:
         finished: why the run ended at this step; empty if it did not.
         due: why the run is to end at this step, once what belongs to it is done.
         went_on: whether the run ended at this step and was then told to continue.
+        metric: what decides which checkpoint is the best; empty: the validation loss.
+        value: of that metric; None where it is not finite or was not measured.
     """
 
     step: int
@@ -60,6 +62,8 @@ class Score:
     finished: str = ""
     due: str = ""
     went_on: bool = False
+    metric: str = ""
+    value: float | None = None
 
     @property
     def is_of_an_end(self) -> bool:
@@ -188,8 +192,8 @@ def finite(value: float) -> float | None:
 
 def _line(score: Score) -> bytes:
     fields = asdict(score)
-    for name in ("due", "went_on"):
-        if not fields[name]:
+    for name, nothing in (("due", ""), ("went_on", False), ("metric", ""), ("value", None)):
+        if fields[name] == nothing:
             del fields[name]
     return (json.dumps(fields, allow_nan=False) + "\n").encode()
 
@@ -201,7 +205,7 @@ def _parsed(line: bytes) -> Score | None:
         score = Score(**fields)
     except (ValueError, TypeError, RecursionError):
         return None
-    kinds = (int, str, bool, float | None, float | None, str, str, bool)
+    kinds = (int, str, bool, float | None, float | None, str, str, bool, str, float | None)
     values = (getattr(score, name) for name in Score.__dataclass_fields__)
     fits = all(isinstance(value, kind) for value, kind in zip(values, kinds, strict=True))
     return score if fits and line.endswith(b"\n") else None

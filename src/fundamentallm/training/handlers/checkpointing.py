@@ -31,18 +31,11 @@ from fundamentallm.training.checkpoint.scores import (
 from fundamentallm.training.checkpoint.store import STEP_NAME, CheckpointStore, step_name, step_of
 from fundamentallm.training.checkpoint.tree import Stateful, copied
 from fundamentallm.training.handlers.base import HANDLERS
+from fundamentallm.training.handlers.criterion import Criterion
 from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.saved import saved_count, saved_number
 
 logger = logging.getLogger(__name__)
-
-
-def negative_val_loss(trainer: TrainingLoop) -> float | None:
-    """Score a checkpoint by its validation loss, if one was measured at this very step."""
-    loss = trainer.state.metrics.get("val/loss")
-    if loss is None or trainer.state.evaluated_step != trainer.state.iteration:
-        return None
-    return -float(loss)
 
 
 @HANDLERS.register("checkpointing")
@@ -62,7 +55,7 @@ class Checkpointing(Checkpoint):
         checkpoint_dir: the directory of the checkpoints.
         n_saved: how many of the newest are kept; the best is kept besides.
         score_function: maps the trainer to a score, higher is better, or None for none at this
-            step. The validation loss, negated, if not given.
+            step. Of `metric` if not given.
         to_save: further objects with `state_dict` and `load_state_dict`, by name. The trainer,
             model, optimizer, loss scale, random numbers and attached handlers are always saved.
         asynchronous: stop training only to copy the state, and write the copy in a thread. The
@@ -71,6 +64,10 @@ class Checkpointing(Checkpoint):
             saves in between (`training.checkpoint_steps`).
         on_error: "stop" ends the run when a save fails, "continue" warns and trains on. Earlier
             checkpoints are unchanged in both cases.
+        metric: what makes a checkpoint the best, under its name in the log: `val/loss`, or
+            `val/NAME` of a metric of `evaluation.metrics`.
+        mode: "min" if a lower value is better, "max" if a higher one is. Needed for all but the
+            loss, the perplexity and the bits per byte, of which lower is better.
 
     Attributes:
         catalogue: the checkpoints that training can continue from.
@@ -84,6 +81,8 @@ class Checkpointing(Checkpoint):
         to_save: Mapping[str, Stateful] | None = None,
         asynchronous: bool = False,
         on_error: Literal["stop", "continue"] = "stop",
+        metric: str = "val/loss",
+        mode: Literal["min", "max"] | None = None,
     ) -> None:
         if n_saved < 2:
             raise ValueError(
@@ -96,7 +95,8 @@ class Checkpointing(Checkpoint):
             save_handler=self.store.write,
             n_saved=n_saved,
         )
-        self.score = score_function or negative_val_loss
+        self.criterion = Criterion.of(metric, mode)
+        self.score = score_function or self.criterion.score
         self.asynchronous = asynchronous
         self.on_error = on_error
         self.best_score = -math.inf
@@ -122,6 +122,7 @@ class Checkpointing(Checkpoint):
     def attach(self, trainer: TrainingLoop) -> None:
         """Save at FLLM_CHECKPOINT_DUE; become the trainer's restore point."""
         trainer.restore_from(self)
+        self.criterion.attach(trainer)
         trainer.add_event_handler(TrainingEvents.FLLM_CHECKPOINT_DUE, self)
         if self.asynchronous:
             trainer.add_event_handler(Events.ITERATION_COMPLETED, self._look_at_background)
@@ -280,6 +281,9 @@ class Checkpointing(Checkpoint):
                 for name in ("val/loss", "val/perplexity")
             )
             score = Score(step, entry.hash, measured, val_loss, perplexity, trainer.finished)
+            if measured and self.criterion != Criterion():
+                value = finite(self.criterion.value(trainer))
+                score = replace(score, metric=self.criterion.metric, value=value)
             self.catalogue = self.catalogue.including(replace(entry, ended=trainer.finished))
             self._put(trainer, replace(score, went_on=went_on))
 
@@ -557,10 +561,13 @@ class Checkpointing(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Return the best score and its step."""
-        return {"best_score": self.best_score, "best_step": self.best_step}
+        best = {"best_score": self.best_score, "best_step": self.best_step}
+        return {**best, **self.criterion.state_of()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the saved best score and its step."""
+        """Restore the saved best score and its step; those of another metric do not count."""
         known = state_dict["best_step"] is not None
         self.best_score = saved_number(state_dict, "best_score")
         self.best_step = saved_count(state_dict, "best_step") if known else None
+        if not self.criterion.is_of(state_dict):
+            self.best_score, self.best_step = -math.inf, None
