@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, Events, State
 
 from fundamentallm.config import TrainingConfig
 from fundamentallm.events import TrainingEvents
@@ -15,6 +15,7 @@ from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.epochs import Epochs
 from fundamentallm.training.handlers import NaNRollback
+from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.trainer import Trainer
 
 STEPS = 10  # an epoch of the tiny loaders
@@ -269,3 +270,16 @@ def test_two_changes_of_the_rows_follow_each_other():
     assert second.position(4) == (0, 6)  # 8 rows, and two steps of 8
     assert second.state_dict() == [[1, 0], [-2, 0, 4]]
     assert second.position(6) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("iteration", "epoch", "is_done"),
+    [(3, 0, False), (4, 0, True), (3, 2, True), (4, 2, True), (5, 3, True)],
+)
+def test_the_first_limit_of_steps_or_epochs_ends_a_run(iteration, epoch, is_done):
+    state = State(iteration=iteration, max_iters=4, epoch=epoch, max_epochs=2)
+    assert TrainingLoop._is_done(state) is is_done
+
+
+def test_a_run_without_limits_is_never_done():
+    assert not TrainingLoop._is_done(State(iteration=9, max_iters=None, epoch=9, max_epochs=None))
