@@ -36,8 +36,9 @@ class TransformerConfig(BaseConfig):
     """The model family. Any other name is a `FamilyConfig`, with its own options."""
 
     init_from: Text | None = None
-    """A folder of the transformers library, of the Llama or GPT-2 family. The run starts
-    from its weights, and it decides the fields left unset here. None: random weights."""
+    """A folder of the transformers library, of the Llama or GPT-2 family, or a run of this program:
+    its name below runs/, its directory or a checkpoint. The run starts from its weights, and it
+    decides the fields left unset here. None: random weights."""
 
     vocab_size: Count | None = None
     """Number of different tokens; None: the tokenizer's."""

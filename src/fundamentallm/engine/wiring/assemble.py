@@ -294,6 +294,7 @@ def read_inputs(written: RunConfig, directory: RunDirectory, ranks: Ranks) -> In
     start = starting_point(agreed, directory)
     source = read_data(start.config.data, directory, ranks)
     tokenizer = choose_tokenizer(start.config, source, start.tokenizer(), directory)
+    start.check_tokenizer(tokenizer)
     loaders = build_loaders(start.config, source, tokenizer, ranks)
     return Inputs(start, source, tokenizer, loaders)
 

@@ -1,4 +1,4 @@
-"""What a run starts from: random weights, a folder (`model.init_from`), or its own checkpoint.
+"""What a run starts from: random weights, a folder or a run (`model.init_from`), its checkpoint.
 
 A folder is read once, when a run begins. A continued run takes the sizes, the tokenizer and the
 weights from its checkpoint, so the folder may be deleted by then.
@@ -18,7 +18,8 @@ from fundamentallm.engine.wiring.run_directory import RunDirectory
 from fundamentallm.errors import ConfigError
 from fundamentallm.inference.origin import Origin
 from fundamentallm.inference.stored_model import stored_config
-from fundamentallm.models.layouts.pretrained import Pretrained
+from fundamentallm.inference.trained_start import TrainedStart, find_run
+from fundamentallm.models.layouts.pretrained import ModelToStartFrom, Pretrained
 from fundamentallm.training.checkpoint.manifest import Manifest
 
 
@@ -29,14 +30,14 @@ class StartingPoint:
     Attributes:
         config: the run's, including the folder's settings.
         written: the run's, as written.
-        pretrained: the folder to read; None without one.
+        pretrained: the folder or the run to read; None without one.
         checkpoint: the checkpoint to continue from; None for a new run.
         notes: decisions to tell the user.
     """
 
     config: RunConfig
     written: RunConfig
-    pretrained: Pretrained | None = None
+    pretrained: ModelToStartFrom | None = None
     checkpoint: Manifest | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -52,6 +53,8 @@ class StartingPoint:
         if self.checkpoint is not None:
             return tokenizer_from_dict(self.checkpoint.metadata["tokenizer"], self.checkpoint.name)
         assert self.pretrained is not None
+        if isinstance(self.pretrained, TrainedStart):
+            return self.pretrained.tokenizer
         path = self.pretrained.folder / TOKENIZER_FILE
         if path.exists():
             return read_tokenizer_json(path, Origin.read(path.parent).names.get("eos_token"))
@@ -71,9 +74,10 @@ class StartingPoint:
         if "tokenizer" not in self.written.left_to_init_from:
             return {}
         if self.checkpoint is not None:
-            kept = self.checkpoint.metadata.get("origin")
-            return {} if kept is None else {"origin": kept}
+            return _origin_in(self.checkpoint)
         assert self.pretrained is not None
+        if isinstance(self.pretrained, TrainedStart):
+            return _origin_in(self.pretrained.manifest)
         return {"origin": Origin.read(self.pretrained.folder).to_dict()}
 
     def load_into(self, model: nn.Module) -> None:
@@ -86,6 +90,21 @@ class StartingPoint:
         if self.pretrained is not None:
             assert isinstance(self.config.model, TransformerConfig)
             model.load_state_dict(self.pretrained.state(self.config.model))
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Check that the tokenizer of the run gives the ids that the weights of another know.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if isinstance(self.pretrained, TrainedStart):
+            with self.written.locating_errors("data"):
+                self.pretrained.check_tokenizer(tokenizer)
+
+
+def _origin_in(manifest: Manifest) -> dict[str, Any]:
+    kept = manifest.metadata.get("origin")
+    return {} if kept is None else {"origin": kept}
 
 
 def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
@@ -107,10 +126,13 @@ def starting_point(config: RunConfig, directory: RunDirectory) -> StartingPoint:
             update={"model": began_with.model, "data": config.data.model_copy(update=data)}
         )
         return StartingPoint(completed, config, checkpoint=directory.checkpoint)
+    run = find_run(folder)
+    pretrained: ModelToStartFrom
     with config.locating_errors("model"):
-        pretrained = Pretrained.open(folder)
+        pretrained = Pretrained.open(folder) if run is None else TrainedStart.open(run)
         model = pretrained.adopt(model)
-    notes = [f"the weights are initialized from {folder}"]
+    named = pretrained.in_words if isinstance(pretrained, TrainedStart) else folder
+    notes = [f"the weights are initialized from {named}"]
     assert model.sequence_length is not None
     length = model.sequence_length
     if "sequence_length" not in config.left_to_init_from:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,42 +33,16 @@ _MAX_NAMED = 6
 
 
 @dataclass(frozen=True)
-class Pretrained:
-    """A folder whose `config.json` has been read.
+class ModelToStartFrom(ABC):
+    """A trained model whose description has been read; its weights have not.
 
     Attributes:
-        folder: its path.
-        layout: the family's.
+        folder: where it lies.
         fields: what it decides of `TransformerConfig`; `sequence_length` is the longest.
     """
 
     folder: Path
-    layout: Layout
     fields: Mapping[str, Any]
-
-    @classmethod
-    def open(cls, folder: str | Path) -> Pretrained:
-        """Read what a folder describes; its weights are not touched.
-
-        Raises:
-            CheckpointError: the folder does not exist, or it cannot be read.
-            ConfigError: it describes a model that cannot be built here.
-        """
-        path = Path(folder)
-        with contextlib.suppress(RuntimeError):  # "~models" looks like the home of a user
-            path = path.expanduser()
-        if not path.is_dir():
-            raise CheckpointError(
-                "there is no such folder to start from",
-                where=str(path),
-                expected=f"a folder with config.json and {WEIGHTS}",
-                fix="download the model first; model.init_from names its folder",
-            )
-        where = path / "config.json"
-        described = Described(_read_object(where), str(where))
-        kind = described.choice("model_type", LAYOUTS.names(), None)
-        layout = LAYOUTS.build(kind)
-        return cls(path, layout, layout.fields(described))
 
     def adopt(self, config: TransformerConfig) -> TransformerConfig:
         """Return a configuration with everything that the folder decides filled in.
@@ -90,7 +65,7 @@ class Pretrained:
                 self._check(field, ours.name, theirs.name)
                 for name, value in ours.options.items():
                     self._check(f"{field}.{name}", value, theirs.options.get(name, value))
-            elif field == "bias" and self.layout.always_has_biases:
+            elif field == "bias" and self.biases_can_go:
                 adopted["bias"] = ours
             else:
                 self._check(field, ours, theirs)
@@ -99,8 +74,8 @@ class Pretrained:
             return TransformerConfig(**{**plain, **adopted})
         except ValidationError as error:
             raise ConfigError(
-                "config.json describes a model that cannot be built here",
-                where=str(self.folder / "config.json"),
+                f"{self.described_in.name} describes a model that cannot be built here",
+                where=str(self.described_in),
                 got=error.errors()[0]["msg"],
             ) from error
 
@@ -113,6 +88,82 @@ class Pretrained:
         longest = self.fields["sequence_length"]
         if sequence_length > longest:
             raise self._differs("sequence_length", sequence_length, f"at most {longest}")
+
+    @abstractmethod
+    def state(self, config: TransformerConfig) -> Mapping[str, Tensor]:
+        """Read the weights for a model of an adopted configuration.
+
+        Raises:
+            CheckpointError, ConfigError: they cannot be read, or do not fit.
+        """
+
+    @property
+    def biases_can_go(self) -> bool:
+        """Whether biases may be switched off."""
+        return False
+
+    @property
+    def described_in(self) -> Path:
+        """What describes it."""
+        return self.folder
+
+    def _check(self, field: str, ours: Any, theirs: Any) -> None:
+        if ours != theirs:
+            raise self._differs(field, ours, str(theirs))
+
+    def _differs(self, field: str, ours: Any, expected: str) -> ConfigError:
+        return ConfigError(
+            f"{field} differs from the model to start from, {self.folder}",
+            key=field,
+            got=str(ours),
+            expected=expected,
+            fix=f"remove {field}, or start without model.init_from",
+        )
+
+
+@dataclass(frozen=True)
+class Pretrained(ModelToStartFrom):
+    """A folder of the `transformers` library whose `config.json` has been read.
+
+    Attributes:
+        layout: the family's.
+    """
+
+    layout: Layout
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Pretrained:
+        """Read what a folder describes; its weights are not touched.
+
+        Raises:
+            CheckpointError: the folder does not exist, or it cannot be read.
+            ConfigError: it describes a model that cannot be built here.
+        """
+        path = Path(folder)
+        with contextlib.suppress(RuntimeError):  # "~models" looks like the home of a user
+            path = path.expanduser()
+        if not path.is_dir():
+            raise CheckpointError(
+                "there is no such folder to start from",
+                where=str(path),
+                expected=f"a folder with config.json and {WEIGHTS}, or a run",
+                fix="download the model first; model.init_from names its folder",
+            )
+        where = path / "config.json"
+        described = Described(_read_object(where), str(where))
+        kind = described.choice("model_type", LAYOUTS.names(), None)
+        layout = LAYOUTS.build(kind)
+        return cls(path, layout.fields(described), layout)
+
+    @property
+    def biases_can_go(self) -> bool:
+        """Whether biases may be switched off: the layout has them in any case."""
+        return self.layout.always_has_biases
+
+    @property
+    def described_in(self) -> Path:
+        """What describes it."""
+        return self.folder / "config.json"
 
     def state(self, config: TransformerConfig) -> dict[str, Tensor]:
         """Read the weights, as float32, for a model of an adopted configuration.
@@ -219,19 +270,6 @@ class Pretrained:
         for name, tensor in tensors.items():
             if name.endswith(".bias") and tensor.any():
                 raise self._differs("bias", False, "true, for its biases are not zero")
-
-    def _check(self, field: str, ours: Any, theirs: Any) -> None:
-        if ours != theirs:
-            raise self._differs(field, ours, str(theirs))
-
-    def _differs(self, field: str, ours: Any, expected: str) -> ConfigError:
-        return ConfigError(
-            f"{field} differs from the model to start from, {self.folder}",
-            key=field,
-            got=str(ours),
-            expected=expected,
-            fix=f"remove {field}, or start without model.init_from",
-        )
 
     def _refuse(self, faults: list[str]) -> None:
         if faults:
