@@ -59,7 +59,7 @@ OF_A_FILE = [*OF_BOTH, hard_link, folder]
 OF_A_FOLDER = OF_BOTH
 FILES = [
     "README.md", "metrics.jsonl", "samples.jsonl", "log.txt", "config.yaml", ".lock", "corpus.txt",
-    "STOP",
+    "STOP", "usage.jsonl",
 ]  # fmt: skip
 FOLDERS = [
     "tensorboard",

@@ -159,6 +159,7 @@ def test_the_directory_holds_what_is_promised(place):
         "metrics.jsonl",
         "samples.jsonl",
         "tensorboard",
+        "usage.jsonl",
     }
     assert any((run / "tensorboard").iterdir())
     assert checkpoints(run) == ["step-00000004", "step-00000008", "step-00000012"]
@@ -170,7 +171,14 @@ def test_the_directory_holds_what_is_promised(place):
     assert "step 12: validation loss" in (run / "log.txt").read_text()
     assert (run / "README.md").stat().st_mode == (run / "config.yaml").stat().st_mode
     text = (run / "README.md").read_text()
-    for name in ("config.yaml", "log.txt", "metrics.jsonl", "samples.jsonl", "tensorboard/"):
+    for name in (
+        "config.yaml",
+        "log.txt",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "usage.jsonl",
+        "tensorboard/",
+    ):
         assert f"| `{name}` |" in text
     for command in re.findall(r"`\S+ -m fundamentallm ((?:evaluate|verify) [^`]+)`", text):
         assert main(shlex.split(command)) == 0

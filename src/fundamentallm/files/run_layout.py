@@ -3,7 +3,7 @@
 runs/mine/
   README.md               what the files are, and the commands for them
   config.yaml             resolved
-  metrics.jsonl, samples.jsonl, log.txt, tensorboard/
+  metrics.jsonl, samples.jsonl, usage.jsonl, log.txt, tensorboard/
   corpus.txt              the text of a built-in source; in a mixture: corpus-NAME.txt
   checkpoints/            or training.checkpoint_dir
     step-00000200/        MANIFEST.json, model.safetensors, state.safetensors, state.json
@@ -31,6 +31,7 @@ README = "README.md"
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+USAGE = "usage.jsonl"
 LOG = "log.txt"
 PAGE = "report.html"
 TENSORBOARD = "tensorboard"
@@ -53,7 +54,9 @@ CORRUPT = "corrupt"
 REPORT = "report.json"
 EVIDENCE = "evidence"
 
-BEFORE_A_CHECKPOINT = frozenset({README, CONFIG, LOG, METRICS, PAGE, TENSORBOARD, LOGGERS, LOCK})
+BEFORE_A_CHECKPOINT = frozenset(
+    {README, CONFIG, LOG, METRICS, USAGE, PAGE, TENSORBOARD, LOGGERS, LOCK}
+)
 """Files that a run may have before its first checkpoint, besides `corpus*.txt` and
 `stacks-rank-*.txt`."""
 
@@ -79,7 +82,7 @@ def check_entries(run: Path, checkpoints: Path) -> None:
         CheckpointError: a file is a link, a pipe, a device or a directory, or a directory is a
             link; the message tells what to do.
     """
-    for name in (README, CONFIG, METRICS, SAMPLES, LOG, LOCK, STOP):
+    for name in (README, CONFIG, METRICS, SAMPLES, USAGE, LOG, LOCK, STOP):
         check_file(run / name)
     for pattern in ("corpus*.txt", "stacks-rank-*.txt"):
         for path in run.glob(pattern):

@@ -75,6 +75,7 @@ def page(
             _live("marks", _marks(runs)),
             _live("samples", _samples(runs)),
             _live("configuration", _configuration(runs)),
+            _live("spent", _spent(runs)),
             _live("facts", _facts(runs)),
             _live("checkpoints", _checkpoints(runs)),
         ),
@@ -356,6 +357,49 @@ def _configuration(runs: Sequence[RunData]) -> Html:
             )
         )
     return joined(*parts)
+
+
+def _spent(runs: Sequence[RunData]) -> Html:
+    """Tell time by phase and energy; for a run that did not record it, the time of its metrics."""
+    phases = list(dict.fromkeys(phase for run in runs for phase in run.spent.seconds))
+    counters = list(dict.fromkeys(name for run in runs for name in run.spent.joules))
+    rows = [[phase, *(_seconds_of(run, phase) for run in runs)] for phase in phases]
+    rows.append(["altogether", *(_all_seconds(run) for run in runs)])
+    for name in counters:
+        cells = (
+            f"{run.spent.joules[name] / 3600:,.2f} Wh" if name in run.spent.joules else "-"
+            for run in runs
+        )
+        rows.append([f"energy: {name}", *cells])
+    notes = []
+    if not all(run.spent.seconds for run in runs):
+        notes.append("A run without times by phase is of an older version, or usage is off.")
+    if all(run.spent.joules for run in runs):
+        notes.append("Energy is that of the whole processor or GPU, from the first step on.")
+    else:
+        notes.append(
+            "No energy where the machine does not tell it: Linux lets a user read"
+            " /sys/class/powercap/intel-rapl:*/energy_uj only if the administrator allows it, and"
+            " an NVIDIA GPU needs nvidia-ml-py."
+        )
+    return joined(
+        tag("h2", "Time and energy"),
+        table(["phase", *(run.name for run in runs)], rows, "Time by phase, and energy"),
+        *(tag("p", note, class_="note") for note in notes),
+    )
+
+
+def _seconds_of(run: RunData, phase: str) -> str:
+    seconds, whole = run.spent.seconds.get(phase), sum(run.spent.seconds.values())
+    return "-" if seconds is None else f"{duration(seconds)} ({seconds / max(whole, 1e-9):.0%})"
+
+
+def _all_seconds(run: RunData) -> str:
+    if run.spent.seconds:
+        several = f" in {run.spent.num_processes} processes" if run.spent.num_processes > 1 else ""
+        return f"{duration(sum(run.spent.seconds.values()))}{several}"
+    seconds = max((curve.seconds[-1] for curve in run.curves.values()), default=None)
+    return "-" if seconds is None else duration(seconds)
 
 
 def _facts(runs: Sequence[RunData]) -> Html:

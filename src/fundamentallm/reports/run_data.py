@@ -29,6 +29,7 @@ from fundamentallm.files.run_layout import (
     METRICS,
     REPORT,
     SAMPLES,
+    USAGE,
     RunOrCheckpoint,
 )
 from fundamentallm.inference.load import checkpoints_in
@@ -88,6 +89,21 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What the processes of a run spent together.
+
+    Attributes:
+        seconds: by phase; empty if none recorded it.
+        joules: by counter; empty if none is readable.
+        num_processes: that recorded it.
+    """
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    joules: Mapping[str, float] = field(default_factory=dict)
+    num_processes: int = 0
+
+
+@dataclass(frozen=True)
 class CheckpointEntry:
     """A checkpoint and its proof.
 
@@ -126,6 +142,7 @@ class RunData:
         checkpoints: newest first.
         bytes_per_token: UTF-8 bytes of validation text behind a predicted token; None if unknown.
         facts: what its newest intact checkpoint says about data, tokenizer, machine, versions.
+        spent: time and energy.
         notes: what could not be read or is left out.
     """
 
@@ -142,6 +159,7 @@ class RunData:
     checkpoints: tuple[CheckpointEntry, ...] = ()
     bytes_per_token: float | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
+    spent: Spent = Spent()
     notes: tuple[str, ...] = ()
 
 
@@ -184,6 +202,7 @@ def read_run(path: Path) -> RunData:
         entries,
         1.0 if facts.get("tokenizer") == "byte" else None,
         facts,
+        _spent(run, notes),
         tuple(notes),
     )
 
@@ -191,7 +210,7 @@ def read_run(path: Path) -> RunData:
 def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
     """Return names, times and sizes of a run's files: it changes when the run does."""
     run, checkpoints = _places(path)
-    names = [run / name for name in (CONFIG, METRICS, SAMPLES, LOG, INCIDENTS)]
+    names = [run / name for name in (CONFIG, METRICS, SAMPLES, USAGE, LOG, INCIDENTS)]
     found = []
     for file in [*names, *(checkpoints / name for name in ("", BEST, LAST))]:
         try:
@@ -329,6 +348,23 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
         for key, value in record.items()
         if (isinstance(value, bool) or _is_finite(value)) and value >= 0
     }
+
+
+def _spent(run: Path, notes: list[str]) -> Spent:
+    """Add up the last lines of all processes."""
+    last = {}
+    for record in _records(run / USAGE, notes):
+        process, seconds = record.get("process"), record.get("seconds")
+        if _is_finite(process) and isinstance(seconds, dict):
+            joules = record.get("joules")
+            last[process] = _numbers(seconds), _numbers(joules if isinstance(joules, dict) else {})
+    totals: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    for figures in last.values():
+        for total, figure in zip(totals, figures, strict=True):
+            for name, value in figure.items():
+                if len(name) <= MAX_NAME_CHARACTERS and (name in total or len(total) < MAX_CURVES):
+                    total[name] = total.get(name, 0.0) + value
+    return Spent(*totals, len(last))
 
 
 def _incidents(run: Path, notes: list[str]) -> Iterator[Mark]:

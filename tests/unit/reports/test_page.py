@@ -250,6 +250,29 @@ def test_what_a_sample_copies_is_beside_it(run: Path) -> None:
     assert ["was not measured" in text for text in earlier] == [True, True]
 
 
+def test_time_and_energy_add_up_over_the_processes(run: Path) -> None:
+    lines = [
+        {"process": 1.5, "step": 1, "seconds": {"start": 1.0, "training": 2.0}, "joules": {}},
+        {"process": 1.5, "step": 5, "seconds": {"start": 1.0, "training": 60.0}, "joules": {}},
+        {"process": 2.5, "step": 9, "seconds": {"start": 2.0}, "joules": {HOSTILE: 7200.0}},
+        {"process": "1", "step": 9, "seconds": {"start": 2.0}},
+        {"process": 3.5, "step": 9, "seconds": {"start": "x", "training": -1.0}, "joules": 3},
+    ]
+    write_lines(run / "usage.jsonl", lines)
+    data = read_run(run)
+    assert data.spent.seconds == {"start": 3.0, "training": 60.0}
+    cells = Page(page([data])).texts("td")
+    assert "3.0 s (5%)" in cells
+    assert "1 min 0 s (95%)" in cells
+    assert "1 min 3 s in 3 processes" in cells
+    assert "2.00 Wh" in cells
+    (run / "usage.jsonl").unlink()
+    write_lines(run / "metrics.jsonl", [record(80, train__loss=1.0)])
+    old = page([read_run(run)]).decode()
+    assert "without times by phase" in old
+    assert "<td>10.0 s</td>" in old
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a run"):
         read_run(tmp_path)

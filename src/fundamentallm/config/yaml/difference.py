@@ -31,6 +31,7 @@ RESUME_MAY_DIFFER = frozenset(
         "handlers.logs",
         "handlers.tensorboard",
         "handlers.samples",
+        "handlers.usage",
         "handlers.mlflow",
         "handlers.wandb",
         "handlers.clearml",

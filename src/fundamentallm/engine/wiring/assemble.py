@@ -63,6 +63,7 @@ logger = logging.getLogger(__name__)
 # The default handlers of every run; events decide their order. `handlers:` in a
 # configuration adds to these, changes their options, or switches one off with `name: false`.
 DEFAULT_HANDLERS: dict[str, dict[str, Any]] = {
+    "usage": {},  # first, since it counts the time of the others
     "schedule": {},
     "loss_ema": {},
     "perplexity": {},

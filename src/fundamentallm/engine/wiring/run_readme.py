@@ -17,6 +17,7 @@ from fundamentallm.files.run_layout import (
     SAMPLES,
     STOP,
     TENSORBOARD,
+    USAGE,
 )
 from fundamentallm.training.checkpoint.changes import Record, in_words
 
@@ -41,6 +42,7 @@ A training run of FundamentaLLM.
 | `{CONFIG}` | the configuration, with every default and every `auto` resolved |
 | `{METRICS}` | one JSON object a line: step, losses in nats per token, rate, speed |
 | `{SAMPLES}` | texts that the model wrote while it was trained |
+| `{USAGE}` | seconds of training, evaluation, sampling and saving; energy, where readable |
 | `{LOG}` | what the terminal said, with times |
 | `{TENSORBOARD}/` | the metrics for TensorBoard |
 | `{place}/` | one directory a checkpoint: weights and state, with SHA-256 sums |

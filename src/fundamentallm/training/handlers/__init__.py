@@ -36,6 +36,7 @@ from fundamentallm.training.handlers.spikes import Spikes
 from fundamentallm.training.handlers.stop_file import StopFile
 from fundamentallm.training.handlers.tensorboard import TensorBoard
 from fundamentallm.training.handlers.throughput import Throughput
+from fundamentallm.training.handlers.usage import Usage
 from fundamentallm.training.handlers.weight_ema import WeightEMA
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "TensorBoard",
     "Throughput",
     "Trackio",
+    "Usage",
     "Visdom",
     "WandB",
     "WeightEMA",
