@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from ignite.handlers import (
 )
 from ignite.handlers.state_param_scheduler import LambdaStateScheduler
 from ignite.metrics import Accuracy, Average, Frequency, MetricGroup, RunningAverage
-from torch.optim import lr_scheduler
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
 from torch.utils.data import DataLoader
 
 from fundamentallm.config import TrainingConfig
@@ -37,7 +39,7 @@ from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.errors import ConfigError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import SpoiltGradient, tiny_loaders, tiny_model, tiny_tokens
-from fundamentallm.training.handlers import NaNRollback
+from fundamentallm.training.handlers import Checkpointing, NaNRollback
 from fundamentallm.training.schedulers import LinearWarmup
 from fundamentallm.training.step import StepOutput
 from fundamentallm.training.trainer import Trainer
@@ -168,6 +170,80 @@ def test_a_rollback_takes_a_scheduler_of_ignite_back_and_lowers_its_rate_where_a
         r[0] for r in rates_of_plain_engine(SCHEDULES["piecewise"], Events.ITERATION_STARTED, 12)
     ]
     assert whole == [rate * (0.5 if step in (2, 3) else 1) for step, rate in enumerate(plain, 1)]
+
+
+EIGHT_RATES = [(0.1 * (index + 1), 0.02 * (8 - index)) for index in range(8)]
+OF_EIGHT_GROUPS: dict[str, Callable[[Optimizer], list[Any]]] = {
+    "one scheduler each": lambda o: [
+        PiecewiseLinear(o, "lr", [(0, first), (5, 0.0), (12, last)], param_group_index=index)
+        for index, (first, last) in enumerate(EIGHT_RATES)
+    ],
+    "one for all": lambda o: [
+        ParamGroupScheduler(
+            [
+                CosineAnnealingScheduler(o, "lr", first, last, 7, param_group_index=index)
+                for index, (first, last) in enumerate(EIGHT_RATES)
+            ]
+        )
+    ],
+    "of other kinds, and one of another option": lambda o: [
+        LinearCyclicalScheduler(o, "weight_decay", 0.1, 0.0, 6, param_group_index=3),
+        *(
+            (PiecewiseLinear(o, "lr", [(0, first), (12, last)], param_group_index=index))
+            if index % 2
+            else LinearCyclicalScheduler(o, "lr", first, last, 8, param_group_index=index)
+            for index, (first, last) in enumerate(EIGHT_RATES)
+        ),
+    ],
+}
+
+
+def of_eight_groups(model: nn.Module) -> Optimizer:
+    """An optimizer of eight groups of parameters, each with a rate and a decay of its own."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": parameters[index::8], "lr": 0.01 * (index + 1), "weight_decay": 0.001 * index}
+        for index in range(8)
+    ]
+    return torch.optim.AdamW(groups)
+
+
+def options_of(optimizer: Optimizer) -> list[tuple[float, float]]:
+    return [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("kind", OF_EIGHT_GROUPS)
+@pytest.mark.parametrize("spoilt", [(6,), pytest.param((3, 10), marks=pytest.mark.long)])
+def test_a_rollback_takes_the_schedulers_of_many_groups_back(
+    kind: str, spoilt: tuple[int, ...], tmp_path: Path
+) -> None:
+    steps, make = 14, OF_EIGHT_GROUPS[kind]
+    plain: list[list[tuple[float, float]]] = []
+    optimizer = of_eight_groups(tiny_model())
+    engine = Engine(lambda *_: plain.append(options_of(optimizer)))
+    for scheduler in make(optimizer):
+        engine.add_event_handler(Events.ITERATION_STARTED, scheduler)
+    engine.run(range(steps), max_epochs=1)
+
+    model = tiny_model()
+    ours = of_eight_groups(model)
+    config = TrainingConfig(total_steps=steps, checkpoint_steps=2)
+    trainer = Trainer(model, *tiny_loaders(), ours, device="cpu", config=config)
+    for handler in (Checkpointing(tmp_path), SpoiltGradient(*spoilt), NaNRollback()):
+        handler.attach(trainer)
+    for scheduler in make(ours):
+        trainer.add_event_handler(Events.ITERATION_STARTED, scheduler)
+    seen: list[tuple[int, list[tuple[float, float]]]] = []
+    ours.register_step_pre_hook(
+        lambda optimizer, *_: seen.append((trainer.state.iteration, options_of(optimizer)))
+    )
+    trainer.run()
+    assert trainer.state.rollbacks == len(spoilt)
+    taken = [step for step, _ in seen]
+    assert len(taken) > len(set(taken))  # steps were taken a second time
+    for step, options in seen:
+        assert options == plain[step - 1], step
+    assert set(taken) >= set(range(1, steps + 1)) - set(spoilt)
 
 
 REFUSED_TORCH = {
