@@ -765,16 +765,20 @@ NATIVE += ["training.compile=native", "training.precision=bf16", "training.eval_
 
 
 @pytest.mark.skipif(compilation.find_compiler() is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("step", [1, 5, 6])
-def test_a_run_of_native_code_goes_on_exactly(at_step, step):
+@pytest.mark.parametrize(
+    ("step", "precision"), [(1, "bf16"), (5, "bf16"), (6, "bf16"), (5, "fp32")]
+)
+def test_a_run_of_native_code_goes_on_exactly(at_step, step, precision):
+    words = [*NATIVE, f"training.precision={precision}"]
     at_step(10**6, press_ctrl_c)
-    assert main(["run", *NATIVE, "--run-dir", "whole"]) == 0
+    assert main(["run", *words, "--run-dir", "whole"]) == 0
     at_step(step, press_ctrl_c)
-    assert main(["run", *NATIVE, "--run-dir", "cut"]) == 130
+    assert main(["run", *words, "--run-dir", "cut"]) == 130
     at_step(10**6, press_ctrl_c)
-    assert main(["run", *NATIVE, "--run-dir", "cut"]) == 0
+    assert main(["run", *words, "--run-dir", "cut"]) == 0
     stored = yaml.safe_load(Path("cut/config.yaml").read_text())["training"]
     assert (stored["compile"], stored["bf16_weights"]) == ("native", False)
+    assert stored["precision"] == precision
     assert weights("cut") == weights("whole")
     assert timeless("cut") == timeless("whole")
 
@@ -799,7 +803,7 @@ def test_a_native_run_goes_on_where_the_code_is_refused(at_step, monkeypatch, ca
     assert main(["run", *NATIVE]) == 130
     at_step(10**6, press_ctrl_c)
 
-    def refuses() -> None:
+    def refuses(precision: str) -> None:
         raise MachineError("the system refuses the processor's tile registers (AMX)")
 
     monkeypatch.setattr(assembly, "load_library", refuses)

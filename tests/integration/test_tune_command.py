@@ -98,7 +98,7 @@ def test_native_code_is_a_candidate_where_the_block_is_known(machine, capsys):
     assert main(["tune", "tiny.yaml", *known]) == 0
     tried = [c.training for c in machine.configs if c.training.compile == "native"]
     assert tried
-    assert {(t.precision, t.bf16_weights) for t in tried} == {("bf16", False)}
+    assert {(t.precision, t.bf16_weights) for t in tried} == {("bf16", False), ("fp32", False)}
     assert "native" in capsys.readouterr().out
     machine.configs.clear()
     assert main(["tune", "tiny.yaml"]) == 0
@@ -118,7 +118,7 @@ def test_native_code_that_is_kept_is_the_only_kind(machine):
     words += ["training.precision=bf16", "training.compile=native"]
     assert main(["tune", "tiny.yaml", *words, "--keep", "compile"]) == 0
     found = {(c.training.compile, c.training.precision) for c in machine.configs}
-    assert found == {("native", "bf16")}
+    assert found == {("native", "bf16"), ("native", "fp32")}
 
 
 def test_native_code_that_wins_is_written(machine, monkeypatch):

@@ -105,21 +105,28 @@ class TestChoice:
 
     def test_native_code_is_tried_first_and_where_it_wins_torch_does_not_compile(self):
         times = Times(fp32=0.5, bf16=0.6, bf16_native=(0.1, 3.0), fp32_compiled=(0.05, 20.0))
-        chosen = choose(PLAIN, NARROW, True, Length(10_000, None), times, NATIVE)
+        chosen = choose(PLAIN, NARROW, True, Length(10_000, None), times, [NATIVE])
         assert chosen == NATIVE
         assert times.asked == ["fp32", "bf16", "bf16 native"]
 
     def test_native_code_that_is_slower_or_fails_leaves_the_others(self):
         times = Times(fp32=0.5, bf16=0.6, bf16_native=(0.7, 3.0), fp32_compiled=(0.3, 20.0))
-        assert choose(PLAIN, None, True, Length(1000, None), times, NATIVE) == COMPILED
+        assert choose(PLAIN, None, True, Length(1000, None), times, [NATIVE]) == COMPILED
         times = Times(fp32=0.5, fp32_compiled=(0.3, 20.0))
-        assert choose(PLAIN, None, True, Length(1000, None), times, NATIVE) == COMPILED
+        assert choose(PLAIN, None, True, Length(1000, None), times, [NATIVE]) == COMPILED
+
+    def test_native_code_in_float32_wins_where_bfloat16_is_slow(self):
+        times = Times(fp32=0.5, bf16=50.0, bf16_native=2.0, fp32_native=(0.3, 3.0))
+        natives = [replace(NATIVE, precision="fp32"), NATIVE]
+        chosen = choose(PLAIN, NARROW, True, Length(1000, None), times, natives)
+        assert chosen == natives[0]
+        assert "fp32 compiled" not in times.asked
 
     def test_native_code_must_pay_within_the_run_too(self):
         times = Times(fp32=0.1, bf16_native=(0.09, 3.0))
-        assert choose(PLAIN, None, True, Length(100, None), times, NATIVE) == PLAIN
+        assert choose(PLAIN, None, True, Length(100, None), times, [NATIVE]) == PLAIN
         times = Times(fp32=0.2, bf16_native=(0.19, 3.0))
-        assert choose(PLAIN, None, True, Length(100, None), times, NATIVE) == PLAIN
+        assert choose(PLAIN, None, True, Length(100, None), times, [NATIVE]) == PLAIN
 
     def test_a_small_gain_changes_nothing(self):
         times = Times(fp32=1.0, bf16=0.98)
@@ -180,6 +187,7 @@ def times(monkeypatch, tmp_path) -> Times:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     times = Times(fp32=1.0, bf16=0.6, bf16_compiled=(0.3, 9.0), fp32_compiled=(0.5, 9.0))
     times.known["bf16 native"] = Measurement(0.7, 3.0)
+    times.known["fp32 native"] = Measurement(1.1, 3.0)
 
     def measure(config, plan, windows, seconds, slowest, brief):
         assert len(windows[0].micro_batches) == 1
@@ -291,7 +299,7 @@ def test_another_number_of_threads_is_measured_anew(times):
         ({"precision": "fp32"}, []),
         ({"mixed_precision": True}, []),  # asks for the narrow type
         ({"precision": "auto"}, ["fp32", "bf16"]),
-        ({"compile": "auto"}, ["fp32", "fp32 compiled"]),
+        ({"compile": "auto"}, ["fp32", "fp32 native", "fp32 compiled"]),
         ({"compile": True}, []),
     ],
 )

@@ -440,12 +440,12 @@ class TestCrossField:
         again = TrainingConfig.from_yaml(config.to_yaml())
         assert (again.mixed_precision, again.precision) == (mixed, precision)
 
-    def test_native_code_is_in_bf16_with_weights_in_float32(self):
+    def test_native_code_is_in_bf16_or_fp32_with_weights_in_float32(self):
         config = TrainingConfig(compile="native", precision="bf16")
         assert config.bf16_weights is False
         assert TrainingConfig.from_yaml(config.to_yaml()) == config
         assert TrainingConfig(compile="native", mixed_precision=True).compile == "native"
-        assert "bfloat16" in fault("training: {compile: native}").what
+        assert TrainingConfig(compile="native").precision == "fp32"
         assert "precision: bf16" in fault("training: {compile: native, precision: fp16}").fix
         error = fault("training: {compile: native, precision: bf16, bf16_weights: true}")
         assert error.key == "training.bf16_weights"

@@ -100,17 +100,17 @@ class Case:
 PROCESSORS = {"x86-64-v3": "avx2", "cooperlake": "avx512_bf16", "sapphirerapids": "amx_bf16"}
 
 
-def library_for(processor):
-    """Return the library with the kernels of a processor; kept from one test run to the next."""
+def library_for(processor, precision="bf16"):
+    """Return a library with the kernels of a processor; kept from one test run to the next."""
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text().split() if cpu.exists() else []
     if PROCESSORS[processor] not in flags:
         pytest.skip(f"this processor has no {PROCESSORS[processor]}")
     if processor == [name for name, needs in PROCESSORS.items() if needs in flags][-1]:
-        return library.load_library()  # what is compiled for this very processor has them
+        return library.load_library(precision)  # compiled for this very processor, it has them
     directory = library.default_cache_dir() / "native"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return build(find_compiler(), directory, f"-march={processor}")
+    return build(find_compiler(), directory, f"-march={processor}", precision)
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -251,8 +251,8 @@ def test_two_graphs_at_a_time_do_not_share_buffers():
     second.backward(case.d_y)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_trains_with_it(checkpointing):
+def trained_model(checkpointing: bool):
+    """Return a model and the function that gives its gradients, by name."""
     config = TransformerConfig(vocab_size=65, sequence_length=64, num_layers=3, **KINDS["all"])
     torch.manual_seed(0)
     model = Transformer(config)
@@ -264,6 +264,12 @@ def test_a_model_trains_with_it(checkpointing):
         nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
+    return model, gradients
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_trains_with_it(checkpointing):
+    model, gradients = trained_model(checkpointing)
     expected = gradients()
     compile_model(model, native=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -615,7 +621,113 @@ def test_the_structure_is_that_of_the_source():
     assert names == [name for name, _ in native._Arguments._fields_]
 
 
-_TYPES = {"Size", "FeedForward", "float", "const", "bf16"}
+_TYPES = {"Size", "FeedForward", "float", "const", "number"}
+
+
+class TestFloat32:
+    """The same block with products of float32, by vectors of 512 and of 256 bits."""
+
+    def case(self, kind: str, processor: str = "x86-64-v3", **sizes: int) -> Case:
+        KINDS["dropped"] = {**KINDS["all"], "dropout": 0.25}
+        KINDS["wide"] = {**PLAIN, "d_model": 384, "num_heads": 6, "d_ff": 1536}
+        try:
+            case = Case(kind, **sizes)
+        finally:
+            del KINDS["dropped"], KINDS["wide"]
+        case.runner = NativeBlocks(run_block, "fp32")
+        if processor != "native":
+            case.runner.library = library_for(processor, "fp32")
+        return case
+
+    @pytest.mark.parametrize("processor", ["x86-64-v3", "native"])
+    @pytest.mark.parametrize("kind", [*KINDS, "wide"])
+    def test_it_rounds_no_more_than_torch_in_float32(self, kind, processor):
+        case = self.case(kind, processor)
+        found, plain = case.gradients(case.runner), case.gradients(run_block)
+        for tensor in (case.x, case.embedded, case.d_y):
+            tensor.data = tensor.double()
+        case.block.double()
+        case.positions.double()
+        expected = case.gradients(run_block)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            rounding = difference(found[name], expected[name])
+            assert rounding < 3e-6, name
+            if expected[name].numel() > 2:  # of two numbers it is luck
+                assert rounding < 1.6 * difference(plain[name], expected[name]), name
+
+    def test_the_check_would_notice_a_small_fault(self):
+        case = self.case("plain")
+        found = case.gradients(case.runner)["y"]
+        with torch.no_grad():
+            case.block.attention.value.weight.mul_(1.0001)
+        assert difference(found, case.gradients(run_block)["y"]) > 1e-5
+
+    @pytest.mark.parametrize("processor", ["x86-64-v3", "native"])
+    def test_dropout_draws_what_it_draws_in_bf16(self, processor):
+        case, narrow = self.case("dropped", processor), self.case("dropped")
+        narrow.runner = NativeBlocks(run_block)
+        torch.manual_seed(1)
+        found = case.gradients(case.runner)
+        torch.manual_seed(1)
+        expected = narrow.gradients(narrow.native)
+        for name in expected:
+            assert difference(found[name], expected[name]) < 4 * ROUNDING, name
+
+    @pytest.mark.parametrize("processor", ["x86-64-v3", "native"])
+    def test_rows_and_threads_do_not_depend_on_each_other(self, processor):
+        case = self.case("all", processor, batch=5)
+        whole = case.gradients(case.runner)
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(3)
+            again = case.gradients(case.runner)
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(whole["y"], again["y"])
+        assert torch.equal(whole["x"], again["x"])
+        with torch.no_grad():
+            y = case.runner(case.block, case.x[1:2], case.positions, case.embedded[1:2])
+        assert torch.equal(y, whole["y"][1:2])
+        case.x[:, 77:] += 1.0
+        after = case.gradients(case.runner)["y"]
+        assert torch.equal(whole["y"][:, :77], after[:, :77])
+        assert (whole["y"][:, 77:] != after[:, 77:]).any(dim=-1).all()
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("place", ["x", "attention.value.weight", "feedforward.input.weight"])
+    def test_what_is_not_finite_is_not_hidden(self, place, value):
+        case = self.case("plain")
+        where = case.x if place == "x" else case.parameters[place]
+        where.data.view(-1)[5] = value
+        found = case.gradients(case.runner)
+        assert not found["y"].isfinite().all()
+        assert not all(found[name].isfinite().all() for name in found if name != "y")
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_a_model_trains_with_it(self, checkpointing):
+        model, gradients = trained_model(checkpointing)
+        expected = gradients()
+        plan = Plan.resolve(TrainingConfig(compile="native"), ModelFacts.of(model), Machine(CPU))
+        plan.prepare(model)
+        found = gradients()
+        assert any(not torch.equal(found[name], expected[name]) for name in expected)
+        for name in expected:
+            assert difference(found[name], expected[name]) < 1e-5, name
+
+    def test_under_autocast_it_is_the_plain_block(self):
+        case = self.case("plain")
+        case.runner.plain = lambda *arguments: "plain"
+        assert case.native(case.block, case.x, case.positions, case.embedded) == "plain"
+
+    def test_normalization_is_the_same_in_both_libraries(self, monkeypatch):
+        torch.manual_seed(0)
+        x, weight = torch.randn(3, 5, 64), torch.randn(64)
+        found = []
+        for precision in ("bf16", "fp32"):
+            monkeypatch.setattr(library, "_LOADED", {precision: library.load_library(precision)})
+            found.append(native_rms_norm(x, weight, 1e-5))
+        assert torch.equal(*found)
 
 
 class TestLibrary:

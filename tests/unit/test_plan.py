@@ -107,6 +107,14 @@ OLD_GPU, BARE = {"bf16": False}, {"compiler": False}
             {},
             plan("bf16", False, "native", "flash"),
         ),
+        ({"compile": "native"}, KNOWN, CPU, {}, plan("fp32", False, "native", "flash")),
+        (
+            {"compile": "native", "mixed_precision": True},
+            KNOWN,
+            CPU,
+            {},
+            plan("bf16", False, "native", "flash"),
+        ),
         # what is not a choice
         (
             {"threads": 3, "gradient_checkpointing": True},

@@ -161,7 +161,11 @@ def resolve_compile(choice: Choice) -> bool | Literal["native"]:
 
 
 def compile_model(
-    model: nn.Module, rows: int | None = None, time: int | None = None, native: bool = False
+    model: nn.Module,
+    rows: int | None = None,
+    time: int | None = None,
+    native: bool = False,
+    precision: str = "bf16",
 ) -> nn.Module:
     """Compile a model; return the module to call in its place.
 
@@ -172,6 +176,7 @@ def compile_model(
         model: the model, not yet compiled.
         rows, time: as for `CompiledBlocks`.
         native: with the code of this package instead of torch's compiler.
+        precision: of native code, "bf16" or "fp32".
 
     Raises:
         ConfigError: native code does not support the model.
@@ -185,7 +190,7 @@ def compile_model(
                 "compile: native is for this package's Transformer", got=type(model).__name__
             )
         require_native(config, next(model.parameters()).device)
-        model.run_block = NativeBlocks(plain)  # type: ignore[assignment]
+        model.run_block = NativeBlocks(plain, precision)  # type: ignore[assignment]
         for module in model.modules():
             if isinstance(module, RMSNorm):
                 module.kernel = native_rms_norm

@@ -174,7 +174,9 @@ class Plan:
         if config.compile == "native":
             if model.config is not None:
                 require_native(model.config, device)
-            precision, narrow = "bf16", False  # also if the precision is auto
+            # What is not said to be float32 is bfloat16, also if it is auto.
+            named = config.precision == "fp32" and not config.mixed_precision
+            precision, narrow = "fp32" if named else "bf16", False
         else:
             precision = resolve_precision(config.precision, config.mixed_precision, device)
             narrow = resolve_bf16_weights(
@@ -250,7 +252,8 @@ class Plan:
         uncompile(model)  # an earlier plan may have had another precision
         forward = model
         if self.compile:
-            forward = compile_model(forward, *batch_shape, native=self.compile == "native")
+            native = self.compile == "native"
+            forward = compile_model(forward, *batch_shape, native, self.precision)
         if self.ranks.alone:
             return forward
         return DistributedDataParallel(

@@ -82,8 +82,8 @@ class TrainingConfig(BaseConfig):
     a softmax; auto: explicit on a CPU in bf16 with a context up to 1,024 tokens, else flash."""
 
     compile: bool | Literal["auto", "native"] = False
-    """Compile the model's block: true with torch.compile, native (on CPUs, bf16) as our own C++
-    code; auto: the faster one as measured at the start of a run, if there is a C++ compiler."""
+    """Compile the model's block: true with torch.compile, native (on CPUs, bf16 or fp32) as our own
+    C++ code; auto: the faster one as measured at the start of a run, if there is a C++ compiler."""
 
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """CPU threads of each rank; None: torch's choice, the cores or OMP_NUM_THREADS."""
@@ -164,15 +164,14 @@ class TrainingConfig(BaseConfig):
         return self
 
     @model_validator(mode="after")
-    def _native_is_narrow(self) -> TrainingConfig:
+    def _native_reads_float32(self) -> TrainingConfig:
         if self.compile != "native":
             return self
-        if self.precision in ("fp32", "fp16"):
+        if self.precision == "fp16":
             raise problem(
                 "compile",
-                f"compile native computes its products in bfloat16, and precision is "
-                f"{self.precision}",
-                fix="set precision: bf16, or compile: true",
+                "compile native computes in bfloat16 or float32, and precision is fp16",
+                fix="set precision: bf16 or fp32, or compile: true",
             )
         if self.bf16_weights is True:
             raise problem(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,7 +80,7 @@ def choose(
     may_compile: bool,
     length: Length,
     seconds_of: Callable[[Plan, float], Measurement],
-    native: Plan | None = None,
+    natives: Sequence[Plan] = (),
 ) -> Plan:
     """Return the plan that finishes the run soonest, or takes most steps, with few measurements.
 
@@ -91,7 +91,7 @@ def choose(
         length: of the run.
         seconds_of: measures a plan, of a micro-batch; its second argument is the time of one
             after which the setting has lost.
-        native: with native code, None if impossible. It compiles in seconds, so it is
+        natives: with native code, none if impossible. It compiles in seconds, so it is
             tried first; if it wins, torch's compiler is not called.
     """
     if length.steps is not None and length.steps * length.micro_batches < LEAST_MICRO_BATCHES:
@@ -101,10 +101,11 @@ def choose(
     expected = length.expected(measured[start])
     if other is not None and expected >= LEAST_SECONDS:
         measured[other] = seconds_of(other, slowest)
-    if native is not None and expected >= LEAST_SECONDS:
-        measured[native] = seconds_of(native, slowest)
+    if expected >= LEAST_SECONDS:
+        for native in natives:
+            measured[native] = seconds_of(native, slowest)
     best = _best(measured, start, length)
-    if best == native:
+    if best in natives:
         return best
     if may_compile and expected >= LEAST_SECONDS_TO_COMPILE:
         first = replace(best, compile=True)
@@ -162,10 +163,10 @@ def choose_auto(
     def decide() -> list[Any]:
         facts = ModelFacts.of(resolved.model)
         other = _in_bf16(start, written, facts) if opens_type else None
-        native = None
+        natives: list[Plan] = []
         if may_compile and written.training.bf16_weights is not True:
-            native = _native(start, other, facts)
-        chosen, note = _choose(start, other, may_compile, native, resolved, loader)
+            natives = _natives(start, other, facts)
+        chosen, note = _choose(start, other, may_compile, natives, resolved, loader)
         return [chosen.precision, chosen.bf16_weights, chosen.attention, chosen.compile, note]
 
     precision, bf16_weights, attention, compiles, note = ranks.first_decides(decide)
@@ -188,19 +189,19 @@ def _in_bf16(start: Plan, written: RunConfig, model: ModelFacts) -> Plan | None:
     return Plan.resolve(training, model, start.machine, start.batch_size)
 
 
-def _native(start: Plan, other: Plan | None, model: ModelFacts) -> Plan | None:
-    """Return the plan with native code, which is in bf16; None if impossible."""
-    narrow = next((p for p in (start, other) if p is not None and p.precision == "bf16"), None)
-    if narrow is None or model.why_not_native(start.device):
-        return None
-    return replace(narrow, bf16_weights=False, compile="native")
+def _natives(start: Plan, other: Plan | None, model: ModelFacts) -> list[Plan]:
+    """Return the plans with native code, in each type that is open; none if impossible."""
+    if model.why_not_native(start.device):
+        return []
+    plans = [plan for plan in (start, other) if plan is not None]
+    return [replace(plan, bf16_weights=False, compile="native") for plan in plans]
 
 
 def _choose(
     start: Plan,
     other: Plan | None,
     may_compile: bool,
-    native: Plan | None,
+    natives: Sequence[Plan],
     resolved: RunConfig,
     loader: EpochLoader,
 ) -> tuple[Plan, str]:
@@ -231,7 +232,7 @@ def _choose(
         return known[name]
 
     try:
-        chosen = choose(start, other, may_compile, length, seconds_of, native)
+        chosen = choose(start, other, may_compile, length, seconds_of, natives)
     except Exception as error:  # a real fault will be reported by the run
         reason = " ".join(str(error).split())[:200]
         logger.warning("auto: the measurement failed and is ignored: %s", reason)

@@ -181,12 +181,13 @@ def _space(config: RunConfig, start: Plan, default_threads: int, keep: Sequence[
         # Compiling takes long, so the most promising combination comes first.
         for narrow, kernel in itertools.product(types[:: -1 if compiled else 1], kernels)
     ]
-    native = {"precision": "bf16", "bf16_weights": False, "compile": "native"}
     axis_of = {"precision": "precision", "bf16_weights": "precision", "compile": "compile"}
     fixed = [name for name, axis in axis_of.items() if axis in keep]
-    may_be = all(native[name] == getattr(start, name) for name in fixed)
-    if may_be and not masked and find_compiler() is not None and not facts.why_not_native(device):
-        kinds.insert(0, {**native, "attention": start.attention})
+    if not masked and find_compiler() is not None and not facts.why_not_native(device):
+        for precision in ("fp32", "bf16"):
+            native = {"precision": precision, "bf16_weights": False, "compile": "native"}
+            if all(native[name] == getattr(start, name) for name in fixed):
+                kinds.insert(0, {**native, "attention": start.attention})
     rows = config.data.batch_size * config.training.accumulation_steps
     sizes = [start.batch_size] if "micro-batch" in keep else batch_sizes(rows, start.batch_size)
     threads: list[int | None] = [start.threads]

@@ -576,7 +576,7 @@ def as_it_began(
         name: value for name, value in BEFORE_THERE_WAS_A_CHOICE.items() if name not in said
     }
     began = training.model_copy(update=choices)
-    reason = _why_not_compiled(began.compile == "native", model, device) if began.compile else ""
+    reason = _why_not_compiled(began, model, device) if began.compile else ""
     if not reason:
         return began, []
     return began.model_copy(update={"compile": False}), [
@@ -585,16 +585,16 @@ def as_it_began(
     ]
 
 
-def _why_not_compiled(native: bool, model: ModelFacts, device: torch.device) -> str:
+def _why_not_compiled(training: TrainingConfig, model: ModelFacts, device: torch.device) -> str:
     """Return why this machine cannot compile for a continued run; empty if it can."""
     if find_compiler() is None:
         return "there is no C++ compiler"
-    if not native:
+    if training.compile != "native":
         return ""
     if reason := model.why_not_native(device):
         return reason
     try:
-        load_library()
+        load_library(training.precision)
     except MachineError as error:
         return error.what
     return ""

@@ -2,8 +2,8 @@
 //
 // A thread takes whole sequences: what a block makes of one stays in the core's own cache from the
 // first product to the last, where a chain of general operations would carry every intermediate
-// result to memory and back. Products are of bfloat16 with float32 sums; the residual stream,
-// normalizations, softmax and gradients of weights are float32.
+// result to memory and back. Products are of bfloat16, or with FLOAT32 defined of float32, with
+// float32 sums; the residual stream, normalizations, softmax and gradients of weights are float32.
 //
 // Shapes: B sequences, T tokens, D width, H heads of width K, G key and value heads, E = G K,
 // W = D + 2 E, F hidden width, I = 2 matrices into the feed-forward for swiglu, else 1. D, K, F and
@@ -18,8 +18,8 @@
 #include <memory>
 #include <utility>
 
+#include "products.h"
 #include "rows.h"
-#include "tiles.h"
 
 namespace {
 
@@ -47,16 +47,19 @@ struct Block {
     const float *mix, *gain1, *query, *key, *value, *query_gain, *key_gain, *output;
     const float *gain2, *gate, *input, *feed_output;
     const float *cosines, *sines;  // (T, K / 2)
-    bf16* packed;                  // the matrices as products read them; `packed_size` numbers
+    number* packed;                  // the matrices as products read them; `packed_size` numbers
 
     const float *x, *embedded;  // (B, T, D)
     float* y;                   // (B, T, D)
 
     // What the backward pass reads. Null: there will be none.
-    bf16* raw;      // (B, W / 32, T, 32) queries, keys and values as they leave their matrices
-    bf16* read;     // (B, D / 32, T, 32) what the heads read
+    number* raw;      // (B, W / 32, T, 32) queries, keys and values as they leave their matrices
+    number* read;     // (B, D / 32, T, 32) what the heads read
     float* lse;     // (B, H, T) logarithms of the softmax's sums
     float* middle;  // (B, T, D) the stream between attention and feed-forward
+    // (B, T, I F) what goes into the activation, each strip in panels; overwritten by the backward
+    // pass. Null: it is computed again, which is faster than to read it back where tiles multiply.
+    number* before;
 
     // The backward pass: the gradient that comes in and those that go out, as above.
     const float* d_y;
@@ -74,7 +77,8 @@ struct Block {
     // Rows that go through the matrices together. The fewer, the closer is what they leave behind
     // on the way; but matrices that do not stay in the cache must not be read too often.
     Size strip() const {
-        Size most = narrow() ? 64 : cache_share() / (2 * (2 * width + before_width()));
+        Size most =
+            narrow() ? 64 : cache_share() / (Size(sizeof(number)) * (2 * width + before_width()));
         Size parts = std::max<Size>(1, (time + most - 1) / std::max(most, SIDE));
         return (time / SIDE + parts - 1) / parts * SIDE;
     }
@@ -82,7 +86,7 @@ struct Block {
     // narrow block stay in the cache, and so do the operands of 256 tokens. A wide one's do not:
     // they are visited seldom, as long as one operand of each product stays.
     Size group() const {
-        Size tokens = narrow() ? 256 : cache_share() / (2 * width);
+        Size tokens = narrow() ? 256 : cache_share() / (Size(sizeof(number)) * width);
         return std::max<Size>(1, tokens / time);
     }
     Dropout dropout() const { return {seed, keep}; }
@@ -100,11 +104,11 @@ struct Block {
 
 // The packed matrices: for the forward products, then for those of the backward pass.
 struct Packed {
-    bf16 *raw, *output, *before, *feed_output;
-    bf16 *raw_back, *output_back, *before_back, *feed_output_back;
+    number *raw, *output, *before, *feed_output;
+    number *raw_back, *output_back, *before_back, *feed_output_back;
 
     explicit Packed(const Block& b) {
-        bf16* at = b.packed;
+        number* at = b.packed;
         auto take = [&](Size count) { return std::exchange(at, at + count); };
         raw = take(b.raw_width() * b.width);
         output = take(b.width * b.width);
@@ -151,13 +155,13 @@ Memory in_arena(const Block& b) {
 }
 
 // Pack a weight (out, in) for x W^T, whose k are the columns of W.
-void pack_forward(const float* weight, Size out, Size in, bf16* to) {
+void pack_forward(const float* weight, Size out, Size in, number* to) {
 #pragma omp for schedule(static) nowait
     for (Size n = 0; n < out; n += 16) pack_transposed(weight + n * in, in, 32, to + n * in, in / 32);
 }
 
 // Pack it for d W, whose k are its rows, which begin at `first` of `rows` of all that are stacked.
-void pack_backward(const float* weight, Size out, Size in, bf16* to, Size first, Size rows) {
+void pack_backward(const float* weight, Size out, Size in, number* to, Size first, Size rows) {
 #pragma omp for schedule(static) nowait
     for (Size k = 0; k < out; k += 32) {
         pack_pairs(weight + k * in, in, 32, in, to, (first + k) / 32, rows / 32);
@@ -199,7 +203,7 @@ void mix_row(const Block& b, Size at, float* to) {
 
 // Queries (D columns) and keys (E) with their positions, `rows` of them from token `t` on. All are
 // in panels of a whole sequence, `raw` too.
-void mark_rows(const Block& b, const bf16* raw, Size t, Size rows, bf16* query, bf16* key) {
+void mark_rows(const Block& b, const number* raw, Size t, Size rows, number* query, number* key) {
     Size k = b.head_width(), d = b.width, e = b.kv_width(), time = b.time;
     for (Size r = t; r < t + rows; ++r) {
         for (Size at = 0; at < d; at += k) {
@@ -214,15 +218,15 @@ void mark_rows(const Block& b, const bf16* raw, Size t, Size rows, bf16* query, 
 }
 
 // What one head reads for the 32 queries of block `i`, from keys and values up to their own.
-void attend(const Block& b, Left query, Size i, Size matrix, const bf16* keys, const bf16* values,
-            float* scores, bf16* weights, bf16* read, float* lse) {
+void attend(const Block& b, Left query, Size i, Size matrix, const number* keys, const number* values,
+            float* scores, number* weights, number* read, float* lse) {
     const Dropout dropout = b.dropout();
     Size time = b.time, k_tiles = b.head_width() / 32, columns = (i + 1) * SIDE;
     alignas(64) float block[BLOCK], inverse[SIDE];
     const float scale = b.scale();
     const vec never = all(-std::numeric_limits<float>::infinity());
     for (Size j = 0; j <= i; ++j) {
-        const bf16* first = keys + 2 * j * k_tiles * TILE;
+        const number* first = keys + 2 * j * k_tiles * TILE;
         multiply(query, first, first + k_tiles * TILE, k_tiles, block, false);
         each(block, [&](Size row, Size column, vec s) {
             if (j == i) s = choose(LANE > int(row - column), never, s);
@@ -250,7 +254,7 @@ void attend(const Block& b, Left query, Size i, Size matrix, const bf16* keys, c
         if (lse) lse[r] = shift + std::log(total);
     }
     for (Size n = 0; n < b.head_width(); n += SIDE) {
-        const bf16* first = values + n / 16 * (time / 32) * TILE;
+        const number* first = values + n / 16 * (time / 32) * TILE;
         multiply(panels_of(weights, SIDE), first, first + time / 32 * TILE, i + 1, block, false);
         each(block, [&](Size row, Size column, vec value) {
             store(read + n * time + row * 32 + column, value * inverse[row]);
@@ -261,7 +265,7 @@ void attend(const Block& b, Left query, Size i, Size matrix, const bf16* keys, c
 // The working memory of a sequence's forward pass.
 struct ForwardMemory {
     Size strip;
-    bf16 *query, *key, *keys, *values, *normed, *before, *hidden, *weights, *raw, *read;
+    number *query, *key, *keys, *values, *normed, *before, *hidden, *weights, *raw, *read;
     float *scores, *middle;
 
     ForwardMemory(const Block& b, Arena& from) {
@@ -273,7 +277,7 @@ struct ForwardMemory {
         from.take(keys, t * e);
         from.take(values, t * e);
         from.take(normed, strip * d);
-        if (b.inputs() == 2) from.take(before, strip * b.before_width());
+        if (b.inputs() == 2 && !b.before) from.take(before, strip * b.before_width());
         from.take(hidden, strip * b.hidden);
         from.take(weights, SIDE * t);
         from.take(scores, SIDE * t);
@@ -286,7 +290,7 @@ struct ForwardMemory {
 };
 
 // From both products of a gated feed-forward to its hidden rows, all in panels of a strip.
-void activate_rows(const Block& b, const bf16* before, Size rows, bf16* hidden) {
+void activate_rows(const Block& b, const number* before, Size rows, number* hidden) {
     Size count = rows * b.hidden;
     for (Size i = 0; i < count; i += LANES) {
         store(hidden + i, activate(b.feedforward, load(before + i), load(before + count + i)));
@@ -354,6 +358,7 @@ void forward_sequence(const Block& b, const Packed& packed, Size s) {
         for (Size r = 0; r < rows; ++r) {
             normalize(stream + r * d, b.gain2, d, b.eps, row_in(m.normed, rows, r));
         }
+        if (b.before) m.before = b.before + (s * time + t) * before_width;
         if (b.inputs() == 2) {
             product(panels_of(m.normed, rows), rows, packed.before, d / 32, before_width,
                     [&](Size r, Size n, const float* block) {
@@ -363,7 +368,8 @@ void forward_sequence(const Block& b, const Packed& packed, Size s) {
         } else {
             product(panels_of(m.normed, rows), rows, packed.before, d / 32, b.hidden,
                     [&](Size r, Size n, const float* block) {
-                        bf16* to = m.hidden + n * rows + r * 32;
+                        number* to = m.hidden + n * rows + r * 32;
+                        if (b.before) put(block, m.before + n * rows + r * 32, 32);
                         each(block, [&](Size row, Size column, vec value) {
                             store(to + row * 32 + column, activate(b.feedforward, value, value));
                         });
@@ -403,19 +409,36 @@ struct Sums {
     }
 };
 
+// The sums of a gain's gradient over a strip, added to those of all at its end. Sums of fewer numbers
+// round less, which counts in float32.
+struct StripSums {
+    float *at, *total;
+    Size count;
+
+    StripSums(float* own, float* total, Size count)
+        : at(sizeof(number) == sizeof(float) ? own : total), total(total), count(count) {
+        if (at != total) std::fill_n(at, count, 0.0f);
+    }
+    ~StripSums() {
+        for (Size i = 0; i < count && at != total; i += LANES) {
+            store(total + i, load(total + i) + load(at + i));
+        }
+    }
+};
+
 // The working memory of a sequence's backward pass. What ends in `columns` and `pairs` are the
 // operands of the weights' gradients, gathered over a group of sequences.
 struct BackwardMemory {
     Size strip, k_tiles;  // of a group of sequences
-    bf16 *narrow, *normed, *before, *d_raw;
-    float *d_normed, *stream;
-    bf16 *d_y_columns, *d_middle_columns, *normed1_columns, *normed2_columns;
-    bf16 *hidden_pairs, *d_before_pairs, *read_pairs, *d_raw_pairs;
-    bf16 *d_read, *query, *key;
+    number *narrow, *normed, *before, *d_raw;
+    float *d_normed, *stream, *gain, *query_gain, *key_gain;
+    number *d_y_columns, *d_middle_columns, *normed1_columns, *normed2_columns;
+    number *hidden_pairs, *d_before_pairs, *read_pairs, *d_raw_pairs;
+    number *d_read, *query, *key;
     float *d_middle, *d_query, *d_key, *d_value, *delta;
     // of one head
-    bf16 *query_transposed, *query_pairs, *d_read_transposed, *d_read_pairs, *key_pairs;
-    bf16 *weights, *d_scores, *d_scores_columns;
+    number *query_transposed, *query_pairs, *d_read_transposed, *d_read_pairs, *key_pairs;
+    number *weights, *d_scores, *d_scores_columns;
     std::uint32_t* kept;
 
     BackwardMemory(const Block& b, Arena& from) {
@@ -424,24 +447,26 @@ struct BackwardMemory {
         Size tokens = t * std::min(b.group(), b.batch);
         strip = b.strip();
         k_tiles = tokens / 32;
-        for (bf16** at : {&narrow, &normed}) from.take(*at, strip * d);
-        from.take(before, strip * i);
-        for (bf16** at : {&weights, &d_scores}) from.take(*at, SIDE * t);
+        for (number** at : {&narrow, &normed}) from.take(*at, strip * d);
+        if (!b.before) from.take(before, strip * i);
+        for (number** at : {&weights, &d_scores}) from.take(*at, SIDE * t);
         from.take(d_raw, strip * w);
         for (float** at : {&d_normed, &stream}) from.take(*at, strip * d);
-        for (bf16** at : {&d_y_columns, &d_middle_columns, &normed1_columns, &normed2_columns,
+        from.take(gain, d);
+        for (float** at : {&query_gain, &key_gain}) from.take(*at, k);
+        for (number** at : {&d_y_columns, &d_middle_columns, &normed1_columns, &normed2_columns,
                           &read_pairs}) {
             from.take(*at, tokens * d);
         }
         from.take(hidden_pairs, tokens * f);
         from.take(d_before_pairs, tokens * i);
         from.take(d_raw_pairs, tokens * w);
-        for (bf16** at : {&d_read, &query}) from.take(*at, t * d);
+        for (number** at : {&d_read, &query}) from.take(*at, t * d);
         from.take(key, t * e);
         for (float** at : {&d_middle, &d_query}) from.take(*at, t * d);
         for (float** at : {&d_key, &d_value}) from.take(*at, t * e);
         from.take(delta, b.heads * t);
-        for (bf16** at : {&query_transposed, &query_pairs, &d_read_transposed, &d_read_pairs,
+        for (number** at : {&query_transposed, &query_pairs, &d_read_transposed, &d_read_pairs,
                           &key_pairs}) {
             from.take(*at, t * k);
         }
@@ -452,7 +477,7 @@ struct BackwardMemory {
 
 // The gradient of the stream, rows from token `t` on, to that of what a branch adds, in panels.
 void narrow_rows(const Block& b, int branch, Size s, Size t, const float* from, Size rows,
-                 bf16* to) {
+                 number* to) {
     for (Size r = 0; r < rows; ++r, from += b.width) {
         for (Size i = 0; i < b.width; i += LANES) {
             store(row_in(to, rows, r) + i, kept_of(b, branch, s, t + r, i, load(from + i)));
@@ -460,29 +485,28 @@ void narrow_rows(const Block& b, int branch, Size s, Size t, const float* from, 
     }
 }
 
-// The activation of two rows of a strip of `rows`, and in place of what went into it the gradient
-// of that. Token `t` of the group is the strip's first.
-void activate_two(const Block& b, const BackwardMemory& m, Size t, Size rows, Size row, Size column,
-                  vec d_first, vec d_second) {
+// The activation of two rows of a strip of `rows`, and in place of what went into it, `before`, the
+// gradient of that. Token `t` of the group is the strip's first.
+void activate_two(const Block& b, const BackwardMemory& m, number* before, Size t, Size rows,
+                  Size row, Size column, vec d_first, vec d_second) {
     Size t_tiles = m.k_tiles, second_matrix = b.before_width() - b.hidden;
-    halves values[2], gates[2], inputs[2];
+    rounded values[2], gates[2], inputs[2];
     for (int which = 0; which < 2; ++which) {
-        auto at = row_in(m.before, rows, row + which);
+        auto at = row_in(before, rows, row + which);
         vec gate = load(at + column), input = load(at + (column + second_matrix));
         vec d_value = which ? d_second : d_first;
-        values[which] = narrow(activate_backward(b.feedforward, d_value, gate, input));
-        gates[which] = narrow(gate);
+        values[which] = to_numbers(activate_backward(b.feedforward, d_value, gate, input));
+        gates[which] = to_numbers(gate);
         store_as(at + column, gates[which]);
         if (second_matrix) {
-            inputs[which] = narrow(input);
+            inputs[which] = to_numbers(input);
             store_as(at + (column + second_matrix), inputs[which]);
         }
     }
-    store_as(m.hidden_pairs + pair_at(t + row, column, t_tiles), paired(values[0], values[1]));
-    store_as(m.d_before_pairs + pair_at(t + row, column, t_tiles), paired(gates[0], gates[1]));
+    put_two(m.hidden_pairs, t + row, column, t_tiles, values[0], values[1]);
+    put_two(m.d_before_pairs, t + row, column, t_tiles, gates[0], gates[1]);
     if (second_matrix) {
-        store_as(m.d_before_pairs + pair_at(t + row, column + second_matrix, t_tiles),
-                 paired(inputs[0], inputs[1]));
+        put_two(m.d_before_pairs, t + row, column + second_matrix, t_tiles, inputs[0], inputs[1]);
     }
 }
 
@@ -492,40 +516,43 @@ void feed_forward_backward(const Block& b, const Packed& packed, Size s, Size pl
                            const BackwardMemory& m, Sums& sums) {
     Size time = b.time, d = b.width, f = b.hidden, before_width = b.before_width();
     Size k = b.head_width(), t_tiles = m.k_tiles;
-    const bf16* read = b.read + s * time * d;
+    const number* read = b.read + s * time * d;
     for (Size t = 0; t < time; t += m.strip) {
         Size rows = std::min(m.strip, time - t), tile = (place * time + t) / 32;
         const float* middle = b.middle + (s * time + t) * d;
         const float* d_y = b.d_y + (s * time + t) * d;
         float* d_middle = m.d_middle + t * d;
 
-        // What went into the activation is computed again: that is faster than to read it back.
+        number* before = b.before ? b.before + (s * time + t) * before_width : m.before;
         for (Size r = 0; r < rows; ++r) {
             normalize(middle + r * d, b.gain2, d, b.eps, row_in(m.normed, rows, r));
         }
         pack_panel_columns(m.normed, rows, rows, d, m.normed2_columns, tile, t_tiles);
-        product(panels_of(m.normed, rows), rows, packed.before, d / 32, before_width,
-                [&](Size r, Size n, const float* block) {
-                    put(block, m.before + n * rows + r * 32, 32);
-                });
+        if (!b.before) {
+            product(panels_of(m.normed, rows), rows, packed.before, d / 32, before_width,
+                    [&](Size r, Size n, const float* block) {
+                        put(block, before + n * rows + r * 32, 32);
+                    });
+        }
 
         narrow_rows(b, 1, s, t, d_y, rows, m.narrow);
         pack_panel_columns(m.narrow, rows, rows, d, m.d_y_columns, tile, t_tiles);
         product(panels_of(m.narrow, rows), rows, packed.feed_output_back, d / 32, f,
                 [&](Size r, Size n, const float* block) {
                     each_two(block, [&](Size row, Size column, vec first, vec second) {
-                        activate_two(b, m, place * time + t, rows, r + row, n + column, first,
-                                     second);
+                        activate_two(b, m, before, place * time + t, rows, r + row, n + column,
+                                     first, second);
                     });
                 });
-        product(panels_of(m.before, rows), rows, packed.before_back, before_width / 32, d,
+        product(panels_of(before, rows), rows, packed.before_back, before_width / 32, d,
                 [&](Size r, Size n, const float* block) {
                     put(block, m.d_normed + n * rows + r * 32, 32);
                 });
         std::copy_n(d_y, rows * d, d_middle);
+        StripSums gain2(m.gain, sums.gain2, d);
         for (Size r = 0; r < rows; ++r) {
             add_normalize_backward(row_in(m.d_normed, rows, r), middle + r * d, b.gain2, d, b.eps,
-                               d_middle + r * d, sums.gain2);
+                               d_middle + r * d, gain2.at);
         }
 
         narrow_rows(b, 0, s, t, d_middle, rows, m.narrow);
@@ -554,9 +581,9 @@ void feed_forward_backward(const Block& b, const Packed& packed, Size s, Size pl
 void attention_backward(const Block& b, Size s, Size h, const BackwardMemory& m) {
     Size time = b.time, d = b.width, e = b.kv_width(), k = b.head_width();
     Size g = h / (b.heads / b.kv_heads), k_tiles = k / 32, t_tiles = time / 32;
-    const bf16 *query = m.query + h * k * time, *key = m.key + g * k * time;
-    const bf16* value = b.raw + (s * b.raw_width() + d + e + g * k) * time;
-    const bf16* d_read = m.d_read + h * k * time;
+    const number *query = m.query + h * k * time, *key = m.key + g * k * time;
+    const number* value = b.raw + (s * b.raw_width() + d + e + g * k) * time;
+    const number* d_read = m.d_read + h * k * time;
     float *d_query = m.d_query + h * k * time, *d_key = m.d_key + g * k * time;
     float* d_value = m.d_value + g * k * time;
     const float *lse = b.lse + (s * b.heads + h) * time, *delta = m.delta + h * time;
@@ -574,13 +601,13 @@ void attention_backward(const Block& b, Size s, Size h, const BackwardMemory& m)
     for (Size j = 0; j < t_tiles; ++j) {
         Size first = j * SIDE;
         for (Size i = j; i < t_tiles; ++i) {
-            const bf16* q = m.query_transposed + i * SIDE * k;
-            const bf16* r = m.d_read_transposed + i * SIDE * k;
+            const number* q = m.query_transposed + i * SIDE * k;
+            const number* r = m.d_read_transposed + i * SIDE * k;
             multiply(panels_of(key + first * 32, time), q, q + k_tiles * TILE, k_tiles, block,
                      false);
             multiply(panels_of(value + first * 32, time), r, r + k_tiles * TILE, k_tiles, d_block,
                      false);
-            bf16 *weights = m.weights + i * BLOCK, *d_scores = m.d_scores + i * BLOCK;
+            number *weights = m.weights + i * BLOCK, *d_scores = m.d_scores + i * BLOCK;
             each(block, [&](Size row, Size column, vec score) {
                 vec p = exponential(score * scale - load(lse + i * SIDE + column));
                 if (i == j) p = choose(LANE < int(row - column), vec{}, p);
@@ -612,7 +639,7 @@ void attention_backward(const Block& b, Size s, Size h, const BackwardMemory& m)
     }
     for (Size i = 0; i < t_tiles; ++i) {
         for (Size n = 0; n < k; n += SIDE) {
-            const bf16* from = m.key_pairs + n / 16 * t_tiles * TILE;
+            const number* from = m.key_pairs + n / 16 * t_tiles * TILE;
             multiply(columns_of(m.d_scores_columns + 2 * i * t_tiles * TILE, t_tiles), from,
                      from + t_tiles * TILE, i + 1, block, false);
             put(block, d_query + n * time + i * SIDE * 32, 32);
@@ -624,21 +651,24 @@ void attention_backward(const Block& b, Size s, Size h, const BackwardMemory& m)
 void projections_backward(const Block& b, const Packed& packed, Size s, Size place,
                           const BackwardMemory& m, Sums& sums) {
     Size time = b.time, d = b.width, e = b.kv_width(), k = b.head_width(), w = b.raw_width();
-    const bf16* raw = b.raw + s * time * w;
+    const number* raw = b.raw + s * time * w;
     vec mixed[2] = {};
     for (Size t = 0; t < time; t += m.strip) {
         Size rows = std::min(m.strip, time - t), tile = (place * time + t) / 32;
+        StripSums gain1(m.gain, sums.gain1, d);
+        StripSums query_gain(m.query_gain, sums.query_gain, k);
+        StripSums key_gain(m.key_gain, sums.key_gain, k);
         for (Size r = 0; r < rows; ++r) {
             Angles angles = b.angles(t + r);
             for (Size at = 0; at < d; at += k) {
                 mark_backward(row_in(m.d_query + at * time, time, t + r),
                               row_in(raw + at * time, time, t + r), b.query_gain, angles, k,
-                              b.qk_eps, row_in(m.d_raw + at * rows, rows, r), sums.query_gain);
+                              b.qk_eps, row_in(m.d_raw + at * rows, rows, r), query_gain.at);
             }
             for (Size at = 0; at < e; at += k) {
                 mark_backward(row_in(m.d_key + at * time, time, t + r),
                               row_in(raw + (d + at) * time, time, t + r), b.key_gain, angles, k,
-                              b.qk_eps, row_in(m.d_raw + (d + at) * rows, rows, r), sums.key_gain);
+                              b.qk_eps, row_in(m.d_raw + (d + at) * rows, rows, r), key_gain.at);
             }
             auto d_value = row_in(m.d_value, time, t + r);
             auto to = row_in(m.d_raw + (d + e) * rows, rows, r);
@@ -655,7 +685,7 @@ void projections_backward(const Block& b, const Packed& packed, Size s, Size pla
         for (Size r = 0; r < rows; ++r) {
             float* d_stream = m.d_middle + (t + r) * d;
             add_normalize_backward(row_in(m.d_normed, rows, r), m.stream + r * d, b.gain1, d, b.eps,
-                               d_stream, sums.gain1);
+                               d_stream, gain1.at);
             Size at = (s * time + t + r) * d;
             if (!b.mix) {
                 std::copy_n(d_stream, d, b.d_x + at);
@@ -687,7 +717,7 @@ void backward_group(const Block& b, const Packed& packed, Size first, Size count
         projections_backward(b, packed, s, place, m, sums);
     }
     Size d = b.width, used = count * b.time / 32;
-    auto sum_up = [&](const bf16* columns, const bf16* pairs, Size width, float* to) {
+    auto sum_up = [&](const number* columns, const number* pairs, Size width, float* to) {
         add_product(columns, d, pairs, width, used, m.k_tiles, to, !fresh);
     };
     sum_up(m.d_y_columns, m.hidden_pairs, b.hidden, sums.feed_output);

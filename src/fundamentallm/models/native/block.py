@@ -1,7 +1,8 @@
 """The model's block by our own compiled code, in one call forwards and one backwards.
 
-Products are of bfloat16 with float32 sums. All else is float32: the residual stream, which general
-code would keep in bfloat16 too, normalizations, softmax, and the sums of the weights' gradients.
+Products are of bfloat16 or of float32, with float32 sums. All else is float32: the residual stream,
+which general code in bfloat16 would narrow too, normalizations, softmax, and the sums of the
+weights' gradients.
 
 Shapes: B rows, T tokens, D model width, H heads of width K, G key and value heads, E = G K.
 """
@@ -34,14 +35,19 @@ SIDE = 32  # of a block of a product: widths and lengths are multiples of it
 LONGEST = 4096  # tokens: a thread holds the scores of one head, which grow with their square
 LARGEST = 16 << 20  # weights of a block: each thread sums up all of their gradients
 
+_TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _FEEDFORWARDS = (SquaredReLUFeedForward, GELUFeedForward, SwiGLUFeedForward)
 _WEIGHTS = (
     *("mix", "gain1", "query", "key", "value", "query_gain", "key_gain", "output"),
     *("gain2", "gate", "input", "feed_output"),
 )
 _INPUTS = ("x", "embedded", "cosines", "sines", *_WEIGHTS)
-_KEPT = ("packed", "raw", "read", "lse", "middle")
+_KEPT = ("packed", "raw", "read", "lse", "middle", "before")
 _GRADIENTS = ("d_x", "d_embedded", *(f"d_{name}" for name in _WEIGHTS))
+
+
+Kept = tuple[Tensor | None, ...]
+"""Buffers in the order of `_KEPT`."""
 
 
 class _Sizes(NamedTuple):
@@ -141,27 +147,29 @@ class NativeBlocks:
 
     Args:
         plain: `plain(block, x, positions, embedded)`, for all other calls: without autocast to
-            bfloat16, lengths that are not multiples of 32 tokens (a growing sample), weights of
-            another type.
+            bfloat16, or with it for float32, lengths that are not multiples of 32 tokens (a
+            growing sample), weights of another type.
+        precision: "bf16" or "fp32", the type of the products.
 
     Raises:
         MachineError: as `load_library`.
     """
 
-    def __init__(self, plain: Callable[..., Tensor]) -> None:
+    def __init__(self, plain: Callable[..., Tensor], precision: str = "bf16") -> None:
         self.plain = plain
-        self.library = load_library()
+        self.precision = precision
+        self.library = load_library(precision)
         self._sizes: _Sizes | None = None
-        self._free: list[tuple[Tensor, ...]] = []
+        self._free: list[Kept] = []
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NativeBlocks:
-        return NativeBlocks(self.plain)  # a library has no copies
+        return NativeBlocks(self.plain, self.precision)  # a library has no copies
 
     def __call__(self, block: nn.Module, x: Tensor, positions: nn.Module, embedded: Tensor) -> Any:
-        """Return `plain(block, x, positions, embedded)` up to the rounding of bfloat16."""
+        """Return `plain(block, x, positions, embedded)` up to rounding."""
         weights = _weights_of(block) if isinstance(block, Block) else None
-        if weights is None or not _serves(x, weights):
+        if weights is None or not _serves(self.precision, x, weights):
             return self.plain(block, x, positions, embedded)
         assert isinstance(block, Block)
         angles: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -178,7 +186,7 @@ class NativeBlocks:
 
     def forward(
         self, sizes: _Sizes, seed: int, inputs: Sequence[Tensor | None], trains: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Kept]:
         """Return the output and, where it `trains`, what else the backward pass reads."""
         x = inputs[0]
         assert x is not None
@@ -189,7 +197,7 @@ class NativeBlocks:
             kept = self._free.pop() if known else None
         if kept is None:
             packed = self.library.fundamentallm_packed_size(ctypes.byref(arguments))
-            kept = _buffers(sizes, packed)
+            kept = _buffers(sizes, packed, _TYPES[self.precision])
         arguments.point(_INPUTS, inputs)
         arguments.point(_KEPT if trains else _KEPT[:1], kept)
         arguments.y = y.data_ptr()
@@ -201,7 +209,7 @@ class NativeBlocks:
         sizes: _Sizes,
         seed: int,
         inputs: Sequence[Tensor | None],
-        kept: Sequence[Tensor],
+        kept: Kept,
         d_y: Tensor,
     ) -> list[Tensor | None]:
         """Return the gradients of x, the embeddings and the weights, from that of the output."""
@@ -221,9 +229,9 @@ class NativeBlocks:
         self.library.fundamentallm_backward(ctypes.byref(arguments))
         return gradients
 
-    def give_back(self, sizes: _Sizes, kept: tuple[Tensor, ...]) -> None:
+    def give_back(self, sizes: _Sizes, kept: Kept) -> None:
         """Take back buffers that are no longer read, for the next call of the same shape."""
-        if any(tensor.is_inference() for tensor in kept):
+        if any(tensor is not None and tensor.is_inference() for tensor in kept):
             return  # no training step could save them
         with self._lock:
             if sizes != self._sizes:
@@ -249,16 +257,19 @@ def _sizes_of(block: Block, x: Tensor) -> _Sizes:
     )
 
 
-def _buffers(sizes: _Sizes, packed: int) -> tuple[Tensor, ...]:
-    """Return new buffers in the order of `_KEPT`."""
+def _buffers(sizes: _Sizes, packed: int, operands: torch.dtype) -> Kept:
+    """Return new buffers; `operands`: the type of those that products read."""
     batch, time, width, heads = sizes.batch, sizes.time, sizes.width, sizes.heads
     raw_width = width + 2 * sizes.kv_heads * (width // heads)
+    gated = _FEEDFORWARDS[sizes.feedforward] is SwiGLUFeedForward
+    keeps = operands == torch.float32  # products in bfloat16 are faster than memory
     return (
-        torch.empty(packed, dtype=torch.bfloat16),
-        torch.empty(batch, time, raw_width, dtype=torch.bfloat16),
-        torch.empty(batch, time, width, dtype=torch.bfloat16),
+        torch.empty(packed, dtype=operands),
+        torch.empty(batch, time, raw_width, dtype=operands),
+        torch.empty(batch, time, width, dtype=operands),
         torch.empty(batch, heads, time),
         torch.empty(batch, time, width),
+        torch.empty(batch, time, (1 + gated) * sizes.hidden) if keeps else None,
     )
 
 
@@ -301,9 +312,11 @@ def _filled(weight: Tensor, dimension: int) -> Tensor:
     return F.pad(weight, (0, 0, 0, missing) if dimension == 0 else (0, missing))
 
 
-def _serves(x: Tensor, weights: list[Tensor | None]) -> bool:
-    """Whether bfloat16 is requested, and the code supports the shapes and types."""
-    if not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16):
+def _serves(precision: str, x: Tensor, weights: list[Tensor | None]) -> bool:
+    """Whether this precision is requested, and the code supports the shapes and types."""
+    narrow = torch.is_autocast_enabled("cpu")
+    requested = torch.get_autocast_dtype("cpu") if narrow else torch.float32
+    if requested != _TYPES[precision]:
         return False
     if not x.numel() or x.size(1) % SIDE or x.size(1) > LONGEST:
         return False

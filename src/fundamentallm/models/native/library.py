@@ -1,6 +1,7 @@
 """From C++ to functions: compiled for this processor at the first use, kept for the next.
 
-The library lies in the user's cache directory, under a name that follows from the sources, the
+There is a library for each type of the products, bfloat16 and float32, from the same sources. It
+lies in the user's cache directory, under a name that follows from the sources, the type, the
 compiler and the processor. It takes about three seconds to make.
 """
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from fundamentallm.errors import DataError, MachineError
 from fundamentallm.files.cache_directory import default_cache_dir
 
-SOURCES = ("block.cpp", "rows.h", "tiles.h", "numbers.h")
+SOURCES = ("block.cpp", "rows.h", "products.h", "tiles.h", "floats.h", "numbers.h", "wide.h")
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -36,6 +37,7 @@ FLAGS = (
     "-shared",
     "-Wno-psabi",
 )
+DEFINES: dict[str, tuple[str, ...]] = {"bf16": (), "fp32": ("-DFLOAT32",)}  # by precision
 OWN_PROCESSOR = "-march=native"
 SECONDS = 300.0  # after which a compiler is given up, where nothing else wants the cores
 
@@ -46,13 +48,29 @@ def find_compiler() -> str | None:
 
 
 @cache
-def load_library() -> ctypes.CDLL:
-    """Return the library, compiled first if this processor has none yet.
+def load_library(precision: str = "bf16") -> ctypes.CDLL:
+    """Return a library, compiled first if this processor has none yet.
+
+    Args:
+        precision: "bf16" or "fp32", the type of its products.
 
     Raises:
         MachineError: there is no compiler, it refuses the sources, or the system refuses the
             processor's tile registers.
     """
+    library = _LOADED[precision] = _load(precision)
+    return library
+
+
+_LOADED: dict[str, ctypes.CDLL] = {}
+
+
+def any_library() -> ctypes.CDLL:
+    """Return a library for what both have in common: one that is in use, else as `load_library`."""
+    return next(iter(_LOADED.values()), None) or load_library()
+
+
+def _load(precision: str) -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise MachineError("there is no C++ compiler", fix="install g++, or name it in CXX")
@@ -61,12 +79,12 @@ def load_library() -> ctypes.CDLL:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         place = directory.resolve()  # what is looked at is what is loaded, whatever a link becomes
         if is_ours(place):
-            return build(compiler, place)
+            return build(compiler, place, OWN_PROCESSOR, precision)
     except (DataError, OSError):
         pass  # no home, a full disk, or one from which nothing may be executed
     try:
         with tempfile.TemporaryDirectory(prefix="fundamentallm-") as name:
-            return build(compiler, Path(name))  # a library in use needs no name
+            return build(compiler, Path(name), OWN_PROCESSOR, precision)  # used without a name
     except OSError as error:
         raise MachineError(
             f"compiled code can be neither stored nor loaded: {error}",
@@ -98,19 +116,22 @@ def is_ours(directory: Path) -> bool:
     return True
 
 
-def build(compiler: str, directory: Path, processor: str = OWN_PROCESSOR) -> ctypes.CDLL:
-    """Return the library, from a directory where it may lie already.
+def build(
+    compiler: str, directory: Path, processor: str = OWN_PROCESSOR, precision: str = "bf16"
+) -> ctypes.CDLL:
+    """Return a library, from a directory where it may lie already.
 
     Args:
         compiler: path of a GCC.
         directory: where no other user can put one.
         processor: the compiler's option for the processor.
+        precision: as for `load_library`.
 
     Raises:
         MachineError: as `load_library`.
         OSError: it cannot be written, or not loaded from there.
     """
-    library = ctypes.CDLL(str(_compiled(compiler, directory, processor)))
+    library = ctypes.CDLL(str(_compiled(compiler, directory, [processor, *DEFINES[precision]])))
     library.fundamentallm_packed_size.restype = ctypes.c_int64
     for name in ("forward", "backward", "normalize", "normalize_backward"):
         getattr(library, f"fundamentallm_{name}").restype = None
@@ -119,18 +140,18 @@ def build(compiler: str, directory: Path, processor: str = OWN_PROCESSOR) -> cty
     return library
 
 
-def _compiled(compiler: str, directory: Path, processor: str) -> Path:
+def _compiled(compiler: str, directory: Path, options: Sequence[str]) -> Path:
     here = Path(__file__).parent
     named = hashlib.sha256()
     for source in SOURCES:
         named.update((here / source).read_bytes())
-    named.update("\0".join([*_identity(compiler), *FLAGS, processor]).encode())
+    named.update("\0".join([*_identity(compiler), *FLAGS, *options]).encode())
     target = directory / f"block-{named.hexdigest()[:24]}.so"
     if _is_kept(target):
         return target
     with tempfile.TemporaryDirectory(prefix="building-", dir=directory) as name:
         new = Path(name) / target.name
-        command = [compiler, *FLAGS, processor, str(here / SOURCES[0]), "-o", str(new)]
+        command = [compiler, *FLAGS, *options, str(here / SOURCES[0]), "-o", str(new)]
         status, errors = _compile(command)
         if status:
             reason = next((line for line in errors.splitlines() if "error" in line), "")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fundamentallm.models.layers.normalization import rms_norm
-from fundamentallm.models.native.library import load_library
+from fundamentallm.models.native.library import any_library
 
 LANES = 16  # numbers in a vector; D is a multiple of it
 
@@ -41,7 +41,7 @@ class _RMSNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        load_library().fundamentallm_normalize(*_sizes(x), ctypes.c_float(eps), *_at(x, weight, y))
+        any_library().fundamentallm_normalize(*_sizes(x), ctypes.c_float(eps), *_at(x, weight, y))
         return y
 
     @staticmethod
@@ -51,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
         d_y, d_x = d_y.contiguous(), torch.empty_like(x)
         sizes = _sizes(x)
         d_gain = torch.empty(sizes[-1].value, x.size(-1))
-        load_library().fundamentallm_normalize_backward(
+        any_library().fundamentallm_normalize_backward(
             *sizes, ctypes.c_float(ctx.eps), *_at(x, weight, d_y, d_x, d_gain)
         )
         return d_x, d_gain.sum(0), None

@@ -58,7 +58,7 @@ inline void add_normalize_backward(Gradient d_out, const float* row, const float
 struct Angles {
     const float *cosines = nullptr, *sines = nullptr;
 
-    void turn(std::ptrdiff_t i, vec& first, vec& second, float direction) const {
+    INLINE void turn(std::ptrdiff_t i, vec& first, vec& second, float direction) const {
         if (!cosines) return;
         vec c = load(cosines + i), s = load(sines + i) * direction;
         vec turned = first * c - second * s;
@@ -107,13 +107,13 @@ inline void mark_backward(Gradient d_out, In raw, const float* gain, Angles angl
 // The feed-forwards: what becomes of one or two products with the input matrices.
 enum class FeedForward : std::int64_t { relu_squared = 0, gelu = 1, swiglu = 2 };
 
-inline vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
+INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
 struct Gelu {
     vec value, slope;
 
     // x Phi(x), with Phi by Abramowitz and Stegun 7.1.26, to 1.5e-7.
-    explicit Gelu(vec x) {
+    INLINE explicit Gelu(vec x) {
         vec z = choose(x < 0.0f, -x, x) * 0.70710678f;
         vec bell = exponential(-z * z);
         vec t = 1.0f / (1.0f + 0.3275911f * z);
@@ -129,7 +129,7 @@ struct Gelu {
     }
 };
 
-inline vec activate(FeedForward kind, vec gate, vec input) {
+INLINE vec activate(FeedForward kind, vec gate, vec input) {
     if (kind == FeedForward::swiglu) return gate * sigmoid(gate) * input;
     if (kind == FeedForward::gelu) return Gelu(gate).value;
     vec r = positive(gate);
@@ -137,7 +137,7 @@ inline vec activate(FeedForward kind, vec gate, vec input) {
 }
 
 // The value, and in place of `gate` and `input` their gradients from that of the value.
-inline vec activate_backward(FeedForward kind, vec d, vec& gate, vec& input) {
+INLINE vec activate_backward(FeedForward kind, vec d, vec& gate, vec& input) {
     if (kind == FeedForward::swiglu) {
         vec s = sigmoid(gate), silu = gate * s, value = silu * input;
         vec slope = s + silu * (1.0f - s);
@@ -170,7 +170,7 @@ struct Dropout {
 
     // By two rounds of shift and multiply, C. Wellons' "lowbias32".
     template <class T>
-    static T mixed(T x) {
+    static INLINE T mixed(T x) {
         x ^= x >> 16;
         x *= 0x7feb352dU;
         x ^= x >> 15;
@@ -184,15 +184,15 @@ struct Dropout {
     }
 
     // What the elements of `keys`, each of its own row and column, are multiplied by: 0 or 1 / keep.
-    vec factors(words keys) const {
+    INLINE vec factors(words keys) const {
         return choose((ints)(mixed(keys) >= threshold), all(factor), vec{});
     }
     // ... of columns `column` to `column` + 15 of a row.
-    vec along_row(std::uint32_t key, std::uint32_t column) const {
+    INLINE vec along_row(std::uint32_t key, std::uint32_t column) const {
         return factors(key + ((words)LANE + column) * 0x9e3779b9U);
     }
     // ... of one column of sixteen rows.
-    vec along_column(words keys, std::uint32_t column) const {
+    INLINE vec along_column(words keys, std::uint32_t column) const {
         return factors(keys + column * 0x9e3779b9U);
     }
 };

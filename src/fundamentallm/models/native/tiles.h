@@ -1,57 +1,16 @@
-// Products of bfloat16 matrices with float32 sums, 32 rows and 32 columns at a time.
-//
-// A product C = A B over a dimension k reads A in rows of 32 k, and B in tiles of 16 pairs of k by
-// 16 columns: word (p, n) of a tile holds (B[2p][n], B[2p + 1][n]), which is what AMX, and AVX-512
-// with bfloat16, multiply. Three layouts follow:
-//
-//   panels    A in panels of 32 columns, each of which lies row after row: what a product writes
-//             and the next one reads are blocks of 2 KB in one piece
-//   pairs     B: tiles of 512 numbers by (columns / 16, k / 32), the k of one column one after the
-//             other
-//   columns   A taken from a matrix whose rows are k, such as the activations of 32 tokens where
-//             tokens are summed over: tiles of 16 rows by 32 k, by (rows / 16, k / 32)
-//
-// A result is a block of four tiles of 16 x 16 float32: rows 0 to 15, columns 0 to 15; then columns
-// 16 to 31; then rows 16 to 31 likewise.
+// Products of bfloat16: word (p, n) of a tile of pairs holds (B[2p][n], B[2p + 1][n]), which is what
+// AMX, and AVX-512 with bfloat16, multiply.
 
 #pragma once
-
-#include "numbers.h"
 
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-constexpr std::ptrdiff_t TILE = 512;    // numbers in a tile of bfloat16
-constexpr std::ptrdiff_t BLOCK = 1024;  // numbers in a block of results
-constexpr std::ptrdiff_t SIDE = 32;     // its rows and columns
-
-// Where 32 rows of A begin: `row` numbers from one to the next, `step` from one 32 k to the next,
-// `half` from row 0 to row 16.
-struct Left {
-    const bf16* at;
-    std::ptrdiff_t row, step, half;
-};
-
-// A in panels of `rows` rows.
-inline Left panels_of(const bf16* at, std::ptrdiff_t rows) { return {at, 32, 32 * rows, 16 * 32}; }
-
-// A row of a matrix in panels of `rows` rows; adding a multiple of 16 leads to that column.
-template <class T>
-struct PanelRow {
-    T* at;
-    std::ptrdiff_t rows;
-
-    T* operator+(std::ptrdiff_t column) const {
-        return at + column / 32 * 32 * rows + column % 32;
-    }
-};
-
-template <class T>
-inline PanelRow<T> row_in(T* panels, std::ptrdiff_t rows, std::ptrdiff_t row) {
-    return {panels + 32 * row, rows};
-}
+// Sixteen numbers as they are kept.
+using rounded = halves;
+inline rounded to_numbers(vec value) { return narrow(value); }
 
 inline Left columns_of(const bf16* at, std::ptrdiff_t k_tiles) {
     return {at, 32, TILE, k_tiles * TILE};
@@ -164,92 +123,21 @@ inline void multiply(Left a, const bf16* b0, const bf16* b1, std::ptrdiff_t k_ti
 #endif
 }
 
-// Hand the halves of each row of a block to `take(row, column, sixteen values)`.
-template <class Take>
-inline void each(const float* block, Take take) {
-    for (std::ptrdiff_t upper = 0; upper < 2; ++upper) {
-        const float* from = block + upper * 512;
-#pragma GCC unroll 4
-        for (std::ptrdiff_t row = 0; row < 16; ++row) {
-            take(upper * 16 + row, std::ptrdiff_t(0), load(from + row * LANES));
-            take(upper * 16 + row, LANES, load(from + 256 + row * LANES));
-        }
-    }
-}
-
-// Two rows at a time: `take(even row, column, values of that row, values of the next)`.
-template <class Take>
-inline void each_two(const float* block, Take take) {
-    for (std::ptrdiff_t upper = 0; upper < 2; ++upper) {
-        const float* from = block + upper * 512;
-        for (std::ptrdiff_t row = 0; row < 16; row += 2) {
-            const float* at = from + row * LANES;
-            take(upper * 16 + row, std::ptrdiff_t(0), load(at), load(at + LANES));
-            take(upper * 16 + row, LANES, load(at + 256), load(at + 256 + LANES));
-        }
-    }
-}
-
-// Write a block to rows of a matrix that is `width` wide.
-template <class T>
-inline void put(const float* block, T* to, std::ptrdiff_t width) {
-    each(block, [&](std::ptrdiff_t row, std::ptrdiff_t column, vec value) {
-        store(to + row * width + column, value);
-    });
-}
-
-// Add it to them.
-inline void put_sum(const float* block, float* to, std::ptrdiff_t width) {
-    each(block, [&](std::ptrdiff_t row, std::ptrdiff_t column, vec value) {
-        float* at = to + row * width + column;
-        store(at, load(at) + value);
-    });
-}
-
-// `rows` rows of A times `columns` of B; each block is handed to `take(row, column, block)`.
-//
-// A block is taken when the next one is under way: vectors and tiles work at the same time, and
-// what a tile stores has reached the cache when a vector reads it.
-template <class Take>
-inline void product(Left a, std::ptrdiff_t rows, const bf16* b, std::ptrdiff_t k_tiles,
-                    std::ptrdiff_t columns, Take take) {
-    alignas(64) float blocks[2][BLOCK];
-    std::ptrdiff_t turn = 0, row = 0, column = 0;
-    for (std::ptrdiff_t n = 0; n < columns; n += SIDE) {
-        const bf16* first = b + n / 16 * k_tiles * TILE;
-        for (std::ptrdiff_t m = 0; m < rows; m += SIDE) {
-            multiply({a.at + m / 16 * a.half, a.row, a.step, a.half}, first, first + k_tiles * TILE,
-                     k_tiles, blocks[turn % 2], false);
-            if (turn++) take(row, column, blocks[turn % 2]);
-            row = m;
-            column = n;
-        }
-    }
-    take(row, column, blocks[(turn + 1) % 2]);
-}
-
-// A B, or its sum with what is there, into blocks of results by (rows / 32, columns / 32).
-// Of A (columns layout) and B (pairs), whose rows are `k_tiles` * 32 k, the first `used` count.
-inline void add_product(const bf16* a, std::ptrdiff_t rows, const bf16* b, std::ptrdiff_t columns,
-                        std::ptrdiff_t used, std::ptrdiff_t k_tiles, float* blocks, bool add) {
-    for (std::ptrdiff_t n = 0; n < columns; n += SIDE) {
-        const bf16* first = b + n / 16 * k_tiles * TILE;
-        for (std::ptrdiff_t m = 0; m < rows; m += SIDE) {
-            multiply(columns_of(a + m / 16 * k_tiles * TILE, k_tiles), first,
-                     first + k_tiles * TILE, used, blocks + (m * columns / SIDE + n) * SIDE, add);
-        }
-    }
-}
-
 // The place of (row, column) in the pairs layout, both even.
 inline std::ptrdiff_t pair_at(std::ptrdiff_t row, std::ptrdiff_t column, std::ptrdiff_t k_tiles) {
     return (column / 16 * k_tiles + row / 32) * TILE + row % 32 / 2 * 32 + column % 16 * 2;
 }
 
+// Write sixteen columns of two rows (k), the first of them even, into the pairs layout.
+inline void put_two(bf16* pairs, std::ptrdiff_t row, std::ptrdiff_t column, std::ptrdiff_t k_tiles,
+                    halves first, halves second) {
+    store_as(pairs + pair_at(row, column, k_tiles), paired(first, second));
+}
+
 inline halves load_narrow(const bf16* at) { return load_as<halves>(at); }
 inline halves load_narrow(const float* at) { return narrow(load(at)); }
 
-// The pairs of 32 rows (k) by 16 columns: a tile of the pairs layout.
+// The pairs of 32 rows (k) by 16 columns.
 template <class T>
 inline void pair_rows(const T* from, std::ptrdiff_t width, words tile[LANES]) {
 #pragma GCC unroll 16
@@ -259,49 +147,20 @@ inline void pair_rows(const T* from, std::ptrdiff_t width, words tile[LANES]) {
     }
 }
 
-// Rows are k: `rows` of them, `columns` wide, into the pairs layout from its k tile `k` on.
+// A tile of the pairs layout from 32 rows (k), of the columns layout from the same, and one of the
+// pairs layout from 16 rows that are columns.
 template <class T>
-inline void pack_pairs(const T* from, std::ptrdiff_t width, std::ptrdiff_t rows,
-                       std::ptrdiff_t columns, bf16* to, std::ptrdiff_t k, std::ptrdiff_t k_tiles) {
-    for (std::ptrdiff_t r = 0; r < rows; r += 32, ++k, from += 32 * width) {
-        for (std::ptrdiff_t n = 0; n < columns; n += 16) {
-            words tile[LANES];
-            pair_rows(from + n, width, tile);
-            std::memcpy(to + (n / 16 * k_tiles + k) * TILE, tile, sizeof tile);
-        }
-    }
+inline void tile_of_pairs(const T* from, std::ptrdiff_t width, bf16* to) {
+    words tile[LANES];
+    pair_rows(from, width, tile);
+    std::memcpy(to, tile, sizeof tile);
 }
 
-// The same into the columns layout, where the columns are rows.
-inline void pack_columns(const bf16* from, std::ptrdiff_t width, std::ptrdiff_t rows,
-                         std::ptrdiff_t columns, bf16* to, std::ptrdiff_t k,
-                         std::ptrdiff_t k_tiles) {
-    for (std::ptrdiff_t r = 0; r < rows; r += 32, ++k, from += 32 * width) {
-        for (std::ptrdiff_t m = 0; m < columns; m += 16) {
-            words tile[LANES];
-            pair_rows(from + m, width, tile);
-            transpose(tile);
-            std::memcpy(to + (m / 16 * k_tiles + k) * TILE, tile, sizeof tile);
-        }
-    }
-}
-
-// The same for columns of a matrix in panels of `panel_rows` rows; `from` is in its first panel.
-inline void pack_panels(const bf16* from, std::ptrdiff_t panel_rows, std::ptrdiff_t rows,
-                        std::ptrdiff_t columns, bf16* to, std::ptrdiff_t k,
-                        std::ptrdiff_t k_tiles) {
-    for (std::ptrdiff_t n = 0; n < columns; n += 32) {
-        pack_pairs(from + n * panel_rows, 32, rows, 32, to + n / 16 * k_tiles * TILE, k, k_tiles);
-    }
-}
-
-inline void pack_panel_columns(const bf16* from, std::ptrdiff_t panel_rows, std::ptrdiff_t rows,
-                               std::ptrdiff_t columns, bf16* to, std::ptrdiff_t k,
-                               std::ptrdiff_t k_tiles) {
-    for (std::ptrdiff_t m = 0; m < columns; m += 32) {
-        pack_columns(from + m * panel_rows, 32, rows, 32, to + m / 16 * k_tiles * TILE, k,
-                     k_tiles);
-    }
+inline void tile_of_columns(const bf16* from, std::ptrdiff_t width, bf16* to) {
+    words tile[LANES];
+    pair_rows(from, width, tile);
+    transpose(tile);
+    std::memcpy(to, tile, sizeof tile);
 }
 
 inline words two_halves(const bf16* at) { return load_as<words>(at); }
@@ -312,15 +171,10 @@ inline words two_halves(const float* at) {
     return load_as<words>(&both);
 }
 
-// Rows are the columns of B: 16 of them into 16 columns of the pairs layout. `row` numbers lie from
-// one to the next, `step` from 32 k to the next 32.
 template <class T>
-inline void pack_transposed(const T* from, std::ptrdiff_t row, std::ptrdiff_t step, bf16* to,
-                            std::ptrdiff_t k_tiles) {
-    for (std::ptrdiff_t k = 0; k < k_tiles; ++k) {
-        words tile[LANES];
-        for (int n = 0; n < 16; ++n) tile[n] = two_halves(from + n * row + k * step);
-        transpose(tile);
-        std::memcpy(to + k * TILE, tile, sizeof tile);
-    }
+inline void tile_of_rows(const T* from, std::ptrdiff_t row, bf16* to) {
+    words tile[LANES];
+    for (int n = 0; n < 16; ++n) tile[n] = two_halves(from + n * row);
+    transpose(tile);
+    std::memcpy(to, tile, sizeof tile);
 }
