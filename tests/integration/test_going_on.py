@@ -32,8 +32,10 @@ from fundamentallm.engine.cli import main
 from fundamentallm.engine.wiring import assemble as assembly
 from fundamentallm.models.build import build_model
 from fundamentallm.reports.run_data import read_run
-from fundamentallm.training.checkpoint.changes import CHANGES
+from fundamentallm.training.checkpoint.changes import CHANGES, records_in
+from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.store import CheckpointStore
+from fundamentallm.training.checkpoint.tree import equal
 from fundamentallm.training.trainer import Trainer
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
@@ -484,3 +486,47 @@ def test_a_combination_equals_its_description(row, monkeypatch, capsys):
     marks = [mark.text for mark in read_run(RUN).marks if mark.kind == "change"]
     assert len(marks) == bool(row.keys)
     assert all(key in marks[0] for key in row.keys)
+
+
+@pytest.mark.long
+def test_a_changed_run_is_stopped_and_resumed_exactly(monkeypatch):
+    """The same command, without --change, goes on to the same bits and keeps the record."""
+    began = ["training.total_steps=null", "training.num_epochs=2", "training.scheduler=cosine"]
+    start("stopped 5", began, monkeypatch)
+    shutil.copytree(RUN, "whole")
+    changed = [*began, f"{BATCH}=6", HALF, "training.optimizer_weight_decay=0.3"]
+    assert main(["run", "tiny.yaml", *changed, "--run-dir", "whole", "--change"]) == 0
+    start("stopped 9", [*changed, "--change"], monkeypatch)
+    start("stopped 17", changed, monkeypatch)
+
+    assert main(["run", "tiny.yaml", *changed]) == 0
+
+    last = (RUN / "checkpoints/last").read_text().strip()
+    stores = [CheckpointStore(run / "checkpoints") for run in (Path("whole"), RUN)]
+    whole, cut = (store.load(store.directory / last) for store in stores)
+    for part in ("model", "optimizer", "handlers", "random"):
+        assert equal(cut[1][part], whole[1][part]), part
+    for key in ("iteration", "epoch_length", "epochs_ended_early", "tokens_seen", "epoch_nll"):
+        assert cut[1]["trainer"][key] == whole[1]["trainer"][key], key
+    assert cut[0].metadata[CHANGES] == whole[0].metadata[CHANGES]
+    assert [change["step"] for change in cut[0].metadata[CHANGES]] == [5]
+
+
+@pytest.mark.long
+def test_an_older_checkpoint_forgets_the_changes_that_came_after_it():
+    keep = "training.keep_last=9"
+    assert main(["run", "tiny.yaml", keep]) == 0
+    assert main(["run", "tiny.yaml", keep, f"{STEPS}=16"]) == 0
+    assert [mark.text for mark in read_run(RUN).marks] == [f"{STEPS}: 12 -> 16"]
+
+    assert "## Changes" in (RUN / "README.md").read_text()
+    older = str(RUN / "checkpoints/step-00000008")
+    assert main(["run", "tiny.yaml", keep, "--resume", older]) == 0
+
+    assert read_run(RUN).marks == ()
+    assert "## Changes" not in (RUN / "README.md").read_text()
+
+
+@pytest.mark.parametrize("junk", [3, [3], [{"step": "x", "differences": []}], [{"step": 1}]])
+def test_what_is_no_record_of_a_change_is_left_out(junk):
+    assert records_in(Manifest("x", 0, {}, {CHANGES: junk}, "")) == []

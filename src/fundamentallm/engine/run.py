@@ -36,7 +36,7 @@ from fundamentallm.engine.wiring.exactness import (
     tell_other_split,
 )
 from fundamentallm.engine.wiring.run_directory import RunDirectory
-from fundamentallm.engine.wiring.run_readme import run_readme
+from fundamentallm.engine.wiring.run_readme import lists_changes, run_readme
 from fundamentallm.errors import DataError, MachineError
 from fundamentallm.files.filesystem import Filesystem, replace_file
 from fundamentallm.files.lock import refuse_if_owned, run_lock
@@ -163,7 +163,7 @@ def _train(
             held.enter_context(run_lock(directory.path))
             text = run.config.to_yaml()
             replace_file(Filesystem(), directory.path / CONFIG, [text.encode()])
-            if run.changes or not (directory.path / README).exists():
+            if run.changes or _readme_is_stale(directory.path / README):
                 text = run_readme(directory.path, directory.checkpoints, program(), run.changes)
                 replace_file(Filesystem(), directory.path / README, [text.encode()])
             keep_texts(run)
@@ -191,6 +191,14 @@ def _train(
         if ranks.is_writer:
             _conclude(run, again)
     return 0
+
+
+def _readme_is_stale(path: Path) -> bool:
+    """Return whether a run without changes has no README, or one that lists some."""
+    if not path.exists():
+        return True
+    with open_to_read(path) as file:
+        return lists_changes(file.readall().decode(errors="replace"))
 
 
 def _signal_in_words(number: int) -> str:

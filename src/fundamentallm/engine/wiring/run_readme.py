@@ -21,6 +21,8 @@ from fundamentallm.files.run_layout import (
 )
 from fundamentallm.training.checkpoint.changes import Record, in_words
 
+_HEADING = "## Changes"
+
 
 def run_readme(run: Path, checkpoints: Path, program: str, changes: Sequence[Record] = ()) -> str:
     """Return the text.
@@ -65,6 +67,11 @@ The commands name this directory as it was called when the run started.
 """ + _changes(changes)
 
 
+def lists_changes(text: str) -> bool:
+    """Return whether a README says with which changes its run went on."""
+    return _HEADING in text
+
+
 def _changes(changes: Sequence[Record]) -> str:
     if not changes:
         return ""
@@ -74,6 +81,6 @@ def _changes(changes: Sequence[Record]) -> str:
         for words in in_words(change)
     ]
     return (
-        "\n## Changes\n\nThe run went on with a changed configuration:\n\n"
+        f"\n{_HEADING}\n\nThe run went on with a changed configuration:\n\n"
         "| after step | change |\n|---|---|\n" + "".join(rows)
     )
