@@ -7,7 +7,6 @@ command of `commands/` imports what it needs when it is executed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import os
 import sys
@@ -20,9 +19,9 @@ from fundamentallm.engine.commands import COMMANDS
 from fundamentallm.engine.console import (
     discard,
     open_closed_streams,
-    printable,
     program,
     settle_streams,
+    tell,
 )
 from fundamentallm.errors import ConfigError, FundamentaLLMError, InterruptedRunError, MachineError
 
@@ -143,8 +142,7 @@ def tell_start(options: argparse.Namespace) -> None:
             return
         verb = "writing" if "path" in options else "reading"
         line = f"{verb} {', '.join(map(str, read)) if isinstance(read, list) else read}"
-    with contextlib.suppress(OSError, ValueError):  # the terminal is closed
-        print(printable(line), file=sys.stderr, flush=True)
+    tell(line)
 
 
 def is_override(word: str) -> bool:
@@ -156,8 +154,7 @@ def report(error: FundamentaLLMError) -> None:
     """Print an error in the format of all commands."""
     rank = os.environ.get("RANK", "0")
     prefix = "error" if rank == "0" else f"error on rank {rank}"
-    with contextlib.suppress(OSError, ValueError):  # the terminal is closed
-        print(f"{prefix}: {printable(str(error))}", file=sys.stderr, flush=True)
+    tell(f"{prefix}: {error}")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
 from typing import TextIO
@@ -109,6 +109,20 @@ def say(text: str = "", end: str = "\n") -> None:
         if error.errno not in _GONE:
             raise
         discard(sys.stdout)
+
+
+def tell(line: str) -> None:
+    """Print a line to standard error, if the terminal is not closed."""
+    with contextlib.suppress(OSError, ValueError):
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+def tell_runs(runs: Sequence[Path]) -> None:
+    """Tell how far runs are, at once: it imports no large library."""
+    from fundamentallm.reports.glance import glance
+
+    for line in filter(None, map(glance, runs)):
+        tell(line)
 
 
 def discard(stream: TextIO) -> None:

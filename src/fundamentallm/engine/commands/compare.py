@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from fundamentallm.engine.arguments import add_plugins
-from fundamentallm.engine.console import printable, say
+from fundamentallm.engine.console import printable, say, tell_runs
 from fundamentallm.engine.stopping import loading
 
 SUMMARY = "compare runs: settings, losses, speed, and whether chance explains the difference"
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Print the comparison and write the page."""
+    tell_runs(options.runs)
     with loading():
         from fundamentallm.engine.plugins import load_plugins
         from fundamentallm.files.filesystem import Filesystem, replace_file

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fundamentallm.engine.arguments import add_plugins
-from fundamentallm.engine.console import printable, say
+from fundamentallm.engine.console import printable, say, tell_runs
 from fundamentallm.engine.stopping import loading
 from fundamentallm.errors import MachineError
 from fundamentallm.files.run_layout import PAGE
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Write the page, or serve it until Ctrl-C."""
+    tell_runs(options.runs)
     with loading():
         from fundamentallm.engine.plugins import load_plugins
         from fundamentallm.files.filesystem import Filesystem, replace_file
