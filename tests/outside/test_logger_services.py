@@ -85,8 +85,12 @@ def read_mlflow(run_dir: Path) -> Told:
 
 
 def read_wandb(run_dir: Path) -> Told:
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    # `finish` only tells W&B's own process to close the file. A command waits for that process when
+    # it exits; here it is this process's, which goes on.
+    wandb.teardown()
     told = Told()
     ids = set()
     for path in sorted(run_dir.glob("loggers/wandb/wandb/offline-run-*/run-*.wandb")):
