@@ -489,6 +489,31 @@ def test_a_combination_equals_its_description(row, monkeypatch, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("schedule", ["constant", "linear_warmup"])
+def test_more_seconds_go_on_if_the_schedule_does_not_follow_the_clock(
+    schedule, monkeypatch, capsys
+):
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(assembly, "seconds_since_start", lambda: float(next(seconds)))
+    words = ["run", "tiny.yaml", f"{STEPS}=null", f"training.scheduler={schedule}"]
+    assert main([*words, "training.max_seconds=20"]) == 0
+    ended = (RUN / "checkpoints/last").read_text()
+    seconds = iter(range(10**6))
+    capsys.readouterr()
+
+    follows = schedule != "constant"
+    assert main([*words, "training.max_seconds=60"]) == (4 if follows else 0)
+
+    said = capsys.readouterr().err
+    assert "training.max_seconds: 20.0 in the run, 60.0 now" in said
+    assert ("accept that with --change" in said) == follows
+    assert ((RUN / "checkpoints/last").read_text() > ended) != follows
+    if follows:
+        assert main([*words, "training.max_seconds=60", "--change"]) == 0
+        assert (RUN / "checkpoints/last").read_text() > ended
+
+
+@pytest.mark.long
 def test_a_changed_run_is_stopped_and_resumed_exactly(monkeypatch):
     """The same command, without --change, goes on to the same bits and keeps the record."""
     began = ["training.total_steps=null", "training.num_epochs=2", "training.scheduler=cosine"]
