@@ -20,7 +20,7 @@ from fundamentallm.config.yaml.file import MODELINE, PACKAGED, SCHEMA
 from fundamentallm.config.yaml.source import parse_yaml, read_yaml
 from fundamentallm.engine.catalogue import KINDS, stored_catalogue
 from fundamentallm.engine.cli import main
-from fundamentallm.engine.schema import run_schema, schema_text
+from fundamentallm.engine.schema import run_schema, schema_text, sweep_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(PACKAGED.glob("*.yaml"))
@@ -215,6 +215,90 @@ def test_every_form_of_a_value_is_valid(validator, text):
     assert fault(validator, parse_yaml(text).data) is None
 
 
+# ---------------------------------------------------------------------- a sweep
+
+SWEEP = """
+name: rates
+config: quickstart
+fixed: {training.eval_steps: 50, handlers.samples: false}
+keys:
+  training.learning_rate: [3e-4, 1e-3]
+  training.optimizer: [adamw, {name: lion, betas: [0.9, 0.99]}]
+  model.num_layers: [2, 4]
+  training.scheduler.power: [1, 2]
+steps: 500
+seeds: 3
+prune: {trials: 4, from_step: 100}
+"""
+OF_RANDOM = """
+config: quickstart
+keys: {training.learning_rate: {low: 1e-4, high: 1e-2, log: true}, training.optimizer: [lion]}
+method: random
+trials: 20
+steps: 500
+"""
+
+
+@pytest.fixture(scope="module")
+def of_sweep() -> jsonschema.Draft202012Validator:
+    schema = sweep_schema(stored_catalogue())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("text", [SWEEP, OF_RANDOM], ids=["grid", "random"])
+def test_a_sweep_is_valid(of_sweep, text):
+    assert fault(of_sweep, parse_yaml(text).data) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "path"),
+    [
+        ("seeds: 3", "sedes: 3", ()),
+        ("seeds: 3", "seeds: 0", ("seeds",)),
+        ("steps: 500", "steps: many", ("steps",)),
+        ("steps: 500", "", ()),
+        ("name: rates", "name: a/b", ("name",)),
+        ("config: quickstart", "config: 3", ("config",)),
+        ("trials: 4", "trials: 1", ("prune", "trials")),
+        ("from_step: 100", "from_stp: 100", ("prune",)),
+        ("seeds: 3", "seeds: 3\nmethod: genetic", ("method",)),
+        ("seeds: 3", "seeds: 3\ntrials: 5", ("trials",)),
+        ("seeds: 3", "seeds: 3\nmethod: random", ()),
+        ("[3e-4, 1e-3]", "[3e-4, fast]", ("keys", "training.learning_rate", 1)),
+        ("[3e-4, 1e-3]", "[-1.0]", ("keys", "training.learning_rate", 0)),
+        ("[3e-4, 1e-3]", "[]", ("keys", "training.learning_rate")),
+        ("[3e-4, 1e-3]", "3e-4", ("keys", "training.learning_rate")),
+        ("[3e-4, 1e-3]", "{low: 1, high: 2}", ("keys", "training.learning_rate")),
+        ("betas", "beta", ("keys", "training.optimizer", 1)),
+        ("[adamw,", "[adamm,", ("keys", "training.optimizer", 0)),
+        ("training.learning_rate", "training.lerning_rate", ("keys",)),
+        ("model.num_layers", "seed", ("keys",)),
+        ("model.num_layers", "training.total_steps", ("keys",)),
+        ("training.eval_steps: 50", "training.eval_steps: 0", ("fixed", "training.eval_steps")),
+        ("training.eval_steps", "training.eval_step", ("fixed",)),
+        ("fixed: {", "fixed: {training: {}, ", ("fixed",)),
+    ],
+    ids=str,
+)
+def test_a_fault_of_a_sweep_is_refused_at_its_place(of_sweep, before, after, path):
+    assert before in SWEEP
+    found = fault(of_sweep, parse_yaml(SWEEP.replace(before, after, 1)).data)
+    assert found is not None
+    assert tuple(found.absolute_path) == path
+
+
+def test_a_fault_of_a_range_is_refused_at_its_place(of_sweep):
+    for before, after, path in (
+        ("low: 1e-4", "low: little", "keys.training.learning_rate.low"),
+        ("log: true", "lag: true", "keys.training.learning_rate"),
+        ("trials: 20", "trials: 0", "trials"),
+        ("trials: 20", "", ""),
+    ):
+        found = fault(of_sweep, parse_yaml(OF_RANDOM.replace(before, after, 1)).data)
+        assert ".".join(map(str, found.absolute_path)) == path
+
+
 # ---------------------------------------------------------------------- the commands
 
 
@@ -245,6 +329,9 @@ def test_schema_prints_and_writes(tmp_path, monkeypatch, capsys):
     assert main(["schema", "--out", "mine.json"]) == 0
     assert Path("mine.json").read_text() == SCHEMA.read_text()
     assert f"{MODELINE}mine.json" in capsys.readouterr().out
+
+    assert main(["schema", "--sweep"]) == 0
+    assert json.loads(capsys.readouterr().out) == sweep_schema(stored_catalogue())
 
     assert main(["schema", "--out", "no/such/folder.json"]) == 5
     assert "cannot be written" in capsys.readouterr().err

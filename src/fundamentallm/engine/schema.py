@@ -1,4 +1,6 @@
-"""The JSON schema of a run's YAML, with every component and its options. Imports no torch.
+"""The JSON schemas of a run's YAML, with every component and its options, and of a sweep's.
+
+It imports no torch.
 
 It takes the schema of `RunConfig` and puts, in place of each component, what the catalogue knows of
 its kind. A component's options depend on its name, so they are written as if/then for each name: an
@@ -17,11 +19,14 @@ from typing import Any
 from fundamentallm.config import RunConfig
 from fundamentallm.config.evaluation import TAKEN_NAMES
 from fundamentallm.config.model import TRANSFORMER
+from fundamentallm.config.sweep import OF_THE_SWEEP, Range, SweepConfig
 from fundamentallm.config.yaml.file import SCHEMA
 from fundamentallm.engine.catalogue import CATALOGUE, KINDS, Catalogue, registered_catalogue
 
 _COMPONENT = {"$ref": "#/$defs/Component"}
 _SECTIONS = {"training": "TrainingConfig", "data": "DataConfig", "model": "TransformerConfig"}
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 JSON = dict[str, Any]
 
@@ -50,15 +55,71 @@ def run_schema(catalogue: Catalogue) -> JSON:
     schema["properties"]["handlers"].update(_handlers(catalogue["handlers"]))
     _put_families(schema, catalogue["families"])
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": _DIALECT,
         "title": "FundamentaLLM run",
         **{key: value for key, value in schema.items() if key != "title"},
     }
 
 
-def schema_text(catalogue: Catalogue) -> str:
-    """Return the schema as JSON text."""
-    return json.dumps(run_schema(catalogue), indent=1) + "\n"
+def sweep_schema(catalogue: Catalogue) -> JSON:
+    """Return the schema (draft 2020-12) of SWEEP.yaml.
+
+    The keys of a run in sections that are the same for every model are known, with their values.
+    Deeper keys (options of components) and keys of the model are left to `sweep` itself, which
+    checks all before it trains.
+
+    Args:
+        catalogue: the components that exist.
+    """
+    run = run_schema(catalogue)
+    schema: JSON = _tidied(SweepConfig.model_json_schema())
+    definitions = {**run["$defs"], **schema["$defs"], "Range": _tidied(Range.model_json_schema())}
+    sections = {name: definitions[of] for name, of in _SECTIONS.items() if name != "model"}
+    known = {
+        f"{section}.{field}": value
+        for section, of in sections.items()
+        for field, value in of["properties"].items()
+        if f"{section}.{field}" not in OF_THE_SWEEP
+    }
+    names: JSON = {
+        "if": {"pattern": f"^({'|'.join(sections)})(\\.[^.]*)?$"},
+        "then": {"enum": list(known)},
+        "else": {"not": {"pattern": "^(name|seed|handlers\\.pruning)(\\.|$)"}},
+    }
+    properties = schema["properties"]
+    properties["fixed"].update(properties=known, propertyNames=names)
+    properties["keys"].update(
+        properties={key: _values(value) for key, value in known.items()},
+        additionalProperties=_values(True),
+        propertyNames=names,
+    )
+    drawn: JSON = {"properties": {"method": {"enum": ["random", "optuna"]}}, "required": ["method"]}
+    lists: JSON = {"additionalProperties": {"type": "array"}}
+    return {
+        "$schema": _DIALECT,
+        "title": "FundamentaLLM sweep",
+        **{key: value for key, value in schema.items() if key != "title"},
+        "$defs": definitions,
+        "if": drawn,
+        "then": {"required": ["trials"], "properties": {"trials": {"type": "integer"}}},
+        "else": {"properties": {"trials": {"type": "null"}, "keys": lists}},
+    }
+
+
+def _values(schema: JSON | bool) -> JSON:
+    """Return the schema of the values of a key: a list of them, or a range."""
+    return {
+        "type": ["array", "object"],
+        "if": {"type": "array"},
+        "then": {"items": schema, "minItems": 1},
+        "else": {"$ref": "#/$defs/Range"},
+    }
+
+
+def schema_text(catalogue: Catalogue, of_sweep: bool = False) -> str:
+    """Return the schema of a run's YAML, or of a sweep's, as JSON text."""
+    schema = sweep_schema(catalogue) if of_sweep else run_schema(catalogue)
+    return json.dumps(schema, indent=1) + "\n"
 
 
 def _tidied(schema: Any, named: bool = False) -> Any:

@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write it to a file and say how to use it"
     )
+    parser.add_argument(
+        "--sweep", action="store_true", help="of SWEEP.yaml, and not of a configuration"
+    )
     add_plugins_to_show(parser)
 
 
@@ -26,7 +29,7 @@ def execute(options: argparse.Namespace) -> int:
     from fundamentallm.engine.schema import schema_text
     from fundamentallm.errors import MachineError
 
-    text = schema_text(catalogue_with(options.plugins))
+    text = schema_text(catalogue_with(options.plugins), options.sweep)
     if options.out is None:
         say(text, end="")
         return 0
