@@ -111,3 +111,58 @@ def test_runs_are_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["compare", "runs/tiny", "runs/other"]) == 0
     assert "group 1: tiny (seed 42, finished), other (seed 43, finished)" in capsys.readouterr().out
     assert Path("comparison.html").read_text(encoding="utf-8").count('"metric":"val/loss"') == 2
+
+
+# Two-sided critical values of Student's t at 5 %, by degrees of freedom, from the tables.
+CRITICAL = {2: 4.302653, 3: 3.182446, 4: 2.776445}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("rates", "verdict"), [((3e-2, 1e-5), "a difference"), ((1e-3, 1.001e-3), "within chance")]
+)
+def test_three_seeds_of_two_rates_are_judged_as_by_hand(
+    rates: tuple[float, float],
+    verdict: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(CONFIG)
+    best: dict[float, list[float]] = {rate: [] for rate in rates}
+    runs = []
+    for rate in rates:
+        for seed in (1, 2, 3):
+            run = f"runs/{rate}-{seed}"
+            words = [f"training.learning_rate={rate}", f"seed={seed}", "handlers.samples=false"]
+            assert main(["run", "tiny.yaml", *words, "--run-dir", run]) == 0
+            lines = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
+            best[rate].append(min(line["val/loss"] for line in lines if "val/loss" in line))
+            runs.append(run)
+    capsys.readouterr()
+    assert main(["compare", *runs, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+
+    means = {rate: sum(losses) / 3 for rate, losses in best.items()}
+    squares = {r: sum((x - means[r]) ** 2 for x in losses) / 2 for r, losses in best.items()}
+    first, second = sorted(rates, key=means.__getitem__)
+    assert [group["settings"]["training.learning_rate"] for group in found["groups"]] == [
+        first,
+        second,
+    ]
+    for group, rate in zip(found["groups"], (first, second), strict=True):
+        figures = group["figures"]["best"]
+        assert figures["mean"] == pytest.approx(means[rate], rel=1e-12)
+        assert figures["spread"] == pytest.approx(squares[rate] ** 0.5, rel=1e-9)
+        assert figures["count"] == 3
+        assert group["seeds"] == [1, 2, 3]
+    a, b = squares[first] / 3, squares[second] / 3
+    t = (means[second] - means[first]) / (a + b) ** 0.5
+    degrees = (a + b) ** 2 / (a**2 / 2 + b**2 / 2)
+    (judged,) = found["verdicts"]
+    assert judged["t"] == pytest.approx(t, rel=1e-9)
+    assert judged["degrees"] == pytest.approx(degrees, rel=1e-9)
+    low, high = CRITICAL[min(int(degrees) + 1, 4)], CRITICAL[int(degrees)]
+    assert not low < t < high  # the table decides
+    assert judged["words"] == ("a difference" if t >= high else "within chance") == verdict

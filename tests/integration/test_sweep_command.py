@@ -82,10 +82,24 @@ def test_a_sweep_trains_all_and_compares(place: Path, capsys: pytest.CaptureFixt
     assert Path("sweeps/rates-2/0002-seed-43/metrics.jsonl").exists()
 
 
+OF_OPTUNA = """
+name: rates
+config: base.yaml
+steps: 4
+method: optuna
+trials: 3
+keys: {training.learning_rate: {low: 1e-3, high: 3e-2, log: true}}
+"""
+
+
+@pytest.mark.parametrize("method", ["grid", "optuna"])
 def test_a_sweep_that_was_killed_goes_on_with_the_same_trials(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    Path("sweep.yaml").write_text(SWEEP.replace("seeds: 2", "seeds: 1"))
+    if method == "optuna":
+        pytest.importorskip("optuna")
+    text = OF_OPTUNA if method == "optuna" else SWEEP.replace("seeds: 2", "seeds: 1")
+    Path("sweep.yaml").write_text(text)
     assert main(["sweep", "sweep.yaml", "--sweep-dir", "whole"]) == 0
     train = Processes.train
     calls = []
