@@ -22,7 +22,7 @@ import yaml
 from ignite.engine import Events
 from tests.runs import trained
 
-from fundamentallm.compute import compilation
+from fundamentallm.compute import compilation, peak
 from fundamentallm.compute import plan as compute_plan
 from fundamentallm.config import RunConfig
 from fundamentallm.engine import run as run_module
@@ -812,6 +812,15 @@ def test_a_native_run_goes_on_where_the_code_is_refused(at_step, monkeypatch, ca
     assert "cannot compile (the system refuses the processor's tile registers (AMX))" in said
     stored = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["training"]
     assert (stored["compile"], stored["precision"]) == (False, "bf16")
+
+
+def test_a_type_that_the_processor_is_slow_in_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(peak, "cpu_rates", lambda: (1e11, 1e9))
+    assert main(["run", "tiny.yaml", "training.precision=bf16", "training.total_steps=1"]) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "precision: bf16 is slower than fp32: matrix products here do 1 GFLOP/s" in said
+    assert main(["run", "tiny.yaml", "training.total_steps=1", "--run-dir", "wide"]) == 0
+    assert "bf16" not in "".join(capsys.readouterr())
 
 
 def test_documents_apart_are_not_computed_by_native_code(capsys):

@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from fundamentallm.compute import peak
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.plan import Machine, Plan
 from fundamentallm.config import RunConfig
@@ -194,6 +195,7 @@ def times(monkeypatch, tmp_path) -> Times:
         return times(plan, slowest)
 
     monkeypatch.setattr(auto, "measure", measure)
+    monkeypatch.setattr(peak, "cpu_rates", lambda: (1e11, 5e11))
     return times
 
 
@@ -249,6 +251,12 @@ def test_native_code_is_chosen_for_a_block_that_it_knows(times):
     unknown = model.model_copy(update={"bias": True})
     choose_auto(written, resolved().model_copy(update={"model": unknown}), loader(), CPU, Ranks())
     assert "bf16 native" not in times.asked
+
+
+def test_bfloat16_is_not_tried_where_its_products_are_slower(times, monkeypatch):
+    monkeypatch.setattr(peak, "cpu_rates", lambda: (1e11, 1e9))
+    choose_auto(config(**AUTO), resolved(), loader(), CPU, Ranks())
+    assert times.asked == ["fp32", "fp32 native", "fp32 compiled"]
 
 
 def test_native_code_that_cannot_be_built_leaves_the_others(times, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fundamentallm.compute import compilation, precision
+from fundamentallm.compute import compilation, peak, precision
 from fundamentallm.compute.compilation import CompiledBlocks
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
@@ -157,6 +157,15 @@ def test_a_model_has_the_facts_of_its_configuration(config):
     assert of_model.context == of_config.context == config.sequence_length
     assert of_model.follows_weight_type() is of_config.follows_weight_type() is True
     assert of_model.config == of_config.config == config
+
+
+@pytest.mark.parametrize(("rates", "precision"), [((1e11, 5e11), "bf16"), ((1e11, 1e9), "fp32")])
+def test_native_code_takes_the_type_that_the_processor_is_fast_in(monkeypatch, rates, precision):
+    monkeypatch.setattr(peak, "cpu_rates", lambda: rates)
+    config = TrainingConfig(compile="native", precision="auto")
+    assert Plan.resolve(config, ModelFacts.of(KNOWN), Machine(CPU)).precision == precision
+    asked = TrainingConfig(compile="native", precision="bf16")
+    assert Plan.resolve(asked, ModelFacts.of(KNOWN), Machine(CPU)).precision == "bf16"
 
 
 def test_nothing_is_known_of_another_model():

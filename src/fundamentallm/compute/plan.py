@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fundamentallm.compute.compilation import compile_model, resolve_compile, uncompile
 from fundamentallm.compute.distributed import Ranks, join_ranks
+from fundamentallm.compute.peak import why_not_bf16
 from fundamentallm.compute.precision import (
     Precision,
     resolve_bf16_weights,
@@ -174,9 +175,12 @@ class Plan:
         if config.compile == "native":
             if model.config is not None:
                 require_native(model.config, device)
-            # What is not said to be float32 is bfloat16, also if it is auto.
-            named = config.precision == "fp32" and not config.mixed_precision
-            precision, narrow = "fp32" if named else "bf16", False
+            # Several ranks might measure differently, and must compute alike.
+            opens = (
+                config.precision == "auto" and not config.mixed_precision and machine.ranks.alone
+            )
+            wide = why_not_bf16(device) if opens else config.precision == "fp32"
+            precision, narrow = "fp32" if wide else "bf16", False
         else:
             precision = resolve_precision(config.precision, config.mixed_precision, device)
             narrow = resolve_bf16_weights(

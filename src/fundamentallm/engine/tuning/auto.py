@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fundamentallm.compute.peak import why_not_bf16
 from fundamentallm.compute.plan import ModelFacts, Plan
 from fundamentallm.config import RunConfig
 from fundamentallm.data.batch import Window, count_valid
@@ -162,7 +163,9 @@ def choose_auto(
 
     def decide() -> list[Any]:
         facts = ModelFacts.of(resolved.model)
-        other = _in_bf16(start, written, facts) if opens_type else None
+        # What a product of a hundredth of a second shows to be slower is not tried in a model.
+        narrow = opens_type and not why_not_bf16(start.device)
+        other = _in_bf16(start, written, facts) if narrow else None
         natives: list[Plan] = []
         if may_compile and written.training.bf16_weights is not True:
             natives = _natives(start, other, facts)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fundamentallm.compute.distributed import Ranks
+from fundamentallm.compute.peak import why_not_bf16
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import DataConfig, RunConfig
 from fundamentallm.config.global_batch import with_global_batch
@@ -173,6 +174,8 @@ def assemble(
         plan, chosen = choose_auto(written, config, plan, train_loader)
         config = plan.applied_to(config)
         notes += chosen
+        if plan.precision == "bf16" and (slower := why_not_bf16(plan.device)):
+            notes.append(f"precision: bf16 is slower than fp32: {slower}; set it to auto or fp32")
     training = config.training
 
     # models compute; the ranks share the weights, and then each draws its own dropout
