@@ -57,7 +57,7 @@ from fundamentallm.training.handlers import (
     Signals,
     WeightEMA,
 )
-from fundamentallm.training.handlers.checkpointing import negative_val_loss
+from fundamentallm.training.handlers.criterion import Criterion
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.schedulers import CosineAnnealingScheduler
 from fundamentallm.training.trainer import Trainer
@@ -255,7 +255,7 @@ def build(run_dir: Path, watch: Watch) -> Trainer:
 
 
 def _score(trainer: Trainer) -> float | None:
-    negative = negative_val_loss(trainer)
+    negative = Criterion().score(trainer)
     return None if negative is None else score_of(-negative)
 
 
