@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from fundamentallm.reports.comparison import compare
+from fundamentallm.reports.forms import section
 from fundamentallm.reports.live import LivePage
 from fundamentallm.reports.page import chart_data, page
 from fundamentallm.reports.run_data import read_run, stamp
@@ -136,7 +138,12 @@ def write_run(path: Path, steps: int, text: str = "text") -> Path:
             file.write(json.dumps({**place, **values, **more}) + "\n")
             if step % 10 == 0:
                 file.write(json.dumps({**place, "val/loss": loss}) + "\n")
-    samples = [{"step": step, "prompt": text, "text": text} for step in (10, 20)]
+    usual = {"longest": 3.5, "distinct": 0.9, "repeated": 2.0, "count": 4}
+    copying = {"longest": 3, "start": 1, "place": text, "repeated": 1, "validation": usual}
+    sample = {"prompt": text, "text": text, "copying": copying}
+    samples = [{"step": step, **sample} for step in (10, 20)]
+    usage = {"process": 1.0, "step": 20, "seconds": {"training": 9.0}, "joules": {"cpu": 40.0}}
+    (path / "usage.jsonl").write_text(json.dumps(usage) + "\n")
     (path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
     report = {"step": 40, "fault": text, "verdict": "data", "decision": "skipped"}
     (path / "incidents" / "00000040-data" / "report.json").write_text(json.dumps(report))
@@ -216,11 +223,19 @@ def test_a_served_page_follows_the_run(browser: Browser, tmp_path: Path) -> None
     assert not [one for one in browser.log("browser") if "ERR_CONNECTION" not in one["message"]]
 
 
+@pytest.mark.parametrize("num_runs", [1, 4])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_violation(browser: Browser, tmp_path: Path, scheme: str) -> None:
+def test_axe_finds_no_violation(
+    browser: Browser, tmp_path: Path, scheme: str, num_runs: int
+) -> None:
     if "AXE" not in os.environ:
         pytest.skip("AXE does not name axe.min.js of axe-core")
-    opened(browser, write_run(tmp_path / "run", 50))
+    runs = [read_run(write_run(tmp_path / f"run-{i}", 50 + i)) for i in range(num_runs)]
+    assert runs[0].samples[0].copying
+    assert runs[0].spent.joules
+    file = tmp_path / "page.html"
+    file.write_bytes(page(runs, section(compare(runs)) if num_runs > 1 else None))
+    browser.open(file.as_uri())
     media = [{"name": "prefers-color-scheme", "value": scheme}]
     command = {"cmd": "Emulation.setEmulatedMedia", "params": {"features": media}}
     browser.call("POST", "/goog/cdp/execute", command)
