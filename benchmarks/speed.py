@@ -1,6 +1,7 @@
 """Tokens a second of a training loop: ours, a plain one written by hand, and three other trainers.
 
     python benchmarks/speed.py [--shape small] [--rounds 3] [--seconds 20] [--contestants NAME ...]
+                               [--isa avx2]
 
 - hand: a GPT-2-like model and its loop, eager float32, as a script would have it (`by_hand.py`).
 - ignite, lightning, hf: the same model and the same step in plain Ignite, Lightning and the Hugging
@@ -8,13 +9,18 @@
 - engine: the same model and step in this package's trainer, with its default handlers.
 - ours: this package's model of the same shape and size, trained as it is meant to be on a CPU:
   bfloat16, native code, by `run`'s own assembly.
+- ours32: the same in float32.
+
+`--isa` limits torch and the native code to an older instruction set: the report says "emulated",
+since the clock, the caches and the memory stay those of this processor.
 
 Each contestant is a process of its own, a round has all of them in turn, and a ratio is one of a
 round. A step is timed when the first ten are over, so compilation counts for nothing here. Prints
 one JSON object: the median step, tokens a second, the model FLOPs a second (6 N + 12 L D T a token,
 Chowdhery et al. 2022, appendix B) as a share of the best matrix product that this machine was seen
-to do in that type, and the peak of resident memory. By processor time too: other work on the
-machine stretches the wall's, not that.
+to do in that type, and the peak of resident memory; and on what it ran: processor, cores,
+instruction set, measured peaks, memory bandwidth. By processor time too: other work on the machine
+stretches the wall's, not that.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import argparse
 import contextlib
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -37,25 +44,27 @@ from by_hand import GPT, Batches, Shape, make_optimizer, step_by_hand
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-from fundamentallm.compute.peak import measured_peak
+from fundamentallm.compute.peak import cpu_rates, measured_peak, why_not_bf16
 from fundamentallm.config import load_config
 from fundamentallm.engine.console import logging_to
 from fundamentallm.engine.wiring import assemble, run_directory
 from fundamentallm.models.families import MODELS
+from fundamentallm.models.native import library
 from fundamentallm.training.trainer import Trainer
 
 SHAPES = {
     "small": Shape(layers=4, heads=4, width=128, context=64, batch=12),  # nanoGPT's CPU recipe
     "large": Shape(layers=6, heads=6, width=384, context=256, batch=16),  # its GPU recipe
 }
-CONTESTANTS = ("hand", "ignite", "lightning", "hf", "engine", "ours")
+CONTESTANTS = ("hand", "ignite", "lightning", "hf", "engine", "ours", "ours32")
+# Instruction sets below the processor's own: torch's, MKL's and oneDNN's names, the compiler's.
+ISAS = {"avx2": ("avx2", "AVX2", "x86-64-v3"), "avx512": ("avx512", "AVX512_CORE", "x86-64-v4")}
 FAST = [
     "model.normalization=rmsnorm",
     "model.positions=rotary",
     "model.feedforward=relu_squared",
     "model.qk_norm=true",
     "model.bias=false",
-    "training.precision=bf16",
     "training.compile=native",
     "training.attention=auto",
 ]
@@ -213,12 +222,18 @@ def engine(shape: Shape, watch: Stopwatch) -> nn.Module:
         return trainer.model
 
 
-def ours(shape: Shape, watch: Stopwatch) -> nn.Module:
+def ours(shape: Shape, watch: Stopwatch, precision: str = "bf16") -> nn.Module:
     """Train this package's model of the shape as fast as it goes."""
     sizes = [f"model.d_model={shape.width}", f"model.num_layers={shape.layers}"]
-    with assembled(shape, [*sizes, f"model.num_heads={shape.heads}", *FAST]) as trainer:
+    sizes += [f"model.num_heads={shape.heads}", f"training.precision={precision}"]
+    with assembled(shape, [*sizes, *FAST]) as trainer:
         train(trainer, watch)
         return trainer.model
+
+
+def ours32(shape: Shape, watch: Stopwatch) -> nn.Module:
+    """Train it in float32."""
+    return ours(shape, watch, "fp32")
 
 
 @contextlib.contextmanager
@@ -272,6 +287,57 @@ def measure(name: str, shape: Shape, seconds: float) -> dict[str, Any]:
     }
 
 
+def limited(isa: str | None) -> dict[str, str]:
+    """Return the environment variables that limit torch, and MKL, to an instruction set."""
+    if isa is None:
+        return {}
+    torch_name, library_name, _ = ISAS[isa]
+    return {
+        "ATEN_CPU_CAPABILITY": torch_name,
+        "ONEDNN_MAX_CPU_ISA": library_name,
+        "MKL_ENABLE_INSTRUCTIONS": library_name.partition("_")[0],
+    }
+
+
+def limit_native(isa: str | None) -> None:
+    """Have native code compiled for an instruction set."""
+    if isa is not None:
+        library.OWN_PROCESSOR = f"-march={ISAS[isa][2]}"
+
+
+def memory_bandwidth() -> float:
+    """Return the bytes a second of a copy that no cache holds, read and written."""
+    source = torch.ones(64 << 20)
+    target = torch.empty_like(source)
+    taken = []
+    for _ in range(4):
+        began = time.perf_counter()
+        target.copy_(source)
+        taken.append(time.perf_counter() - began)
+    return 2 * source.nbytes / min(taken)
+
+
+def machine_report(isa: str | None) -> dict[str, Any]:
+    """Return on what the figures were measured."""
+    lines = dict(
+        line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line
+    )
+    fields = {name.strip(): value.strip() for name, value in lines.items()}
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    known = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+    siblings, cores = (int(fields.get(name, 0)) for name in ("siblings", "cpu cores"))
+    return {
+        "processor": fields.get("model name", platform.machine()),
+        "hardware threads": os.cpu_count(),
+        "threads of a core": siblings // cores if cores else None,
+        "instruction sets": [flag for flag in known if flag in flags],
+        "limited to": f"{isa} (emulated)" if isa else None,
+        "torch": torch.__version__,
+        "torch uses": torch.backends.cpu.get_cpu_capability(),
+        "copying, GB/s": round(memory_bandwidth() / 1e9, 1),
+    }
+
+
 def peak_megabytes() -> float:
     """Return the peak of this process's resident memory; getrusage would tell its parent's."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -313,17 +379,24 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
+    parser.add_argument("--isa", choices=ISAS, help="limit the processor to this instruction set")
     parser.add_argument("--alone", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = SHAPES[options.shape]
+    limits = limited(options.isa)
+    if any(os.environ.get(name) != value for name, value in limits.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **limits})
+    limit_native(options.isa)
     if options.alone:
         print(json.dumps(measure(options.alone, shape, options.seconds)))
         return 0
-    peaks = {
-        name: measured_peak(torch.device("cpu"), getattr(torch, name))
-        for name in ("float32", "bfloat16")
-    }
+    cpu = torch.device("cpu")
+    peaks = {"float32": measured_peak(cpu, torch.float32)}
+    # Large products of an emulated type would take minutes.
+    slow = why_not_bf16(cpu)
+    peaks["bfloat16"] = cpu_rates()[1] if slow else measured_peak(cpu, torch.bfloat16)
     arguments = ["--shape", options.shape, "--seconds", str(options.seconds)]
+    arguments += ["--isa", options.isa] if options.isa else []
     rounds = list(turns(list(options.contestants), options.rounds, arguments))
     tokens = shape.batch * shape.context
 
@@ -352,6 +425,7 @@ def main() -> int:
             table[name]["microseconds of CPU time more than hand"] = round(more * 1e3)
     report = {
         "shape": vars(shape),
+        "machine": machine_report(options.isa),
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
         "matrix products, TFLOP/s": {name: round(peak / 1e12, 3) for name, peak in peaks.items()},
