@@ -239,7 +239,6 @@ class TrainingLoop(SteeredEngine):
         """Run Ignite's loop from the state's step to a limit, a stop or an incident."""
         epoch, step = self.epochs.position(self.state.iteration)
         self.train_loader.set_position(epoch, step)
-        self.should_terminate = False
         self.state.epoch_length = self.steps_per_epoch
         self.state.epoch = epoch  # Ignite adds the one begun
         self._ignite.carry()
