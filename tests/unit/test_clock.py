@@ -59,6 +59,8 @@ def test_reads_the_start_behind_a_command_name_with_spaces_and_parentheses(monke
     texts = {"stat": stat, "uptime": "925.5 3.0\n"}
     monkeypatch.setattr(clock.Path, "read_text", lambda self: texts[self.name])
     assert clock._age() == pytest.approx(25.5)
+    texts["uptime"] = "900.25 3.0\n"
+    assert clock._age() == pytest.approx(0.25)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

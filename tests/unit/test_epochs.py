@@ -283,3 +283,15 @@ def test_the_first_limit_of_steps_or_epochs_ends_a_run(iteration, epoch, is_done
 
 def test_a_run_without_limits_is_never_done():
     assert not TrainingLoop._is_done(State(iteration=9, max_iters=None, epoch=9, max_epochs=None))
+
+
+def test_an_epoch_that_a_handler_ends_in_the_evaluation_of_a_step_ends_with_that_step():
+    trainer = make_trainer(total_steps=6, eval_steps=2)
+
+    @trainer.on(TrainingEvents.FLLM_EVALUATION_COMPLETED)
+    def end_epoch(engine: Engine) -> None:
+        if engine.state.iteration == 2:
+            engine.terminate_epoch()
+
+    trainer.train()
+    assert trainer.epochs.cuts == [(2, 1)]
