@@ -21,6 +21,7 @@ import functools
 import inspect
 import json
 import math
+import re
 import typing
 from collections.abc import Callable, Collection, Mapping
 from types import NoneType, UnionType
@@ -193,7 +194,9 @@ class _Option(NamedTuple):
             # Strict JSON: a list may become a tuple and an integer a float, but "3" stays text.
             return self.adapter.validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].lower()
+            first = error.errors()[0]
+            bounds = ("greater_than", "less_than")
+            reason = "out of range" if first["type"].startswith(bounds) else first["msg"].lower()
         except TypeError:  # an object, from a caller in Python
             reason = "a configuration cannot hold this value"
         raise ConfigError(
@@ -278,7 +281,9 @@ def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
     while True:
         try:
             return typing.get_type_hints(
-                factory.__init__ if inspect.isclass(factory) else factory, localns=known
+                factory.__init__ if inspect.isclass(factory) else factory,
+                localns=known,
+                include_extras=True,  # the range of a number, an example
             )
         except NameError as error:
             if error.name is None or error.name in known:
@@ -299,9 +304,14 @@ def in_words(schema: dict[str, Any]) -> str:
     if kind in ("integer", "number"):
         return ("an integer" if kind == "integer" else "a number") + _range_in_words(schema)
     if kind == "array" and "prefixItems" in schema:
-        return "a list of " + " and ".join(in_words(item) for item in schema["prefixItems"])
+        items = [in_words(item) for item in schema["prefixItems"]]
+        if len(set(items)) == 1:
+            return f"a list of {len(items)} values, each {items[0]}"
+        return "a list of " + " and ".join(items)
+    if kind == "array":
+        item = in_words(schema.get("items", {})) or "values"
+        return "a list of " + re.sub("^a list", "lists", item)
     return {
-        "array": "a list of text",
         "boolean": "true or false",
         "null": "null",
         "object": "a mapping of keys",
@@ -310,10 +320,12 @@ def in_words(schema: dict[str, Any]) -> str:
 
 
 def _range_in_words(schema: dict[str, Any]) -> str:
-    words = {
-        "exclusiveMinimum": "above",
-        "minimum": "from",
-        "exclusiveMaximum": "below",
-        "maximum": "to",
-    }
-    return "".join(f" {word} {schema[key]:,}" for key, word in words.items() if key in schema)
+    lower = {"exclusiveMinimum": " above {:,}", "minimum": " from {:,}"}
+    upper = {"exclusiveMaximum": " below {:,}", "maximum": " at most {:,}"}
+    bounds = [
+        " and".join(words.format(schema[key]) for key, words in side.items() if key in schema)
+        for side in (lower, upper)
+    ]
+    if "minimum" in schema and "maximum" in schema:
+        return f"{bounds[0]} to {schema['maximum']:,}"
+    return " and".join(filter(None, bounds))

@@ -95,6 +95,6 @@ def test_only_layernorm_has_a_bias_and_only_when_asked() -> None:
 @pytest.mark.parametrize("name", NORMALIZATIONS.names())
 @pytest.mark.parametrize("eps", [0, -1e-5])
 def test_an_eps_that_allows_nan_is_refused(name: str, eps: float) -> None:
-    with pytest.raises(ConfigError, match="eps must be above 0") as caught:
+    with pytest.raises(ConfigError, match="a number above 0") as caught:
         NORMALIZATIONS.build(name, {"eps": eps}, width=WIDTH, bias=False)
     assert caught.value.key == "eps"

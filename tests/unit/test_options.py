@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import pkgutil
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union
@@ -57,6 +59,7 @@ OPTIONS = [
 ]
 VALUES: list[Any] = [
     "abc",
+    -1,
     True,
     3,
     1.5,
@@ -77,6 +80,9 @@ def fits(annotation: Any, value: Any) -> bool:
     origin = typing.get_origin(annotation)
     if origin in (Union, UnionType):
         return any(fits(member, value) for member in arguments)
+    if origin is typing.Annotated:
+        bounds = [bound for note in arguments[1:] for bound in note.metadata]
+        return fits(arguments[0], value) and (value is None or all(map(keeps(value), bounds)))
     if origin is Literal:
         return any(value is known or value == known for known in arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
@@ -91,6 +97,16 @@ def fits(annotation: Any, value: Any) -> bool:
         return type(value) in (int, float)
     assert annotation in (int, bool, str, NoneType), f"say here what fits {annotation}"
     return type(value) is annotation
+
+
+def keeps(value: Any) -> Callable[[Any], bool]:
+    """Return whether a value keeps a bound, which has one of four fields."""
+    relations = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
+    return lambda bound: all(
+        relation(value, getattr(bound, name))
+        for name, relation in relations.items()
+        if hasattr(bound, name)
+    )
 
 
 def configuration(path: Path, sections: dict[str, Any]) -> RunConfig:

@@ -162,9 +162,9 @@ def test_the_interface_alone_marks_nothing() -> None:
     ("name", "options", "sizes", "key", "message"),
     [
         ("rotary", {}, {"head_width": 5}, "", "even head width"),
-        ("rotary", {"base": 1.0}, {}, "base", "base must be above 1"),
-        ("rotary", {"base": -2}, {}, "base", "base must be above 1"),
-        ("sinusoidal", {"scale": 0.0}, {}, "scale", "scale must be above 0"),
+        ("rotary", {"base": 1.0}, {}, "base", "a number above 1"),
+        ("rotary", {"base": -2}, {}, "base", "a number above 1"),
+        ("sinusoidal", {"scale": 0.0}, {}, "scale", "a number above 0"),
     ],
 )
 def test_impossible_options_are_refused(

@@ -205,7 +205,7 @@ def test_of_a_union_the_plain_members_are_checked(registry):
     [
         ("count", "an integer"),
         ("rate", "a number"),
-        ("pair", "a list of a number and a number"),
+        ("pair", "a list of 2 values, each a number"),
         ("flag", "true or false"),
         ("limit", "an integer or null"),
         ("mode", "one of a, b"),

@@ -35,6 +35,12 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 """A number of at least 0."""
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+"""A number from 0 and below 1."""
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+"""A number above 0 and at most 1."""
+
 Text = Annotated[str, Field(min_length=1)]
 """Text of at least one character."""
 

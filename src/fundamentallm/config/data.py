@@ -120,9 +120,9 @@ class DataConfig(BaseConfig):
     document (document; for text that `prepare` wrote)."""
 
     split: tuple[NonNegative, NonNegative, NonNegative] = (0.9, 0.1, 0.0)
-    """Fractions for training, validation and test; they sum to 1. A single text is cut by position,
-    and so is the end of each of a few files; of 50 files or examples and more, whole ones are drawn
-    by a hash of their text until the share is reached."""
+    """Shares of the text for training, validation and test, in this order; they sum to 1. Of a
+    single text the end is held out; of up to 49 files or examples, the end of each file; of 50
+    and more, whole ones, chosen by a hash of their text."""
 
     seed: Seed = 42
     """Seed of the order of the sequences."""

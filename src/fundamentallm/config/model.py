@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import (
     ConfigDict,
-    Field,
     SerializerFunctionWrapHandler,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from fundamentallm.config.base import BaseConfig, Count, Positive, Text
+from fundamentallm.config.base import BaseConfig, Count, Positive, Share, Text
 from fundamentallm.config.component import Component, plain_options
 from fundamentallm.config.yaml.problems import problem
 
@@ -33,15 +32,15 @@ class TransformerConfig(BaseConfig):
     """
 
     family: Text = TRANSFORMER
-    """The model family. Any other name is a `FamilyConfig`, with its own options."""
+    """The model family: transformer, or a name that a plugin registers, with options of its own."""
 
     init_from: Text | None = None
     """A folder of the transformers library, of the Llama or GPT-2 family, or a run of this program:
     its name below runs/, its directory or a checkpoint. The run starts from its weights, and it
-    decides the fields left unset here. None: random weights."""
+    decides the keys left unset here. null: random weights."""
 
     vocab_size: Count | None = None
-    """Number of different tokens; None: the tokenizer's."""
+    """Number of different tokens; null: the tokenizer's."""
 
     d_model: Count = 128
     """Width of the residual stream."""
@@ -53,14 +52,14 @@ class TransformerConfig(BaseConfig):
     """Number of query heads; divides d_model."""
 
     num_kv_heads: Count | None = None
-    """Number of key and value heads, a divisor of num_heads; None: as many as num_heads."""
+    """Number of key and value heads, a divisor of num_heads; null: as many as num_heads."""
 
     d_ff: Count | None = None
-    """Width inside the feed-forward; None: 4 d_model, and for swiglu, whose third matrix would
+    """Width inside the feed-forward; null: 4 d_model, and for swiglu, whose third matrix would
     make it half as large again, 8/3 d_model rounded up to a multiple of 8."""
 
     sequence_length: Count | None = None
-    """Context length in tokens; None: the data's."""
+    """Context length in tokens; null: the data's."""
 
     normalization: Component = Component(name="rmsnorm")
     """Normalization before each sub-layer and at the end: rmsnorm, layernorm."""
@@ -71,7 +70,7 @@ class TransformerConfig(BaseConfig):
     feedforward: Component = Component(name="swiglu")
     """The feed-forward: swiglu, gelu, relu_squared."""
 
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Share = 0.0
     """Fraction of activations set to zero in training."""
 
     bias: bool = False
@@ -84,7 +83,7 @@ class TransformerConfig(BaseConfig):
     """Whether the output head and the token embedding are one matrix."""
 
     logit_softcap: Positive | None = None
-    """Logits are bounded to (-c, c) as c tanh(logits / c); None: they are not."""
+    """Logits are bounded to (-c, c) as c tanh(logits / c); null: they are not."""
 
     embedding_norm: bool = False
     """Whether the embeddings are normalized before the first block."""
@@ -101,7 +100,7 @@ class TransformerConfig(BaseConfig):
     where it is not tied: each block begins as the identity."""
 
     adapter: Component | None = None
-    """A registered change to the built model; None: no change."""
+    """A registered change to the built model; null: no change."""
 
     options: ClassVar[dict[str, Any]] = {}
     """The fields are all the options of the model."""
@@ -206,13 +205,13 @@ class FamilyConfig(BaseConfig):
     """The registered name."""
 
     vocab_size: Count | None = None
-    """Number of different tokens; None: the tokenizer's."""
+    """Number of different tokens; null: the tokenizer's."""
 
     sequence_length: Count | None = None
-    """Context length in tokens; None: the data's."""
+    """Context length in tokens; null: the data's."""
 
     adapter: Component | None = None
-    """A registered change to the built model; None: no change."""
+    """A registered change to the built model; null: no change."""
 
     init_from: ClassVar[None] = None
     """Only the transformer can start from a folder."""

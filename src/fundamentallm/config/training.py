@@ -53,10 +53,10 @@ class TrainingConfig(BaseConfig):
     """The loss: cross_entropy, chunked_cross_entropy."""
 
     max_grad_norm: Positive | None = 1.0
-    """Largest gradient norm over all parameters; larger ones are scaled down. None: no limit."""
+    """Largest gradient norm over all parameters; larger ones are scaled down. null: no limit."""
 
     max_grad_value: Positive | None = None
-    """Largest gradient element; larger ones are clipped, after the norm. None: no limit."""
+    """Largest gradient element; larger ones are clipped, after the norm. null: no limit."""
 
     accumulation_steps: Count = 1
     """Micro-batches of one rank in one step; with `data.global_batch` it follows from that."""
@@ -86,23 +86,23 @@ class TrainingConfig(BaseConfig):
     C++ code; auto: the faster one as measured at the start of a run, if there is a C++ compiler."""
 
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """CPU threads of each rank; None: torch's choice, the cores or OMP_NUM_THREADS."""
+    """CPU threads of each rank; null: torch's choice, the cores or OMP_NUM_THREADS."""
 
     num_epochs: Count = 3
     """Passes over the training split, if no other budget ends the run."""
 
     total_steps: Count | None = None
-    """Steps of the run; None: num_epochs times the steps of an epoch."""
+    """Steps of the run; null: num_epochs times the steps of an epoch."""
 
     max_tokens: Count | None = None
-    """Tokens of the run over all ranks; None: no such limit."""
+    """Tokens of the run over all ranks; null: no such limit."""
 
     max_seconds: Positive | None = None
-    """Seconds from the start of the process after which the run finishes; None: no limit."""
+    """Seconds from the start of the process after which the run finishes; null: no limit."""
 
     stop_after_seconds: Positive | None = None
     """Seconds from the start of the process after which the run is saved and stops; it can be
-    resumed; None: no limit."""
+    resumed; null: no limit."""
 
     eval_steps: Count = 100
     """Steps from one validation to the next."""
@@ -114,7 +114,7 @@ class TrainingConfig(BaseConfig):
     """Steps from one line of metrics to the next."""
 
     checkpoint_steps: Count | None = None
-    """Steps from one checkpoint to the next; None: one before every validation."""
+    """Steps from one checkpoint to the next; null: one before every validation."""
 
     checkpoint_dir: Text = "./checkpoints"
     """Where checkpoints go; a relative path lies inside the run directory."""

@@ -70,11 +70,12 @@ def registered_catalogue() -> Catalogue:
     """Return the catalogue of all that is registered, plugins included. Imports torch."""
     return {
         kind: {name: _entry(registry, name) for name in registry.names()}
-        for kind, registry in _registries().items()
+        for kind, registry in registries().items()
     }
 
 
-def _registries() -> dict[str, Registry[Any]]:
+def registries() -> dict[str, Registry[Any]]:
+    """Return the registry of each kind. Imports torch."""
     from fundamentallm.data.sources.built_in import SOURCES
     from fundamentallm.data.tokenizer import TOKENIZERS
     from fundamentallm.engine.wiring import assemble  # noqa: F401 (it imports every part)
@@ -128,8 +129,11 @@ def summary(factory: Callable[..., Any]) -> str:
 
 
 def described_arguments(factory: Callable[..., Any]) -> dict[str, str]:
-    """Return what the section `Args:` of a docstring says of each argument, on one line."""
-    text = inspect.cleandoc(factory.__doc__ or "")
+    """Return what the section `Args:` of a docstring says of each argument, on one line.
+
+    None is called null, as in YAML.
+    """
+    text = re.sub(r"\bNone\b", "null", inspect.cleandoc(factory.__doc__ or ""))
     found = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", text, re.MULTILINE)
     said: dict[str, str] = {}
     names: list[str] = []

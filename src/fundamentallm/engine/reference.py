@@ -18,7 +18,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from fundamentallm.config import RunConfig
-from fundamentallm.config.base import BaseConfig
+from fundamentallm.config.base import LARGEST_COUNT, BaseConfig
 from fundamentallm.config.component import Component
 from fundamentallm.config.data import DataConfig, SourceConfig
 from fundamentallm.config.evaluation import EvaluationConfig
@@ -126,29 +126,56 @@ _UNITS = {
     "z_loss": NO_UNIT,
 }
 """Units of numbers by the name of the key. Text and switches have none."""
-_OTHER_UNITS = {("spikes", "patience"): _STEPS, ("visdom", "port"): NO_UNIT}
+_OTHER_UNITS = {
+    ("spikes", "patience"): _STEPS,
+    ("visdom", "port"): NO_UNIT,
+    ("pruning", "limits"): "optimizer steps, nats per token",
+}
+_MAPPINGS = ("handlers", "metrics")  # kinds that are written as `name: {option: value}`
 
 EXAMPLES: dict[str, Any] = {
     "handlers": {"samples": {"num_tokens": 200}, "tensorboard": False},
     "plugins": ["my_package.handlers"],
     "data.sources": [{"path": "books/", "weight": 3}, {"name": "python-docs", "weight": 1}],
+    "name": "my-model",
+    "data": {"source": "my_texts/"},
+    "model": {"num_layers": 6},
+    "training": {"learning_rate": 0.001},
+    "evaluation": {"metrics": {"accuracy": {}}},
+    "parallel": {"patience": {"step": 600}},
+    "parallel.patience": {"step": 600},
+    "data.source": "my_texts/",
+    "data.tokenizer": {"name": "bpe", "vocab_size": 2048},
     "data.global_batch": 64,
     "data.sources.path": "books/",
     "data.sources.url": "https://example.org/books.txt",
     "data.sources.name": "python-docs",
     "data.sources.weight": 3,
     "data.sources.sha256": "9f86d081884c7d65" * 4,
-    "model.init_from": "folder-of-a-model",
+    "model.init_from": "runs/mine",
     "model.vocab_size": 4096,
     "model.num_kv_heads": 2,
     "model.d_ff": 512,
     "model.sequence_length": 256,
+    "model.normalization": "layernorm",
+    "model.positions": {"name": "rotary", "base": 500000},
+    "model.feedforward": "gelu",
+    "model.dropout": 0.1,
     "model.logit_softcap": 15,
     "model.adapter": "my_adapter",
     "model (another family).family": "my_family",
     "model (another family).vocab_size": 4096,
     "model (another family).sequence_length": 256,
     "model (another family).adapter": "my_adapter",
+    "training.learning_rate": 0.001,
+    "training.optimizer": {"name": "adamw", "betas": [0.9, 0.95]},
+    "training.optimizer_weight_decay": 0.1,
+    "training.scheduler": "cosine",
+    "training.min_learning_rate": 0.0001,
+    "training.loss": {"name": "cross_entropy", "label_smoothing": 0.1},
+    "training.bf16_weights": False,
+    "training.compile": "native",
+    "training.device": "cuda",
     "training.max_grad_value": 1.0,
     "training.threads": 4,
     "training.total_steps": 2000,
@@ -158,7 +185,7 @@ EXAMPLES: dict[str, Any] = {
     "training.checkpoint_steps": 500,
     "evaluation.metrics": {"accuracy": {}, "top_k": {"k": 5}},
 }
-"""Values of the keys whose default says nothing: what one would write."""
+"""Values of keys as one would write them, where the default says little."""
 
 
 def pages() -> dict[str, str]:
@@ -213,12 +240,13 @@ def components_page(catalogue: Catalogue) -> str:
             elif entry["options"]:
                 parts.append(
                     _table(
-                        ("option", "values", "default", "unit", "description"),
+                        ("option", "values", "default", "unit", "example", "description"),
                         (_option_row(name, key, entry) for key in entry["options"]),
                     )
                 )
             else:
                 parts.append("It has no options.")
+            parts.append(f"In a file: `{_yaml(written(kind, name, entry))}`.")
     return _page(parts)
 
 
@@ -245,8 +273,48 @@ def commands_page(parser: argparse.ArgumentParser) -> str:
     return _page(parts)
 
 
+def written(kind: str, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration that names a component, with up to two of its options.
+
+    Args:
+        kind: a key of `KINDS`.
+        name: the component's name.
+        entry: what the catalogue knows of it.
+    """
+    chosen = [
+        *entry["required"],
+        *(key for key in entry["options"] if key not in entry["required"]),
+    ]
+    options = {key: option_example(entry["options"][key]) for key in chosen[:2]}
+    value: Any = {"name": name, **options} if options else name
+    if kind in _MAPPINGS:
+        value = {name: options or (True if kind == "handlers" else {})}
+    for key in reversed(KINDS[kind].split(".")):
+        value = {key: value}
+    return dict(value)
+
+
+def option_example(schema: dict[str, Any]) -> Any:
+    """Return a value of an option as one would write it.
+
+    Its own example; else another value than the default where there are few; else the default.
+
+    Args:
+        schema: the JSON schema of the option.
+
+    Raises:
+        KeyError: the schema has neither example nor default.
+    """
+    if "examples" in schema:
+        return schema["examples"][0]
+    default = schema["default"]
+    if isinstance(default, bool):
+        return not default
+    return next((one for one in schema.get("enum", ()) if one != default), default)
+
+
 def example_of(section: type[BaseConfig], place: str, key: str) -> Any:
-    """Return a value of a key as one would write it; its default where that says enough.
+    """Return a value of a key as one would write it: of `EXAMPLES`, else as `option_example`.
 
     Args:
         section: the class of the section.
@@ -262,7 +330,7 @@ def example_of(section: type[BaseConfig], place: str, key: str) -> Any:
     default = _plain(section.model_fields[key].get_default(call_default_factory=True))
     if default is None or default is PydanticUndefined:
         raise KeyError(path)
-    return default
+    return option_example({**section.model_json_schema()["properties"][key], "default": default})
 
 
 def _key_row(section: type[BaseConfig], place: str, key: str) -> tuple[str, ...]:
@@ -271,7 +339,8 @@ def _key_row(section: type[BaseConfig], place: str, key: str) -> tuple[str, ...]
     default = _plain(field.get_default(call_default_factory=True))
     described = _cell(field.description or "")
     if isinstance(default, BaseConfig):
-        return (_code(key), "a section", "its defaults", NO_UNIT, _code(f"{key}: {{}}"), described)
+        example = _code(f"{key}: {_yaml(example_of(section, place, key))}")
+        return (_code(key), "a section", "its defaults", NO_UNIT, example, described)
     return (
         _code(key),
         _cell(_values(schema)),
@@ -290,6 +359,7 @@ def _option_row(component: str, key: str, entry: dict[str, Any]) -> tuple[str, .
         _cell(_values(schema)),
         "required" if required else _code(_yaml(schema["default"])),
         _OTHER_UNITS.get((component, key)) or _unit(key, schema),
+        _code(f"{key}: {_yaml(option_example(schema))}"),
         _cell(schema.get("description", "")),
     )
 
@@ -303,7 +373,7 @@ def _values(schema: dict[str, Any]) -> str:
         return " or ".join(map(_values, schema["oneOf"]))
     if schema.get("type") == "array" and "$ref" in schema.get("items", {}):
         return "a list of sources"
-    return in_words(schema)
+    return in_words(schema).replace(f"{LARGEST_COUNT:,}", "10^15")
 
 
 def _unit(key: str, schema: dict[str, Any]) -> str:

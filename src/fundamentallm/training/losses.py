@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fundamentallm.config.base import Count, NonNegative, Share
 from fundamentallm.registry import Registry
 
 Reduction = Literal["mean", "sum", "none", "sample"]
@@ -96,7 +97,7 @@ class LanguageModelingLoss:
 
     takes_hidden_states = False
 
-    def __init__(self, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+    def __init__(self, label_smoothing: Share = 0.0, z_loss: NonNegative = 0.0) -> None:
         _check_terms(label_smoothing, z_loss)
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
@@ -128,7 +129,10 @@ class ChunkedCrossEntropy:
     takes_hidden_states = True
 
     def __init__(
-        self, chunk_tokens: int = _CHUNK_TOKENS, label_smoothing: float = 0.0, z_loss: float = 0.0
+        self,
+        chunk_tokens: Count = _CHUNK_TOKENS,
+        label_smoothing: Share = 0.0,
+        z_loss: NonNegative = 0.0,
     ) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")

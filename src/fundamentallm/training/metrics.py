@@ -22,6 +22,7 @@ from numbers import Real
 import torch
 from ignite.metrics import Accuracy, Entropy, Metric, TopKCategoricalAccuracy
 
+from fundamentallm.config.base import Count
 from fundamentallm.config.evaluation import TAKEN_NAMES
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.registry import Registry
@@ -31,13 +32,13 @@ METRICS: Registry[Metric] = Registry("metric", supplied=("device", "tokenizer"))
 
 @METRICS.register("accuracy")
 def accuracy(device: torch.device) -> Metric:
-    """Return the share of targets that are the most probable token."""
+    """The share of targets that are the most probable token."""
     return Accuracy(device=device)
 
 
 @METRICS.register("top_k")
-def top_k(device: torch.device, tokenizer: Tokenizer, k: int = 5) -> Metric:
-    """Return the share of targets among the k most probable tokens.
+def top_k(device: torch.device, tokenizer: Tokenizer, k: Count = 5) -> Metric:
+    """The share of targets among the k most probable tokens.
 
     Args:
         device: where the share is summed.
@@ -54,7 +55,7 @@ def top_k(device: torch.device, tokenizer: Tokenizer, k: int = 5) -> Metric:
 
 @METRICS.register("entropy")
 def entropy(device: torch.device) -> Metric:
-    """Return the mean entropy of the predicted distribution, in nats.
+    """The mean entropy of the predicted distribution, in nats.
 
     A calibrated model's entropy equals its loss; less means that it is too certain.
     """

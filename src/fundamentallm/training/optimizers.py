@@ -20,12 +20,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn, optim
 from torch.optim import Optimizer
 
+from fundamentallm.config.base import Count, NonNegative, Positive, Share
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.registry import Registry
 from fundamentallm.training.optim.lion import Lion
@@ -130,9 +132,9 @@ def adamw(
     params: Iterable[Any],
     lr: float,
     *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    betas: tuple[Share, Share] = (0.9, 0.999),
+    eps: NonNegative = 1e-8,
+    weight_decay: NonNegative = 0.01,
 ) -> Optimizer:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2).
 
@@ -154,8 +156,8 @@ def adam(
     params: Iterable[Any],
     lr: float,
     *,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
+    betas: tuple[Share, Share] = (0.9, 0.999),
+    eps: NonNegative = 1e-8,
 ) -> Optimizer:
     """Adam (Kingma and Ba 2015, algorithm 1), without decay.
 
@@ -174,9 +176,9 @@ def sgd(
     params: Iterable[Any],
     lr: float,
     *,
-    momentum: float = 0.9,
+    momentum: NonNegative = 0.9,
     nesterov: bool = False,
-    weight_decay: float = 0.0,
+    weight_decay: NonNegative = 0.0,
 ) -> Optimizer:
     """Stochastic gradient descent with momentum.
 
@@ -185,7 +187,7 @@ def sgd(
         lr: learning rate.
         momentum: share of the last update direction that is kept, >= 0.
         nesterov: look ahead along the momentum (Sutskever et al. 2013).
-        weight_decay: times the weight, added to a decaying weight's gradient (L2).
+        weight_decay: this times a decaying weight is added to its gradient (L2).
     """
     groups = list(params)
     return optim.SGD(
@@ -203,10 +205,10 @@ def rmsprop(
     params: Iterable[Any],
     lr: float,
     *,
-    alpha: float = 0.99,
-    eps: float = 1e-8,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
+    alpha: Share = 0.99,
+    eps: NonNegative = 1e-8,
+    momentum: NonNegative = 0.0,
+    weight_decay: NonNegative = 0.0,
 ) -> Optimizer:
     """RMSprop (Hinton 2012, lecture 6e), which has no fused kernel.
 
@@ -214,9 +216,9 @@ def rmsprop(
         params: parameters or groups of them.
         lr: learning rate.
         alpha: decay rate of the mean squared gradient.
-        eps: added to its root.
+        eps: added to the root of the mean squared gradient.
         momentum: share of the last update that is kept, >= 0.
-        weight_decay: times the weight, added to a decaying weight's gradient (L2).
+        weight_decay: this times a decaying weight is added to its gradient (L2).
     """
     groups = list(params)
     return optim.RMSprop(
@@ -235,8 +237,8 @@ def lion(
     params: Iterable[Any],
     lr: float,
     *,
-    betas: tuple[float, float] = (0.9, 0.99),
-    weight_decay: float = 0.01,
+    betas: tuple[Share, Share] = (0.9, 0.99),
+    weight_decay: NonNegative = 0.01,
 ) -> Optimizer:
     """The sign of a momentum (Chen et al. 2023, algorithm 2): see `Lion`.
 
@@ -255,18 +257,18 @@ def muon(
     lr: float,
     model: nn.Module,
     *,
-    momentum: float = 0.95,
+    momentum: Share = 0.95,
     nesterov: bool = True,
-    num_steps: int = 5,
+    num_steps: Count = 5,
     scale: Scale = "spectral",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    weight_decay: float = 0.01,
-    adamw_lr: float = 3e-3,
-    head_lr: float | None = None,
-    embedding_lr: float | None = None,
-    vector_lr: float | None = None,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
+    weight_decay: NonNegative = 0.01,
+    adamw_lr: Positive = 3e-3,
+    head_lr: Annotated[Positive | None, Field(examples=[1e-3])] = None,
+    embedding_lr: Annotated[Positive | None, Field(examples=[1e-3])] = None,
+    vector_lr: Annotated[Positive | None, Field(examples=[1e-3])] = None,
+    betas: tuple[Share, Share] = (0.9, 0.95),
+    eps: NonNegative = 1e-8,
 ) -> Optimizer:
     """Orthogonalized momentum for hidden matrices (see `Muon`), AdamW for the rest.
 
@@ -283,8 +285,9 @@ def muon(
         scale: how a matrix's learning rate follows its shape: "spectral" or "adamw".
         dtype: type of the iterations; auto: bfloat16 on a GPU, float32 elsewhere.
         weight_decay: each step multiplies a decaying weight by 1 - (its lr) * weight_decay.
-        adamw_lr: learning rate of the other groups, where theirs is None.
-        head_lr, embedding_lr, vector_lr: learning rates of the groups of these names.
+        adamw_lr: learning rate of all that is no hidden matrix.
+        head_lr, embedding_lr, vector_lr: learning rate of the head, of the embeddings, or of biases
+            and gains; None: `adamw_lr`.
         betas: decay rates of AdamW's moments, each in [0, 1).
         eps: added to the root of AdamW's second moment.
 

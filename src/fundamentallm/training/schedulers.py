@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fundamentallm.config.base import Fraction
 from fundamentallm.errors import CheckpointError
 from fundamentallm.registry import Registry
 
@@ -268,7 +269,7 @@ class WarmupStableDecayScheduler(_HorizonScheduler):
         total_steps: int,
         warmup_steps: int = 0,
         min_lr: float = 0.0,
-        decay_fraction: float = 0.2,
+        decay_fraction: Fraction = 0.2,
     ) -> None:
         super().__init__(optimizer, total_steps, warmup_steps, min_lr)
         if not 0 < decay_fraction <= 1:
@@ -293,7 +294,7 @@ class ExponentialDecayScheduler(LearningRateScheduler):
     """
 
     def __init__(
-        self, optimizer: Optimizer, steps_per_epoch: int, decay_rate: float = 0.95
+        self, optimizer: Optimizer, steps_per_epoch: int, decay_rate: Fraction = 0.95
     ) -> None:
         super().__init__(optimizer)
         if steps_per_epoch < 1:

@@ -21,9 +21,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from fundamentallm.data.text_file import read_text, to_utf8
 from fundamentallm.data.tokenizer.base import TOKENIZERS, Tokenizer, checked_ids
@@ -217,7 +218,12 @@ class BpeTokenizer(SubwordTokenizer):
 
     kind = "bpe"
 
-    def __init__(self, vocab_size: int = 4096, *, texts: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 4096,
+        *,
+        texts: Iterable[str] = (),
+    ) -> None:
         # The library sets memory aside for them all; where there is too little it ends the process.
         if not 257 <= vocab_size <= 2**20:
             raise ValueError(
@@ -240,7 +246,11 @@ class FileTokenizer(SubwordTokenizer):
         MachineError: the library is not installed.
     """
 
-    def __init__(self, path: str, end: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Annotated[str, Field(examples=["tokenizer.json"])],
+        end: Annotated[str | None, Field(examples=["<|endoftext|>"])] = None,
+    ) -> None:
         try:
             state = json.loads(read_text(Path(path).expanduser()))
             super().__init__(state, end)

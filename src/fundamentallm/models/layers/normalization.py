@@ -7,7 +7,7 @@ A normalization of yours is one decorated class or function that returns an `nn.
 ```python
 @NORMALIZATIONS.register("scalenorm")
 class ScaleNorm(nn.Module):
-    def __init__(self, width: int, *, eps: float = 1e-5) -> None: ...
+    def __init__(self, width: int, *, eps: Positive = 1e-5) -> None: ...
 ```
 """
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fundamentallm.config.base import Positive
 from fundamentallm.errors import ConfigError
 from fundamentallm.registry import Registry
 
@@ -26,8 +27,8 @@ NORMALIZATIONS: Registry[nn.Module] = Registry("normalization", supplied=("width
 
 
 @NORMALIZATIONS.register("layernorm")
-def layer_norm(width: int, bias: bool, *, eps: float = 1e-5) -> nn.Module:
-    """Return a module to mean 0 and variance 1, then gain and bias (Ba, Kiros and Hinton 2016).
+def layer_norm(width: int, bias: bool, *, eps: Positive = 1e-5) -> nn.Module:
+    """To mean 0 and variance 1, then gain and bias (Ba, Kiros and Hinton 2016).
 
     Args:
         width: D; mean and variance are taken over this last dimension.
@@ -58,7 +59,7 @@ class RMSNorm(nn.Module):
         ConfigError: eps is not above 0.
     """
 
-    def __init__(self, width: int, *, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, *, eps: Positive = 1e-5) -> None:
         super().__init__()
         _check_eps(eps)
         self.eps = eps

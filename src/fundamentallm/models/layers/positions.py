@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from fundamentallm.config.base import Positive
 from fundamentallm.errors import ConfigError
 from fundamentallm.models.layers.initialization import EMBEDDING_STD
 from fundamentallm.registry import Registry
@@ -133,7 +135,9 @@ class SinusoidalPositions(Positions):
 
     table: Tensor
 
-    def __init__(self, width: int, sequence_length: int, *, scale: float = EMBEDDING_STD) -> None:
+    def __init__(
+        self, width: int, sequence_length: int, *, scale: Positive = EMBEDDING_STD
+    ) -> None:
         super().__init__()
         if not scale > 0:
             raise ConfigError(
@@ -175,7 +179,13 @@ class RotaryPositions(Positions):
     cosines: Tensor
     sines: Tensor
 
-    def __init__(self, head_width: int, sequence_length: int, *, base: float = 10_000.0) -> None:
+    def __init__(
+        self,
+        head_width: int,
+        sequence_length: int,
+        *,
+        base: Annotated[float, Field(gt=1)] = 10_000.0,
+    ) -> None:
         super().__init__()
         if head_width % 2:
             raise ConfigError(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from fundamentallm.config.base import Positive
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
@@ -27,7 +30,12 @@ class AdaptiveClip:
         warmup: applied updates whose norms begin the averages, before anything is clipped.
     """
 
-    def __init__(self, threshold: float = 2.5, decay: float = 0.97, warmup: int = 25) -> None:
+    def __init__(
+        self,
+        threshold: Positive = 2.5,
+        decay: Annotated[float, Field(gt=0, lt=1)] = 0.97,
+        warmup: Annotated[int, Field(ge=2)] = 25,
+    ) -> None:
         if not threshold > 0.0:
             raise ValueError(f"threshold must be positive, got {threshold}")
         if not 0.0 < decay < 1.0:

@@ -8,10 +8,11 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ignite.engine import Events
 from ignite.handlers import Checkpoint
+from pydantic import Field
 from torch import Tensor
 
 from fundamentallm.errors import CheckpointError
@@ -76,13 +77,13 @@ class Checkpointing(Checkpoint):
     def __init__(
         self,
         checkpoint_dir: Path,
-        n_saved: int = 3,
+        n_saved: Annotated[int, Field(ge=2)] = 3,
         score_function: Callable[[TrainingLoop], float | None] | None = None,
         to_save: Mapping[str, Stateful] | None = None,
         asynchronous: bool = False,
         on_error: Literal["stop", "continue"] = "stop",
         metric: str = "val/loss",
-        mode: Literal["min", "max"] | None = None,
+        mode: Annotated[Literal["min", "max"] | None, Field(examples=["max"])] = None,
     ) -> None:
         if n_saved < 2:
             raise ValueError(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from fundamentallm.config.base import Count, NonNegative
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.handlers.criterion import Criterion
@@ -25,7 +28,8 @@ class EarlyStopping:
 
     Args:
         patience: evaluations in a row without improvement.
-        min_delta: by which the metric must improve to count; of the loss, in nats per token.
+        min_delta: an improvement counts from this much on, in the unit of the metric (of the loss:
+            nats per token).
         metric: what decides, under its name in the log: `val/loss`, or `val/NAME` of a metric of
             `evaluation.metrics`.
         mode: "min" if a lower value is better, "max" if a higher one is. Needed for all but the
@@ -38,10 +42,10 @@ class EarlyStopping:
 
     def __init__(
         self,
-        patience: int = 5,
-        min_delta: float = 0.0,
+        patience: Count = 5,
+        min_delta: NonNegative = 0.0,
         metric: str = "val/loss",
-        mode: Literal["min", "max"] | None = None,
+        mode: Annotated[Literal["min", "max"] | None, Field(examples=["max"])] = None,
     ) -> None:
         if patience < 1:
             raise ValueError(f"patience must be at least 1 evaluation, got {patience}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from ignite.engine import Events
 
+from fundamentallm.config.base import Share
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.saved import saved_count, saved_number
@@ -24,7 +25,7 @@ class LossEMA:
         decay: weight of the past, in [0, 1).
     """
 
-    def __init__(self, decay: float = 0.98) -> None:
+    def __init__(self, decay: Share = 0.98) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.decay = decay

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Annotated
+
+from pydantic import Field
 
 from fundamentallm.compute.peak import device_peak
+from fundamentallm.config.base import Positive
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
@@ -23,11 +27,13 @@ class ModelFlopsUtilization:
     It reads `train/tokens_per_second` of the handler `throughput`, and is NaN without it.
 
     Args:
-        peak_tflops: of one device, in 10^12 FLOP/s; unset, the data sheet's for a GPU known by
-            name, else the rate of matrix products measured when the run starts.
+        peak_tflops: peak rate of one device, in 10^12 FLOP/s; None: the data sheet's for a GPU
+            known by name, else the rate of matrix products measured when the run starts.
     """
 
-    def __init__(self, peak_tflops: float | None = None) -> None:
+    def __init__(
+        self, peak_tflops: Annotated[Positive | None, Field(examples=[312.0])] = None
+    ) -> None:
         if peak_tflops is not None and not 0 < peak_tflops < math.inf:
             raise ValueError(f"peak_tflops must be a number above 0, got {peak_tflops}")
         self.peak_tflops = peak_tflops

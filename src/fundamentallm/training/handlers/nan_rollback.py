@@ -11,6 +11,7 @@ from typing import Any
 
 from ignite.engine import Events
 
+from fundamentallm.config.base import CountOrZero, Fraction
 from fundamentallm.data.batch import Window
 from fundamentallm.data.tokenizer import Tokenizer
 from fundamentallm.errors import CheckpointError, NumericalError
@@ -75,7 +76,7 @@ class NaNRollback:
         healthy_after: good steps after a checkpoint that make it healthy.
         neighbours: step batches before and after a diverging one that are skipped with it.
         rate_factor: the learning rate is multiplied by this after a divergence.
-        rate_steps: for so many steps.
+        rate_steps: how many steps the lower learning rate lasts.
         run_dir: where `incidents/` is written; None writes no evidence.
         tokenizer: decodes the sequences in the evidence.
     """
@@ -84,15 +85,15 @@ class NaNRollback:
 
     def __init__(
         self,
-        max_rollbacks: int = 10,
-        max_per_region: int = 3,
-        max_overflows: int = 30,
-        max_transients: int = 100,
-        max_spikes: int = 100,
-        healthy_after: int = 10,
-        neighbours: int = 1,
-        rate_factor: float = 0.5,
-        rate_steps: int = 100,
+        max_rollbacks: CountOrZero = 10,
+        max_per_region: CountOrZero = 3,
+        max_overflows: CountOrZero = 30,
+        max_transients: CountOrZero = 100,
+        max_spikes: CountOrZero = 100,
+        healthy_after: CountOrZero = 10,
+        neighbours: CountOrZero = 1,
+        rate_factor: Fraction = 0.5,
+        rate_steps: CountOrZero = 100,
         run_dir: Path | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 
+from fundamentallm.config.base import Count
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
@@ -22,7 +23,7 @@ class Overfitting:
         patience: evaluations in a row at which both happen, at least 1.
     """
 
-    def __init__(self, patience: int = 3) -> None:
+    def __init__(self, patience: Count = 3) -> None:
         if patience < 1:
             raise ValueError(f"patience must be at least 1, got {patience}")
         self.patience = patience

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from ignite.engine import Events
 from tqdm import tqdm
 
+from fundamentallm.config.base import NonNegative
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
@@ -38,7 +39,7 @@ class Progress:
 
     def __init__(
         self,
-        min_interval: float = 5.0,
+        min_interval: NonNegative = 5.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

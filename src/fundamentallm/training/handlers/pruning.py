@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import Annotated
 
+from pydantic import Field
+
+from fundamentallm.config.base import Count
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
@@ -23,7 +27,10 @@ class Pruning:
         limits: (step, highest validation loss in nats per token) of evaluations.
     """
 
-    def __init__(self, limits: tuple[tuple[int, float], ...] = ()) -> None:
+    def __init__(
+        self,
+        limits: Annotated[tuple[tuple[Count, float], ...], Field(examples=[[[100, 2.5]]])] = (),
+    ) -> None:
         self.limits = dict(limits)
 
     def attach(self, trainer: TrainingLoop) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fundamentallm.config.base import Count, NonNegative
 from fundamentallm.data.copying import SEARCHED, CopyingFigures
 from fundamentallm.data.permutation import derive_key
 from fundamentallm.data.tokenizer import Tokenizer
@@ -52,9 +53,9 @@ class Samples:
         run_dir: Path,
         seed: int = 0,
         prompt: str = "\n",
-        num_tokens: int = 100,
-        temperature: float = 0.8,
-        every: int = 1,
+        num_tokens: Count = 100,
+        temperature: NonNegative = 0.8,
+        every: Count = 1,
         check_copying: bool = True,
         split_texts: Callable[[str, int], Iterable[tuple[str, str]]] | None = None,
     ) -> None:

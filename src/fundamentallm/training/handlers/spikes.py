@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from fundamentallm.config.base import Count, Positive
 from fundamentallm.errors import ConfigError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
@@ -45,7 +48,8 @@ class Spikes:
         window: accepted steps that are remembered.
         needed: accepted steps before the statistics hold; until then a loss is a spike if it is
             more than twice the median up to then.
-        patience: spikes in a row, see above.
+        patience: spikes in a row after which `report` takes the new level for normal, and `reject`
+            rolls the run back.
         rise: robust standard deviations by which the median of the newest `needed` losses may lie
             above its lowest; None: no check for a rise.
     """
@@ -53,11 +57,11 @@ class Spikes:
     def __init__(
         self,
         policy: Literal["report", "reject", "rollback"] = "report",
-        threshold: float = 10.0,
-        window: int = 128,
-        needed: int = 32,
-        patience: int = 8,
-        rise: float | None = 4.0,
+        threshold: Positive = 10.0,
+        window: Annotated[int, Field(ge=2)] = 128,
+        needed: Annotated[int, Field(ge=2)] = 32,
+        patience: Count = 8,
+        rise: Positive | None = 4.0,
     ) -> None:
         if not threshold > 0.0:
             raise ValueError(f"threshold must be positive, got {threshold}")

@@ -9,6 +9,7 @@ from typing import Any
 from ignite.engine import Events
 
 from fundamentallm.compute.timing import HostTimer, Timer, device_timer
+from fundamentallm.config.base import Count
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
 
@@ -31,7 +32,7 @@ class Throughput:
 
     role = "throughput"
 
-    def __init__(self, window: int = 50, clock: Callable[[], float] | None = None) -> None:
+    def __init__(self, window: Count = 50, clock: Callable[[], float] | None = None) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1 step, got {window}")
         self._window = window

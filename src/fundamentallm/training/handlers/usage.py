@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fundamentallm.compute.energy import EnergyMeter
+from fundamentallm.config.base import NonNegative
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.json_lines import JsonLines
 from fundamentallm.files.run_layout import USAGE
@@ -33,7 +34,7 @@ class Usage:
         min_interval: seconds between two lines, at least.
     """
 
-    def __init__(self, run_dir: Path, min_interval: float = 10.0) -> None:
+    def __init__(self, run_dir: Path, min_interval: NonNegative = 10.0) -> None:
         if not min_interval >= 0:
             raise ValueError(f"min_interval must be at least 0, got {min_interval}")
         self.file = JsonLines(run_dir / USAGE, lambda record: False)

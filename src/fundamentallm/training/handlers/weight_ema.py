@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fundamentallm.config.base import Share
 from fundamentallm.events import TrainingEvents
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
@@ -28,7 +29,7 @@ class WeightEMA:
         decay: weight of the past in the long run, in [0, 1).
     """
 
-    def __init__(self, decay: float = 0.999) -> None:
+    def __init__(self, decay: Share = 0.999) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.decay = decay

@@ -19,8 +19,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from fundamentallm.config.base import NonNegative
 from fundamentallm.errors import MachineError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem, replace_file
@@ -34,6 +37,7 @@ from fundamentallm.training.loop import TrainingLoop
 logger = logging.getLogger(__name__)
 
 Artifacts = Literal["none", "best", "last", "all"]
+FlushSeconds = Annotated[NonNegative | None, Field(examples=[60.0])]
 UPLOAD_SECONDS = 600.0  # the end of a run waits longer where it is asked to upload
 
 
@@ -88,7 +92,7 @@ class ServiceLogger(BackgroundWriter):
         run_dir: the run's directory.
         artifacts: checkpoints to upload: "best" or "last" at the end of the run, "all" as they are
             saved.
-        flush_seconds: how long the end of a run waits; 10 if None, and 600 with artifacts.
+        flush_seconds: how long the end of a run waits; None: 10, and 600 with artifacts.
         call_seconds: how long a call may take before a warning says so.
 
     Attributes:

@@ -7,10 +7,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+from fundamentallm.config.base import NonNegative
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.handlers.metrics_writer import Record
 from fundamentallm.training.handlers.services.base import (
     Artifacts,
+    FlushSeconds,
     RunDescription,
     ServiceLogger,
     now,
@@ -35,11 +37,12 @@ class ClearML(ServiceLogger):
 
     Args:
         run_dir: the run's directory; sessions are below it.
-        mode: "offline" or "online".
+        mode: "online" sends while the run trains, "offline" writes files to send later.
         project: the project's name.
-        artifacts: as `ServiceLogger`.
-        flush_seconds: as `ServiceLogger`.
-        call_seconds: as `ServiceLogger`.
+        artifacts: checkpoints to upload: "best" or "last" at the end of the run, "all" as they are
+            saved.
+        flush_seconds: how long the end of a run waits; None: 10, and 600 with artifacts.
+        call_seconds: how long a call may take before a warning says so.
     """
 
     target = "ClearML"
@@ -51,8 +54,8 @@ class ClearML(ServiceLogger):
         mode: Literal["offline", "online"] = "offline",
         project: str = "fundamentallm",
         artifacts: Artifacts = "none",
-        flush_seconds: float | None = None,
-        call_seconds: float = 60.0,
+        flush_seconds: FlushSeconds = None,
+        call_seconds: NonNegative = 60.0,
     ) -> None:
         super().__init__(run_dir, artifacts, flush_seconds, call_seconds)
         self.mode = mode

@@ -7,12 +7,16 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from fundamentallm.config.base import NonNegative
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.handlers.metrics_writer import Record
 from fundamentallm.training.handlers.services.base import (
     Artifacts,
+    FlushSeconds,
     RunDescription,
     ServiceLogger,
     now,
@@ -34,9 +38,10 @@ class MLflow(ServiceLogger):
         run_dir: the run's directory.
         tracking_uri: a server or store; None: that of MLFLOW_TRACKING_URI, else the local store.
         experiment: the experiment's name.
-        artifacts: as `ServiceLogger`.
-        flush_seconds: as `ServiceLogger`.
-        call_seconds: as `ServiceLogger`.
+        artifacts: checkpoints to upload: "best" or "last" at the end of the run, "all" as they are
+            saved.
+        flush_seconds: how long the end of a run waits; None: 10, and 600 with artifacts.
+        call_seconds: how long a call may take before a warning says so.
 
     Raises:
         ValueError: the address holds a login.
@@ -48,11 +53,11 @@ class MLflow(ServiceLogger):
     def __init__(
         self,
         run_dir: Path | str,
-        tracking_uri: str | None = None,
+        tracking_uri: Annotated[str | None, Field(examples=["http://localhost:5000"])] = None,
         experiment: str = "fundamentallm",
         artifacts: Artifacts = "none",
-        flush_seconds: float | None = None,
-        call_seconds: float = 60.0,
+        flush_seconds: FlushSeconds = None,
+        call_seconds: NonNegative = 60.0,
     ) -> None:
         names = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         refuse_secrets("tracking_uri", tracking_uri, names)

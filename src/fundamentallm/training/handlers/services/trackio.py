@@ -6,12 +6,16 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from fundamentallm.config.base import NonNegative
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.handlers.metrics_writer import Record
 from fundamentallm.training.handlers.services.base import (
     Artifacts,
+    FlushSeconds,
     RunDescription,
     ServiceLogger,
     now,
@@ -33,9 +37,10 @@ class Trackio(ServiceLogger):
         project: the project's name.
         space_id: a Space of Hugging Face to log to.
         server_url: a server of your own to log to.
-        artifacts: as `ServiceLogger`.
-        flush_seconds: as `ServiceLogger`.
-        call_seconds: as `ServiceLogger`.
+        artifacts: checkpoints to upload: "best" or "last" at the end of the run, "all" as they are
+            saved.
+        flush_seconds: how long the end of a run waits; None: 10, and 600 with artifacts.
+        call_seconds: how long a call may take before a warning says so.
 
     Raises:
         ValueError: the address holds a token.
@@ -48,11 +53,11 @@ class Trackio(ServiceLogger):
         self,
         run_dir: Path | str,
         project: str = "fundamentallm",
-        space_id: str | None = None,
-        server_url: str | None = None,
+        space_id: Annotated[str | None, Field(examples=["me/my-space"])] = None,
+        server_url: Annotated[str | None, Field(examples=["http://localhost:7860"])] = None,
         artifacts: Artifacts = "none",
-        flush_seconds: float | None = None,
-        call_seconds: float = 60.0,
+        flush_seconds: FlushSeconds = None,
+        call_seconds: NonNegative = 60.0,
     ) -> None:
         refuse_secrets("server_url", server_url, "TRACKIO_WRITE_TOKEN")
         super().__init__(run_dir, artifacts, flush_seconds, call_seconds)

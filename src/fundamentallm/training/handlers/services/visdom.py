@@ -9,11 +9,15 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from fundamentallm.config.base import NonNegative
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.handlers.metrics_writer import Record
 from fundamentallm.training.handlers.services.base import (
+    FlushSeconds,
     RunDescription,
     ServiceLogger,
     now,
@@ -34,9 +38,9 @@ class Visdom(ServiceLogger):
     Args:
         run_dir: the run's directory; the file is below it.
         server: the address of a server, for example http://localhost; None: the file.
-        port: of the server.
-        flush_seconds: as `ServiceLogger`.
-        call_seconds: as `ServiceLogger`.
+        port: the server's port.
+        flush_seconds: how long the end of a run waits; None: 10.
+        call_seconds: how long a call may take before a warning says so.
 
     Raises:
         ValueError: the address holds a login.
@@ -49,10 +53,10 @@ class Visdom(ServiceLogger):
     def __init__(
         self,
         run_dir: Path | str,
-        server: str | None = None,
-        port: int = 8097,
-        flush_seconds: float | None = None,
-        call_seconds: float = 60.0,
+        server: Annotated[str | None, Field(examples=["http://localhost"])] = None,
+        port: Annotated[int, Field(ge=1, le=65535)] = 8097,
+        flush_seconds: FlushSeconds = None,
+        call_seconds: NonNegative = 60.0,
     ) -> None:
         refuse_secrets("server", server, "VISDOM_USERNAME and VISDOM_PASSWORD")
         super().__init__(run_dir, "none", flush_seconds, call_seconds)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from fundamentallm.config.base import NonNegative
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.handlers.metrics_writer import Record
 from fundamentallm.training.handlers.services.base import (
     Artifacts,
+    FlushSeconds,
     RunDescription,
     ServiceLogger,
     now,
@@ -28,12 +32,13 @@ class WandB(ServiceLogger):
 
     Args:
         run_dir: the run's directory; the files of W&B are below it.
-        mode: "offline" or "online".
+        mode: "online" sends while the run trains, "offline" writes files to send later.
         project: the project's name.
         entity: the user or team; None: the key's own.
-        artifacts: as `ServiceLogger`.
-        flush_seconds: as `ServiceLogger`.
-        call_seconds: as `ServiceLogger`.
+        artifacts: checkpoints to upload: "best" or "last" at the end of the run, "all" as they are
+            saved.
+        flush_seconds: how long the end of a run waits; None: 10, and 600 with artifacts.
+        call_seconds: how long a call may take before a warning says so.
     """
 
     target = "Weights & Biases"
@@ -44,10 +49,10 @@ class WandB(ServiceLogger):
         run_dir: Path | str,
         mode: Literal["offline", "online"] = "offline",
         project: str = "fundamentallm",
-        entity: str | None = None,
+        entity: Annotated[str | None, Field(examples=["my-team"])] = None,
         artifacts: Artifacts = "none",
-        flush_seconds: float | None = None,
-        call_seconds: float = 60.0,
+        flush_seconds: FlushSeconds = None,
+        call_seconds: NonNegative = 60.0,
     ) -> None:
         super().__init__(run_dir, artifacts, flush_seconds, call_seconds)
         self.mode = mode
