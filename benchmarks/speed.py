@@ -44,7 +44,8 @@ from by_hand import GPT, Batches, Shape, make_optimizer, step_by_hand
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-from fundamentallm.compute.peak import cpu_rates, measured_peak, why_not_bf16
+from fundamentallm.compute.peak import measured_peak
+from fundamentallm.compute.processor import cpu_rates, why_not_bf16
 from fundamentallm.config import load_config
 from fundamentallm.engine.console import logging_to
 from fundamentallm.engine.wiring import assemble, run_directory
@@ -394,7 +395,7 @@ def main() -> int:
     peaks = {"float32": measured_peak(cpu, torch.float32)}
     # Large products of an emulated type would take minutes.
     slow = why_not_bf16(cpu)
-    peaks["bfloat16"] = cpu_rates()[1] if slow else measured_peak(cpu, torch.bfloat16)
+    peaks["bfloat16"] = cpu_rates().bfloat16 if slow else measured_peak(cpu, torch.bfloat16)
     arguments = ["--shape", options.shape, "--seconds", str(options.seconds)]
     arguments += ["--isa", options.isa] if options.isa else []
     rounds = list(turns(list(options.contestants), options.rounds, arguments))

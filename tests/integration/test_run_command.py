@@ -22,7 +22,7 @@ import yaml
 from ignite.engine import Events
 from tests.runs import trained
 
-from fundamentallm.compute import compilation, peak
+from fundamentallm.compute import compilation, processor
 from fundamentallm.compute import plan as compute_plan
 from fundamentallm.config import RunConfig
 from fundamentallm.engine import run as run_module
@@ -815,7 +815,7 @@ def test_a_native_run_goes_on_where_the_code_is_refused(at_step, monkeypatch, ca
 
 
 def test_a_type_that_the_processor_is_slow_in_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(peak, "cpu_rates", lambda: (1e11, 1e9))
+    monkeypatch.setattr(processor, "cpu_rates", lambda: (1e11, 1e9))
     assert main(["run", "tiny.yaml", "training.precision=bf16", "training.total_steps=1"]) == 0
     said = " ".join("".join(capsys.readouterr()).split())
     assert "precision: bf16 is slower than fp32: matrix products here do 1 GFLOP/s" in said

@@ -9,13 +9,13 @@ from typing import ClassVar
 import pytest
 import torch
 
-from fundamentallm.compute import peak
+from fundamentallm.compute import processor
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.plan import Machine, Plan
 from fundamentallm.config import RunConfig
 from fundamentallm.data.loaders import Batching, TokenWindowLoader
 from fundamentallm.engine.tuning import auto
-from fundamentallm.engine.tuning.auto import Length, choose, name_of
+from fundamentallm.engine.tuning.auto import Allowance, Length, choose, name_of
 from fundamentallm.engine.tuning.measuring import Measurement, failed
 from fundamentallm.engine.tuning.speed_cache import SpeedCache
 from fundamentallm.errors import MachineError
@@ -151,6 +151,66 @@ class TestChoice:
             assert limits == [float("inf"), limit]
 
 
+class Clock:
+    """Seconds that pass only in measurements."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TestAllowance:
+    def choose(self, budget: float | None, step: float, native: float = 0.8) -> tuple[Clock, Times]:
+        """Choose in a run of so many seconds on a machine whose steps take real time."""
+        clock = Clock()
+        allowance = Allowance(Allowance.of(budget).seconds, clock)
+        times = Times(fp32=step, bf16=100 * step, fp32_compiled=(0.5 * step, 25.0))
+        times.known["fp32 native"] = Measurement(native * step, 6.0)
+
+        def seconds_of(plan: Plan, slowest: float) -> Measurement:
+            found = times(plan)
+            clock.now += found.step_seconds  # the call that warms up
+            if found.step_seconds > slowest and not plan.compile:
+                return found
+            clock.now += max(auto.SECONDS, 2 * found.step_seconds) + found.compile_seconds
+            if plan.compile == "native":
+                allowance.built += found.compile_seconds
+            return found
+
+        native = replace(NATIVE, precision="fp32")
+        choose(PLAIN, None, True, Length(None, budget), seconds_of, [native], allowance)
+        self.used = allowance.used
+        return clock, times
+
+    def test_a_budget_of_two_minutes_gives_six_seconds(self):
+        assert Allowance.of(120.0).seconds == pytest.approx(6.0)
+        assert Allowance.of(None).seconds == 15.0
+
+    @pytest.mark.parametrize("step", [0.001, 0.2, 0.6, 1.0, 2.5, 30.0])
+    def test_it_is_kept_whatever_a_step_takes(self, step):
+        self.choose(116.0, step)
+        # one call cannot be cut short
+        assert self.used <= max(0.05 * 116.0, step)
+
+    def test_what_no_time_is_left_for_is_not_tried(self):
+        _, times = self.choose(116.0, 1.5)
+        assert times.asked == ["fp32"]
+        _, times = self.choose(116.0, 0.5)
+        assert times.asked == ["fp32", "fp32 native"]
+
+    def test_the_build_of_native_code_is_not_counted(self):
+        clock, _ = self.choose(116.0, 0.5)
+        assert (clock.now > 6.0, self.used < 5.8) == (True, True)
+
+    def test_torchs_compiler_is_for_budgets_that_bear_it(self):
+        _, times = self.choose(299.0, 0.2, native=2.0)
+        assert "fp32 compiled" not in times.asked
+        _, times = self.choose(301.0, 0.2, native=2.0)
+        assert "fp32 compiled" in times.asked
+
+
 def config(**training: object) -> RunConfig:
     values = {"total_steps": 10_000, **training}
     return RunConfig.model_validate({"data": {"batch_size": 8}, "training": values})
@@ -195,7 +255,7 @@ def times(monkeypatch, tmp_path) -> Times:
         return times(plan, slowest)
 
     monkeypatch.setattr(auto, "measure", measure)
-    monkeypatch.setattr(peak, "cpu_rates", lambda: (1e11, 5e11))
+    monkeypatch.setattr(processor, "cpu_rates", lambda: (1e11, 5e11))
     return times
 
 
@@ -254,7 +314,7 @@ def test_native_code_is_chosen_for_a_block_that_it_knows(times):
 
 
 def test_bfloat16_is_not_tried_where_its_products_are_slower(times, monkeypatch):
-    monkeypatch.setattr(peak, "cpu_rates", lambda: (1e11, 1e9))
+    monkeypatch.setattr(processor, "cpu_rates", lambda: (1e11, 1e9))
     choose_auto(config(**AUTO), resolved(), loader(), CPU, Ranks())
     assert times.asked == ["fp32", "fp32 native", "fp32 compiled"]
 

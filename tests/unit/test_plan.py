@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fundamentallm.compute import compilation, peak, precision
+from fundamentallm.compute import compilation, precision, processor
 from fundamentallm.compute.compilation import CompiledBlocks
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
@@ -161,7 +161,7 @@ def test_a_model_has_the_facts_of_its_configuration(config):
 
 @pytest.mark.parametrize(("rates", "precision"), [((1e11, 5e11), "bf16"), ((1e11, 1e9), "fp32")])
 def test_native_code_takes_the_type_that_the_processor_is_fast_in(monkeypatch, rates, precision):
-    monkeypatch.setattr(peak, "cpu_rates", lambda: rates)
+    monkeypatch.setattr(processor, "cpu_rates", lambda: rates)
     config = TrainingConfig(compile="native", precision="auto")
     assert Plan.resolve(config, ModelFacts.of(KNOWN), Machine(CPU)).precision == precision
     asked = TrainingConfig(compile="native", precision="bf16")

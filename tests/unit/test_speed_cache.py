@@ -11,9 +11,10 @@ import pytest
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.plan import Machine
 from fundamentallm.config import RunConfig
-from fundamentallm.engine.tuning import speed_cache
 from fundamentallm.engine.tuning.measuring import Measurement
 from fundamentallm.engine.tuning.speed_cache import SpeedCache, circumstances_of
+from fundamentallm.errors import DataError
+from fundamentallm.files import kept_figures
 
 HERE = {"processor": "one", "threads": 2}
 THERE = {"processor": "another", "threads": 2}
@@ -42,20 +43,20 @@ def test_it_lies_in_the_users_cache_directory(monkeypatch, tmp_path):
 
 def test_without_a_home_nothing_is_kept(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(speed_cache, "default_cache_dir", no_home)
+    monkeypatch.setattr(kept_figures, "default_cache_dir", no_home)
     cache = SpeedCache()
     cache.put(HERE, FIGURES)
     assert cache.get(HERE) == {}
 
 
 def no_home():
-    raise speed_cache.DataError("no home")
+    raise DataError("no home")
 
 
 def good(**changes):
     measured = {"fp32": {"step_seconds": 1.0, "compile_seconds": 0.0, **changes}}
     entry = {"of": HERE, "measured": measured}
-    return {"version": 1, "entries": {speed_cache._key(HERE): entry}}
+    return {"version": 1, "entries": {kept_figures.key_of(HERE): entry}}
 
 
 def test_the_example_of_a_good_file_is_one(cache):
@@ -111,7 +112,7 @@ def test_a_file_in_the_place_of_the_directory_is_a_warning(cache, caplog):
 
 
 def test_the_oldest_go_when_there_are_too_many(cache, monkeypatch):
-    monkeypatch.setattr(speed_cache, "MOST_ENTRIES", 3)
+    monkeypatch.setattr(kept_figures, "MOST_ENTRIES", 3)
     for threads in (1, 2, 3, 1, 4):
         cache.put({"threads": threads}, {"fp32": Measurement(float(threads))})
 

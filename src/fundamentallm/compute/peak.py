@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 
@@ -41,7 +40,11 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measured_peak(
-    device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = (), calls: int = 5
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sequence[int] = (),
+    calls: int = 5,
+    seconds: float = 0.0,
 ) -> float:
     """Return the highest FLOP/s measured for square products; takes 0.5 s on two CPU cores.
 
@@ -49,46 +52,24 @@ def measured_peak(
         device: a GPU or CPU, with the threads that torch is set to.
         dtype: of both factors and the product.
         sizes: rows of the matrices; unset for those that show the peak.
-        calls: of each size.
+        calls: of each size, at least.
+        seconds: of each size, at least.
     """
     best = 0.0
     usual = (512, 1024, 2048) if device.type == "cpu" else (4096, 8192)
     for size in sizes or usual:
         # No random numbers are drawn: measuring must not change a run's random numbers.
         a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
-        for _ in range(calls):
+        made, spent = 0, 0.0
+        while made < calls or spent < seconds:
             _wait(device)
             began = time.perf_counter()
             a @ a
             _wait(device)
-            best = max(best, 2 * size**3 / (time.perf_counter() - began))
+            taken = time.perf_counter() - began
+            made, spent = made + 1, spent + taken
+            best = max(best, 2 * size**3 / taken)
     return best
-
-
-@cache
-def cpu_rates() -> tuple[float, float]:
-    """Return the FLOP/s of a small product in float32 and in bfloat16 on this CPU, measured once.
-
-    Takes 0.01 s with bfloat16 units and 0.3 s where a processor of 1 GFLOP/s emulates them.
-    """
-    cpu = torch.device("cpu")
-    return (
-        measured_peak(cpu, torch.float32, sizes=(256,), calls=4),
-        measured_peak(cpu, torch.bfloat16, sizes=(256,), calls=4),
-    )
-
-
-def why_not_bf16(device: torch.device) -> str:
-    """Return why bfloat16 is no gain on a device, with the rates; empty if it is, or may be."""
-    if device.type != "cpu":
-        return ""
-    wide, narrow = cpu_rates()
-    if narrow > wide:
-        return ""
-    return (
-        f"matrix products here do {narrow / 1e9:.3g} GFLOP/s in bfloat16 and {wide / 1e9:.3g} in "
-        "float32"
-    )
 
 
 def _wait(device: torch.device) -> None:

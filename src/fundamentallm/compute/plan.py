@@ -28,13 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fundamentallm.compute.compilation import compile_model, resolve_compile, uncompile
 from fundamentallm.compute.distributed import Ranks, join_ranks
-from fundamentallm.compute.peak import why_not_bf16
 from fundamentallm.compute.precision import (
     Precision,
     resolve_bf16_weights,
     resolve_device,
     resolve_precision,
 )
+from fundamentallm.compute.processor import why_not_bf16
 from fundamentallm.compute.threads import use_threads
 from fundamentallm.config import RunConfig
 from fundamentallm.config.model import ModelConfig, TransformerConfig
@@ -175,11 +175,13 @@ class Plan:
         if config.compile == "native":
             if model.config is not None:
                 require_native(model.config, device)
-            # Several ranks might measure differently, and must compute alike.
-            opens = (
-                config.precision == "auto" and not config.mixed_precision and machine.ranks.alone
+            opens = config.precision == "auto" and not config.mixed_precision
+            # Ranks must compute alike, and their rates may differ.
+            wide = (
+                machine.ranks.any(bool(why_not_bf16(device)))
+                if opens
+                else config.precision == "fp32"
             )
-            wide = why_not_bf16(device) if opens else config.precision == "fp32"
             precision, narrow = "fp32" if wide else "bf16", False
         else:
             precision = resolve_precision(config.precision, config.mixed_precision, device)

@@ -1,24 +1,26 @@
 """What `precision: auto` and `compile: auto` choose when a run begins.
 
 The choice takes time from the run, so it is short: a few micro-batches for each setting,
-half a second, in this process, where the run can then use the compiled code. What cannot pay off is
-not tried: nothing in a run of seconds, no compiler in a run of half a minute. Measurements are kept
-(`speed_cache.py`); the choice follows from them and from the length of the run, and is stored in
-the run's configuration: a resumed run does not choose again.
+half a second, in this process, where the run can then use the compiled code. All of them together
+get an allowance, `SHARE` of the run's seconds. What cannot pay off is not tried: nothing in a run
+of seconds, no compiler in a run of half a minute. Measurements are kept (`speed_cache.py`); the
+choice follows from them and from the length of the run, and is stored in the run's configuration: a
+resumed run does not choose again.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fundamentallm.compute.peak import why_not_bf16
 from fundamentallm.compute.plan import ModelFacts, Plan
+from fundamentallm.compute.processor import why_not_bf16
 from fundamentallm.config import RunConfig
 from fundamentallm.data.batch import Window, count_valid
 from fundamentallm.data.loaders import EpochLoader
@@ -35,10 +37,50 @@ LEAST_SECONDS = 10.0  # expected of a run in which types are compared
 # ... and of one in which torch's compiler is called. It takes 5 to 30 s, at best halves the rest.
 LEAST_SECONDS_TO_COMPILE = 30.0
 COMPILING_SHARE = 0.05  # of a run's time, up to which it may compile twice to compare types
+SHARE = 0.05  # of a budget in seconds, for measuring
+UNBUDGETED = 15.0  # seconds for measuring in a run without such a budget
+COMPILING = 15.0  # seconds of the allowance that torch's compiler is called with
 SECONDS = 0.5  # for the micro-batches of a setting, if they are faster than that
 # A type that takes so many times as long, and at least a second, gets one call: if a machine
 # emulates it, more calls would cost the run. Below a second, setup dominates the first call.
 HOPELESS = 4.0
+FEWEST_CALLS = 3  # of a measurement: it warms up, and two calls count
+
+
+class Allowance:
+    """The time that measuring may take from a run.
+
+    The build of native code is not counted: it happens once for a processor, and its result is
+    kept. It is told to the user.
+
+    Args:
+        seconds: of all measurements together.
+        clock: monotonic seconds.
+
+    Attributes:
+        seconds: as given.
+        built: seconds of native code's build among those that passed.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = seconds
+        self.built = 0.0
+        self._clock, self._began = clock, clock()
+
+    @classmethod
+    def of(cls, budget: float | None) -> Allowance:
+        """Return that of a run with a budget in seconds, or without one."""
+        return cls(UNBUDGETED if budget is None else SHARE * budget)
+
+    @property
+    def used(self) -> float:
+        """Seconds that measuring took so far."""
+        return self._clock() - self._began - self.built
+
+    @property
+    def left(self) -> float:
+        """Seconds that it may still take."""
+        return self.seconds - self.used
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +124,7 @@ def choose(
     length: Length,
     seconds_of: Callable[[Plan, float], Measurement],
     natives: Sequence[Plan] = (),
+    allowance: Allowance | None = None,
 ) -> Plan:
     """Return the plan that finishes the run soonest, or takes most steps, with few measurements.
 
@@ -94,21 +137,31 @@ def choose(
             after which the setting has lost.
         natives: with native code, none if impossible. It compiles in seconds, so it is
             tried first; if it wins, torch's compiler is not called.
+        allowance: what does not fit into it is not tried; None: no such limit.
     """
+    allowance = allowance or Allowance(math.inf)
     if length.steps is not None and length.steps * length.micro_batches < LEAST_MICRO_BATCHES:
         return start
-    measured = {start: seconds_of(start, math.inf)}
-    slowest = max(1.0, HOPELESS * measured[start].step_seconds)
+    # A first call of so many seconds is the measurement: there would be no time for the others.
+    measured = {start: seconds_of(start, allowance.left / FEWEST_CALLS)}
+    step = measured[start].step_seconds
+    slowest = max(1.0, HOPELESS * step)
     expected = length.expected(measured[start])
-    if other is not None and expected >= LEAST_SECONDS:
+
+    def affordable() -> bool:
+        return allowance.left >= max(SECONDS, FEWEST_CALLS * step if step < math.inf else 0.0)
+
+    if other is not None and expected >= LEAST_SECONDS and affordable():
         measured[other] = seconds_of(other, slowest)
     if expected >= LEAST_SECONDS:
         for native in natives:
-            measured[native] = seconds_of(native, slowest)
+            if affordable():
+                measured[native] = seconds_of(native, slowest)
     best = _best(measured, start, length)
     if best in natives:
         return best
-    if may_compile and expected >= LEAST_SECONDS_TO_COMPILE:
+    pays = expected >= LEAST_SECONDS_TO_COMPILE and allowance.seconds >= COMPILING
+    if may_compile and pays and affordable():
         first = replace(best, compile=True)
         measured[first] = seconds_of(first, slowest)
         compiling = measured[first].compile_seconds
@@ -212,6 +265,7 @@ def _choose(
     training = resolved.training
     left = None if training.max_seconds is None else training.max_seconds - seconds_since_start()
     length = Length(training.total_steps, left, training.accumulation_steps)
+    allowance = Allowance.of(training.max_seconds)
     cache = SpeedCache()
     circumstances = circumstances_of(resolved, start.machine)
     known = cache.get(circumstances)
@@ -228,6 +282,8 @@ def _choose(
                 found = measure(resolved, plan, [window], SECONDS, slowest, brief=True)
             except FundamentaLLMError as error:  # for example a compiler that refuses native code
                 found = failed(error.what)
+            if plan.compile == "native":
+                allowance.built += found.compile_seconds
             if found.fault:
                 return found
             known[name], new = found, True
@@ -235,7 +291,7 @@ def _choose(
         return known[name]
 
     try:
-        chosen = choose(start, other, may_compile, length, seconds_of, natives)
+        chosen = choose(start, other, may_compile, length, seconds_of, natives, allowance)
     except Exception as error:  # a real fault will be reported by the run
         reason = " ".join(str(error).split())[:200]
         logger.warning("auto: the measurement failed and is ignored: %s", reason)
@@ -245,7 +301,7 @@ def _choose(
             cache.put(circumstances, known)
     if chosen.compile is not True:
         torch._dynamo.reset()
-    return chosen, _note(chosen, asked, new, cache)
+    return chosen, _note(chosen, asked, cache, allowance if new else None)
 
 
 def name_of(plan: Plan) -> str:
@@ -256,7 +312,10 @@ def name_of(plan: Plan) -> str:
     return f"{plan.precision}{narrow}{' compiled' if plan.compile else ''}"
 
 
-def _note(chosen: Plan, asked: dict[Plan, Measurement], new: bool, cache: SpeedCache) -> str:
+def _note(
+    chosen: Plan, asked: dict[Plan, Measurement], cache: SpeedCache, allowance: Allowance | None
+) -> str:
+    """Return what was chosen and why; `allowance` is None where nothing was measured now."""
     if len(asked) < 2:
         return ""
     figures = ", ".join(
@@ -264,5 +323,11 @@ def _note(chosen: Plan, asked: dict[Plan, Measurement], new: bool, cache: SpeedC
         + (f" after {found.compile_seconds:.0f} s" if plan.compile else "")
         for plan, found in asked.items()
     )
-    known = "measured now" if new else f"read from {cache.path}"
-    return f"auto: {name_of(chosen)}; a micro-batch takes, {known}: {figures}"
+    start = f"auto: {name_of(chosen)}; a micro-batch takes, "
+    if allowance is None:
+        return f"{start}read from {cache.path}: {figures}"
+    building = f", beside {allowance.built:.1f} s to build native code" if allowance.built else ""
+    return (
+        f"{start}measured now: {figures}; measuring took {allowance.used:.1f} s"
+        f" of at most {allowance.seconds:.3g} s{building}"
+    )

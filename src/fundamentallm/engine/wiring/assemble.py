@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from fundamentallm.compute.distributed import Ranks
-from fundamentallm.compute.peak import why_not_bf16
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
+from fundamentallm.compute.processor import why_not_bf16
 from fundamentallm.config import DataConfig, RunConfig
 from fundamentallm.config.global_batch import with_global_batch
 from fundamentallm.config.training import TrainingConfig, resolve_warmup
