@@ -309,7 +309,7 @@ TABLE = {
     "another rate for a finished run": Row(
         "finished",
         [HALF, "--change"],
-        says="finished.*total_steps=N --resume runs/tiny --change",
+        says="finished.*total_steps=24 --resume runs/tiny --change",
     ),
     "another rate after a kill": Row(
         "killed 7",

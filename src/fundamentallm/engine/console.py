@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from io import BufferedWriter, TextIOWrapper
@@ -22,6 +23,11 @@ def program() -> str:
     """Return how this program is called, for the commands that messages name."""
     installed = Path(sys.argv[0]).stem == ROOT
     return ROOT if installed else f"python -m {ROOT}"
+
+
+def command(name: str, *words: Path | str) -> str:
+    """Return a command line of this program, as a user can type it into a shell."""
+    return f"{program()} {shlex.join([name, *map(str, words)])}"
 
 
 class TerminalHandler(logging.Handler):

@@ -18,7 +18,14 @@ from fundamentallm.compute.plan import Machine
 from fundamentallm.compute.watchdog import Watchdog, watched
 from fundamentallm.config import RunConfig, load_config
 from fundamentallm.engine.arguments import RUN_DIR, is_run_dir
-from fundamentallm.engine.console import console_output, logging_to, printable, program, say
+from fundamentallm.engine.console import (
+    command,
+    console_output,
+    logging_to,
+    printable,
+    program,
+    say,
+)
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.wiring import run_directory
 from fundamentallm.engine.wiring.assemble import (
@@ -28,32 +35,29 @@ from fundamentallm.engine.wiring.assemble import (
     keep_texts,
     open_machine,
 )
-from fundamentallm.engine.wiring.comparison import FLAG
+from fundamentallm.engine.wiring.comparison import Position
 from fundamentallm.engine.wiring.exactness import (
     refuse_other_rules,
     refuse_other_versions,
     tell_other_circumstances,
     tell_other_split,
 )
+from fundamentallm.engine.wiring.further import TypedCommand, ended_by, is_budget
 from fundamentallm.engine.wiring.run_directory import RunDirectory
 from fundamentallm.engine.wiring.run_readme import lists_changes, run_readme
-from fundamentallm.errors import DataError, MachineError
+from fundamentallm.errors import DataError, FundamentaLLMError, MachineError
 from fundamentallm.files.filesystem import Filesystem, replace_file
 from fundamentallm.files.lock import refuse_if_owned, run_lock
 from fundamentallm.files.private import make_directory, open_to_read
-from fundamentallm.files.run_layout import BEST, CONFIG, LOG, README, SAMPLES, TENSORBOARD
+from fundamentallm.files.run_layout import BEST, CONFIG, LAST, LOG, README, SAMPLES, TENSORBOARD
 from fundamentallm.training.checkpoint.changes import in_words
 from fundamentallm.training.checkpoint.manifest import Manifest
 from fundamentallm.training.checkpoint.scores import Scores
 from fundamentallm.training.checkpoint.store import CheckpointStore
-from fundamentallm.training.decision import STOPPED_BY
 from fundamentallm.training.handlers.phases import Phases
 from fundamentallm.training.metrics import named_metrics
-from fundamentallm.training.schedulers import SCHEDULERS
 
 logger = logging.getLogger(__name__)
-
-TOTAL_STEPS = "training.total_steps="
 
 
 def run(
@@ -89,27 +93,21 @@ def run(
             load_plugins([*config.plugins, *plugins], config.locate("plugins"))
             check_names(config)
             directory = agree_on_directory(config, resume, run_dir, ranks, change)
+            options = [word for module in plugins for word in ("--plugins", module)]
+            options += ["--allow-inexact"] * allow_inexact
+            typed = TypedCommand(config_path, overrides, options, resume, run_dir, change)
             if directory.finished:
                 if ranks.is_writer:
-                    without = [word for word in overrides if not word.startswith(TOTAL_STEPS)]
-                    schedule = SCHEDULERS.get(config.training.scheduler.name)
-                    flag = f" {FLAG}" * (change or getattr(schedule, "needs_total", False))
-                    _tell_finished(directory, _command("run", config_path, *without), flag)
+                    _tell_finished(config, directory, typed)
                 return 0
             if ranks.is_writer:
                 refuse_if_owned(directory.path)
-            again = _command("run", config_path, *overrides)
             if directory.note and ranks.is_writer:
                 logger.info("%s", directory.note)
             if directory.checkpoint is not None:
                 refuse_other_rules(directory.checkpoint)
                 refuse_other_versions(directory.checkpoint, allow_inexact)
-            if run_dir is not None:
-                again += _option("--run-dir", run_dir)
-            for module in plugins:
-                again += _option("--plugins", module)
-            again += f" {FLAG}" * change
-            return _train(config, directory, machine, again, watchdog)
+            return _train(config, directory, machine, typed, watchdog)
     except RuntimeError as error:
         if ranks.alone or not ("gloo" in str(error) or isinstance(error, dist.DistError)):
             raise
@@ -149,10 +147,18 @@ def _train(
     config: RunConfig,
     directory: RunDirectory,
     machine: Machine,
-    again: str,
+    typed: TypedCommand,
     watchdog: Watchdog | None,
 ) -> int:
-    """Train; `again` is the command that continues the run."""
+    """Train.
+
+    Args:
+        config: as written.
+        directory: of the run.
+        machine: where it computes.
+        typed: the user's command.
+        watchdog: of this rank; None without one.
+    """
     if watchdog is not None:
         watchdog.folder = directory.path
     run = assemble(config, directory, machine, first=[Phases(watchdog)] if watchdog else [])
@@ -182,14 +188,15 @@ def _train(
         if trainer.interrupted_by is not None and not trainer.finished:
             if ranks.is_writer:
                 logger.info(
-                    "stopped by %s, saved at step %d; the same command goes on: %s",
+                    "stopped by %s, saved at step %d; %s command goes on: %s",
                     _signal_in_words(trainer.interrupted_by),
                     trainer.state.iteration,
-                    again,
+                    "the same" if typed.resume == "auto" else "this",
+                    typed.again(directory.path),
                 )
             return 128 + trainer.interrupted_by
         if ranks.is_writer:
-            _conclude(run, again)
+            _conclude(run, typed)
     return 0
 
 
@@ -248,13 +255,13 @@ def _announce(run: Run) -> None:
     logger.info("run directory: %s", run.directory.path)
 
 
-def _conclude(run: Run, again: str) -> None:
+def _conclude(run: Run, typed: TypedCommand) -> None:
     """Print how it ended, a sample, and the next commands."""
     trainer = run.trainer
     state = trainer.state
     path = run.directory.path
     if not trainer.finished:
-        say(f"Saved at step {state.iteration}. Continue with: {again}")
+        say(f"Saved at step {state.iteration}. Continue with: {typed.again(path)}")
         return
     say()
     say(
@@ -262,7 +269,7 @@ def _conclude(run: Run, again: str) -> None:
         f" in {trainer.budget.elapsed_seconds():.0f} s ({trainer.finished})."
         + (f" Updates refused: {state.skipped_steps:,}." if state.skipped_steps else "")
     )
-    best = _best(run.directory)
+    best = _pointed(run.directory, BEST)
     if "val/loss" in state.metrics:
         scores = Scores(run.directory.checkpoints)
         say(
@@ -285,10 +292,19 @@ def _conclude(run: Run, again: str) -> None:
             say(f"({origin})")
     say()
     say("Next:")
-    say(f"  {_command('generate', path)}{_option('--prompt', _prompt_for(run))}")
-    say(f"  {_command('evaluate', path)}")
-    say(f"  {_command('report', path)}")
-    say(f"  tensorboard{_option('--logdir', path / TENSORBOARD)}    # pip install tensorboard")
+    say(f"  {command('generate', path, '--prompt', _prompt_for(run))}")
+    say(f"  {command('evaluate', path)}")
+    say(f"  {command('report', path)}")
+    curves = shlex.join(["tensorboard", "--logdir", str(path / TENSORBOARD)])
+    say(f"  {curves}    # pip install tensorboard")
+    last = _pointed(run.directory, LAST)
+    seconds = trainer.budget.elapsed_seconds()
+    position = Position(state.iteration, state.tokens_seen, seconds, trainer.epochs)
+    # The file may have been edited into something else since the run began.
+    with contextlib.suppress(FundamentaLLMError):
+        if last is not None:
+            on = typed.further(path, last, position, trainer.finished)
+            say(f"  {on}    # train it further")
 
 
 def _prompt_for(run: Run) -> str:
@@ -310,29 +326,23 @@ def _in_words(scores: Scores, best: Manifest) -> str:
     return f" (best {loss:.4f})" if loss is not None else ""
 
 
-def _best(directory: RunDirectory) -> Manifest | None:
-    """Return the manifest of the best checkpoint of the run, also of earlier processes."""
+def _pointed(directory: RunDirectory, pointer: str) -> Manifest | None:
+    """Return the manifest of the best or the last checkpoint, also of earlier processes."""
     store = CheckpointStore(directory.checkpoints)
-    best = store.resolve(BEST)
-    return store.manifest(best) if best is not None else None
+    checkpoint = store.resolve(pointer)
+    return store.manifest(checkpoint) if checkpoint is not None else None
 
 
-def _tell_finished(directory: RunDirectory, again: str, flag: str) -> None:
-    say(f"The run in {directory.path} is finished: {directory.finished}.")
-    if directory.finished.startswith(STOPPED_BY):
-        say("To train it further:")
-        say(f"  {again}{_option('--resume', directory.path)}")
-    else:
-        say("To train it further, give it a larger budget:")
-        say(f"  {again} {TOTAL_STEPS}N{_option('--resume', directory.path)}{flag}")
+def _tell_finished(config: RunConfig, directory: RunDirectory, typed: TypedCommand) -> None:
+    """Say why a run is finished, and the commands for more of it and for a new one."""
+    manifest, finished, survey = directory.checkpoint, directory.finished, directory.survey
+    assert manifest is not None
+    assert survey is not None
+    position = Position.of(survey.look(manifest.name), manifest.name)
+    reason = ended_by(config.training, position, finished)
+    say(f"The run in {directory.path} is finished: {reason}.")
+    budget = ", give it a larger budget, as in" if is_budget(finished) else ""
+    say(f"To train it further{budget}:")
+    say(f"  {typed.further(directory.path, manifest, position, finished)}")
     say("To start a new run:")
-    say(f"  {again} --resume never")
-
-
-def _command(name: str, *arguments: Path | str) -> str:
-    words = " ".join(shlex.quote(str(argument)) for argument in arguments)
-    return f"{program()} {name} {words}"
-
-
-def _option(name: str, value: Path | str) -> str:
-    return f" {name} {shlex.quote(str(value))}"
+    say(f"  {typed.fresh()}")

@@ -117,7 +117,11 @@ class Budget:
 
     def is_used_up(self) -> bool:
         """Return whether a limit of seconds or tokens is met, on this rank."""
-        seconds, tokens = self.limits.max_seconds, self.limits.max_tokens
-        return (seconds is not None and self.elapsed_seconds() >= seconds) or (
-            tokens is not None and self._state.tokens_seen >= tokens
-        )
+        seconds = self.limits.max_seconds
+        is_late = seconds is not None and self.elapsed_seconds() >= seconds
+        return is_late or self.tokens_are_used_up()
+
+    def tokens_are_used_up(self) -> bool:
+        """Return whether the limit of tokens is met."""
+        tokens = self.limits.max_tokens
+        return tokens is not None and self._state.tokens_seen >= tokens

@@ -314,7 +314,9 @@ class TrainingLoop(SteeredEngine):
         """Finish a resumed run whose budget is used up; its last evaluation may still be due."""
         if self.state.iteration == 0:
             return
-        if self.state.iteration >= (self.total_steps or math.inf):
+        if self.budget.tokens_are_used_up():
+            self.finish(USED_UP)
+        elif self.state.iteration >= (self.total_steps or math.inf):
             self.finish(LAST_STEP)
         elif self.ranks.any(self.budget.is_used_up()):
             self.finish(USED_UP)

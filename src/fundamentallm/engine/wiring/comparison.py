@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,16 +111,20 @@ class Position:
                 "the checkpoint does not say how far its run was", where=where, got=str(error)[:200]
             ) from error
 
-    def leaves_more(self, training: TrainingConfig) -> bool:
-        """Return whether budgets leave something to do from here."""
+    def spent(self, training: TrainingConfig) -> list[str]:
+        """Return the fields of `training` whose limits leave nothing to do from here."""
         steps, tokens, seconds = training.total_steps, training.max_tokens, training.max_seconds
-        if steps is None and tokens is None and seconds is None:
-            steps = self.epochs.last_step(training.num_epochs)
-        return (
-            self.step < (math.inf if steps is None else steps)
-            and self.tokens < (math.inf if tokens is None else tokens)
-            and self.seconds < (math.inf if seconds is None else seconds)
-        )
+        spent = []
+        if steps is not None and self.step >= steps:
+            spent.append("total_steps")
+        if tokens is not None and self.tokens >= tokens:
+            spent.append("max_tokens")
+        if seconds is not None and self.seconds >= seconds:
+            spent.append("max_seconds")
+        by_epochs = steps is None and tokens is None and seconds is None
+        if by_epochs and self.step >= self.epochs.last_step(training.num_epochs):
+            spent.append("num_epochs")
+        return spent
 
     def horizon(self, training: TrainingConfig) -> tuple[Any, ...]:
         """Return what a schedule with a horizon aims at: steps, tokens, or seconds."""

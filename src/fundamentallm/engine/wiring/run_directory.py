@@ -248,7 +248,7 @@ def _going_on(found: _Found, change: bool, named: Path | None = None) -> RunDire
     if comparison.differs:
         position = Position.of(survey.look(manifest.name), manifest.name)
         is_new_end = bool(comparison.budgets) or finished not in (LAST_STEP, USED_UP)
-        if is_new_end and position.leaves_more(comparison.config.training):
+        if is_new_end and not position.spent(comparison.config.training):
             finished = ""
     if named is not None and finished.startswith(STOPPED_BY):
         finished = ""

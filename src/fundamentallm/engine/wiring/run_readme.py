@@ -62,6 +62,7 @@ A file is there once the run has written it.
 | hand the model on | `{program} export {name} --format hf --out DIR` |
 | stop the run with its state saved | Ctrl-C, or `touch {shlex.quote(str(run / STOP))}` |
 | go on after a stop | the command that started the run |
+| train further after the end | the same command, which names the budget to raise |
 
 The commands name this directory as it was called when the run started.
 """ + _changes(changes)
