@@ -5,10 +5,11 @@
 Both train the same model from the same weights on the same windows, in turn within each step: the
 bare loop takes its step on a window before the engine takes it, or after, by turns. So whatever
 else the machine does falls on both alike, and both begin with the caches that a real step leaves
-behind. Processor time is counted, not the wall's, which other programs have a part in. Then the
-bare loop against itself, which shows how far such a difference can be trusted. Prints one JSON
-object; exits with 1 if the engine costs more than 50 microseconds a step, or if the final weights
-are not bitwise equal.
+behind. Who goes first has a cost of its own, some 50 microseconds, so the difference is taken for
+each order by itself, and their mean is told. Processor time is counted, not the wall's, which other
+programs have a part in. Then the bare loop against itself, which shows how far such a difference
+can be trusted. Prints one JSON object; exits with 1 if the engine costs more than 50 microseconds
+a step, or if the final weights are not bitwise equal.
 
 With `--empty` the engine runs without a model's computation: all its own work a step, what a bare
 loop does too included, with warm caches. That is no figure of a real run, but it moves by less than
@@ -137,15 +138,20 @@ class InTurn:
     Args:
         loader: the trainer's.
         rival: takes the step on a window.
+        log_steps: the order changes with each step and once more with each so many, so that logging
+            steps meet both orders too.
 
     Attributes:
+        rival_first: whether the rival went first, for each step.
         own: seconds of the engine's iterations, from a window handed over to the next asked for.
         rivals: seconds of the rival's.
     """
 
-    def __init__(self, loader: Any, rival: Callable[[Window], None]) -> None:
+    def __init__(self, loader: Any, rival: Callable[[Window], None], log_steps: int) -> None:
         self.loader = loader
         self.rival = rival
+        self.log_steps = log_steps
+        self.rival_first: list[bool] = []
         self.own: list[float] = []
         self.rivals: list[float] = []
         self.owed: Window | None = None
@@ -159,7 +165,9 @@ class InTurn:
     def __iter__(self) -> Iterator[Window]:
         for window in self.loader:
             self.owed = window
-            if len(self.own) % 2 == 0:
+            step = len(self.own)
+            self.rival_first.append((step + step // self.log_steps) % 2 == 0)
+            if self.rival_first[-1]:
                 self.let_rival_step()
             began = time.process_time()
             yield window
@@ -209,7 +217,7 @@ def train_both(directory: Path, steps: int) -> tuple[Trainer, BareLoop, InTurn]:
     """Train the engine and the bare loop in turn; return both and the times."""
     trainer = make_trainer(directory, steps)
     bare = bare_loop_of(trainer)
-    turns = trainer.train_loader = InTurn(trainer.train_loader, bare.step)
+    turns = trainer.train_loader = InTurn(trainer.train_loader, bare.step, trainer.config.log_steps)
     with logging_to(directory / "log.txt"):
         trainer.run()
     turns.let_rival_step()
@@ -220,7 +228,7 @@ def train_bare_twice(directory: Path, steps: int) -> InTurn:
     """Train two bare loops in turn; return the times."""
     trainer = make_trainer(directory, steps)
     one, other = bare_loop_of(trainer), bare_loop_of(trainer)
-    turns = InTurn(trainer.train_loader, other.step)
+    turns = InTurn(trainer.train_loader, other.step, trainer.config.log_steps)
     while one.steps < steps:
         for window in turns:
             one.step(window)
@@ -242,14 +250,21 @@ def unequal_weights(trainer: Trainer, bare: BareLoop) -> list[str]:
 def summary(turns: InTurn, log_steps: int) -> dict[str, float]:
     """Return the median difference, of plain steps and of logging ones, weighted as they occur."""
     pairs = list(zip(turns.own, turns.rivals, strict=False))
-    found: dict[bool, list[float]] = {False: [], True: []}
+    found: dict[tuple[bool, bool], list[float]] = {}  # by whether it logs, and the order
     for step, (own, rival) in enumerate(pairs, start=1):
         if step > WARMUP:
-            found[step % log_steps == 0].append((own - rival) * 1e6)
-    plain, logging = (statistics.median(found[kind]) for kind in (False, True))
+            kind = step % log_steps == 0, turns.rival_first[step - 1]
+            found.setdefault(kind, []).append((own - rival) * 1e6)
+    medians = {kind: statistics.median(values) for kind, values in found.items()}
+    plain, logging = (
+        statistics.mean(medians[logs, first] for first in (False, True)) for logs in (False, True)
+    )
     # Of a median: 1.25 standard deviations of the values, taken from their quartiles.
-    low, _, high = statistics.quantiles(found[False], n=4)
-    error = 1.25 * (high - low) / 1.349 / len(found[False]) ** 0.5
+    variances = []
+    for first in (False, True):
+        low, _, high = statistics.quantiles(found[False, first], n=4)
+        variances.append((1.25 * (high - low) / 1.349) ** 2 / len(found[False, first]))
+    error = sum(variances) ** 0.5 / 2
     return {
         "ms a step": round(statistics.median(own for own, _ in pairs[WARMUP:]) * 1e3, 3),
         "ms a step of the rival": round(statistics.median(r for _, r in pairs[WARMUP:]) * 1e3, 3),

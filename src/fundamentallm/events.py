@@ -19,7 +19,8 @@ STARTED
           FLLM_INCIDENT_DETECTED  its verdict, in state.incident
     ITERATION_COMPLETED         producers write state.metrics: loss EMA, perplexity, throughput
     FLLM_METRICS_MEASURED       metrics that are derived from other metrics: MFU
-    FLLM_METRICS_READY          consumers read: logs, progress
+    FLLM_METRICS_READY          consumers read: progress
+    FLLM_LOG_DUE                every log_steps, at each epoch's end and at the last step: loggers
     FLLM_CHECKPOINT_DUE         before each evaluation (or checkpoint_steps), at step 0 and the end
       FLLM_CHECKPOINT_SAVED     its report; in the background, when it is on the disk
       FLLM_STATE_DAMAGED        it holds NaN or infinity, so that it is not saved
@@ -90,6 +91,7 @@ class TrainingEvents(EventEnum):
     FLLM_INCIDENT_DETECTED = "fllm_incident_detected", IN_STEP, "incidents", True
     FLLM_METRICS_MEASURED = "fllm_metrics_measured", AFTER_STEP, "iteration"
     FLLM_METRICS_READY = "fllm_metrics_ready", AFTER_STEP, "iteration"
+    FLLM_LOG_DUE = "fllm_log_due", AFTER_STEP, "iteration"
     FLLM_CHECKPOINT_DUE = "fllm_checkpoint_due", AFTER_STEP, "iteration"
     FLLM_CHECKPOINT_SAVED = "fllm_checkpoint_saved", AFTER_STEP, "checkpoints", True
     FLLM_STATE_DAMAGED = "fllm_state_damaged", AFTER_STEP, "iteration"

@@ -519,6 +519,8 @@ class TrainingLoop(SteeredEngine):
             self.notify(TrainingEvents.FLLM_METRICS_MEASURED)
             self.history.record_step(step, self.state.metrics)
             self.notify(TrainingEvents.FLLM_METRICS_READY)
+            if self.is_log_step():
+                self.notify(TrainingEvents.FLLM_LOG_DUE)
             wishes = facts.finish or facts.end_epoch or facts.roll_back is not None
             if self._decision is not GO_ON or wishes:
                 self._conclude()

@@ -254,7 +254,10 @@ class TrainStep:
         return loss, norm
 
     def _rates_are_finite(self) -> bool:
-        return all(math.isfinite(group["lr"]) for group in self.optimizer.param_groups)
+        for group in self.optimizer.param_groups:  # noqa: SIM110 (all() would make a generator)
+            if not math.isfinite(group["lr"]):
+                return False
+        return True
 
     def _judge(self) -> str:
         # A single rank may check this late; several ranks can only act on what they agreed on.

@@ -92,7 +92,7 @@ class MetricsWriter(ABC):
         for event, listener in (
             (TrainingEvents.FLLM_RUN_STARTED, self._begin),
             (TrainingEvents.FLLM_ROLLED_BACK, self._go_back),
-            (TrainingEvents.FLLM_METRICS_READY, self._log_training),
+            (TrainingEvents.FLLM_LOG_DUE, self._log_training),
             (TrainingEvents.FLLM_EVALUATION_COMPLETED, self._log_validation),
             (TrainingEvents.FLLM_INCIDENT_DETECTED, self._mark_incident),
             (TrainingEvents.FLLM_RUN_ENDED, self._end),
@@ -113,8 +113,7 @@ class MetricsWriter(ABC):
         self._mark(trainer, "rollbacks", step + 1, trainer.state.rollbacks, text)
 
     def _log_training(self, trainer: TrainingLoop) -> None:
-        if trainer.is_log_step():
-            self._try(self.write, self._measured(trainer, "train"))
+        self._try(self.write, self._measured(trainer, "train"))
 
     def _log_validation(self, trainer: TrainingLoop) -> None:
         self._try(self.write, self._measured(trainer, "val"))

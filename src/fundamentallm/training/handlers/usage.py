@@ -53,7 +53,7 @@ class Usage:
             (TrainingEvents.FLLM_EVALUATION_COMPLETED, "sampling"),
         ):
             trainer.add_event_handler(event, partial(self.enter, phase=phase))
-        trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, self.log)
+        trainer.add_event_handler(TrainingEvents.FLLM_LOG_DUE, self.log)
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_ENDED, self.end)
 
     def begin(self, trainer: TrainingLoop) -> None:
@@ -80,8 +80,8 @@ class Usage:
         self._phase, self._since = phase, now
 
     def log(self, trainer: TrainingLoop) -> None:
-        """Write a line at a logging step, if it is time."""
-        if trainer.is_log_step() and trainer.budget.clock() - self._written >= self.interval:
+        """Write a line, if it is time."""
+        if trainer.budget.clock() - self._written >= self.interval:
             self.write(trainer)
 
     def end(self, trainer: TrainingLoop) -> None:
