@@ -823,6 +823,35 @@ def test_a_type_that_the_processor_is_slow_in_is_said(monkeypatch, capsys):
     assert "bf16" not in "".join(capsys.readouterr())
 
 
+def test_muons_type_is_chosen_once_and_stored(at_step, monkeypatch, capsys):
+    muon = "training.optimizer={name: muon, dtype: %s}"
+    command = ["run", "tiny.yaml", muon % "auto", "training.total_steps=12"]
+
+    def stored() -> str:
+        config = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())
+        return config["training"]["optimizer"]["dtype"]
+
+    monkeypatch.setattr(processor, "cpu_rates", lambda: (1e11, 1e9))
+    at_step(6, press_ctrl_c)
+    assert main(command) == 130
+    assert stored() == "float32"
+    assert "slower" not in "".join(capsys.readouterr())
+    # the same run on a processor that is fast in bfloat16
+    monkeypatch.setattr(processor, "cpu_rates", lambda: (1e11, 5e11))
+    at_step(10**6, press_ctrl_c)
+    assert main(command) == 0
+    assert stored() == "float32"
+
+    monkeypatch.setattr(processor, "cpu_rates", lambda: (1e11, 1e9))
+    capsys.readouterr()
+    assert main(["check", "tiny.yaml", muon % "bfloat16"]) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert (
+        "muon's dtype: bfloat16 is slower than float32: matrix products here do 1 GFLOP/s in "
+        "bfloat16 and 100 in float32; set it to auto or float32"
+    ) in said
+
+
 def test_documents_apart_are_not_computed_by_native_code(capsys):
     assert main(["prepare", "text.txt", "--tokenizer", "character", "--out", "prepared"]) == 0
     words = ["data.source=prepared", "data.packing=document", "training.total_steps=1"]

@@ -13,8 +13,16 @@ from tests.properties import examples
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from fundamentallm.compute import processor
+from fundamentallm.compute.plan import Machine
+from fundamentallm.config.component import Component
 from fundamentallm.errors import ConfigError
-from fundamentallm.training.optimizers import OPTIMIZERS, OptimizerBuilder, parameter_groups
+from fundamentallm.training.optimizers import (
+    OPTIMIZERS,
+    OptimizerBuilder,
+    parameter_groups,
+    with_plain_dtype,
+)
 
 # What each name promises, in torch's words.
 REFERENCES = {
@@ -269,3 +277,23 @@ def test_state_continues_bitwise_also_with_an_empty_group(name, make):
     train(resumed, other, 3, seed=2)
     for one, two in zip(model.parameters(), resumed.parameters(), strict=True):
         assert one.equal(two)
+
+
+@pytest.mark.parametrize(
+    ("written", "device", "bfloat16", "dtype"),
+    [
+        ("auto", "cpu", 5e11, "bfloat16"),
+        ("auto", "cpu", 1e9, "float32"),
+        ("auto", "cuda", 1e9, "bfloat16"),
+        ("auto", "mps", 5e11, "float32"),
+        ("bfloat16", "cpu", 1e9, "bfloat16"),
+        (None, "cpu", 5e11, None),
+    ],
+)
+def test_a_written_auto_is_the_type_of_the_faster_products(
+    monkeypatch, written, device, bfloat16, dtype
+):
+    monkeypatch.setattr(processor, "cpu_rates", lambda: (1e11, bfloat16))
+    options = {"adamw_lr": 1e-3} | ({} if written is None else {"dtype": written})
+    found = with_plain_dtype(Component(name="muon", options=options), Machine(torch.device(device)))
+    assert (found.options.get("dtype"), found.options["adamw_lr"]) == (dtype, 1e-3)

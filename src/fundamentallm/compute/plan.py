@@ -81,6 +81,13 @@ class Machine:
             torch.cuda.set_device(found)
         return cls(found, ranks)
 
+    def is_slow_in_bf16(self) -> bool:
+        """Whether bfloat16 is known to be no gain on some rank; every rank must call it.
+
+        Ranks must compute alike, and their rates may differ.
+        """
+        return self.ranks.any(bool(why_not_bf16(self.device)))
+
     def circumstances(self) -> dict[str, str | int]:
         """Return the facts beside a plan that rounding and speed depend on, as plain values."""
         gpu = self.device.type == "cuda"
@@ -176,12 +183,7 @@ class Plan:
             if model.config is not None:
                 require_native(model.config, device)
             opens = config.precision == "auto" and not config.mixed_precision
-            # Ranks must compute alike, and their rates may differ.
-            wide = (
-                machine.ranks.any(bool(why_not_bf16(device)))
-                if opens
-                else config.precision == "fp32"
-            )
+            wide = machine.is_slow_in_bf16() if opens else config.precision == "fp32"
             precision, narrow = "fp32" if wide else "bf16", False
         else:
             precision = resolve_precision(config.precision, config.mixed_precision, device)

@@ -27,7 +27,9 @@ from pydantic import Field
 from torch import nn, optim
 from torch.optim import Optimizer
 
+from fundamentallm.compute.plan import Machine
 from fundamentallm.config.base import Count, NonNegative, Positive, Share
+from fundamentallm.config.component import Component
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.registry import Registry
 from fundamentallm.training.optim.lion import Lion
@@ -87,6 +89,23 @@ class OptimizerBuilder:
             },
             **config.optimizer.options,
         )
+
+
+def with_plain_dtype(optimizer: Component, machine: Machine) -> Component:
+    """Return an optimizer's choice with the type that its `dtype: auto` means on a machine.
+
+    On a CPU that is the type of the faster products. A run resolves it once, before its first step,
+    and stores the result. Without a written `dtype: auto` nothing changes.
+
+    Args:
+        optimizer: as a configuration has it.
+        machine: every one of its ranks must call this.
+    """
+    if optimizer.options.get("dtype") != "auto":
+        return optimizer
+    narrow = machine.device.type in ("cpu", "cuda") and not machine.is_slow_in_bf16()
+    dtype = "bfloat16" if narrow else "float32"
+    return optimizer.model_copy(update={"options": {**optimizer.options, "dtype": dtype}})
 
 
 def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:
@@ -283,7 +302,8 @@ def muon(
         nesterov: look ahead along the momentum.
         num_steps: Newton-Schulz iterations, >= 1.
         scale: how a matrix's learning rate follows its shape: "spectral" or "adamw".
-        dtype: type of the iterations; auto: bfloat16 on a GPU, float32 elsewhere.
+        dtype: type of the iterations; auto: bfloat16 on a GPU, float32 elsewhere; where a
+            configuration says auto, the faster of both on a CPU, chosen when a run begins.
         weight_decay: each step multiplies a decaying weight by 1 - (its lr) * weight_decay.
         adamw_lr: learning rate of all that is no hidden matrix.
         head_lr, embedding_lr, vector_lr: learning rate of the head, of the embeddings, or of biases

@@ -55,7 +55,7 @@ from fundamentallm.training.handlers.criterion import Criterion
 from fundamentallm.training.limits import Limits
 from fundamentallm.training.losses import LOSSES
 from fundamentallm.training.metrics import METRICS
-from fundamentallm.training.optimizers import OPTIMIZERS, OptimizerBuilder
+from fundamentallm.training.optimizers import OPTIMIZERS, OptimizerBuilder, with_plain_dtype
 from fundamentallm.training.schedulers import SCHEDULERS
 from fundamentallm.training.trainer import Trainer
 
@@ -174,8 +174,8 @@ def assemble(
         plan, chosen = choose_auto(written, config, plan, train_loader)
         config = plan.applied_to(config)
         notes += chosen
-        if plan.precision == "bf16" and (slower := why_not_bf16(plan.device)):
-            notes.append(f"precision: bf16 is slower than fp32: {slower}; set it to auto or fp32")
+    if begins:
+        notes += slower_types(config, plan)
     training = config.training
 
     # models compute; the ranks share the weights, and then each draws its own dropout
@@ -458,6 +458,22 @@ def without_effect(config: RunConfig, source: Source) -> list[str]:
     return notes
 
 
+def slower_types(config: RunConfig, plan: Plan) -> list[str]:
+    """Return a note for each use of bfloat16 in which this processor is slower than in float32."""
+    optimizer = config.training.optimizer
+    asked = {
+        "precision: bf16 is slower than fp32": plan.precision == "bf16",
+        f"{optimizer.name}'s dtype: bfloat16 is slower than float32": (
+            optimizer.options.get("dtype") == "bfloat16"
+        ),
+    }
+    if not any(asked.values()) or not (slower := why_not_bf16(plan.device)):
+        return []
+    return [
+        f"{what}: {slower}; set it to auto or {what.split()[-1]}" for what in asked if asked[what]
+    ]
+
+
 def warn_of_overlap(data: DataConfig, source: Source, tokenizer: Tokenizer) -> None:
     """Warn if validation text also occurs in the training text."""
     share = overlap(source, tokenizer, data.split)
@@ -556,9 +572,16 @@ def resolve(
         training = training.model_copy(update={"compile": False})  # as `without_effect` tells
     with config.locating_errors("training"):
         plan = Plan.resolve(training, facts, machine, config.data.batch_size)
-    steps = {"warmup_steps": warmup, "total_steps": limits.total_steps}
+    optimizer = training.optimizer
+    if directory.checkpoint is None:
+        optimizer = with_plain_dtype(optimizer, machine)
+    filled = {
+        "warmup_steps": warmup,
+        "total_steps": limits.total_steps,
+        "optimizer": optimizer,
+    }
     completed = config.model_copy(
-        update={"model": model, "training": config.training.model_copy(update=steps)}
+        update={"model": model, "training": config.training.model_copy(update=filled)}
     )
     return plan.applied_to(completed), plan, notes
 
@@ -578,6 +601,10 @@ def as_it_began(
     choices |= {
         name: value for name, value in BEFORE_THERE_WAS_A_CHOICE.items() if name not in said
     }
+    chosen = known.optimizer.options.get("dtype")
+    if training.optimizer.options.get("dtype") == "auto" and chosen is not None:
+        options = {**training.optimizer.options, "dtype": chosen}
+        choices["optimizer"] = training.optimizer.model_copy(update={"options": options})
     began = training.model_copy(update=choices)
     reason = _why_not_compiled(began, model, device) if began.compile else ""
     if not reason:
