@@ -3,7 +3,7 @@
     python benchmarks/recipes.py CONFIG [--data PATH] [--seeds 1337 1338 1339] [KEY=VALUE ...]
 
     configs/shakespeare_cpu.yaml                           two minutes, compilation included
-    configs/shakespeare_cpu.yaml training.max_seconds=590  ten
+    configs/shakespeare_cpu.yaml training.max_seconds=600  ten
     configs/shakespeare_small.yaml                         2,000 steps of 768 tokens
     configs/shakespeare_small.yaml training.total_steps=250 --against-hand
 

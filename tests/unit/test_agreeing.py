@@ -27,7 +27,15 @@ from fundamentallm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 OWN, OTHERS = 16, 10  # valid targets of the two ranks
-VOTES = ("exhausted", "leaving", "stopped", "fault", "end_epoch", "skip_epoch_completed")
+VOTES = (
+    "exhausted",
+    "leaving",
+    "stopped",
+    "fault",
+    "end_epoch",
+    "skip_epoch_completed",
+    "hurries",
+)
 
 
 class Pair(Ranks):

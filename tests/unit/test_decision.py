@@ -214,7 +214,7 @@ def test_the_table_of_cases(known: Known, expected: Decision) -> None:
 def test_of_a_new_step_nothing_is_wished_or_done() -> None:
     facts = StepFacts()
     fields = [getattr(facts, name) for name in StepFacts.__annotations__]
-    assert fields == ["", None, *[False] * 7, None]
+    assert fields == ["", None, *[False] * 8, None]
     assert decide(StepEnd(1, 50, WITH_EVALUATION, facts, True)) == Decision(GO_ON)
 
 

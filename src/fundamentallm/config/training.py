@@ -98,7 +98,8 @@ class TrainingConfig(BaseConfig):
     """Tokens of the run over all ranks; null: no such limit."""
 
     max_seconds: Positive | None = None
-    """Seconds from the start of the process after which the run finishes; null: no limit."""
+    """Seconds in which the run ends, the last validation and sample included; they count from the
+    start of a process, over all processes of the run; null: no limit."""
 
     stop_after_seconds: Positive | None = None
     """Seconds from the start of the process after which the run is saved and stops; it can be

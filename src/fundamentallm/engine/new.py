@@ -202,7 +202,7 @@ model:    # about {size.parameters / 1e6:.1f} million parameters in its blocks
   num_heads: {size.num_heads}
   dropout: 0.0    # 0.1 or 0.2 where validation loss rises while training loss falls
 training:
-  max_seconds: {seconds}    # the budget, from the start of the process; the schedule follows it
+  max_seconds: {seconds}    # of the whole run, its end included; the schedule follows it
   learning_rate: {rate:g}    # `fundamentallm tune --learning-rate` suggests one
   min_learning_rate: {rate / 10:g}
   optimizer: adamw

@@ -9,10 +9,12 @@ an evaluation and a save may bring new wishes. The rules:
 - A run that finishes has saved and evaluated; a run that stops for now has saved.
 - An evaluation that a stop interrupts or skips is pending: the run is not finished, and the resumed
   run begins with that evaluation.
+- An evaluation that would leave no time for the last one, in a run under a clock, is left out.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -71,6 +73,22 @@ class Cadence:
             config.checkpoint_steps,
         )
 
+    def evaluations_between(self, step: int, last: int) -> int:
+        """Return how many evaluations follow the steps after `step` up to `last`, the run's last.
+
+        After an epoch that was ended early, one at two occasions counts twice.
+        """
+
+        def multiples(of: int, offset: int = 0) -> int:
+            return (last - offset) // of - (step - offset) // of
+
+        count = multiples(self.eval_steps) + (not self.evaluates_at(last))
+        if self.eval_epochs:
+            count += multiples(self.steps_per_epoch, self.epochs_from)
+            if self.epochs_from == 0:
+                count -= multiples(math.lcm(self.eval_steps, self.steps_per_epoch))
+        return count
+
     def logs_at(self, step: int) -> bool:
         """Whether a step's metrics enter the logs."""
         return step % self.log_steps == 0 or self.ends_epoch(step)
@@ -116,6 +134,7 @@ class StepFacts:
         end_epoch: a wish to end the epoch with this step.
         skip_epoch_completed: that EPOCH_COMPLETED is then not to be fired.
         exhausted: whether some rank has used up a budget of tokens or seconds.
+        hurries: whether on some rank an evaluation now would leave no time for the last one.
         leaving: whether some rank must save and stop for now.
         data_fault: whether some rank cannot read its data, so that the next step does not
             start.
@@ -130,6 +149,7 @@ class StepFacts:
     end_epoch: bool = False
     skip_epoch_completed: bool = False
     exhausted: bool = False
+    hurries: bool = False
     leaving: bool = False
     data_fault: bool = False
     evaluated: bool = False
@@ -201,7 +221,7 @@ def decide(at: StepEnd) -> Decision:
         reason = USED_UP
     elif not reason and step == at.last_step:
         reason = LAST_STEP
-    due = step > 0 and (bool(reason) or at.cadence.evaluates_at(step))
+    due = step > 0 and (bool(reason) or (at.cadence.evaluates_at(step) and not facts.hurries))
     pending = due and at.unmeasured
     evaluate = due and not facts.evaluated and (bool(reason) or not facts.leaving)
     if facts.leaving and pending and not evaluate:

@@ -18,7 +18,8 @@ Shapes: B batch, T time, D model width, V vocabulary, N valid targets of a micro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -32,6 +33,7 @@ from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.precision import Precision
 from fundamentallm.config.evaluation import ALWAYS_MEASURED, TAKEN_NAMES
 from fundamentallm.data.batch import Batch, as_window
+from fundamentallm.errors import DataError
 from fundamentallm.training.foreign import owner_of
 from fundamentallm.training.losses import Head, takes_hidden_states, widened
 from fundamentallm.training.recovery.data_faults import DataFaults
@@ -137,6 +139,26 @@ class Evaluator(Engine):
         if not self._is_whole:
             state.metrics.clear()
         return state
+
+    def seconds_for(self, data: Collection[Any]) -> float:
+        """Estimate the seconds of a pass over this rank's batches from one micro-batch.
+
+        It is measured twice if it is quick, since a first call prepares something. Data that cannot
+        be read take none: the pass itself reports that.
+        """
+        with self.weights(), undisturbed(self.model):
+            try:
+                window = as_window(next(iter(data)))
+            except (DataError, StopIteration):
+                return 0.0
+            batch, seconds = window.micro_batches[0], math.inf
+            for _ in range(2):
+                started = time.perf_counter()
+                float(evaluate_batch(self.model, batch, self.precision, self.loss_fn)[0])
+                seconds = min(seconds, time.perf_counter() - started)
+                if seconds > 1.0:
+                    break
+        return seconds * len(window.micro_batches) * len(data)
 
     def terminate(self, skip_completed: bool = False) -> None:
         """Cut the pass short, after this micro-batch; one rank does so for all.

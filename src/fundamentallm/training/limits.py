@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+_ENDS = 4  # measured ends that count, so that a handler which acts at every second one does
+_LARGEST_SHARE = 0.5  # of the seconds that the end may take from the training
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +25,7 @@ class Limits:
 
     Attributes:
         total_steps: optimizer steps; None where only the clock ends the run.
-        max_seconds: seconds from process start after which the run is finished.
+        max_seconds: seconds of all processes of the run, each from its start, in which it ends.
         max_tokens: training tokens after which the run is finished.
         num_epochs: epochs after which the run is finished, where `total_steps` follows from
             them: an epoch that a handler ends early makes the run shorter.
@@ -64,6 +72,10 @@ class Limits:
 class Budget:
     """How much of its limits a run has used.
 
+    A limit in seconds holds for the whole run, its end included: the last save, validation and
+    sample. Their time is kept free. It is the longest that the last few took, and before the first
+    an estimate.
+
     Args:
         limits: when the run ends.
         state: counts steps, tokens, and the seconds of earlier processes.
@@ -80,10 +92,31 @@ class Budget:
         constructed = time.monotonic()
         self.clock: Callable[[], float] = lambda: time.monotonic() - constructed
         self._began = (0.0, 0)
+        self._not_in_steps = 0.0
+        self._ends: deque[float] = deque(maxlen=_ENDS)
+        self._estimates: list[Callable[[], float]] = []
+        self._estimated: float | None = None
 
     def begin(self) -> None:
         """Measure the speed of the steps from now on."""
         self._began = self.clock(), self._state.iteration
+        self._not_in_steps = 0.0
+
+    def estimate_end(self, seconds: Callable[[], float]) -> None:
+        """Have the seconds of a part of the end estimated, by a function that is called once."""
+        self._estimates.append(seconds)
+
+    @contextmanager
+    def measuring_end(self) -> Iterator[None]:
+        """Measure a block that does what the end of the run will do."""
+        started = self.clock()
+        yield
+        self._ends.append(self.clock() - started)
+        self._not_in_steps += self._ends[-1]
+
+    def seconds_of_end(self) -> float:
+        """Return the seconds that the end of the run will take; 0 as long as that is unknown."""
+        return max(self._ends) if self._ends else self._estimated or 0.0
 
     def elapsed_seconds(self) -> float:
         """Return the seconds of this run, those of earlier processes included."""
@@ -97,31 +130,70 @@ class Budget:
         seconds = self.limits.max_seconds
         if seconds is None or not self.limits.follows_clock:
             return None
-        progress = min(1.0, self.elapsed_seconds() / seconds)
+        progress = min(1.0, self.elapsed_seconds() / (seconds - self._kept_free(seconds)))
         if self._ranks.alone:
             return progress
         # Clocks differ, and ranks with different learning rates would drift apart.
         return self._ranks.sum_counts([round(progress * 1e9) * self._ranks.is_writer])[0] / 1e9
 
-    def seconds_remaining(self) -> float | None:
-        """Estimate the seconds to the end of the run; None without a basis for an estimate."""
-        began_at, first_step = self._began
-        done = self._state.iteration - first_step
+    def seconds_remaining(self, evaluations: int = 0) -> float | None:
+        """Estimate the seconds to the end of the run; None without a basis for an estimate.
+
+        Args:
+            evaluations: those to come.
+        """
+        per_step = self._seconds_per_step()
         estimates = []
         if self.limits.max_seconds is not None:
             estimates.append(max(0.0, self.limits.max_seconds - self.elapsed_seconds()))
-        if self.limits.total_steps is not None and done > 0:
-            per_step = (self.clock() - began_at) / done
-            estimates.append(per_step * (self.limits.total_steps - self._state.iteration))
+        if self.limits.total_steps is not None and per_step:
+            training = per_step * (self.limits.total_steps - self._state.iteration)
+            estimates.append(training + evaluations * self.seconds_of_end())
         return min(estimates) if estimates else None
 
     def is_used_up(self) -> bool:
-        """Return whether a limit of seconds or tokens is met, on this rank."""
+        """Return whether a limit of seconds or tokens is met, on this rank.
+
+        That of seconds is met with the step whose end is nearest to the time for the end.
+        """
+        if self.tokens_are_used_up():
+            return True
         seconds = self.limits.max_seconds
-        is_late = seconds is not None and self.elapsed_seconds() >= seconds
-        return is_late or self.tokens_are_used_up()
+        if seconds is None:
+            return False
+        if self._estimated is None and self._state.iteration >= self._began[1] + 2:
+            self._estimate_end(seconds)
+        now = self.elapsed_seconds() + 0.5 * self._seconds_per_step()
+        return now >= seconds - self._kept_free(seconds)
+
+    def has_time_to_evaluate(self) -> bool:
+        """Return whether an evaluation would leave time for the one at the end, on this rank."""
+        seconds = self.limits.max_seconds
+        return seconds is None or self.elapsed_seconds() + 2 * self.seconds_of_end() < seconds
 
     def tokens_are_used_up(self) -> bool:
         """Return whether the limit of tokens is met."""
         tokens = self.limits.max_tokens
         return tokens is not None and self._state.tokens_seen >= tokens
+
+    def _seconds_per_step(self) -> float:
+        """Return the mean seconds of a step in this process, without evaluations; 0 before one."""
+        began_at, first_step = self._began
+        done = self._state.iteration - first_step
+        return max(0.0, self.clock() - began_at - self._not_in_steps) / done if done > 0 else 0.0
+
+    def _kept_free(self, seconds: float) -> float:
+        return min(self.seconds_of_end(), _LARGEST_SHARE * seconds)
+
+    def _estimate_end(self, seconds: float) -> None:
+        started = self.clock()
+        self._estimated = sum(estimate() for estimate in self._estimates)
+        self._not_in_steps += self.clock() - started
+        if self.seconds_of_end() > _LARGEST_SHARE * seconds and self._ranks.is_writer:
+            logger.warning(
+                "the validation and the sample at the end take about %.0f s, and max_seconds is %g:"
+                " the run will end later; raise max_seconds, or lower the second fraction of"
+                " data.split and handlers.samples.num_tokens",
+                self.seconds_of_end(),
+                seconds,
+            )

@@ -424,6 +424,7 @@ class TrainingLoop(SteeredEngine):
                 self._faults.own is not None,
                 self._next_facts.end_epoch,
                 self._next_facts.skip_epoch_completed,
+                not self.budget.has_time_to_evaluate(),
             ]
         )
         if votes[3]:
@@ -432,6 +433,7 @@ class TrainingLoop(SteeredEngine):
         facts, self._next_facts = self._facts, StepFacts()
         facts.exhausted, facts.leaving = votes[0] > 0, votes[1] > 0
         facts.end_epoch, facts.skip_epoch_completed = votes[4] > 0, votes[5] > 0
+        facts.hurries = votes[6] > 0
         if votes[2]:
             self._heed_terminations()
         return num_tokens, num_sequences
@@ -511,6 +513,7 @@ class TrainingLoop(SteeredEngine):
         facts = self._facts
         if self.ranks.alone:
             facts.exhausted, facts.leaving = self.budget.is_used_up(), self._wants_to_leave()
+            facts.hurries = not self.budget.has_time_to_evaluate()
         if facts.end_epoch:
             self._end_epoch_early()
         self._decision = self._decide()
@@ -541,6 +544,13 @@ class TrainingLoop(SteeredEngine):
 
     def _conclude(self) -> None:
         """Carry out the decision about this step; evaluations and saves may bring new wishes."""
+        if self._decide().evaluate:
+            with self.budget.measuring_end():
+                self._carry_out()
+        else:
+            self._carry_out()
+
+    def _carry_out(self) -> None:
         facts = self._facts
         while True:
             self._end_epoch_early()

@@ -276,6 +276,13 @@ class SteeredEngine(Dispatcher):
         """Steps in an epoch that no handler ends early."""
         return self.epochs.length
 
+    def seconds_remaining(self) -> float | None:
+        """Estimate the seconds to the end of the run, evaluations included, as far as measured."""
+        step, last = self.state.iteration, self.total_steps
+        done = step if step and self.state.evaluated_step == step else step - 1
+        evaluations = 0 if last is None else self._cadence.evaluations_between(max(0, done), last)
+        return self.budget.seconds_remaining(evaluations)
+
     def is_log_step(self) -> bool:
         """Whether the current step's metrics belong in the logs."""
         return self._cadence.logs_at(self.state.iteration) or bool(self._decision.reason)

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import pty
 import re
+import select
 from typing import Any
 
 import pytest
 import torch
 
 from fundamentallm.config.training import TrainingConfig
+from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.events import TrainingEvents
+from fundamentallm.files.terminal import room_in
 from fundamentallm.testing import tiny_loaders, tiny_model
-from fundamentallm.training.handlers import LossEMA, Progress, Schedule, Throughput
+from fundamentallm.training.handlers import (
+    Checkpointing,
+    Evaluation,
+    LossEMA,
+    Progress,
+    Samples,
+    Schedule,
+    Throughput,
+)
 from fundamentallm.training.handlers.progress import format_seconds
 from fundamentallm.training.trainer import Trainer
 
@@ -151,6 +164,64 @@ def test_the_bar_begins_where_a_resumed_run_stands():
     # tqdm draws a bar once as it is made, before it is told where the run stands.
     assert [n for n in numbers if n][:1] == [4]
     assert numbers[-1] == 6
+
+
+def evaluating_trainer(*handlers: Any, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    train, val = tiny_loaders()
+    config = TrainingConfig(**{"total_steps": 4, "eval_steps": 2, **options})
+    return Trainer(
+        tiny_model(), train, val, device="cpu", config=config, handlers=[*handlers, Evaluation()]
+    )
+
+
+def test_a_terminal_shows_what_is_done_between_two_steps(tmp_path):
+    terminal = Terminal()
+    samples = Samples(CharacterTokenizer("\nabcdefghij"), tmp_path, num_tokens=5)
+    checkpoints = Checkpointing(tmp_path / "checkpoints")
+    progress = Progress(stream=terminal, clock=TickingClock(1.0))
+    trainer = evaluating_trainer(progress, samples, checkpoints)
+    trainer.run()
+    number = len(trainer.val_loader)
+    shown = [f for f in frames(terminal) if "| 2/4" in f]
+    order = ["saving", *(f"evaluating {k + 1}/{number}" for k in range(number)), "sampling"]
+    activities = [f.split("| 2/4, ")[1].split(", ")[0] for f in shown if ", " in f]
+    assert [one for one in activities if not one.startswith("loss")] == order
+    assert all("loss " in f for f in shown if "evaluating" in f)
+
+
+def test_without_samples_nothing_is_shown_of_them():
+    terminal = Terminal()
+    evaluating_trainer(Progress(stream=terminal, clock=TickingClock(1.0))).run()
+    assert "evaluating" in terminal.getvalue()
+    assert "sampling" not in terminal.getvalue()
+
+
+def test_elsewhere_a_long_evaluation_writes_lines(caplog):
+    trainer = evaluating_trainer(Progress(2.0, io.StringIO(), TickingClock(1.0)))
+    with caplog.at_level(logging.INFO, "fundamentallm"):
+        trainer.run()
+    number = len(trainer.val_loader)
+    said = [r.message for r in caplog.records if "evaluating" in r.message]
+    assert said[0] == f"step 2: evaluating 3/{number}"
+
+
+def test_a_terminal_that_does_not_know_its_width_shows_a_bar(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    shown = b""
+    master, slave = pty.openpty()  # of width 0, as under `script` or in a container
+    try:
+        with os.fdopen(slave, "w") as stream:
+            assert os.get_terminal_size(slave).columns == 0
+            make_trainer(Progress(stream=stream, clock=TickingClock(1.0))).run()
+            while select.select([master], [], [], 0)[0]:
+                shown += os.read(master, 4096)
+            assert room_in(stream) == 77
+            monkeypatch.setenv("COLUMNS", "60")
+            assert room_in(stream) == 57
+    finally:
+        os.close(master)
+    assert re.search(r"100%\|.*\| 6/6, loss", shown.decode())
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -46,6 +46,7 @@ from fundamentallm.files.filesystem import (
 )
 from fundamentallm.files.lock import refuse_if_owned, run_lock
 from fundamentallm.files.run_layout import LOCK
+from fundamentallm.files.terminal import room_in
 
 logger = logging.getLogger(__name__)
 
@@ -338,6 +339,12 @@ def _progress(inputs: Sequence[Input], passes: int) -> Iterator[Callable[[int], 
             raise DataError("the file has gone", where=source.name)
     total = passes * sum(source.path.stat().st_size for source in inputs)
     with tqdm(
-        total=total, unit="B", unit_scale=True, desc="prepare", disable=None, leave=False
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="prepare",
+        disable=None,
+        leave=False,
+        ncols=room_in(sys.stderr),
     ) as bar:
         yield bar.update

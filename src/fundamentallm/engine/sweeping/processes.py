@@ -23,6 +23,7 @@ from fundamentallm.errors import MachineError
 from fundamentallm.files.lock import refuse_if_owned
 from fundamentallm.files.private import open_to_read
 from fundamentallm.files.run_layout import METRICS
+from fundamentallm.files.terminal import room_in
 
 CHILD = "fundamentallm.engine.sweeping.child"
 POLL_SECONDS = 0.1
@@ -77,7 +78,9 @@ class Processes:
 
     def train(self, config: Path, run: Path, steps: int) -> Ended:
         """Run a configuration in a directory to its end, or until a signal."""
-        with tqdm(total=steps, unit="step", leave=False, disable=None) as bar:
+        with tqdm(
+            total=steps, unit="step", leave=False, disable=None, ncols=room_in(sys.stderr)
+        ) as bar:
             while True:
                 _wait_while_owned(run, lambda: self.signal != 0)
                 ended = self._once(config, run, bar)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from fundamentallm.engine.wiring.assemble import (
 from fundamentallm.engine.wiring.run_directory import nowhere
 from fundamentallm.errors import ConfigError, MachineError, NumericalError
 from fundamentallm.events import TrainingEvents
+from fundamentallm.files.terminal import room_in
 from fundamentallm.training.handlers.base import Handler
 from fundamentallm.training.loop import TrainingLoop
 from fundamentallm.training.trainer import Trainer
@@ -122,7 +124,9 @@ class RisingRate:
         self.rates = rates
         self.deadline = deadline
         self.losses: list[float] = []
-        self._bar = tqdm(total=len(rates), unit="step", leave=False, disable=None)
+        self._bar = tqdm(
+            total=len(rates), unit="step", leave=False, disable=None, ncols=room_in(sys.stderr)
+        )
         self._mean, self._lowest = math.nan, math.inf
 
     def attach(self, trainer: TrainingLoop) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 from fundamentallm.events import TrainingEvents
@@ -27,8 +28,14 @@ class Evaluation:
     role = "evaluation"
 
     def attach(self, trainer: TrainingLoop) -> None:
-        """Listen at FLLM_EVALUATION_DUE."""
+        """Listen at FLLM_EVALUATION_DUE; estimate the time of the first pass for the budget."""
+        trainer.budget.estimate_end(partial(self.seconds, trainer))
         trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_DUE, self.run)
+
+    def seconds(self, trainer: TrainingLoop) -> float:
+        """Estimate the seconds of an evaluation."""
+        data = trainer.val_loader
+        return trainer.evaluator.seconds_for(data) if data is not None and len(data) else 0.0
 
     def run(self, trainer: TrainingLoop) -> None:
         """Evaluate, unless the validation split is empty."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TextIO
 
 from ignite.engine import Events
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fundamentallm.config.base import NonNegative
 from fundamentallm.events import TrainingEvents
+from fundamentallm.files.terminal import room_in
 from fundamentallm.training.handlers.base import HANDLERS
 from fundamentallm.training.loop import TrainingLoop
 
@@ -56,6 +57,13 @@ class Progress:
         trainer.add_event_handler(Events.STARTED, self.open)
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_ENDED, self.close)
         trainer.add_event_handler(TrainingEvents.FLLM_METRICS_READY, self.show)
+        evaluated = partial(self.show_evaluation, trainer)
+        trainer.evaluator.add_event_handler(Events.ITERATION_STARTED, evaluated)
+        for event, activity in (
+            (TrainingEvents.FLLM_CHECKPOINT_DUE, "saving"),
+            (TrainingEvents.FLLM_EVALUATION_COMPLETED, "sampling"),
+        ):
+            trainer.add_event_handler(event, self.show_activity, activity)
 
     def open(self, trainer: TrainingLoop) -> None:
         """Show the bar at the run's current step; after a rollback, move it back."""
@@ -92,16 +100,44 @@ class Progress:
             figures = ", ".join(self._figures(trainer).values())
             logger.info("step %d%s: %s", state.iteration, total, figures)
 
+    def show_evaluation(self, trainer: TrainingLoop) -> None:
+        """Show which batch is measured, as often as a step is shown."""
+        number, data = trainer.evaluator.state.iteration, trainer.val_loader
+        activity = f"evaluating {number}/{len(data)}" if data is not None else "evaluating"
+        now = self._clock()
+        if number == 1 and self._bar is None:
+            self._shown_at = now
+        if now - self._shown_at < (self.min_interval if self._bar is None else 0.1):
+            return
+        self._shown_at = now
+        if self._bar is None:
+            logger.info("step %d: %s", trainer.state.iteration, activity)
+        else:
+            self.show_activity(trainer, activity)
+
+    def show_activity(self, trainer: TrainingLoop, activity: str) -> None:
+        """Show in the bar what is done between two steps."""
+        is_idle = {
+            "saving": trainer.restore_point is None,
+            "sampling": not trainer.has_role("sampling"),
+        }
+        if self._bar is None or is_idle.get(activity, False):
+            return
+        self._bar.n = trainer.state.iteration
+        self._bar.ncols = room_in(self._stream)
+        self._bar.set_postfix_str(self._fitting(trainer, activity), refresh=True)
+
     def close(self) -> None:
         """Close the bar; its last state stays on the terminal."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def _fitting(self, trainer: TrainingLoop) -> str:
+    def _fitting(self, trainer: TrainingLoop, activity: str = "") -> str:
         """Return the figures that the terminal has room for; loss and remaining time go last."""
         assert self._bar is not None
-        figures = self._figures(trainer)
+        figures = {"activity": activity} if activity else {}
+        figures |= self._figures(trainer)
         if self._bar.ncols is not None:
             total = self._bar.total
             counts = f"100%|{' ' * SHORTEST_BAR}| {total}/{total}" if total else "100000 steps"
@@ -114,7 +150,9 @@ class Progress:
 
     def _figures(self, trainer: TrainingLoop) -> dict[str, str]:
         metrics = trainer.state.metrics
-        figures = {"loss": f"loss {metrics['train/loss']:.4f}"}
+        figures = {}
+        if "train/loss" in metrics:
+            figures["loss"] = f"loss {metrics['train/loss']:.4f}"
         if "train/loss_ema" in metrics:
             figures["ema"] = f"ema {metrics['train/loss_ema']:.4f}"
         if "train/lr" in metrics:
@@ -123,23 +161,10 @@ class Progress:
             figures["speed"] = f"{metrics['train/tokens_per_second']:,.0f} tok/s"
         if "train/mfu" in metrics:
             figures["mfu"] = f"MFU {metrics['train/mfu']:.1%}"
-        remaining = trainer.budget.seconds_remaining()
+        remaining = trainer.seconds_remaining()
         if remaining is not None:
             figures["eta"] = f"ETA {format_seconds(remaining)}"
         return figures
-
-
-def room_in(stream: TextIO | None) -> int | None:
-    """Return the columns for a bar; None where the width of the terminal is unknown.
-
-    Three columns stay free: a terminal shows `^C` behind the bar, and in a full line it would go
-    to the next one and leave a torn bar above.
-    """
-    try:
-        columns = os.get_terminal_size(stream.fileno()).columns if stream is not None else 0
-    except (OSError, ValueError, AttributeError):
-        return None
-    return max(columns - 3, 1) if columns else None
 
 
 def format_seconds(seconds: float) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from fundamentallm.config.base import Count, NonNegative
 from fundamentallm.data.copying import SEARCHED, CopyingFigures
@@ -24,6 +28,8 @@ from fundamentallm.training.state import Sample
 from fundamentallm.training.step import undisturbed
 
 logger = logging.getLogger(__name__)
+
+_MEASURED = 10  # tokens from which the time of a sample is estimated
 
 
 @HANDLERS.register("samples")
@@ -46,6 +52,8 @@ class Samples:
         split_texts: returns name and text of the documents of a part ("train", "val"), up to so
             many characters of them; None: nothing is searched.
     """
+
+    role = "sampling"
 
     def __init__(
         self,
@@ -75,6 +83,7 @@ class Samples:
 
     def attach(self, trainer: TrainingLoop) -> None:
         """Sample at FLLM_EVALUATION_COMPLETED; only the rank that writes does any work."""
+        trainer.budget.estimate_end(partial(self.seconds, trainer))
         trainer.add_event_handler(TrainingEvents.FLLM_RUN_STARTED, self.begin)
         trainer.add_event_handler(TrainingEvents.FLLM_ROLLED_BACK, self.begin)
         trainer.add_event_handler(
@@ -100,17 +109,9 @@ class Samples:
         if not trainer.ranks.is_writer:
             return
         step = trainer.state.iteration
-        tokens = generate_tokens(
-            trainer.model,
-            [self._prompt_ids()],
-            self.num_tokens,
-            self.rules,
-            [derive_key(self.seed, step) % 2**63],
-            vocab_size=self.tokenizer.vocab_size,  # a model's may be padded
-        )
         ids = []
         with trainer.evaluation_weights(), undisturbed(trainer.model):
-            for token in tokens:
+            for token in self._tokens(trainer, self.num_tokens):
                 if trainer.interrupted_by is not None:
                     self.owed = step
                     return
@@ -123,6 +124,27 @@ class Samples:
         self.file.append({**sample._asdict(), **self._copying(text)})
         logger.debug("sample at step %d:\n%s", step, text)
         trainer.notify(TrainingEvents.FLLM_TEXT_SAMPLED)
+
+    def seconds(self, trainer: TrainingLoop) -> float:
+        """Estimate the seconds of a sample from its first tokens."""
+        if not trainer.ranks.is_writer:
+            return 0.0
+        number = min(self.num_tokens, _MEASURED)
+        started = time.perf_counter()
+        with trainer.evaluation_weights(), undisturbed(trainer.model):
+            for _ in self._tokens(trainer, number):
+                pass
+        return (time.perf_counter() - started) * self.num_tokens / number
+
+    def _tokens(self, trainer: TrainingLoop, number: int) -> Iterator[Tensor]:
+        return generate_tokens(
+            trainer.model,
+            [self._prompt_ids()],
+            number,
+            self.rules,
+            [derive_key(self.seed, trainer.state.iteration) % 2**63],
+            vocab_size=self.tokenizer.vocab_size,  # a model's may be padded
+        )
 
     def _copying(self, text: str) -> dict[str, Any]:
         """Return what a text copies under the key of a record, nothing where it is not searched."""
