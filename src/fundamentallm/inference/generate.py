@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import nn
 
 from fundamentallm.data.tokenizer import Tokenizer
-from fundamentallm.errors import ConfigError
+from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.inference.decoding import Decoder
-from fundamentallm.models.generation.batch import Generation
+from fundamentallm.models.generation.batch import Decode, Generation
 from fundamentallm.models.generation.sampling import SamplingRules
+from fundamentallm.models.native.decoding import NativeDecoder, WeightType, why_not_decoded
 
+logger = logging.getLogger(__name__)
+
+WORTH_COMPILING = 10**9  # weights read in all; below, generating takes less than the compiler
 LARGEST_SEED = 2**63 - 1
 LONGEST_RUN = 64  # tokens held back: longer ones are a script of their own, to be seen as written
 
@@ -44,14 +49,15 @@ def stream_text(
     repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
     seed: int = 0,
+    decode: Decode | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of a prompt as it is generated; the pieces join to the whole text.
 
     Args:
         prompt: the text to continue; empty for a text from nothing.
         seed: of the random numbers.
-        model, tokenizer, max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop:
-            as in `stream_texts`.
+        model, tokenizer, max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop,
+            decode: as in `stream_texts`.
 
     Raises:
         DataError, ConfigError: as in `stream_texts`.
@@ -68,6 +74,7 @@ def stream_text(
         repetition_penalty=repetition_penalty,
         stop=stop,
         seeds=[seed],
+        decode=decode,
     )
     return (piece.text for piece in pieces if piece.text)
 
@@ -86,6 +93,7 @@ def stream_texts(
     stop: Sequence[str] = (),
     stop_ids: Collection[int] = (),
     seeds: Sequence[int],
+    decode: Decode | None = None,
 ) -> Iterator[Piece]:
     """Yield the continuations of several prompts as they are generated, in one batch.
 
@@ -108,6 +116,7 @@ def stream_texts(
             count.
         stop_ids: a continuation ends before the first of these tokens.
         seeds: of the random numbers, one a prompt.
+        decode: computes the steps in place of the model; see `decoder_for`.
 
     Returns:
         An iterator over pieces; those of a prompt join to its whole continuation.
@@ -134,8 +143,47 @@ def stream_texts(
         SamplingRules(repetition_penalty, temperature, top_k, top_p, min_p),
         seeds,
         vocab_size=tokenizer.vocab_size,
+        decode=decode,
     )
     return _pieces(generation, tokenizer, max_tokens, stop, frozenset(stop_ids))
+
+
+def decoder_for(
+    model: nn.Module, weights: WeightType = "fp32", num_tokens: int | None = None
+) -> Decode | None:
+    """Return native code for the steps of a model's generation; None: the model computes them.
+
+    In fp32 the model computes them where native code cannot, and where so few tokens are asked for
+    that it would not repay its compilation. This follows from sizes only, so that the same
+    command gives the same text. Other types have no other way.
+
+    Args:
+        model: with the weights that it generates with: they are copied.
+        weights: the type of the copy; see `NativeDecoder`.
+        num_tokens: that are asked for, in all texts; None: many.
+
+    Raises:
+        ConfigError: a type below fp32, and native code does not support the model.
+        MachineError: likewise, and there is no compiler.
+    """
+    reason = why_not_decoded(model)
+    if weights == "fp32":
+        read = sum(parameter.numel() for parameter in model.parameters()) * (num_tokens or 0)
+        if reason or (num_tokens is not None and read < WORTH_COMPILING):
+            return None
+        try:
+            return NativeDecoder(model)
+        except MachineError as error:
+            logger.debug("generation without native code: %s", error)
+            return None
+    if reason:
+        raise ConfigError(
+            f"weights in {weights} need native code, which does not support this model",
+            key="--weights",
+            got=reason,
+            fix="leave --weights away",
+        )
+    return NativeDecoder(model, weights)
 
 
 def _pieces(

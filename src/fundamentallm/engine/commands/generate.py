@@ -20,6 +20,7 @@ from fundamentallm.files.private import make_directory
 if TYPE_CHECKING:
     from fundamentallm.engine.copying import CopyingCheck
     from fundamentallm.inference.load import Trained
+    from fundamentallm.models.generation.batch import Decode
 
 SUMMARY = "generate text with a trained model"
 logger = logging.getLogger(__name__)
@@ -83,6 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="texts per prompt, generated as one batch; default 1",
     )
     parser.add_argument(
+        "--weights",
+        choices=("fp32", "bf16", "int8"),
+        default="fp32",
+        help="the type of the weights that each token reads, on a CPU: bf16 and int8 are faster and"
+        " round them; default fp32",
+    )
+    parser.add_argument(
         "--check-copying",
         action="store_true",
         help="tell how much of the texts stands in the training text, and where",
@@ -93,6 +101,7 @@ def execute(options: argparse.Namespace) -> int:
     """Stream text to the terminal, for one prompt or for each that is typed."""
     with loading():
         from fundamentallm.engine.plugins import load_plugins
+        from fundamentallm.inference.generate import decoder_for
         from fundamentallm.inference.load import load_on_device
 
     with console_output():
@@ -105,18 +114,25 @@ def execute(options: argparse.Namespace) -> int:
             raise ConfigError(
                 "num_samples is out of range", got=str(options.num_samples), expected="at least 1"
             )
+        num_tokens = options.max_tokens * options.num_samples
+        decode = decoder_for(trained.model, options.weights, num_tokens)
         check = None
         if options.check_copying:
             from fundamentallm.engine.copying import CopyingCheck
 
             check = CopyingCheck(trained)
         if options.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
-            return _interactive(trained, options, check)
-        _write(trained, options, options.prompt or "", options.seed, check)
+            return _interactive(trained, options, decode, check)
+        _write(trained, options, options.prompt or "", options.seed, decode, check)
     return 0
 
 
-def _interactive(trained: Trained, options: argparse.Namespace, check: CopyingCheck | None) -> int:
+def _interactive(
+    trained: Trained,
+    options: argparse.Namespace,
+    decode: Decode | None,
+    check: CopyingCheck | None,
+) -> int:
     seed = options.seed
     say("Type a prompt and press Enter; Ctrl-C stops the text, Ctrl-D quits.")
     with _history():
@@ -127,7 +143,7 @@ def _interactive(trained: Trained, options: argparse.Namespace, check: CopyingCh
                 say()
                 return 0
             try:
-                _write(trained, options, prompt, seed, check)
+                _write(trained, options, prompt, seed, decode, check)
             except KeyboardInterrupt:
                 say()
             except FundamentaLLMError as error:
@@ -171,6 +187,7 @@ def _write(
     options: argparse.Namespace,
     prompt: str,
     seed: int,
+    decode: Decode | None,
     check: CopyingCheck | None,
 ) -> None:
     """Print the samples of a prompt one below the other, each as soon as it is generated."""
@@ -192,6 +209,7 @@ def _write(
             stop=options.stop or trained.stop,
             stop_ids=trained.stop_ids,
             seeds=[seed + number for number in numbers],
+            decode=decode,
         )
         shown = None
         for piece in in_order(pieces):

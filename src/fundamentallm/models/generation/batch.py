@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,6 +28,9 @@ from torch import Tensor, nn
 from fundamentallm.models.calling import context_of, inputs_for, logits_of
 from fundamentallm.models.generation.cache import KVCache
 from fundamentallm.models.generation.sampling import SamplingRules, sample_next
+
+Decode = Callable[[Tensor, KVCache], Tensor]
+"""One more token of each row, (R,) int64, and a cache with room for it, to logits (R, V)."""
 
 _DRAWS = 64  # random numbers taken at once; part of what a seed means
 
@@ -50,6 +53,8 @@ class Generation:
         use_cache: False recomputes the context at every step, the reference for the cache.
         vocab_size: the ids that may be drawn are 0 to this, exclusive; None: all of the model's.
             A model whose vocabulary is padded has logits for ids that mean nothing.
+        decode: computes the steps in place of the model, which only fills the cache, such as
+            `fundamentallm.models.native.decoding.NativeDecoder`.
 
     Attributes:
         rows: numbers of the prompts that still grow.
@@ -69,6 +74,7 @@ class Generation:
         *,
         use_cache: bool = True,
         vocab_size: int | None = None,
+        decode: Decode | None = None,
     ) -> None:
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("there must be prompts, each of at least one token")
@@ -81,6 +87,7 @@ class Generation:
         self.model = model
         self.rules = rules
         self.vocab_size = vocab_size
+        self.decode = decode
         self.rows = list(range(len(prompts)))
         self.texts = [[operator.index(token) for token in prompt] for prompt in prompts]
         self._remaining = max_new_tokens
@@ -160,6 +167,8 @@ class Generation:
             return self._recomputed_logits()
         if first or begun:
             self._fill(self._cache, list(range(len(self.rows))) if first else begun)
+        if self.decode is not None:
+            return self.decode(self._last, self._cache)
         return self.model(self._last.unsqueeze(-1), cache=self._cache.step())[:, 0]  # type: ignore[no-any-return]
 
     def _fill(self, cache: KVCache, places: list[int]) -> None:
@@ -230,11 +239,13 @@ def generate_tokens(
     *,
     use_cache: bool = True,
     vocab_size: int | None = None,
+    decode: Decode | None = None,
 ) -> Iterator[Tensor]:
     """Continue prompts, one token at a time.
 
     Args:
-        model, prompts, max_new_tokens, rules, seeds, use_cache, vocab_size: as in `Generation`.
+        model, prompts, max_new_tokens, rules, seeds, use_cache, vocab_size, decode: as in
+            `Generation`.
 
     Returns:
         An iterator over `max_new_tokens` tensors of ids (B,) int64.
@@ -244,6 +255,13 @@ def generate_tokens(
         NumericalError: as in `sample_next`, while iterating.
     """
     generation = Generation(
-        model, prompts, max_new_tokens, rules, seeds, use_cache=use_cache, vocab_size=vocab_size
+        model,
+        prompts,
+        max_new_tokens,
+        rules,
+        seeds,
+        use_cache=use_cache,
+        vocab_size=vocab_size,
+        decode=decode,
     )
     return (generation.step() for _ in range(max_new_tokens))

@@ -127,6 +127,23 @@ class KVCache:
         ]
         return CacheUse(places, layers, self._go_on)
 
+    def advance(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """Add one token to every row, whose keys and values the caller writes.
+
+        Returns:
+            The keys and the values of each layer, (B, G, C, K); the tokens that each row held.
+        """
+        lengths = self.lengths
+        assert max(lengths) < self.capacity
+        self.lengths = [length + 1 for length in lengths]
+        return self._keys, self._values, lengths
+
+    def last_embeddings(self, width: int) -> Tensor:
+        """Return what is kept of the embeddings of the last tokens, (B, 1, D), to be kept up."""
+        if self._last is None:
+            self._last = self._keys[0].new_zeros(len(self.lengths), 1, width)
+        return self._last
+
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows, renumbered in this order."""
         index = self._index(rows)

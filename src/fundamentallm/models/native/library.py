@@ -1,8 +1,9 @@
 """From C++ to functions: compiled for this processor at the first use, kept for the next.
 
-There is a library for each type of the products, bfloat16 and float32, from the same sources. It
-lies in the user's cache directory, under a name that follows from the sources, the type, the
-compiler and the processor. It takes three seconds to make for bfloat16, and six for float32.
+There is a library of the block for each type of its products, bfloat16 and float32, from the same
+sources, and one of the decoding step. Each lies in the user's cache directory, under a name that
+follows from its sources, the options, the compiler and the processor. It takes three to six seconds
+to make.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from pathlib import Path
 from fundamentallm.errors import DataError, MachineError
 from fundamentallm.files.cache_directory import default_cache_dir
 
-SOURCES = ("block.cpp", "rows.h", "products.h", "tiles.h", "floats.h", "numbers.h", "wide.h")
+_SHARED = ("rows.h", "numbers.h", "wide.h")
+SOURCES = {  # of a library by its name; the first is compiled
+    "block": ("block.cpp", "products.h", "tiles.h", "floats.h", *_SHARED),
+    "decode": ("decode.cpp", *_SHARED),
+}
+FUNCTIONS = {
+    "block": ("forward", "backward", "normalize", "normalize_backward"),
+    "decode": ("decode",),
+}
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -70,7 +79,17 @@ def any_library() -> ctypes.CDLL:
     return next(iter(_LOADED.values()), None) or load_library()
 
 
-def _load(precision: str) -> ctypes.CDLL:
+@cache
+def load_decoding() -> ctypes.CDLL:
+    """Return the library of the decoding step, compiled first if this processor has none yet.
+
+    Raises:
+        MachineError: as `load_library`.
+    """
+    return _load("fp32", "decode")
+
+
+def _load(precision: str, name: str = "block") -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise MachineError("there is no C++ compiler", fix="install g++, or name it in CXX")
@@ -79,12 +98,13 @@ def _load(precision: str) -> ctypes.CDLL:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         place = directory.resolve()  # what is looked at is what is loaded, whatever a link becomes
         if is_ours(place):
-            return build(compiler, place, OWN_PROCESSOR, precision)
+            return build(compiler, place, OWN_PROCESSOR, precision, name)
     except (DataError, OSError):
         pass  # no home, a full disk, or one from which nothing may be executed
     try:
-        with tempfile.TemporaryDirectory(prefix="fundamentallm-") as name:
-            return build(compiler, Path(name), OWN_PROCESSOR, precision)  # used without a name
+        with tempfile.TemporaryDirectory(prefix="fundamentallm-") as scratch:
+            # Used without a file.
+            return build(compiler, Path(scratch), OWN_PROCESSOR, precision, name)
     except OSError as error:
         raise MachineError(
             f"compiled code can be neither stored nor loaded: {error}",
@@ -117,7 +137,11 @@ def is_ours(directory: Path) -> bool:
 
 
 def build(
-    compiler: str, directory: Path, processor: str = OWN_PROCESSOR, precision: str = "bf16"
+    compiler: str,
+    directory: Path,
+    processor: str = OWN_PROCESSOR,
+    precision: str = "bf16",
+    name: str = "block",
 ) -> ctypes.CDLL:
     """Return a library, from a directory where it may lie already.
 
@@ -126,37 +150,40 @@ def build(
         directory: where no other user can put one.
         processor: the compiler's option for the processor.
         precision: as for `load_library`.
+        name: which library, a key of `SOURCES`.
 
     Raises:
         MachineError: as `load_library`.
         OSError: it cannot be written, or not loaded from there.
     """
-    library = ctypes.CDLL(str(_compiled(compiler, directory, [processor, *DEFINES[precision]])))
-    library.fundamentallm_packed_size.restype = ctypes.c_int64
-    for name in ("forward", "backward", "normalize", "normalize_backward"):
-        getattr(library, f"fundamentallm_{name}").restype = None
+    options = [processor, *DEFINES[precision]]
+    library = ctypes.CDLL(str(_compiled(compiler, directory, options, name)))
+    if name == "block":
+        library.fundamentallm_packed_size.restype = ctypes.c_int64
+    for function in FUNCTIONS[name]:
+        getattr(library, f"fundamentallm_{function}").restype = None
     if not library.fundamentallm_available():
         raise MachineError("the system refuses the processor's tile registers (AMX)")
     return library
 
 
-def _compiled(compiler: str, directory: Path, options: Sequence[str]) -> Path:
+def _compiled(compiler: str, directory: Path, options: Sequence[str], name: str) -> Path:
     here = Path(__file__).parent
     named = hashlib.sha256()
-    for source in SOURCES:
+    for source in SOURCES[name]:
         named.update((here / source).read_bytes())
     named.update("\0".join([*_identity(compiler), *FLAGS, *options]).encode())
-    target = directory / f"block-{named.hexdigest()[:24]}.so"
+    target = directory / f"{name}-{named.hexdigest()[:24]}.so"
     if _is_kept(target):
         return target
-    with tempfile.TemporaryDirectory(prefix="building-", dir=directory) as name:
-        new = Path(name) / target.name
-        command = [compiler, *FLAGS, *options, str(here / SOURCES[0]), "-o", str(new)]
+    with tempfile.TemporaryDirectory(prefix="building-", dir=directory) as scratch:
+        new = Path(scratch) / target.name
+        command = [compiler, *FLAGS, *options, str(here / SOURCES[name][0]), "-o", str(new)]
         status, errors = _compile(command)
         if status:
             reason = next((line for line in errors.splitlines() if "error" in line), "")
             raise MachineError(
-                "the C++ compiler refuses the block's code",
+                "the C++ compiler refuses the native code",
                 where=compiler,
                 got=reason[:200] or f"exit code {status}",
                 fix="name GCC 12 or newer in CXX, or set training.compile to true or false",
