@@ -66,6 +66,7 @@ LAYERS = [
     ["engine.wiring"],
     ["engine.catalogue"],
     ["engine", "engine.tuning.tune", "engine.tuning.range_test"],
+    ["engine.planning"],
     ["engine.commands"],
     [
         "engine.cli",

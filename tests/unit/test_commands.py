@@ -39,6 +39,11 @@ def test_a_command_knows_what_to_execute(name: str) -> None:
         for action in parser._actions
         if action.required and action.option_strings
     ]
+    needed += [
+        f"{group._group_actions[0].option_strings[0]}=1"
+        for group in parser._mutually_exclusive_groups
+        if group.required
+    ]
     options = parse([name, *words[:1], *needed])
     assert options.command is command.execute
     assert options.debug is False

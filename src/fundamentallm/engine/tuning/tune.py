@@ -98,28 +98,33 @@ def tune(
     return 130 if table.interrupted else 0
 
 
-def check_start(seconds: float) -> None:
+def check_start(seconds: float, name: str = "tune", where: str = "--seconds") -> None:
     """Refuse several ranks, and a time that is none.
+
+    Args:
+        seconds: the time.
+        name: of the command.
+        where: the argument that gives the time.
 
     Raises:
         MachineError, ConfigError: one of the two.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MachineError(
-            "tune measures one process",
+            f"{name} measures one process",
             got=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
             fix="start it without torchrun",
         )
     if not 0 < seconds < math.inf:
         raise ConfigError(
-            "the time for measuring is invalid",
-            where=f"--seconds {seconds:g}",
+            "the time is invalid",
+            where=f"{where} {seconds:g}",
             expected="a number of seconds above 0",
         )
 
 
-def free_path(config_path: Path, out: Path | None) -> Path:
-    """Return the path of the new file: `out`, or a free name beside the user's file.
+def free_path(config_path: Path, out: Path | None, suffix: str = ".tuned") -> Path:
+    """Return the path of the new file: `out`, or a free name with `suffix` beside the user's file.
 
     Raises:
         ConfigError: `out` exists already.
@@ -135,7 +140,7 @@ def free_path(config_path: Path, out: Path | None) -> Path:
         if not out.absolute().parent.is_dir():
             raise MachineError("the directory does not exist", where=f"--out {out}")
         return out
-    names = numbered(config_path.with_suffix(".tuned"), config_path.suffix or ".yaml")
+    names = numbered(config_path.with_suffix(suffix), config_path.suffix or ".yaml")
     return next(path for path in names if not path.exists())
 
 
@@ -317,6 +322,7 @@ def write_copy(
     config_path: Path,
     overrides: Sequence[str],
     changes_to: Callable[[YamlDocument], dict[KeyPath, Any]],
+    origin: str = "tune",
 ) -> None:
     """Write a copy of the user's file with other values, and check it as `run` would.
 
@@ -325,6 +331,7 @@ def write_copy(
         config_path: the user's file.
         overrides: as for `run`; the new file has them.
         changes_to: returns the values to write into a document.
+        origin: of these values, for messages.
 
     Raises:
         MachineError: the file cannot be written.
@@ -332,7 +339,7 @@ def write_copy(
     document = overridden(read_yaml(config_path), overrides)
     changes = changes_to(document)
     for path, value in changes.items():
-        document = replaced(document, path, value, "tune")
+        document = replaced(document, path, value, origin)
     others = [tuple(word.partition("=")[0].strip().split(".")) for word in overrides]
     text = edited(read_yaml_text(config_path), document, [*others, *changes])
     if packaged(config_path):  # its schema stands beside it

@@ -136,6 +136,7 @@ def assemble(
     machine: Machine,
     measuring: bool = True,
     first: Sequence[Handler] = (),
+    inputs: Inputs | None = None,
 ) -> Run:
     """Build every part of a run and connect them.
 
@@ -151,6 +152,7 @@ def assemble(
         machine: where it computes, from `open_machine`.
         measuring: measure what `auto` leaves open, in a new run.
         first: handlers that listen before those of the configuration.
+        inputs: what was read before, with `written` in its `start`; None reads it.
 
     Raises:
         FundamentaLLMError: of the class that fits the part that cannot be built.
@@ -158,11 +160,12 @@ def assemble(
     begins, ranks = directory.checkpoint is None, machine.ranks
 
     # data feeds
-    inputs = read_inputs(written, directory, ranks)
+    if inputs is None:
+        inputs = read_inputs(written, directory, ranks)
+        if begins and ranks.is_writer:
+            warn_of_overlap(written.data, inputs.source, inputs.tokenizer)
     source, tokenizer = inputs.source, inputs.tokenizer
     train_loader, val_loader, num_tokens = inputs.loaders
-    if begins and ranks.is_writer:
-        warn_of_overlap(written.data, source, tokenizer)
 
     # the plan says how
     changes = changes_of(directory, inputs, ranks)
