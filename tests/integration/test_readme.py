@@ -17,12 +17,20 @@ from fundamentallm.engine.cli import parse
 PAGES = [README, *(page for page in DOCS if page.parent.name == "docs")]
 TEXT = README.read_text(encoding="utf-8")
 
-WRITTEN = {  # files that a page shows
-    block.splitlines()[0].removeprefix("# ")
-    for page in PAGES
-    for block in code(page, "yaml")
-    if block.startswith("# ")
-}
+WRITTEN = (
+    {  # files that a page shows
+        block.splitlines()[0].removeprefix("# ")
+        for page in PAGES
+        for block in code(page, "yaml")
+        if block.startswith("# ")
+    }
+    | {  # and those that a command of a page writes
+        words[2]
+        for page in PAGES
+        for words in commands(page)
+        if words[:2] == ["fundamentallm", "new"]
+    }
+)
 
 
 def test_the_script_runs(tmp_path, monkeypatch, capsys):

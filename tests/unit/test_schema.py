@@ -350,7 +350,7 @@ print(code, "torch" in sys.modules)
     assert result.stdout.endswith("\n0 False\n"), result.stderr
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_completion_knows_commands_and_packaged_configurations(shell, capsys):
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out

@@ -12,8 +12,19 @@ from fundamentallm.engine.console import say
 SUMMARY = "print the script with which a shell completes this command"
 
 _EXAMPLES = """\
-bash:  fundamentallm completion bash > ~/.local/share/bash-completion/completions/fundamentallm
-zsh:   fundamentallm completion zsh > ~/.zfunc/_fundamentallm    # a folder of your $fpath
+bash, with the package bash-completion:
+  mkdir -p ~/.local/share/bash-completion/completions
+  fundamentallm completion bash > ~/.local/share/bash-completion/completions/fundamentallm
+
+zsh, with these lines in ~/.zshrc:  fpath=(~/.zfunc $fpath); autoload -Uz compinit && compinit
+  mkdir -p ~/.zfunc
+  fundamentallm completion zsh > ~/.zfunc/_fundamentallm
+
+fish:
+  mkdir -p ~/.config/fish/completions
+  fundamentallm completion fish > ~/.config/fish/completions/fundamentallm.fish
+
+A new shell then completes the command.
 """
 
 _CONFIGURATIONS = {
@@ -28,6 +39,17 @@ _fundamentallm_config() {{
   _alternative 'names:packaged configuration:({names})' 'files:file:_files -g "*.(yaml|yml)"'
 }}
 """,
+    "fish": """function _fundamentallm_config
+  string split " " "{names}"
+  __fish_complete_path (commandline -ct)
+end
+""",
+}
+
+_CONFIGURATION = {
+    "bash": "_fundamentallm_config",
+    "zsh": "_fundamentallm_config",
+    "fish": "(_fundamentallm_config)",
 }
 
 
@@ -46,7 +68,7 @@ def execute(options: argparse.Namespace) -> int:
 
     for action in _actions(options.parser):
         if action.dest == "config":
-            _complete(action, dict.fromkeys(_CONFIGURATIONS, "_fundamentallm_config"))
+            _complete(action, _CONFIGURATION)
         elif action.type is Path or action.dest == "inputs":
             _complete(action, shtab.FILE)
     names = " ".join(packaged_names())
