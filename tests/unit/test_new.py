@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from tests import forked
 
 from fundamentallm.config import load_config
 from fundamentallm.engine import new as module
+from fundamentallm.engine.budget import seconds_of
 from fundamentallm.engine.cli import main
-from fundamentallm.engine.new import SIZES, Text, choose_size, configuration, seconds_of
+from fundamentallm.engine.new import SIZES, Text, choose_size, configuration
 from fundamentallm.errors import ConfigError
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "data" / "tiny.txt"
@@ -89,11 +92,63 @@ def test_a_fault_leaves_no_file(words, code):
 
 
 def test_budgets():
-    for text, seconds in {"90s": 90, "10m": 600, "2h": 7200, "1h30m": 5400, "45": 45}.items():
+    for text, seconds in {"90s": 90, "10m": 600, "2h": 7200, "1h30m": 5400}.items():
         assert seconds_of(text) == seconds
-    for text in ("", "0", "0m", "-1h", "1.5h", "10 m", "h"):
+    for text in ("", "0", "0m", "-1h", "1.5h", "10 m", "h", "45"):
         with pytest.raises(ConfigError):
             seconds_of(text)
+
+
+def test_a_number_without_a_unit_is_asked_back(capsys):
+    assert main(["new", "mine.yaml", "--data", "tiny.txt", "--budget", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "3 what?" in said
+    assert "write 3m, 3h or 3s" in said
+
+
+def test_several_files_are_a_list_in_their_order():
+    for name in ("b.txt", "a, c.txt"):
+        shutil.copy(TINY, name)
+    words = ["--data", "b.txt", "a, c.txt", "tiny.txt"]
+    assert main(["new", "one.yaml", *words, "--budget", "2m"]) == 0
+    assert main(["new", "--budget", "2m", *words, "two.yaml"]) == 0
+    for file in ("one.yaml", "two.yaml"):
+        assert load_config(file).data.source == ["b.txt", "a, c.txt", "tiny.txt"]
+
+
+def test_a_folder_of_other_text_files_is_listed(capsys):
+    Path("code").mkdir()
+    for name in ("b.py", "a.py", "Makefile", "x.cfg"):
+        (Path("code") / name).write_text(f"# {name}\n" * 500)
+    assert main(["new", "mine.yaml", "--data", "code", "--budget", "2m"]) == 0
+    assert load_config("mine.yaml").data.source == ["code/a.py", "code/b.py"]
+    assert "taking its 2 files that end in .py" in capsys.readouterr().err
+
+
+def test_a_folder_without_text_is_refused_in_the_words_of_the_command(capsys):
+    Path("empty").mkdir()
+    assert main(["new", "mine.yaml", "--data", "empty", "--budget", "2m"]) == 3
+    said = capsys.readouterr().err
+    assert "no text in this folder" in said
+    assert "data.source" not in said
+
+
+@pytest.mark.parametrize("words", [["mine.yaml"], ["no.txt"], ["x.yaml", "--budget", "3"], []])
+def test_what_needs_no_large_library_is_refused_without_one(words):
+    Path("mine.yaml").write_text("name: precious")
+    code = f"""
+import sys
+from fundamentallm.engine.cli import main
+assert main(["new", *{words!r}]) == 2
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_budget_that_the_start_and_a_validation_use_up_is_warned_of(capsys):
+    for budget, warned in (("15s", True), ("10m", False)):
+        assert main(["new", f"{budget}.yaml", "--data", "tiny.txt", "--budget", budget]) == 0
+        assert ("is short for this text" in capsys.readouterr().err) is warned
 
 
 def test_more_operations_train_a_larger_model():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import shlex
-import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,16 +16,13 @@ from fundamentallm.compute.peak import device_peak
 from fundamentallm.config import RunConfig
 from fundamentallm.config.base import dump_yaml, write_yaml
 from fundamentallm.config.yaml.file import MODELINE, SCHEMA
+from fundamentallm.data.folder import files_in
 from fundamentallm.data.sources import read_source
 from fundamentallm.data.sources.tokens import is_tokens
-from fundamentallm.engine.console import program, say
-from fundamentallm.errors import ConfigError
+from fundamentallm.engine.console import command, say, tell
+from fundamentallm.errors import DataError
 from fundamentallm.training.handlers.progress import format_seconds
 
-DATA = "python-docs"
-BUDGET = "10m"
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _TOKENS_PER_PARAMETER = (
     8  # between a small model's 2 in the quickstart and 20 (Hoffmann et al. 2022)
 )
@@ -33,6 +31,8 @@ _UTILIZATION = (
 )
 _PARAMETERS_PER_TOKEN = 4  # of the text; larger models learn it by heart
 _MOST_CHARACTERS = 512
+_MOST_FILES = 200
+_SECONDS_TO_START = 10.0  # of a process, until its first step
 
 
 class Size(NamedTuple):
@@ -67,72 +67,84 @@ class Text(NamedTuple):
     tokenizer: str | None
 
 
-def new(path: Path, data: str | None = None, budget: str | None = None) -> int:
+def new(path: Path, data: Sequence[str], seconds: int) -> int:
     """Write a configuration and say the next commands; return the exit code.
 
     Args:
         path: the file, which must not exist.
-        data: as `data.source`; None: asked for on a terminal, else python-docs.
-        budget: a time as 10m, 2h or 1h30m; None: asked for on a terminal, else 10m.
+        data: what to train on, as `data.source`.
+        seconds: the budget.
 
     Raises:
-        ConfigError: the name or the budget is not valid, or the file exists.
+        ConfigError: the file exists.
         DataError: the data cannot be read.
         MachineError: the file cannot be written.
     """
-    if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(
-            "a configuration is a .yaml file", where=str(path), fix=f"write {path.name}.yaml"
-        )
-    if path.exists():
-        raise ConfigError("the file exists already", where=str(path), fix="choose another name")
-    data = data or _ask("Text to train on: a file, a folder, or a built-in name", DATA)
-    seconds = seconds_of(budget or _ask("Time to train, as 90s, 10m or 2h", BUDGET))
-    text = _look_at(data)
+    source = _source_of(data)
+    text = _look_at(source)
     device, peak = _machine()
-    content = configuration(path.stem, data, seconds, text, device, peak)
+    content = configuration(path.stem, source, seconds, text, device, peak)
     RunConfig.from_yaml(content)
     write_yaml(path, content, "x")
-    say(f"Written to {path}: {data}, {format_seconds(seconds)} on {device}. Next:")
-    say(f"  {program()} check {shlex.quote(str(path))}")
-    say(f"  {program()} run {shlex.quote(str(path))}")
+    size = choose_size(_UTILIZATION * peak * seconds, text)
+    if text.num_tokens is not None and (least := least_seconds(size, text, peak)) > seconds:
+        tell(
+            f"warning: {format_seconds(seconds)} is short for this text: the start and one"
+            f" validation take about half of it; {math.ceil(least / 60)}m or more would do"
+        )
+    say(f"Written to {path}: {', '.join(data)}, {format_seconds(seconds)} on {device}. Next:")
+    say(f"  {command('check', path)}")
+    say(f"  {command('run', path)}")
     return 0
 
 
-def seconds_of(budget: str) -> int:
-    """Return the seconds of a time as 90s, 10m, 2h, 1h30m, or 600 (seconds).
+def least_seconds(size: Size, text: Text, peak: float) -> float:
+    """Return the seconds of which the start of a run and one validation take half.
 
-    Raises:
-        ConfigError: it is not a time above 0.
+    Args:
+        size: of the model.
+        text: a tenth of it is validated, at 2 operations for each parameter and token.
+        peak: FLOP/s in matrix products.
     """
-    parts = re.findall(r"(\d+)([smhd])", budget)
-    whole = "".join(number + unit for number, unit in parts)
-    seconds = sum(int(number) * _UNITS[unit] for number, unit in parts)
-    if budget.isdecimal():
-        whole, seconds = budget, int(budget)
-    if whole != budget or not seconds:
-        raise ConfigError(
-            "the budget is not a time",
-            where="--budget",
-            got=budget,
-            expected="for example 90s, 10m, 2h or 1h30m",
+    validation = 2 * size.parameters * 0.1 * (text.num_tokens or 0) / (_UTILIZATION * peak)
+    return 2 * (_SECONDS_TO_START + validation)
+
+
+def _source_of(data: Sequence[str]) -> str | list[str]:
+    """Return what stands under `data.source`.
+
+    In place of a folder without text files stand its files of the most frequent other ending.
+    """
+    names = [name for one in data for name in _files_in_place_of(one)]
+    return names[0] if len(names) == 1 else names
+
+
+def _files_in_place_of(name: str) -> list[str]:
+    folder = Path(name)
+    if not folder.is_dir() or is_tokens(name) or files_in(folder, ("text",)).read:
+        return [name]
+    others = [path for path in files_in(folder, ("",)).read if path.suffix]
+    if not others:
+        return [name]
+    suffix, number = Counter(path.suffix for path in others).most_common(1)[0]
+    if number > _MOST_FILES:
+        raise DataError(
+            "there are too many files to list",
+            where=name,
+            got=f"{number:,} files that end in {suffix}",
+            expected=f"at most {_MOST_FILES:,}",
+            fix=f"turn them into tokens once, with `{command('prepare', f'{name}/**/*{suffix}')}"
+            f" --out DIR`, and give --data DIR",
         )
-    return seconds
+    tell(f"{name}: no .txt or .md files; taking its {number:,} files that end in {suffix}")
+    return [str(path) for path in others if path.suffix == suffix]
 
 
-def _ask(question: str, default: str) -> str:
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return default
-    try:
-        return input(f"{question} [{default}]: ").strip() or default
-    except EOFError:
-        return default
-
-
-def _look_at(data: str) -> Text:
+def _look_at(data: str | Sequence[str]) -> Text:
     source = read_source(data)
     if not source.text:
-        return Text(None, None if is_tokens(data) else "character")
+        has_tokenizer = isinstance(data, str) and is_tokens(data)
+        return Text(None, None if has_tokenizer else "character")
     if len(set(source.text)) > _MOST_CHARACTERS:
         return Text(len(source.text.encode()), "byte")
     return Text(len(source.text), "character")
@@ -159,7 +171,9 @@ def choose_size(operations: float, text: Text) -> Size:
     return min(SIZES, key=lambda size: abs(math.log(size.parameters / max(best, 1.0))))
 
 
-def configuration(stem: str, data: str, seconds: int, text: Text, device: str, peak: float) -> str:
+def configuration(
+    stem: str, data: str | Sequence[str], seconds: int, text: Text, device: str, peak: float
+) -> str:
     """Return the text of the configuration.
 
     Args:
@@ -181,9 +195,12 @@ def configuration(stem: str, data: str, seconds: int, text: Text, device: str, p
     rate = 3e-3 if size.d_model <= 192 else 1e-3 if size.d_model <= 512 else 6e-4
     name = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip(".-").rstrip(".")[:100] or "run"
     tokenizer = "  tokenizer: {}    # character, byte, or {{name: bpe, vocab_size: 4096}}\n"
+    plain = data if isinstance(data, str) else list(data)
+    source = dump_yaml(plain).removesuffix("...\n").strip().replace("\n", " ")
+    told = source if len(source) < 60 or isinstance(data, str) else f"{len(data)} files"
     return f"""\
 {MODELINE}{SCHEMA}
-# A model of {dump_yaml(data).splitlines()[0]} in {format_seconds(seconds)}, for this machine: \
+# A model of {told} in {format_seconds(seconds)}, for this machine: \
 {device}, about {peak:.2g} FLOP/s.
 #
 #   fundamentallm check {shlex.quote(stem)}.yaml      costs, and what happens when
@@ -192,7 +209,7 @@ def configuration(stem: str, data: str, seconds: int, text: Text, device: str, p
 name: {dump_yaml(name).splitlines()[0]}
 seed: 42
 data:
-  source: {dump_yaml(data).splitlines()[0]}    # a file, a folder, a built-in name, or a list
+  source: {source}    # a file, a folder, a built-in name, or a list
 {tokenizer.format(text.tokenizer) if text.tokenizer else ""}\
   sequence_length: {length}    # tokens that the model sees at once
   batch_size: {batch_size}    # sequences in a micro-batch

@@ -262,7 +262,7 @@ def _files(name: str) -> list[Path]:
             "there is no text in this folder",
             where=name,
             expected="files that end in " + " or ".join(SUFFIXES["text"]),
-            fix="name the files themselves in data.source",
+            fix="name the files themselves in place of the folder",
         )
     found.log(name)
     return found.read
