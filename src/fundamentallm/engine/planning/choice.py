@@ -23,8 +23,11 @@ HIGHEST_TRIED = 4.0  # of a small run
 # million parameters (docs/lab.md), 0.33 to 0.71 in publications. Muon's rate is relative to the
 # size of each matrix.
 RATE_EXPONENTS = {"adamw": 0.5, "adam": 0.5, "lion": 0.5}
-# How it falls with the tokens of a run: 0.32 in Bjorck et al. 2024, more in runs of a few steps.
-RATE_OVER_TOKENS = 0.4
+# The best rate of a run of fewer steps than these is higher, as steps^-k (docs/lab.md).
+SHORT_STEPS, SHORT_EXPONENT = 500, 0.4
+LEAST_CONFIGURED = (
+    2_000  # steps: a shorter run is a test, whose batch tells nothing about long ones
+)
 # How the step's tokens grow with those of the run (Bergsma et al. 2025, "Power lines").
 BATCH_EXPONENT = 0.38
 
@@ -163,15 +166,10 @@ def rule_rate(learning_rate: float, optimizer: str, parameters: int, configured:
     return learning_rate * math.pow(parameters / configured, -exponent)
 
 
-def trial_rate(tokens: float, reference: float) -> float:
-    """Return the rate over that of the rule, for a small run in place of the configured one.
-
-    Args:
-        tokens: of the small run.
-        reference: of the run that the configuration describes.
-    """
-    raised = (tokens / reference) ** -RATE_OVER_TOKENS
-    return float(f"{min(max(raised, LOWEST_RATE), HIGHEST_TRIED):.2g}")
+def trial_rate(steps: int) -> float:
+    """Return the rate of a small run over that of the rule."""
+    raised = math.pow(steps / SHORT_STEPS, -SHORT_EXPONENT)
+    return float(f"{min(max(raised, 1.0), HIGHEST_TRIED):.2g}")
 
 
 def batch_factor(tokens: float, configured: float) -> float:

@@ -19,7 +19,7 @@ SIZE_STEP = 3.0  # parameters of one measured size over those of the next smalle
 
 # (size, from 0 for the smallest; share of the time; learning rate over that of the rule). The
 # middle size, about the best one, takes most, since the plan extrapolates from it; rates are
-# cheapest to compare on the smallest. Where the time is short, the last ones are left out first.
+# cheapest to compare on the smallest. Where the time is short, runs of too few steps are left out.
 RUNS = (
     (1, 0.36, 1.0),
     (0, 0.14, 1.0),
@@ -119,15 +119,17 @@ def design(
         step_tokens: tokens of an optimizer step.
         extra: seconds of a run besides its steps: to build the model and to evaluate.
     """
-    for count in range(len(RUNS), 0, -1):
-        chosen = RUNS[:count]
-        usable = (seconds - extra * count) / sum(share for _, share, _ in chosen)
+    chosen = list(RUNS)
+    while chosen:
+        usable = (seconds - extra * len(chosen)) / sum(share for _, share, _ in chosen)
         trials = []
         for size, share, rate in chosen:
             shape = sizes[min(size, len(sizes) - 1)]
             step = step_tokens * speed.token_seconds(shape.flops)
             steps = int(SPARE * usable * share / step)
             trials.append(PlannedTrial(shape, steps, rate, steps * step + extra))
-        if min(trial.steps for trial in trials) >= LEAST_STEPS:
+        fewest = min(range(len(trials)), key=lambda place: trials[place].steps)
+        if trials[fewest].steps >= LEAST_STEPS:
             return sorted(trials, key=lambda trial: trial.seconds)
+        del chosen[fewest]
     return []

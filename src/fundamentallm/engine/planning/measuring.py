@@ -16,7 +16,13 @@ from fundamentallm.config import RunConfig
 from fundamentallm.data.batch import Window, count_valid
 from fundamentallm.data.loaders import EpochLoader
 from fundamentallm.engine.console import say
-from fundamentallm.engine.planning.choice import Costs, rule_rate, trial_rate
+from fundamentallm.engine.planning.choice import (
+    LEAST_CONFIGURED,
+    SHORT_STEPS,
+    Costs,
+    rule_rate,
+    trial_rate,
+)
 from fundamentallm.engine.planning.design import (
     LEAST_RUNS,
     LEAST_STEPS,
@@ -47,7 +53,7 @@ BUILDING_SECONDS = 0.3  # of a small run, at first
 EVALUATED_TOKENS = 1 << 17  # at most about so many, spread over the validation text
 EVALUATION_SHARE = 0.15  # of the time
 EVALUATION_COST = 0.35  # of a token, over that of training, at first
-NEAR_STEPS, NEAR_RATE = 1.5, 1.4  # factors within which a run that was measured before is as good
+NEAR_STEPS, NEAR_RATE = 1.25, 1.4  # factors within which a run that was measured before is as good
 COLUMNS = "{:>12}{:>8}{:>10}{:>12}{:>17}"
 BAR = "{l_bar}{bar}| {elapsed} < {remaining}"
 
@@ -98,7 +104,7 @@ class Ground:
         )
 
     def configured_tokens(self, speed: Speed, written: RunConfig) -> float:
-        """Return the tokens of the run that the configuration describes."""
+        """Return the tokens of the run that the configuration describes, or of 2,000 steps."""
         limits = Limits.resolve(
             written.training, len(self.loader), getattr(self.loader, "steps_for_tokens", None)
         )
@@ -108,7 +114,8 @@ class Ground:
         if limits.max_seconds is not None:
             seconds = max(limits.max_seconds - self.start, 1.0)
             counts.append(seconds / speed.token_seconds(self.configured.flops))
-        return min(counts, default=float(self.unique_tokens))
+        tokens = min(counts, default=float(self.unique_tokens))
+        return max(tokens, float(LEAST_CONFIGURED * self.step_tokens))
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ class Measuring:
         self._gain = self._gain_of_compilation() if ground.config.training.compile is True else 1.0
         self._plain = _uncompiled(ground.config)
         self.speed = self._first_speed()
-        self.reference = ground.configured_tokens(self.speed, written)
+        self._written = written
 
     def run(self, planned_seconds: float) -> Knowledge:
         """Measure what is missing for a plan.
@@ -192,10 +199,9 @@ class Measuring:
         stride = min(len(validation), max(1, math.ceil(max(passes, tokens / EVALUATED_TOKENS))))
         extra = BUILDING_SECONDS + EVALUATION_COST * tokens * seconds / stride
         trials = design(sizes, self.speed, left, ground.step_tokens, extra)
-        rates = [trial_rate(trial.steps * ground.step_tokens, self.reference) for trial in trials]
         trials = [
-            replace(trial, rate=float(f"{trial.rate * rate:.2g}"))
-            for trial, rate in zip(trials, rates, strict=True)
+            replace(trial, rate=float(f"{trial.rate * trial_rate(trial.steps):.2g}"))
+            for trial in trials
         ]
         missing = [trial for trial in trials if not self._is_kept(trial)]
         self._tell_start(trials, missing)
@@ -301,7 +307,7 @@ class Measuring:
         step_tokens = ground.step_tokens
         points = [Point(run.parameters, run.steps * step_tokens, run.rate) for run in runs]
         losses = [run.result.loss for run in runs]
-        law = ScalingLaw(points, losses, ground.unique_tokens, self.reference)
+        law = ScalingLaw(points, losses, ground.unique_tokens, SHORT_STEPS * step_tokens)
         times = [run.result.token_seconds / self._gain for run in runs]
         speed = Speed.fitted([run.flops for run in runs], times)
         validation = ground.inputs.loaders.validation.num_tokens
@@ -309,7 +315,8 @@ class Measuring:
             run.result.evaluation_seconds / (validation * run.result.token_seconds) for run in runs
         )
         costs = Costs(speed, ground.start, evaluation, validation)
-        return Knowledge(law, costs, runs, self.reference)
+        configured = ground.configured_tokens(speed, self._written)
+        return Knowledge(law, costs, runs, configured)
 
 
 def _uncompiled(config: RunConfig) -> RunConfig:

@@ -107,7 +107,7 @@ def plan(
     with console_output(), ended_by_signals():
         load_plugins([*written.plugins, *plugins], written.locate("plugins"))
         check_names(written)
-        ground = _ground(written, seconds, began)
+        ground = ground_of(written, seconds, began)
         measuring = Measuring(ground, written, measure, say_line)
         try:
             knowledge = measuring.run(seconds)
@@ -117,7 +117,7 @@ def plan(
                 signal_number=2,
                 fix="the same command goes on",
             ) from None
-    found = _candidates(ground, knowledge, seconds)
+    found = candidates_of(ground, knowledge, seconds)
     chosen = choose(ground, knowledge, found, seconds)
     changes = partial(_changes, ground=ground, written=written, chosen=chosen)
     write_copy(target, config_path, overrides, changes, "plan")
@@ -128,7 +128,7 @@ def plan(
     return 0
 
 
-def _ground(written: RunConfig, seconds: float, start: float) -> Ground:
+def ground_of(written: RunConfig, seconds: float, start: float) -> Ground:
     """Read the text and resolve the configuration.
 
     Raises:
@@ -171,12 +171,13 @@ def _refuse_little_text(inputs: Inputs) -> None:
         )
 
 
-def _cadence(ground: Ground) -> Cadence:
+def cadence_of(ground: Ground) -> Cadence:
+    """Return when the configuration evaluates."""
     training = ground.config.training
     return Cadence(training.eval_steps, training.eval_epochs, len(ground.loader))
 
 
-def _candidates(ground: Ground, knowledge: Knowledge, seconds: float) -> list[Candidate]:
+def candidates_of(ground: Ground, knowledge: Knowledge, seconds: float) -> list[Candidate]:
     """Return the best run of each size.
 
     Raises:
@@ -186,7 +187,7 @@ def _candidates(ground: Ground, knowledge: Knowledge, seconds: float) -> list[Ca
         ground.shapes,
         knowledge.law,
         knowledge.costs,
-        _cadence(ground),
+        cadence_of(ground),
         seconds,
         ground.step_tokens,
         knowledge.largest_measured,
@@ -209,7 +210,7 @@ def choose(
     best = min(found, key=lambda one: one.prediction.loss)
     rate = float(f"{best.rate * ground.rate(best.shape):.2g}")
     batch = int(batch_factor(best.tokens, knowledge.configured_tokens))
-    own = _cadence(ground)
+    own = cadence_of(ground)
     cadence = calmer(best.shape, knowledge.costs, own, seconds, ground.step_tokens)
     changed = None
     if batch > 1 or cadence != own:

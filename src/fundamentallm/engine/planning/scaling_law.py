@@ -6,8 +6,8 @@ The law is that of Hoffmann et al. 2022 (equation 10), with three additions:
 
 N parameters, D tokens, r the learning rate. A text of U tokens that is read more than once is worth
 D' tokens (Muennighoff et al. 2023, equation 5), and is learnt by heart: O, over the passes P = D/U,
-grows as (N/U)^q (P - 1). r' is the best rate; it falls as D^-h (Bjorck et al. 2024, "Scaling
-optimal LR across token horizons") and with the size, by a rule.
+grows as (N/U)^q (P - 1). r' is the best rate, by a rule for the size; in runs of
+a few hundred steps, of fewer than D0 tokens, it is higher, as (D/D0)^-h, and c is larger.
 
 A few short runs do not determine so many numbers, so each has a prior: published values for the
 exponents, the spread of our own runs for the rest (docs/lab.md). The posterior is sampled, and
@@ -33,23 +33,24 @@ DEGREES = 5.0  # of freedom of the scatter, a Student t: one odd run does not be
 WALKERS, STEPS, KEPT = 96, 1600, 40  # of the sampler; a draw of each walker from the last steps
 # Errors of the law, of the loss: for each factor of e beyond the largest measured run, and for each
 # between a rate and the best one.
-DRIFT, RATE_DRIFT = 0.006, 0.02
+DRIFT, RATE_DRIFT = 0.006, 0.01
 
 # name: (mean, standard deviation); all but `rate_shift` are logarithms. `floor`, `size` and `data`
 # are shares of the lowest measured loss: E, and the two terms at the middle of the measured runs.
 PRIORS = {
-    "floor": (math.log(0.7), 0.08),
+    "floor": (math.log(0.7), 0.12),
     "size": (math.log(0.07), 0.6),
     "size_exponent": (math.log(0.35), 0.25),
     "data": (math.log(0.25), 0.6),
-    "data_exponent": (math.log(0.55), 0.2),
-    "overfitting": (math.log(0.0014), 0.5),
-    "rate_cost": (math.log(0.015), 0.6),
+    "data_exponent": (math.log(0.5), 0.12),
+    "overfitting": (math.log(0.0022), 0.4),
+    "rate_cost": (math.log(0.01), 0.4),
     "rate_shift": (0.0, 0.2),
-    "rate_exponent": (math.log(0.4), 0.25),
-    "scatter": (math.log(0.005), 0.4),
+    "rate_exponent": (math.log(0.5), 0.25),
+    "scatter": (math.log(0.0045), 0.4),
 }
 OVERFITTING_SIZE = 0.6  # q
+SHORT_COST = 0.7  # c grows as (D/D0)^-0.7 below D0: a rate that is off matters more in a short run
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class ScalingLaw:
         points: the runs.
         losses: the validation loss of each.
         unique_tokens: U, of the training text.
-        reference_tokens: of a run for which the rule's rate is meant.
+        reference_tokens: D0, from which on the best rate stays.
         seed: of the sampler.
 
     Raises:
@@ -142,18 +143,18 @@ class ScalingLaw:
         shift, exponent = (
             self._draws[:, names.index(name)] for name in ("rate_shift", "rate_exponent")
         )
-        logs = shift - np.exp(exponent) * math.log(tokens / self._reference)
+        logs = shift - np.exp(exponent) * min(0.0, math.log(tokens / self._reference))
         return math.exp(float(np.median(logs)))
 
     def _columns(self, points: Sequence[Point]) -> Array:
-        """Return ln N, ln D', passes - 1, ln r and ln D over the reference: (5, runs)."""
+        """Return ln N, ln D', passes - 1, ln r and ln D/D0 below 0: (5, runs)."""
         tokens = np.array([point.tokens for point in points], dtype=np.float64)
         again = np.maximum(tokens / self._unique - 1, 0.0)
         worth = self._unique * (1 + REPETITIONS_WORTH * -np.expm1(-again / REPETITIONS_WORTH))
         sizes = np.array([point.parameters for point in points], dtype=np.float64)
         rates = np.array([point.rate for point in points], dtype=np.float64)
         worth = np.minimum(tokens, worth)
-        length = np.log(tokens / self._reference)
+        length = np.minimum(np.log(tokens / self._reference), 0.0)
         return np.stack([np.log(sizes), np.log(worth), again, np.log(rates), length])
 
     def _log_losses(self, draws: Array, columns: Array) -> Array:
@@ -172,7 +173,8 @@ class ScalingLaw:
         logs: Array = (
             math.log(self._lowest)
             + np.log(loss)
-            + np.exp(cost) * (log_rate - shift + np.exp(falling) * length) ** 2
+            + np.exp(cost - SHORT_COST * length)
+            * (log_rate - shift + np.exp(falling) * length) ** 2
         )
         return logs
 

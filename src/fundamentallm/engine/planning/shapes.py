@@ -46,7 +46,7 @@ def shapes_of(config: RunConfig) -> list[Shape]:
     """
     model = config.model
     if not isinstance(model, TransformerConfig):
-        return [_shape(config, {})]
+        return [shape_of(config, {})]
     group = model.num_heads // model.kv_heads
     widest = max(MOST_HEADS, WIDEST * model.num_heads) // group
     counts, count = {model.kv_heads}, 1
@@ -66,11 +66,12 @@ def shapes_of(config: RunConfig) -> list[Shape]:
             values["num_kv_heads"] = count
         if model.d_ff is not None:
             values["d_ff"] = max(8, 8 * round(model.d_ff * scale / 8))
-        shapes.append(_shape(config, {} if heads == model.num_heads else values))
+        shapes.append(shape_of(config, {} if heads == model.num_heads else values))
     return sorted(shapes, key=lambda shape: shape.parameters)
 
 
-def _shape(config: RunConfig, values: Mapping[str, Any]) -> Shape:
+def shape_of(config: RunConfig, values: Mapping[str, Any]) -> Shape:
+    """Return the configured model with some fields of its own."""
     sized = config.model.model_copy(update=dict(values))
     cost = estimate_model(sized, batch_size=1, optimizer_states=0)
     return Shape(values, cost.parameters, cost.flops_per_token)
