@@ -192,7 +192,7 @@ def losses(run: Path, text: Path, rows: int = 64) -> dict[str, Any]:
     model = trained.model
     assert isinstance(model, Transformer)
     length = model.sequence_length
-    ids = torch.tensor(trained.tokenizer.encode(text.read_text(encoding="utf-8")))
+    ids = torch.tensor(trained.tokenizer.encode(text.read_text(encoding="utf-8"))).long()
     windows = ids[-rows * (length + 1) :].view(rows, length + 1)
     found: dict[str, float] = {}
     with torch.inference_mode():

@@ -196,7 +196,7 @@ class NativeDecoder:
             for layer, key, value in zip(self._layers, keys, values, strict=True):
                 layer.keys, layer.values = key.data_ptr(), value.data_ptr()
         rows, step = len(lengths), self._step
-        tokens = tokens.contiguous()
+        tokens = tokens.to(torch.int64).contiguous()
         before = torch.tensor(lengths)
         logits = torch.empty(rows, -(-self.vocab_size // LANES) * LANES)
         step.rows, step.capacity, step.threads = rows, cache.capacity, torch.get_num_threads()
