@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,12 @@ def test_json_has_the_plan_and_what_it_rests_on(
     assert config.seed == 7
 
 
-def test_after_ctrl_c_the_same_command_goes_on(
-    few: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_after_a_signal_the_same_command_goes_on(
+    number: signal.Signals,
+    few: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trained: list[int] = []
     train = measuring.train
@@ -104,11 +109,11 @@ def test_after_ctrl_c_the_same_command_goes_on(
     def interrupted(config: Any, *arguments: Any) -> TrialResult:
         trained.append(config.training.total_steps)
         if len(trained) == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return train(config, *arguments)
 
     monkeypatch.setattr(measuring, "train", interrupted)
-    assert plan() == 130
+    assert plan() == 128 + number
     assert "2 small runs are kept" in capsys.readouterr().err
     assert not Path("tiny.planned.yaml").exists()
     assert plan() == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -111,10 +112,12 @@ def plan(
         measuring = Measuring(ground, written, measure, say_line)
         try:
             knowledge = measuring.run(seconds)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, InterruptedRunError) as error:
             raise InterruptedRunError(
                 f"the plan was interrupted; {len(measuring.kept.runs)} small runs are kept",
-                signal_number=2,
+                signal_number=error.exit_code - 128
+                if isinstance(error, InterruptedRunError)
+                else signal.SIGINT,
                 fix="the same command goes on",
             ) from None
     found = candidates_of(ground, knowledge, seconds)
