@@ -93,7 +93,7 @@ inline void multiply(const char* panels, Size panel_bytes, Size first, Size last
     for (Size b = first; b < last; ++b) {
         const char* at = panels + b * Kind::BYTES;
         vec parts[SCALED ? COUNT : 1][SCALED ? PANELS : 1] = {};
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (Size k = 0; k < BLOCK; k += Kind::STEP) {
 #pragma GCC unroll 8
             for (int p = 0; p < PANELS; ++p) {
