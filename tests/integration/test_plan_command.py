@@ -118,7 +118,7 @@ def test_after_a_signal_the_same_command_goes_on(
     assert not Path("tiny.planned.yaml").exists()
     assert plan() == 0
     assert len(trained) == 3 + 3
-    assert "2 are known from before" in capsys.readouterr().out
+    assert "Known from before: 2." in capsys.readouterr().out
 
 
 def test_a_run_that_diverges_is_no_end(few: None, monkeypatch: pytest.MonkeyPatch) -> None:

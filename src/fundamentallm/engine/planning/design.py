@@ -128,8 +128,8 @@ def design(
             step = step_tokens * speed.token_seconds(shape.flops)
             steps = int(SPARE * usable * share / step)
             trials.append(PlannedTrial(shape, steps, rate, steps * step + extra))
-        fewest = min(range(len(trials)), key=lambda place: trials[place].steps)
-        if trials[fewest].steps >= LEAST_STEPS:
+        short = [place for place, trial in enumerate(trials) if trial.steps < LEAST_STEPS]
+        if not short:
             return sorted(trials, key=lambda trial: trial.seconds)
-        del chosen[fewest]
+        del chosen[max(short, key=lambda place: chosen[place][0])]  # its time serves the others
     return []

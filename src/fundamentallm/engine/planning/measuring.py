@@ -253,10 +253,11 @@ class Measuring:
         known = len(self.kept.runs)
         sizes = sorted({trial.shape.parameters for trial in trials})
         self.tell(
-            f"Measuring {len(missing)} small runs of {sizes[0]:,} to {sizes[-1]:,} parameters:"
+            f"Measuring {len(missing)} small run{'s' * (len(missing) != 1)}"
+            f" of {sizes[0]:,} to {sizes[-1]:,} parameters:"
             f" about {duration(sum(trial.seconds for trial in missing))}, at most"
             f" {duration(OVERTIME * self.seconds)}."
-            + (f" {known} are known from before." if known else "")
+            + (f" Known from before: {known}." if known else "")
             + " Ctrl-C keeps what is done."
         )
         self.tell("")
