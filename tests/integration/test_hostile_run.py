@@ -196,6 +196,7 @@ def test_an_incident_that_is_no_files_is_refused(
     assert "mine" not in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="needs links and pipes")
 def test_the_command_tries_fifteen_kinds_at_eleven_places_and_notices_what_does_not_hold() -> None:
     assert (len(KINDS), len(PLACES)) == (15, 11)

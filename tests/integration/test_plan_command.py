@@ -96,7 +96,9 @@ def test_json_has_the_plan_and_what_it_rests_on(
     assert config.seed == 7
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
+)
 def test_after_a_signal_the_same_command_goes_on(
     number: signal.Signals,
     few: None,

@@ -305,7 +305,11 @@ BAD = {
         2,
         ("--tokenizer", "vocab_size"),
     ),
-    "small": ("prepare text.txt --out x --tokenizer bpe --vocab-size 3", 2, ("at least 257",)),
+    "small": (
+        "prepare text.txt --out x --tokenizer bpe --vocab-size 3",
+        2,
+        ("got:      3", "from 257 to"),
+    ),
     "tokenizer-file": ("prepare text.txt --out x --tokenizer no.json", 3, ("no.json",)),
     "fractions": (
         "prepare text.txt --out x --split document --fractions 1 1 1",

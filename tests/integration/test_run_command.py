@@ -484,9 +484,9 @@ def test_the_ways_on_that_a_finished_run_names_work(done, capsys):
     ways = re.findall(r"^  python -m fundamentallm (.*)$", capsys.readouterr().out, re.M)
     assert len(ways) == 2
 
-    assert main(shlex.split(ways[0].replace("=N ", "=14 "))) == 0
+    assert main(shlex.split(ways[0], comments=True)) == 0
     assert "from step 12" in capsys.readouterr().err
-    assert last(done) == "step-00000014"
+    assert last(done) == "step-00000024"
 
     assert main(shlex.split(ways[1])) == 0
     assert last("runs/tiny-2") == "step-00000012"
@@ -1121,12 +1121,15 @@ def test_the_end_names_the_next_commands_and_they_work(capsys):
     out = capsys.readouterr().out
     assert "Done: 12 steps, 768 tokens" in out
 
-    commands = [line.split()[3:] for line in out.splitlines() if "python -m" in line]
+    commands = [
+        shlex.split(line, comments=True)[3:] for line in out.splitlines() if "python -m" in line
+    ]
     # The text has no T: the prompt is one that its vocabulary has.
     assert commands == [
         ["generate", "runs/tiny", "--prompt", "First"],
         ["evaluate", "runs/tiny"],
         ["report", "runs/tiny"],
+        ["run", "tiny.yaml", "training.total_steps=24", "--resume", "runs/tiny"],
     ]
     for command in commands:
         assert main(command) == 0
@@ -1158,7 +1161,7 @@ def test_check_prints_costs_and_timeline_and_writes_nothing(place, capsys):
     assert float(figures["FLOPs"]) > 1e6
     assert "MiB" in figures["memory"]
     assert "ms a step" in figures["time"]
-    events = ["ITERATION_COMPLETED", "FLLM_METRICS_READY", "FLLM_CHECKPOINT_DUE"]
+    events = ["ITERATION_COMPLETED", "FLLM_LOG_DUE", "FLLM_CHECKPOINT_DUE"]
     positions = [out.index(f"  {event} ") for event in [*events, "FLLM_EVALUATION_DUE"]]
     assert positions == sorted(positions)
     assert "schedule" in out

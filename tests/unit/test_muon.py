@@ -290,9 +290,7 @@ def test_a_closure_is_evaluated_with_gradients() -> None:
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     name = next(iter(options))
-    said = {"eps": "epsilon", "adamw_lr": "learning rate", "betas": "beta"}.get(
-        name, name.removesuffix("_lr")
-    )
+    said = "beta" if name == "betas" else name.removesuffix("_lr")
     with pytest.raises((ConfigError, ValueError), match=f"(?i){said}"):
         OptimizerBuilder.build("muon", Net(), 0.1, **options)
 

@@ -97,6 +97,8 @@ class Case:
 
 # Of the compiler's names for processors, which have other kernels: plain vectors, AVX-512 with
 # bfloat16, tiles.
+# Kernels of a lower processor are compiled for this test alone.
+AVX2 = pytest.param("x86-64-v3", marks=pytest.mark.long)
 PROCESSORS = {"x86-64-v3": "avx2", "cooperlake": "avx512_bf16", "sapphirerapids": "amx_bf16"}
 
 
@@ -580,6 +582,7 @@ def test_it_says_which_models_it_does_not_know(change, reason):
         assert caught.value.got == said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_the_kernels_of_all_processors_agree(processor):
     case = Case("all", time=64)
@@ -592,7 +595,7 @@ def test_the_kernels_of_all_processors_agree(processor):
         assert difference(found[name], expected[name]) < 4 * ROUNDING, name
 
 
-@pytest.mark.parametrize("processor", ["x86-64-v3", "native"])
+@pytest.mark.parametrize("processor", [AVX2, "native"])
 @pytest.mark.parametrize("feedforward", ["swiglu", "gelu"])
 def test_activations_far_from_zero(feedforward, processor):
     KINDS["far"] = {**PLAIN, "feedforward": feedforward}
@@ -627,7 +630,7 @@ _TYPES = {"Size", "FeedForward", "float", "const", "number"}
 class TestFloat32:
     """The same block with products of float32, by vectors of 512 and of 256 bits."""
 
-    def case(self, kind: str, processor: str = "x86-64-v3", **sizes: int) -> Case:
+    def case(self, kind: str, processor: str = "native", **sizes: int) -> Case:
         KINDS["dropped"] = {**KINDS["all"], "dropout": 0.25}
         KINDS["wide"] = {**PLAIN, "d_model": 384, "num_heads": 6, "d_ff": 1536}
         try:
@@ -639,7 +642,7 @@ class TestFloat32:
             case.runner.library = library_for(processor, "fp32")
         return case
 
-    @pytest.mark.parametrize("processor", ["x86-64-v3", "native"])
+    @pytest.mark.parametrize("processor", [AVX2, "native"])
     @pytest.mark.parametrize("kind", [*KINDS, "wide"])
     def test_it_rounds_no_more_than_torch_in_float32(self, kind, processor):
         case = self.case(kind, processor)
@@ -663,7 +666,7 @@ class TestFloat32:
             case.block.attention.value.weight.mul_(1.0001)
         assert difference(found, case.gradients(run_block)["y"]) > 1e-5
 
-    @pytest.mark.parametrize("processor", ["x86-64-v3", "native"])
+    @pytest.mark.parametrize("processor", [AVX2, "native"])
     def test_dropout_draws_what_it_draws_in_bf16(self, processor):
         case, narrow = self.case("dropped", processor), self.case("dropped")
         narrow.runner = NativeBlocks(run_block)
@@ -674,7 +677,7 @@ class TestFloat32:
         for name in expected:
             assert difference(found[name], expected[name]) < 4 * ROUNDING, name
 
-    @pytest.mark.parametrize("processor", ["x86-64-v3", "native"])
+    @pytest.mark.parametrize("processor", [AVX2, "native"])
     def test_rows_and_threads_do_not_depend_on_each_other(self, processor):
         case = self.case("all", processor, batch=5)
         whole = case.gradients(case.runner)

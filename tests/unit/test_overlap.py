@@ -98,6 +98,7 @@ handlers: {tensorboard: false, samples: false, progress: false}
 """
 
 
+@pytest.mark.long
 def test_a_run_and_a_check_warn_of_it_and_a_resumed_run_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
