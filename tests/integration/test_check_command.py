@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import torch
 
 from fundamentallm.compute import compilation
 from fundamentallm.engine.cli import main
+from fundamentallm.engine.wiring import assemble
 from fundamentallm.training.step import TrainStep
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
@@ -103,6 +105,31 @@ def test_a_clock_that_ends_the_run_bounds_its_time(capsys):
     words = ["training.total_steps=1000000000", "training.max_seconds=120"]
     assert main(["check", "tiny.yaml", *words]) == 0
     assert re.search(r"time +(0:)?0?2:00 \(", capsys.readouterr().out)
+
+
+def test_a_run_that_only_the_clock_ends_is_told_the_steps_that_it_has_time_for(capsys):
+    words = ["training.total_steps=null", "training.max_seconds=120"]
+    assert main(["check", "tiny.yaml", *words]) == 0
+    out = capsys.readouterr().out
+    steps, tokens = re.search(r"steps +at most about ([\d,]+) \(([\d,]+) tokens\)\n", out).groups()
+    per_second = re.search(r"ms a step, ([\d,]+) tokens/s", out)[1]
+    steps, tokens, per_second = (int(word.replace(",", "")) for word in (steps, tokens, per_second))
+    assert tokens == 64 * steps
+    assert tokens == pytest.approx(120 * per_second, rel=0.01)
+
+
+def test_it_times_what_auto_chooses(steps, monkeypatch, capsys):
+    def choose(written, resolved, plan, loader):
+        assert written.training.precision == "auto"
+        return dataclasses.replace(plan, precision="bf16"), ["chosen here"]
+
+    monkeypatch.setattr(assemble, "choose_auto", choose)
+    words = ["training.precision=auto", "training.total_steps=1000"]
+    assert main(["check", "tiny.yaml", *words]) == 0
+    assert steps[-1][1].precision.name == "bf16"
+    said = capsys.readouterr()
+    assert "chosen here" in said.out + said.err
+    assert re.search(r"device +cpu, bf16\n", said.out)
 
 
 def test_the_flops_of_examples_are_those_of_all_tokens_that_are_computed(capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fundamentallm.engine import commands
-from fundamentallm.engine.cli import build_parser, parse
+from fundamentallm.engine.cli import build_parser, main, parse
 from fundamentallm.engine.commands import COMMANDS
 
 FILES = {path.stem for path in Path(commands.__file__).parent.glob("[!_]*.py")}
@@ -47,3 +47,32 @@ def test_a_command_knows_what_to_execute(name: str) -> None:
     options = parse([name, *words[:1], *needed])
     assert options.command is command.execute
     assert options.debug is False
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        ("rnu quickstart", "run"),
+        ("list optimzers", "optimizers"),
+        ("export runs/mine --out x --format gguv", "gguf"),
+        ("run quickstart --resmue never", "--resume"),
+        ("generate runs/mine --promt=x", "--prompt"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_nearest(
+    words: str, near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    assert f"did you mean '{near}'?" in capsys.readouterr().err
+
+
+def test_a_word_that_resembles_nothing_is_answered_without_a_guess(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "quickstart", "--zzz"])
+    said = capsys.readouterr().err
+    assert "unrecognized arguments: --zzz\n" in said
+    assert "did you mean" not in said

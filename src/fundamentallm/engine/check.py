@@ -29,10 +29,10 @@ def check(config_path: Path, overrides: Sequence[str] = (), plugins: Sequence[st
     with console_output():
         load_plugins([*config.plugins, *plugins], config.locate("plugins"))
         check_names(config)
-        run = assemble(config, nowhere(config), open_machine(config), measuring=False)
+        run = assemble(config, nowhere(config), open_machine(config))
     for note in run.notes:
         say(note)
-    _print_costs(run, measure_step(run, config.training.compile == "auto"))
+    _print_costs(run, measure_step(run))
     say()
     say("Events and their handlers, in firing order:")
     for event, handlers in run.trainer.timeline():
@@ -66,6 +66,9 @@ def _print_costs(run: Run, seconds: float) -> None:
     say(f"memory           about {gib(cost.total_bytes)}" + (f" of {gib(limit)}" if limit else ""))
     speed = f"{seconds * 1e3:.0f} ms a step, {computed / seconds:,.0f} tokens/s"
     longest = trainer.budget.limits.max_seconds
+    if trainer.total_steps is None and longest is not None:
+        steps = int(longest / seconds)
+        say(f"steps            at most about {steps:,} ({steps * tokens_per_step:,} tokens)")
     if trainer.total_steps is not None:
         expected = trainer.total_steps * seconds
         if longest is None or expected < longest:
@@ -75,7 +78,7 @@ def _print_costs(run: Run, seconds: float) -> None:
         say(f"time             {format_seconds(longest)} ({speed})")
 
 
-def measure_step(run: Run, opens_compile: bool) -> float:
+def measure_step(run: Run) -> float:
     """Return the seconds of one optimizer step with random weights.
 
     They are the median over the steps of a second, three at least: of three short steps alone, two
@@ -83,14 +86,12 @@ def measure_step(run: Run, opens_compile: bool) -> float:
 
     Args:
         run: the run whose step is measured.
-        opens_compile: whether the run would measure if compiling pays; it starts uncompiled.
     """
     trainer = run.trainer
     plain = replace(trainer.plan, compile=False)
     windows = [trainer.train_loader.window_at(0, 0)]
-    if not opens_compile:
-        measured = measure(run.config, trainer.plan, windows, seconds=_SECONDS)
-        if not measured.fault:
-            return measured.step_seconds
+    measured = measure(run.config, trainer.plan, windows, seconds=_SECONDS)
+    if not measured.fault:
+        return measured.step_seconds
     # Where torch's compiler fails, a run goes on without it.
     return measure(run.config, plain, windows, seconds=_SECONDS).step_seconds

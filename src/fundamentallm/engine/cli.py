@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -23,10 +24,33 @@ from fundamentallm.engine.console import (
     settle_streams,
     tell,
 )
-from fundamentallm.errors import ConfigError, FundamentaLLMError, InterruptedRunError, MachineError
+from fundamentallm.errors import (
+    ConfigError,
+    FundamentaLLMError,
+    InterruptedRunError,
+    MachineError,
+    did_you_mean,
+)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_SPACE = "free some space or write to another disk, then repeat the command"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names the nearest option, command or choice to a mistyped one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and exit with 2."""
+        mistyped = re.search(r"invalid choice: '(.+)' \(choose from (.+)\)$", message)
+        if mistyped and (near := did_you_mean(mistyped[1], re.split("[', ]+", mistyped[2]))):
+            message = f"{message}\n{near}"
+        super().error(message)
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """Print the usage and the unknown arguments, and exit with 2."""
+        known = [option for action in self._actions for option in action.option_strings]
+        found = (did_you_mean(word.split("=")[0], known) for word in words if word.startswith("--"))
+        self.error("\n".join([f"unrecognized arguments: {' '.join(words)}", *filter(None, found)]))
 
 
 def exit_process(code: int) -> NoReturn:
@@ -119,7 +143,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.plugins = [word for word in options.plugins if not is_override(word)]
     unknown = [word for word in rest if not is_override(word)]
     if unknown or (late and "overrides" not in options):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or late)}")
+        options.own.refuse(unknown or late)
     if late:
         options.overrides = [*options.overrides, *late]
     return options
@@ -159,7 +183,7 @@ def report(error: FundamentaLLMError) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fundamentallm",
         description="Train a language model on your own text.",
         epilog=f"Start with: {program()} run quickstart",
@@ -174,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
         own = commands.add_parser(
             name, help=summary, description=summary[0].upper() + summary[1:] + "."
         )
-        own.set_defaults(command=command.execute)
+        own.set_defaults(command=command.execute, own=own)
         own.add_argument("--debug", action="store_true", help="show a traceback with an error")
         command.add_arguments(own)
     return parser
