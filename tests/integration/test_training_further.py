@@ -127,6 +127,7 @@ def test_a_clock_beside_the_steps_is_raised_where_it_would_end_the_run_at_once(m
     assert "(the last step is done)" in said
 
     command = advised(said, "# train it further")
+    seconds = iter(range(10**6))  # of a process of its own
     assert main(command) == 0
     assert last_step() == 16
 
