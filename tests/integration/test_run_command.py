@@ -692,9 +692,15 @@ def test_what_was_measured_at_the_start_holds_on_resume(at_step, measured, capsy
     assert (stored["precision"], stored["bf16_weights"]) == ("bf16", True)
 
 
-def test_a_check_measures_nothing_for_auto(measured):
+def test_a_check_measures_for_auto_and_the_run_takes_its_figures(measured, capsys):
     assert main(["check", "tiny.yaml", "training.precision=auto"]) == 0
-    assert measured == []
+    assert measured == ["fp32", "bf16"]
+    assert re.search(r"^device +cpu, bf16$", capsys.readouterr().out, re.M)
+
+    assert main(["run", "tiny.yaml", "training.precision=auto"]) == 0
+
+    assert measured == ["fp32", "bf16"]
+    assert "on cpu in bf16" in capsys.readouterr().err
 
 
 def test_a_real_measurement_leaves_no_trace_in_the_run(done, monkeypatch, tmp_path):
