@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -1088,7 +1089,8 @@ def test_the_timeline_names_the_handlers_in_the_order_of_the_loop() -> None:
     trainer.add_event_handler(
         Events.STARTED, trainer.interrupt
     )  # a method of its own is no handler
-    assert dict(trainer.timeline())["STARTED"] == ["RecordingHandler", "look"]
+    trainer.add_event_handler(Events.STARTED, partial(LossEMA().update, trainer))
+    assert dict(trainer.timeline())["STARTED"] == ["RecordingHandler", "look", "loss_ema"]
 
 
 def test_a_warmup_schedule_from_the_class_is_applied_by_the_trainer_alone() -> None:

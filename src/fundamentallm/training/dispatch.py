@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -165,6 +166,8 @@ def timeline(engine: Engine) -> list[tuple[str, list[str]]]:
 
 def _handler_name(handler: Any) -> str:
     """Return the registered or class name of a handler's owner, else the function's name."""
+    while isinstance(handler, partial):
+        handler = handler.func
     owner = owner_of(handler)
     name = registered_name(type(owner)) or getattr(owner, "__name__", type(owner).__name__)
     return str(name)

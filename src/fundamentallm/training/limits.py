@@ -162,7 +162,7 @@ class Budget:
         if seconds is None:
             return False
         if self._estimated is None and self._state.iteration >= self._began[1] + 2:
-            self._estimate_end(seconds)
+            self._take_estimates(seconds)
         now = self.elapsed_seconds() + 0.5 * self._seconds_per_step()
         return now >= seconds - self._kept_free(seconds)
 
@@ -185,7 +185,7 @@ class Budget:
     def _kept_free(self, seconds: float) -> float:
         return min(self.seconds_of_end(), _LARGEST_SHARE * seconds)
 
-    def _estimate_end(self, seconds: float) -> None:
+    def _take_estimates(self, seconds: float) -> None:
         started = self.clock()
         self._estimated = sum(estimate() for estimate in self._estimates)
         self._not_in_steps += self.clock() - started

@@ -29,6 +29,7 @@ from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.engine.tuning.tune import check_start, free_path, write_copy
 from fundamentallm.engine.wiring.assemble import Inputs, check_names, open_machine, read_inputs
+from fundamentallm.engine.wiring.conflicts import require_validation_text
 from fundamentallm.engine.wiring.run_directory import nowhere
 from fundamentallm.errors import ConfigError, DataError, InterruptedRunError, MachineError
 from fundamentallm.reports.page import duration
@@ -144,13 +145,7 @@ def ground_of(written: RunConfig, seconds: float, start: float) -> Ground:
             got=shown(written.model.init_from),
             fix="remove model.init_from; for fine-tuning the size is given already",
         )
-    if not written.data.split[1]:
-        raise ConfigError(
-            "a plan compares validation losses, and there is no validation text",
-            where=written.locate("data.split"),
-            got=shown(list(written.data.split)),
-            fix="raise the second fraction",
-        )
+    require_validation_text(written, "a plan")
     budget = {"total_steps": None, "max_tokens": None, "max_seconds": seconds}
     training = written.training.model_copy(update=budget)
     planned = written.model_copy(update={"training": training})

@@ -34,6 +34,7 @@ from fundamentallm.engine.sweeping.record import (
     write_record,
 )
 from fundamentallm.engine.wiring.assemble import check_names
+from fundamentallm.engine.wiring.conflicts import require_validation_text
 from fundamentallm.errors import CheckpointError, ConfigError, InterruptedRunError, MachineError
 from fundamentallm.files.filesystem import Filesystem, replace_file
 from fundamentallm.files.lock import run_lock
@@ -117,13 +118,7 @@ def check_trials(sweep: SweepConfig, base: YamlDocument) -> None:
                 of_trial = f"the trial is {in_words(settings)}"
                 error.fix = f"{error.fix}; {of_trial}" if error.fix else of_trial
             raise
-        if not config.data.split[1]:
-            raise ConfigError(
-                "a sweep compares validation losses, and there is no validation text",
-                where=config.locate("data.split"),
-                got=shown(list(config.data.split)),
-                fix="raise the second fraction",
-            )
+        require_validation_text(config, "a sweep")
 
 
 def in_words(settings: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from fundamentallm.config import RunConfig
 from fundamentallm.config.training import TrainingConfig
+from fundamentallm.config.yaml.problems import shown
 from fundamentallm.errors import ConfigError
 from fundamentallm.training.optimizers import OPTIMIZERS
 from fundamentallm.training.schedulers import SCHEDULERS
@@ -95,3 +96,22 @@ def _is_written(config: RunConfig, key: str) -> bool:
     written = name in config.training.model_fields_set
     default = TrainingConfig.model_fields[name].default
     return written and getattr(config.training, name) != default
+
+
+def require_validation_text(config: RunConfig, what: str) -> None:
+    """Refuse a configuration without validation text for something that compares its losses.
+
+    Args:
+        config: as written.
+        what: what compares them, with its article.
+
+    Raises:
+        ConfigError: the second fraction of `data.split` is 0.
+    """
+    if not config.data.split[1]:
+        raise ConfigError(
+            f"{what} compares validation losses, and there is no validation text",
+            where=config.locate("data.split"),
+            got=shown(list(config.data.split)),
+            fix="raise the second fraction",
+        )
