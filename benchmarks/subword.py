@@ -1,4 +1,4 @@
-"""Bits per byte of a model of subwords beside the quickstart's model of characters.
+"""Bits per byte of a model of subwords beside the same model of characters.
 
     OMP_NUM_THREADS=2 python benchmarks/subword.py [--steps 700] [override ...]
 
@@ -21,7 +21,7 @@ from fundamentallm.config import load_config
 from fundamentallm.data.sources import read_source
 from fundamentallm.models.estimate import estimate
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "python_docs_bpe.yaml"
 
 
 def engine(*words: str) -> str:
@@ -44,19 +44,20 @@ def main() -> None:
     options = parser.parse_args()
     text = read_source("python-docs").text
     costs = {
-        "quickstart": flops_per_token(CONFIGS / "quickstart.yaml", len(set(text))),
-        "python_docs_bpe": flops_per_token(CONFIGS / "python_docs_bpe.yaml", 2048),
+        "character": flops_per_token(CONFIG, len(set(text))),
+        "bpe": flops_per_token(CONFIG, 2048),
     }
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         held_out = Path(folder) / "held-out.txt"
         held_out.write_text(text[-len(text) * 9 // 100 :], encoding="utf-8")
         for name, cost in costs.items():
-            steps = round(options.steps * costs["quickstart"] / cost)
+            steps = round(options.steps * costs["character"] / cost)
             run = str(Path(folder) / name)
             overrides = [f"training.total_steps={steps}", *options.overrides]
-            config = str(CONFIGS / f"{name}.yaml")
-            engine("run", config, *overrides, "handlers.samples=false", "--run-dir", run)
+            if name == "character":
+                overrides.insert(0, "data.tokenizer=character")
+            engine("run", str(CONFIG), *overrides, "handlers.samples=false", "--run-dir", run)
             found = json.loads(engine("evaluate", run, "--data", str(held_out), "--json"))
             results[name] = {
                 "steps": steps,
