@@ -30,6 +30,7 @@ from fundamentallm.engine.cli import main
 from fundamentallm.engine.tuning import auto
 from fundamentallm.engine.tuning.measuring import Measurement
 from fundamentallm.engine.wiring import assemble as assembly
+from fundamentallm.engine.wiring import resolving
 from fundamentallm.errors import MachineError
 from fundamentallm.events import TrainingEvents
 from fundamentallm.files.filesystem import Filesystem
@@ -812,7 +813,7 @@ def test_a_native_run_goes_on_where_the_code_is_refused(at_step, monkeypatch, ca
     def refuses(precision: str) -> None:
         raise MachineError("the system refuses the processor's tile registers (AMX)")
 
-    monkeypatch.setattr(assembly, "load_library", refuses)
+    monkeypatch.setattr(resolving, "load_library", refuses)
     assert main(["run", *NATIVE]) == 0
     said = " ".join("".join(capsys.readouterr()).split())
     assert "cannot compile (the system refuses the processor's tile registers (AMX))" in said

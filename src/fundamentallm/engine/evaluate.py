@@ -29,8 +29,8 @@ from fundamentallm.data.sources.base import part_bounds
 from fundamentallm.data.tokenizer import Tokenizer, changes_texts
 from fundamentallm.engine.console import console_output, printable, say
 from fundamentallm.engine.plugins import load_plugins
-from fundamentallm.engine.wiring.assemble import read_run_source
 from fundamentallm.engine.wiring.exactness import RULES_KEY
+from fundamentallm.engine.wiring.inputs import read_run_source
 from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.inference.evaluate import (
     Document,

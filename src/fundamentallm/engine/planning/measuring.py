@@ -41,7 +41,8 @@ from fundamentallm.engine.planning.trial import (
     train,
 )
 from fundamentallm.engine.tuning.measuring import measure
-from fundamentallm.engine.wiring.assemble import Inputs, assemble
+from fundamentallm.engine.wiring.assemble import assemble
+from fundamentallm.engine.wiring.inputs import Inputs
 from fundamentallm.engine.wiring.run_directory import nowhere
 from fundamentallm.errors import MachineError
 from fundamentallm.reports.page import duration

@@ -28,8 +28,9 @@ from fundamentallm.engine.planning.measuring import Ground, Knowledge, Measuring
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.engine.tuning.tune import check_start, free_path, write_copy
-from fundamentallm.engine.wiring.assemble import Inputs, check_names, open_machine, read_inputs
+from fundamentallm.engine.wiring.assemble import check_names, open_machine
 from fundamentallm.engine.wiring.conflicts import require_validation_text
+from fundamentallm.engine.wiring.inputs import Inputs, read_inputs
 from fundamentallm.engine.wiring.run_directory import nowhere
 from fundamentallm.errors import ConfigError, DataError, InterruptedRunError, MachineError
 from fundamentallm.reports.page import duration

@@ -12,7 +12,8 @@ from typing import Any
 from fundamentallm.compute.plan import Machine
 from fundamentallm.config import RunConfig
 from fundamentallm.data.loaders import Batch, ValidationBatches
-from fundamentallm.engine.wiring.assemble import DEFAULT_HANDLERS, Inputs, assemble
+from fundamentallm.engine.wiring.assemble import DEFAULT_HANDLERS, assemble
+from fundamentallm.engine.wiring.inputs import Inputs
 from fundamentallm.engine.wiring.run_directory import nowhere
 from fundamentallm.errors import NumericalError
 from fundamentallm.events import TrainingEvents

@@ -29,7 +29,9 @@ from fundamentallm.engine.stopping import ended_by_signals
 from fundamentallm.engine.tuning.fit import gib
 from fundamentallm.engine.tuning.measuring import Measurement, measure_in_process, rows_of
 from fundamentallm.engine.tuning.search import Space, batch_sizes, search, thread_counts
-from fundamentallm.engine.wiring.assemble import check_names, open_machine, read_inputs, resolve
+from fundamentallm.engine.wiring.assemble import check_names, open_machine
+from fundamentallm.engine.wiring.inputs import read_inputs
+from fundamentallm.engine.wiring.resolving import resolve
 from fundamentallm.engine.wiring.run_directory import nowhere
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.files.names import numbered
