@@ -1,7 +1,7 @@
 """A block of your own: a feed-forward gated by GELU, without touching the package.
 
     python examples/own_block.py
-    PYTHONPATH=examples fundamentallm run configs/train.yaml \\
+    PYTHONPATH=examples fundamentallm run train \\
         --plugins own_block model.feedforward=geglu
 
 What to learn: one decorated module. Widths, biases and dropout come from the model's

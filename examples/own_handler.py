@@ -1,7 +1,7 @@
 """A handler of your own: the signal-to-noise ratio of the gradient, without touching the package.
 
     python examples/own_handler.py
-    PYTHONPATH=examples fundamentallm run configs/train.yaml \\
+    PYTHONPATH=examples fundamentallm run train \\
         --plugins own_handler handlers.gradient_noise.every=20
 
 What to learn: a handler is a class with `attach(trainer)`. It observes at the event where its

@@ -1,7 +1,7 @@
 """A logger of your own: metrics as rows of an SQLite database, without touching the package.
 
     python examples/own_logger.py
-    PYTHONPATH=examples fundamentallm run configs/train.yaml \\
+    PYTHONPATH=examples fundamentallm run train \\
         --plugins own_logger handlers.sqlite=true
     sqlite3 runs/train/metrics.sqlite "SELECT step, value FROM metrics WHERE name = 'val/loss'"
 

@@ -1,7 +1,7 @@
 """A loss of your own with a second output, which is logged, without touching the package.
 
     python examples/own_loss.py
-    PYTHONPATH=examples fundamentallm run configs/train.yaml --plugins own_loss \\
+    PYTHONPATH=examples fundamentallm run train --plugins own_loss \\
         'training.loss={name: confidence_penalty, beta: 0.1}' handlers.prediction_entropy=true
 
 What to learn: a loss is called with each micro-batch and returns a sum over its valid targets; the

@@ -1,7 +1,7 @@
 """A model of another kind, a recurrent one, without touching the package.
 
     python examples/own_model.py
-    PYTHONPATH=examples fundamentallm run configs/train.yaml \\
+    PYTHONPATH=examples fundamentallm run train \\
         --plugins own_model 'model={family: gru, hidden_size: 192}'
     PYTHONPATH=examples fundamentallm generate runs/train --plugins own_model
 

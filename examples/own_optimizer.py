@@ -1,7 +1,7 @@
 """An optimizer of your own: AdaBelief, without touching the package.
 
     python examples/own_optimizer.py
-    PYTHONPATH=examples fundamentallm run configs/train.yaml \\
+    PYTHONPATH=examples fundamentallm run train \\
         --plugins own_optimizer training.optimizer=adabelief training.learning_rate=2e-3
 
 What to learn: one decorated function. `params` and `lr` come from the program, every other

@@ -1,7 +1,7 @@
 """A schedule of your own: a warm restart at every epoch, without touching the package.
 
     python examples/own_schedule.py
-    PYTHONPATH=examples fundamentallm run configs/train.yaml \\
+    PYTHONPATH=examples fundamentallm run train \\
         --plugins own_schedule 'training.scheduler={name: restarts, depth: 0.2}'
 
 What to learn: a schedule is a pure function from the number of the update to a multiplier of the

@@ -1,7 +1,7 @@
 """A tokenizer of your own: words and what stands between them, without touching the package.
 
     python examples/own_tokenizer.py
-    PYTHONPATH=examples fundamentallm run configs/train.yaml \\
+    PYTHONPATH=examples fundamentallm run train \\
         --plugins own_tokenizer 'data.tokenizer={name: words, max_words: 500}'
     PYTHONPATH=examples fundamentallm generate runs/train --plugins own_tokenizer
 

@@ -11,7 +11,7 @@ from tests.pages import DOCS, README, ROOT, code, commands
 
 from fundamentallm.config import RunConfig
 from fundamentallm.config.sweep import SweepConfig
-from fundamentallm.config.yaml.file import packaged
+from fundamentallm.config.yaml.file import packaged, packaged_names
 from fundamentallm.engine.cli import parse
 
 PAGES = [README, *(page for page in DOCS if page.parent.name == "docs")]
@@ -50,13 +50,19 @@ def test_a_command_is_understood(command):
     if "fundamentallm" in command:
         options = parse(command[command.index("fundamentallm") + 1 :])
         if "config" in options and str(options.config) not in WRITTEN:
-            assert packaged(options.config) or (ROOT / options.config).is_file()
+            assert packaged(options.config), "an installed user has no other file"
     elif command[0] == "torchrun":
         assert parse(command[command.index("fundamentallm.engine") + 1 :]).config
     else:
         assert command[0] in {"python3", "pip", "source", "python"}
         if "constraints.txt" in command:
             assert (ROOT / "constraints.txt").is_file()
+
+
+def test_the_page_on_the_command_has_every_packaged_configuration():
+    page = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    _, _, table = page.partition("## Packaged configurations")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == packaged_names()
 
 
 def test_every_file_of_the_tree_exists():

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.pages import ROOT, code
 from tests.unit.test_gguf import TANH, bpe, words
 from tests.unit.test_layouts import LLAMA_CONFIGS, random_model
 from torch import Tensor, nn
@@ -264,6 +265,17 @@ def test_greedy_text_of_a_trained_model(
         text.append(int(own.argmax()))
     REPORT[f"{kind}: greedy tokens"] = len(text) - len(ids)
     assert theirs.detokenize(text, special=False).decode() == ours.tokenizer.decode(text)
+
+
+def test_the_python_of_the_page_on_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    exported({"num_layers": 1}, CharacterTokenizer(TEXT, end=True), tmp_path)
+    (tmp_path / "out").rename(tmp_path / "mine-gguf")
+    monkeypatch.chdir(tmp_path)
+    (block,) = code(ROOT / "docs/export.md", "python")
+    exec(block, {})
+    assert len(capsys.readouterr().out.strip()) > 20
 
 
 def step_logits(theirs: Any, token: int) -> Tensor:
