@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.properties import examples
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fundamentallm.models.layers import attention as attention_module
 from fundamentallm.models.layers.attention import KERNELS, Attention, flash_attention, use_kernel
@@ -191,3 +192,40 @@ def test_attention_weights_are_dropped_in_training_only() -> None:
 def test_heads_that_do_not_divide_are_refused(heads: int, kv_heads: int) -> None:
     with pytest.raises(ValueError, match=f"num_heads {heads}, num_kv_heads {kv_heads}"):
         Attention(D, heads, kv_heads)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked", "heads_of_keys"),
+    [
+        (torch.bfloat16, False, 2),  # the flash kernel shares heads
+        (torch.bfloat16, True, H),  # ... but takes no mask
+        (torch.float32, False, H),  # ... and half types only
+        (torch.float32, True, H),
+        (torch.float16, False, H),  # GPUs without bfloat16 have no flash kernel
+    ],
+)
+def test_on_a_gpu_shared_heads_go_where_a_fused_kernel_takes_them(
+    dtype: torch.dtype, masked: bool, heads_of_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+        seen.append((key.size(1), value.size(1), options["enable_gqa"]))
+        return torch.empty_like(query)
+
+    monkeypatch.setattr(attention_module.F, "scaled_dot_product_attention", attend)
+    with FakeTensorMode():  # of a GPU that is not here
+        query = torch.empty(B, H, T, 4, device="cuda:0", dtype=dtype)
+        key = torch.empty(B, 2, T, 4, device="cuda:0", dtype=dtype)
+        if masked:
+            visible = torch.empty(B, 1, T, T, device="cuda:0", dtype=torch.bool)
+            attention_module.document_attention(visible, 0.0, query, key, key)
+        else:
+            flash_attention(query, key, key)
+    assert seen == [(heads_of_keys, heads_of_keys, heads_of_keys != H)]
+
+
+def test_copies_of_heads_are_the_heads_that_are_shared() -> None:
+    query, key, value = random(B, H, T, 4), random(B, 2, T, 4, seed=1), random(B, 2, T, 4, seed=2)
+    copied = attention_module._repeated(query, key, value)
+    torch.testing.assert_close(flash_attention(query, *copied), flash_attention(query, key, value))

@@ -115,6 +115,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 
     Returns:
         (B, H, T, K).
     """
+    key, value = _shared(query, key, value)
     grouped = query.size(1) != key.size(1)
     return F.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=grouped
@@ -132,9 +133,7 @@ def explicit_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float
         query, key, value, dropout: as for `flash_attention`.
     """
     time, head_width = query.shape[-2:]
-    if query.size(1) != key.size(1):
-        copies = query.size(1) // key.size(1)
-        key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
+    key, value = _repeated(query, key, value)
     query = query * head_width**-0.5
     spans = []
     for start in range(0, time, _SPAN):
@@ -203,10 +202,41 @@ def document_attention(
     Returns:
         (B, H, T, K).
     """
+    key, value = _shared(query, key, value, masked=True)
     grouped = query.size(1) != key.size(1)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=visible, dropout_p=dropout, enable_gqa=grouped
     )
+
+
+def _shared(
+    query: Tensor, key: Tensor, value: Tensor, masked: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return keys and values as torch's fused kernels take them: as they are, or a copy a head.
+
+    On CUDA only the flash kernel shares heads; it needs a half type and takes no mask. Where it is
+    out of the question, shared heads would go to the kernel that holds all T x T scores, and copied
+    ones go to the memory-efficient kernel (torch 2.13, `can_use_mem_efficient_attention` in
+    ATen/native/transformers/cuda/sdp_utils.cpp). GPUs from before flash have no bfloat16 either.
+
+    Args:
+        query: (B, H, T, K).
+        key, value: (B, G, T, K). Under autocast the value has the type of the products already.
+        masked: whether there is a mask.
+
+    Returns:
+        Both, (B, G, T, K) or (B, H, T, K).
+    """
+    flash = value.dtype == torch.bfloat16 and not masked
+    return (key, value) if flash or not query.is_cuda else _repeated(query, key, value)
+
+
+def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values with a copy of each head for every query head, (B, H, T, K)."""
+    copies = query.size(1) // key.size(1)
+    if copies == 1:
+        return key, value
+    return key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
 
 
 def own_document(document_ids: Tensor) -> Tensor:
