@@ -201,7 +201,7 @@ def test_a_replay_begins_with_the_generators_it_is_given_and_leaves_everything_a
     assert first == again
 
     assert replayer.replay(UNEVEN).loss != first.loss  # the present generators drop others
-    restore_generators(rng)
+    restore_generators(rng, CPU)
     model.train()
     total = sum(
         F.cross_entropy(

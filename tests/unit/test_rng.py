@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from fundamentallm.compute.rng import capture_rng, restore_rng
+from fundamentallm.compute.rng import (
+    capture_generators,
+    capture_rng,
+    restore_generators,
+    restore_rng,
+)
 from fundamentallm.errors import CheckpointError
 from fundamentallm.training.checkpoint.tree import flatten, unflatten
 
@@ -142,6 +147,61 @@ def test_states_of_devices_that_are_not_here_are_announced() -> None:
     with pytest.warns(UserWarning, match="1 CUDA generators, this machine 0"):
         restore_rng(state)
     assert draw() == expected
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[int, torch.Tensor]:
+    """Three GPUs in use, and the state of the generator of each."""
+    states = {index: torch.Generator().manual_seed(index).get_state() for index in range(3)}
+    real = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": real())
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(states.values()))
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, index: states.update({index: state})
+    )
+    return states
+
+
+def test_of_many_gpus_a_run_keeps_the_generator_of_its_own(gpus) -> None:
+    state = capture_rng(torch.device("cuda", 2))
+    assert [name for name in state if name.startswith("cuda")] == ["cuda:2"]
+    assert torch.equal(state["cuda:2"], gpus[2])
+    assert {"cuda:0", "cuda:1", "cuda:2"} <= capture_rng().keys()
+
+
+def test_a_run_goes_on_with_its_numbers_on_a_gpu_of_another_number(gpus) -> None:
+    state = capture_rng(torch.device("cuda", 2))
+    before = dict(gpus)
+    restore_rng(state, torch.device("cuda", 1))  # a warning would be an error here
+    assert torch.equal(gpus[1], before[2])
+    assert torch.equal(gpus[0], before[0])
+
+
+def test_a_state_of_many_gpus_goes_to_those_of_the_same_number(gpus) -> None:
+    state = capture_rng()
+    saved = dict(gpus)
+    for index in gpus:
+        gpus[index] = torch.zeros_like(gpus[index])
+    del state["cuda:0"]  # of a GPU that the run does not compute on
+    restore_rng(state, torch.device("cuda", 1))
+    assert torch.equal(gpus[1], saved[1])
+    assert torch.equal(gpus[2], saved[2])
+    with pytest.warns(UserWarning, match="random numbers on the others start again"):
+        restore_rng(state, torch.device("cuda", 0))
+
+
+def test_the_generators_of_a_step_are_put_back_on_any_device(gpus) -> None:
+    state = capture_generators(torch.device("cuda", 2))
+    before = dict(gpus)
+    restore_generators(state, torch.device("cuda", 0))
+    assert torch.equal(gpus[0], before[2])
+    gpus.update(before)
+    restore_generators(state, torch.device("cpu"))
+    assert all(torch.equal(gpus[index], before[index]) for index in gpus)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

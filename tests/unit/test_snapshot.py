@@ -372,6 +372,23 @@ def test_the_generators_of_every_rank_are_collected():
     assert "python" not in state["rank 2"]  # of Python's generators only the writer's is kept
 
 
+def test_a_rank_takes_its_own_state_on_whichever_gpu_it_computes(monkeypatch):
+    put: list[int] = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda index: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, index: put.append(index))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    real = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": real())
+    state = snapshot.RandomState(Rank(0, 3), torch.device("cuda", 0)).state_dict()
+    assert state["rank 2"].keys() == {"torch", "cuda:0"}  # by the name of the rank that writes
+    for rank, index in ((0, 5), (2, 1)):
+        own = torch.get_rng_state()
+        state[f"rank {rank}"]["torch"] = own
+        state[f"rank {rank}"]["cuda:0"] = own
+        snapshot.RandomState(Ranks(rank, 3), torch.device("cuda", index)).load_state_dict(state)
+    assert put == [5, 1]
+
+
 def test_the_seed_of_a_new_rank_stays_what_it_is():
     torch.manual_seed(7)
     state = snapshot.RandomState(Ranks()).state_dict()

@@ -16,8 +16,12 @@ from fundamentallm.errors import CheckpointError
 CUDA = "cuda:"  # followed by the device's index
 
 
-def capture_rng() -> dict[str, Any]:
+def capture_rng(device: torch.device | None = None) -> dict[str, Any]:
     """Return the states of Python's, NumPy's (global) and torch's generators.
+
+    Args:
+        device: where a run computes. If it is a GPU, only its generator is in the state: how many
+            others the process sees says nothing about the run. None: every GPU's.
 
     Returns:
         `python` and `numpy`: dicts of plain values and one int64 tensor of 624 words; `torch` and,
@@ -41,7 +45,9 @@ def capture_rng() -> dict[str, Any]:
         },
         "torch": torch.get_rng_state(),
     }
-    if _cuda_in_use():  # asking an unused CUDA would occupy every device
+    if device is not None and device.type == "cuda":
+        state.update(_of_gpu(device))
+    elif _cuda_in_use():  # asking an unused CUDA would occupy every device
         for index, cuda_state in enumerate(torch.cuda.get_rng_state_all()):
             state[f"{CUDA}{index}"] = cuda_state
     return state
@@ -54,18 +60,20 @@ def capture_generators(device: torch.device) -> dict[str, Any]:
     """
     state = {"torch": torch.default_generator.get_state()}
     if device.type == "cuda":
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        state[f"{CUDA}{index}"] = torch.cuda.get_rng_state(index)
+        state.update(_of_gpu(device))
     return state
 
 
-def restore_generators(state: Mapping[str, Any]) -> None:
-    """Put generators back into the states that `capture_generators` returned."""
+def restore_generators(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put the generators of a device into the states that `capture_generators` returned.
+
+    The GPU may have another number than the one that the state is of; a CPU takes its part alone.
+    """
     for name, value in state.items():
         if name == "torch":
             torch.set_rng_state(value)
-        else:
-            torch.cuda.set_rng_state(value, int(name.removeprefix(CUDA)))
+        elif device.type == "cuda":
+            torch.cuda.set_rng_state(value, _index_of(device))
 
 
 def check_generators(state: Any) -> None:
@@ -86,17 +94,28 @@ def check_generators(state: Any) -> None:
         ) from error
 
 
-def restore_rng(state: Mapping[str, Any]) -> None:
+def restore_rng(state: Mapping[str, Any], device: torch.device | None = None) -> None:
     """Put the global generators into the states that `capture_rng` returned.
 
-    If the CUDA devices differ from the saved run's, the ones present are restored and
-    a warning says that random numbers differ from now on.
+    The state of a single GPU goes to the device's, whichever number it had. If the CUDA devices
+    differ from the saved run's otherwise, the ones present are restored and a warning says that
+    random numbers differ from now on.
+
+    Args:
+        state: of `capture_rng`.
+        device: where a run computes, as for `capture_rng`.
 
     Raises:
         CheckpointError: a generator refuses its state; no generator was changed.
     """
     devices = set(range(torch.cuda.device_count()))
     saved = {int(key.removeprefix(CUDA)): state[key] for key in state if key.startswith(CUDA)}
+    needed = devices if _cuda_in_use() else set()
+    lost = saved.keys() - devices
+    if device is not None and device.type == "cuda":
+        needed, lost = {_index_of(device)}, set()
+        if len(saved) == 1:
+            saved = dict(zip(needed, saved.values(), strict=True))
     try:
         python_state = _python_state(state["python"])
         numpy_state = _numpy_state(state["numpy"])
@@ -112,8 +131,7 @@ def restore_rng(state: Mapping[str, Any]) -> None:
             got=f"{type(error).__name__}: {error}",
             fix="resume with the torch version that saved it",
         ) from error
-    in_use = devices if _cuda_in_use() else set()
-    if saved.keys() - devices or in_use - saved.keys():
+    if lost or needed - saved.keys():
         warnings.warn(
             f"the state has {len(saved)} CUDA generators, this machine {len(devices)}: random"
             " numbers on the others start again, so the run is not continued exactly",
@@ -138,6 +156,15 @@ def _numpy_state(state: Mapping[str, Any]) -> dict[str, Any]:
         "has_gauss": state["has_gauss"],
         "gauss": state["gauss"],
     }
+
+
+def _of_gpu(device: torch.device) -> dict[str, torch.Tensor]:
+    index = _index_of(device)
+    return {f"{CUDA}{index}": torch.cuda.get_rng_state(index)}
+
+
+def _index_of(gpu: torch.device) -> int:
+    return torch.cuda.current_device() if gpu.index is None else gpu.index
 
 
 def _cuda_in_use() -> bool:

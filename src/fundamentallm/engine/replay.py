@@ -159,12 +159,7 @@ def replay_incident(incident: Path, report: dict[str, Any], device: str) -> Repl
     except CheckpointError as error:
         error.where = error.where or where
         raise
-    generators = {
-        name: value
-        for name, value in state["generators"].items()
-        if name == "torch" or plan.device.type == "cuda"
-    }
-    return replayer.replay(window, generators, watch=True)
+    return replayer.replay(window, state["generators"], watch=True)
 
 
 def _window(state: Mapping[str, Any], config: RunConfig, where: str) -> Window:

@@ -464,7 +464,7 @@ class TrainingLoop(SteeredEngine):
             if output.rejection != "overflow":
                 # As if the step had never been tried: a clean run that skips its step batch
                 # draws no random numbers for it.
-                restore_generators(self.generators_before)
+                restore_generators(self.generators_before, self.device)
             if not self._facts.redo:
                 return output
 

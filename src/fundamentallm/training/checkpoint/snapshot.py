@@ -43,14 +43,19 @@ class RandomState:
     NumPy's only the writer's are: nothing in training draws from them. On more ranks than the state
     is of, a new rank's torch generators follow from rank 0's state and its own number, so that a
     second resume or a rollback gives it the same numbers, and it draws none that it has drawn.
+
+    Args:
+        ranks: this process among the others.
+        device: where it computes. A rank's GPU may have another number each time; None: the states
+            of all GPUs, by their numbers.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, device: torch.device | None = None) -> None:
+        self.ranks, self.device = ranks, device
 
     def state_dict(self) -> dict[str, Any]:
         """Collect the states; every rank must call it."""
-        own = capture_rng()
+        own = capture_rng(self.device)
         state: dict[str, Any] = {"rank 0": own}
         gathered = {
             name: self.ranks.gather_bytes(tensor)
@@ -72,7 +77,7 @@ class RandomState:
                 now,
             )
         first, own = state_dict["rank 0"], state_dict.get(f"rank {self.ranks.rank}")
-        restore_rng({**first, **(own or {})})
+        restore_rng({**first, **(own or {})}, self.device)
         if own is None:
             drawn = hashlib.sha256(first["torch"].numpy().tobytes()).digest()
             key = derive_key(int.from_bytes(drawn[:8], "little"), self.ranks.rank)
@@ -91,7 +96,7 @@ def capture(trainer: TrainingLoop) -> dict[str, Any]:
         "buffers": [name for name, _ in trainer.model.named_buffers()],
         "optimizer": trainer.optimizer.state_dict(),
         "precision": trainer.precision.state_dict(),
-        "random": RandomState(trainer.ranks).state_dict(),
+        "random": RandomState(trainer.ranks, trainer.device).state_dict(),
         "handlers": handlers,
         **({"foreign": foreign} if foreign else {}),
     }
@@ -182,7 +187,7 @@ def _load(trainer: TrainingLoop, state: Mapping[str, Any]) -> None:
     for name, handler in trainer.attached.items():
         if name in handlers:
             load_state(handler, handlers[name])
-    RandomState(trainer.ranks).load_state_dict(state["random"])
+    RandomState(trainer.ranks, trainer.device).load_state_dict(state["random"])
 
 
 def _handlers_in(state: Mapping[str, Any]) -> dict[str, Any]:

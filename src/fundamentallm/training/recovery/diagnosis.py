@@ -228,12 +228,13 @@ class StepReplayer:
         result = Replay()
         parameters = [p for p in model.parameters() if p.requires_grad]
         kept = [p.grad for p in parameters]
-        before, was_training = capture_generators(self.precision.device), model.training
+        device = self.precision.device
+        before, was_training = capture_generators(device), model.training
         buffers = StateBuffers(model)
         values = buffers.copied()
         try:
             if rng is not None:
-                restore_generators(rng)
+                restore_generators(rng, device)
             model.train()
             for parameter in parameters:
                 parameter.grad = None
@@ -253,7 +254,7 @@ class StepReplayer:
                 parameter.grad = gradient
             buffers.put_back(values)
             model.train(was_training)
-            restore_generators(before)
+            restore_generators(before, device)
         return result
 
     def _accumulate(
