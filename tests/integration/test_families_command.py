@@ -18,7 +18,7 @@ from fundamentallm.config import RunConfig, TransformerConfig, load_config
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.tuning.measuring import measure_in_process
-from fundamentallm.engine.tuning.tune import _space
+from fundamentallm.engine.tuning.tune import space_around
 from fundamentallm.engine.wiring.assemble import check_names
 from fundamentallm.models.build import build_model
 
@@ -223,7 +223,7 @@ def test_a_kernel_of_attention_is_not_chosen_for_a_model_without(plugins, tmp_pa
     for described, kernels in ((config, {"explicit"}), (plain, {"explicit", "flash"})):
         plan = Plan("fp32", False, False, "explicit", batch_size=4)
         assert {
-            kind["attention"] for kind in _space(described, plan, 1, ["compile"]).kinds
+            kind["attention"] for kind in space_around(described, plan, 1, ["compile"]).kinds
         } == kernels
 
 

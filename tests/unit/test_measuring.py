@@ -230,3 +230,14 @@ def test_compiled_code_serves_the_next_model_of_the_process():
     second = measure(config, plan_of(config), [window], 0.05, brief=True)
     assert first.fault == second.fault == ""
     assert second.compile_seconds < 0.2 * first.compile_seconds
+
+
+def test_the_peak_of_a_gpu_is_of_this_measurement(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    done = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", done.append)
+    monkeypatch.setattr(measuring, "build_model", lambda config: done.append("built") or 1 / 0)
+    config = training()
+    with pytest.raises(ZeroDivisionError):
+        measuring._measure(config, replace(plan_of(config), machine=Machine(gpu)), [], 1, 1, False)
+    assert done == [gpu, "built"]

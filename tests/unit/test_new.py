@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tests import forked
 
 from fundamentallm.config import load_config
@@ -17,6 +18,7 @@ from fundamentallm.engine import new as module
 from fundamentallm.engine.budget import seconds_of
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.new import SIZES, Text, choose_size, configuration
+from fundamentallm.engine.new import _machine as the_machine
 from fundamentallm.errors import ConfigError
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "data" / "tiny.txt"
@@ -182,3 +184,13 @@ def test_any_file_name_and_data_give_a_valid_configuration(name):
     Path("any.yaml").write_text(content)
 
     assert load_config("any.yaml").data.source == f"{name}.txt"
+
+
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_the_peak_of_a_gpu_is_that_of_the_type_it_trains_in(has_bf16, dtype, monkeypatch):
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
+    monkeypatch.setattr(module, "has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(module, "device_peak", lambda device, asked: {dtype: 1e14}[asked])
+    assert the_machine() == ("cuda", 1e14)

@@ -32,7 +32,7 @@ def machine(monkeypatch):
     """A machine by what it has: bfloat16 units in its GPU, a C++ compiler."""
 
     def make(device: torch.device, bf16: bool = True, compiler: bool = True) -> Machine:
-        monkeypatch.setattr(precision, "_has_bf16", lambda device: bf16)
+        monkeypatch.setattr(precision, "has_bf16", lambda device: bf16)
         monkeypatch.setattr(compilation, "find_compiler", lambda: "g++" if compiler else None)
         return Machine(device)
 

@@ -347,7 +347,7 @@ def test_a_state_of_another_precision_is_refused():
     ],
 )
 def test_resolved_precision(monkeypatch, name, mixed, device, has_bf16, expected):
-    monkeypatch.setattr(module, "_has_bf16", lambda _: has_bf16)
+    monkeypatch.setattr(module, "has_bf16", lambda _: has_bf16)
     assert resolve_precision(name, mixed, device) == expected
 
 
@@ -358,7 +358,7 @@ def test_fp16_off_cuda_is_a_config_error(device):
 
 
 def test_bf16_without_support_is_a_config_error(monkeypatch):
-    monkeypatch.setattr(module, "_has_bf16", lambda _: False)
+    monkeypatch.setattr(module, "has_bf16", lambda _: False)
     with pytest.raises(ConfigError, match="cuda:0 does not support it"):
         resolve_precision("bf16", False, CUDA)
 

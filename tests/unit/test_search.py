@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from fundamentallm.compute import compilation
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import RunConfig
 from fundamentallm.engine.tuning.search import Space, batch_sizes, search, thread_counts
+from fundamentallm.engine.tuning.tune import space_around
 
 START = Plan("fp32", False, False, "flash", 8, None)
 KINDS = [
@@ -154,3 +156,16 @@ def test_a_plan_leaves_the_steps_rows_as_they_are(size: int, monkeypatch):
     again = Plan.resolve(changed.training, facts, machine, changed.data.batch_size)
     assert again == Plan("bf16", True, True, "explicit", size, 3)
     assert RunConfig.from_yaml(changed.to_yaml()) == changed
+
+
+@pytest.mark.parametrize(("major", "narrow"), [(8, "bf16"), (7, "fp16")])
+def test_a_gpu_is_offered_the_half_type_that_it_has_units_for(major, narrow, monkeypatch):
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return major >= 8 or including_emulation  # as torch: older GPUs emulate it
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    config = RunConfig.from_yaml("{data: {batch_size: 8}, model: {vocab_size: 11}}")
+    start = replace(START, machine=Machine(torch.device("cuda", 0)))
+    space = space_around(config, start, 1, [])
+    assert {kind["precision"] for kind in space.kinds} == {"fp32", narrow}

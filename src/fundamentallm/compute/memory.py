@@ -8,8 +8,10 @@ import torch
 
 from fundamentallm.errors import MachineError
 
-# On a CPU torch raises a plain RuntimeError.
-_WORDS = re.compile("out of memory|can't allocate memory|not enough memory|MemoryError")
+# On a CPU torch raises a plain RuntimeError; so does cuBLAS, where no memory is left for its own.
+_WORDS = re.compile(
+    "out of memory|can't allocate memory|not enough memory|MemoryError|CUBLAS_STATUS_ALLOC_FAILED"
+)
 
 FIX = (
     "lower data.batch_size (data.global_batch, or training.accumulation_steps raised by as much,"

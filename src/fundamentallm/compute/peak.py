@@ -33,8 +33,9 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         for model, peak in _BF16_DATA_SHEETS.items():
-            # The name of a GPU slice does not tell its share of the peak.
-            if re.search(rf"\b{model}\b", name) and "MIG" not in name:
+            # The name of a GPU slice does not tell its share of the peak, and a card that is called
+            # after another (Laptop, Ti, D) has one of its own.
+            if re.search(rf"\b{model}\b(?! (?:Laptop|Ti|D)\b)", name) and "MIG" not in name:
                 return peak
     return measured_peak(device, dtype)
 

@@ -225,7 +225,7 @@ def resolve_precision(
         )
     if name == "auto" or (mixed_precision and name == "fp32"):
         if device.type == "cuda":
-            return "bf16" if _has_bf16(device) else "fp16"
+            return "bf16" if has_bf16(device) else "fp16"
         return "bf16" if mixed_precision else "fp32"
     if name == "fp16" and device.type != "cuda":
         raise ConfigError(
@@ -235,7 +235,7 @@ def resolve_precision(
             expected="fp32 or bf16",
             fix="use precision: bf16, or device: cuda on a machine with a GPU",
         )
-    if name == "bf16" and not _has_bf16(device):
+    if name == "bf16" and not has_bf16(device):
         raise ConfigError(
             f"precision bf16 needs a GPU with bfloat16, but {device} does not support it",
             key="precision",
@@ -311,7 +311,7 @@ def _require_cuda(name: str) -> None:
         )
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
     """Whether the device computes bfloat16 in hardware; emulation is slower than fp32."""
     if device.type != "cuda":
         return True

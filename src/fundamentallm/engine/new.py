@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fundamentallm.compute.peak import device_peak
+from fundamentallm.compute.precision import has_bf16
 from fundamentallm.config import RunConfig
 from fundamentallm.config.base import dump_yaml, write_yaml
 from fundamentallm.config.yaml.file import MODELINE, SCHEMA
@@ -154,7 +155,9 @@ def _machine() -> tuple[str, float]:
     """Return the kind of device that `device: auto` takes here, and its peak in FLOP/s."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = accelerator or torch.device("cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.float32
+    if device.type == "cuda":
+        dtype = torch.bfloat16 if has_bf16(device) else torch.float16
     return device.type, device_peak(device, dtype)
 
 

@@ -99,6 +99,7 @@ def test_refuses_a_peak_that_is_none(wrong):
         ("NVIDIA A100-SXM4-80GB", 312.0),
         ("NVIDIA L40S", 362.0),
         ("NVIDIA L4", 121.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
     ],
 )
 def test_a_known_gpu_has_the_peak_of_its_data_sheet(monkeypatch, name, tflops):
@@ -106,7 +107,17 @@ def test_a_known_gpu_has_the_peak_of_its_data_sheet(monkeypatch, name, tflops):
     assert peak.device_peak(torch.device("cuda"), torch.bfloat16) == tflops * 1e12
 
 
-@pytest.mark.parametrize("name", ["NVIDIA L40", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "A1000"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA L40",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "A1000",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+    ],
+)
 def test_another_gpu_and_a_slice_of_one_are_measured(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(peak, "measured_peak", lambda device, dtype: 1.0)

@@ -120,6 +120,8 @@ def _measure(
     brief: bool,
 ) -> Measurement:
     training, device = config.training, plan.device
+    if device.type == "cuda":  # the peak is of this measurement, not of those before
+        torch.cuda.reset_peak_memory_stats(device)
     model = plan.place(build_model(config.model)).train()
     optimizer = OptimizerBuilder.from_config(training, model)
     for group in optimizer.param_groups:

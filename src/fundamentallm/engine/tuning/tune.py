@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fundamentallm.compute.plan import ModelFacts, Plan
+from fundamentallm.compute.precision import has_bf16
 from fundamentallm.config import RunConfig, load_config
 from fundamentallm.config.base import write_yaml
 from fundamentallm.config.load import overridden, replaced
@@ -74,8 +75,8 @@ def tune(
     with console_output():
         load_plugins([*written.plugins, *plugins], written.locate("plugins"))
         check_names(written)
-        config, start, rows = _prepared(written)
-    space = _space(config, start, threads, keep)
+        config, start, rows = prepared(written)
+    space = space_around(config, start, threads, keep)
     table = Table(config, rows, plugins, start.device, threads, deadline)
     table.head()
     with ended_by_signals():
@@ -146,7 +147,7 @@ def free_path(config_path: Path, out: Path | None, suffix: str = ".tuned") -> Pa
     return next(path for path in names if not path.exists())
 
 
-def _prepared(written: RunConfig) -> tuple[RunConfig, Plan, Batch]:
+def prepared(written: RunConfig) -> tuple[RunConfig, Plan, Batch]:
     """Return the configuration with everything resolved, its plan, and the rows of its first step.
 
     No model is built here, and nothing is written.
@@ -160,7 +161,9 @@ def _prepared(written: RunConfig) -> tuple[RunConfig, Plan, Batch]:
     return config.model_copy(update={"model": model}), plan, rows
 
 
-def _space(config: RunConfig, start: Plan, default_threads: int, keep: Sequence[str]) -> Space:
+def space_around(
+    config: RunConfig, start: Plan, default_threads: int, keep: Sequence[str]
+) -> Space:
     """Return what to try around a plan, with the axes in `keep` left as they are."""
     facts, device = ModelFacts.of(config.model), start.device
     own = {"precision": start.precision, "bf16_weights": start.bf16_weights}
@@ -172,7 +175,7 @@ def _space(config: RunConfig, start: Plan, default_threads: int, keep: Sequence[
         ]
         if facts.follows_weight_type and facts.follows_weight_type():
             types.append({"precision": "bf16", "bf16_weights": True})
-        if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        if not has_bf16(device):  # then it is a GPU
             types[1:] = [{"precision": "fp16", "bf16_weights": False}]
     compiling = [start.compile] if start.compile != "native" else []
     # Packed documents have a separate kernel, which is not compiled.
