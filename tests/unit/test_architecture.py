@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "fundamentallm"
 # win, so that a file can stand elsewhere than its package.
 LAYERS = [
     ["redaction"],
-    ["errors", "registry", "events"],
+    ["errors", "registry", "events", "markdown"],
     ["files"],
     ["config.yaml"],
     ["config", "config.yaml.difference", "config.yaml.edit"],

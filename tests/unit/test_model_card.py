@@ -6,46 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.markdown import Shown
 from tests.unit.test_gguf import trained
 
 from fundamentallm.config import RunConfig
+from fundamentallm.config.data import DataConfig
 from fundamentallm.data.tokenizer import ByteTokenizer
 from fundamentallm.errors import DataError
-from fundamentallm.inference.model_card import escaped, fenced, model_card
+from fundamentallm.inference.model_card import model_card
 from fundamentallm.inference.origin import Origin
-
-HOSTILE = [
-    "a|b",
-    "<script>alert(1)</script>",
-    "![x](https://example.org/x.png)",
-    "line\n## another",
-    "`code` **bold** _it_ [l](m)",
-    "\u202eright to left\u200b",
-    "www.example.org",
-]
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_every_sign_of_markup_is_escaped(text: str) -> None:
-    shown = escaped(text)
-    assert "\n" not in shown
-    assert shown.isprintable()
-    position = 0
-    while position < len(shown):
-        if shown[position] == "\\":
-            position += 2
-            continue
-        assert shown[position].isalnum() or shown[position] == " " or ord(shown[position]) > 127
-        position += 1
-
-
-@pytest.mark.parametrize("text", ["plain", "```\n# out\n```", "a ```` b", "`" * 9])
-def test_no_line_of_a_text_ends_its_block(text: str) -> None:
-    first, *inside, last = fenced(text, "yaml").split("\n")
-    assert "\n".join(inside) == text
-    assert first == last + "yaml"
-    assert last not in text
-    assert set(last) == {"`"}
 
 
 def test_secrets_of_addresses_and_settings_are_left_out(tmp_path: Path) -> None:
@@ -70,6 +39,30 @@ def test_secrets_of_addresses_and_settings_are_left_out(tmp_path: Path) -> None:
         assert "geheim" not in card
         assert "example" in card
         assert yaml.safe_load(card.split("---\n")[1])["tags"] == ["fundamentallm", format_name]
+
+
+HOSTILE = "a|b `c` <img src=x> # *d* [e](f)"
+
+
+def test_a_reader_sees_each_name_as_it_is(tmp_path: Path) -> None:
+    one = trained({}, ByteTokenizer(), tmp_path)
+    data = DataConfig(source=[f"## {HOSTILE}\n| x | y |", "``` \\| ~~~"])
+    run = one.config.model_copy(update={"name": f"# {HOSTILE}", "data": data})
+    object.__setattr__(one, "config", run)
+    one.manifest.metadata.update(versions={HOSTILE: "\n# 1"}, data=[1], finished=f"--- {HOSTILE}")
+    for format_name in ("hf", "gguf"):
+        _, head, body = model_card(one, format_name).split("---\n", 2)
+        assert set(yaml.safe_load(head)) <= {"library_name", "pipeline_tag", "tags"}
+        shown = Shown(body)
+        assert shown.texts["h1"] == [f"# {HOSTILE}"]
+        assert shown.texts["h2"] == ["Losses", "Data", "How it was made", "Settings"]
+        rows = dict(shown.rows())
+        assert rows["source"] == f"## {HOSTILE}\\n| x | y |, ``` \\| ~~~"
+        assert rows["versions"] == f"{HOSTILE} \\n# 1"
+        assert rows["end"] == f"--- {HOSTILE}"
+        assert not shown.tags & {"img", "a", "em", "hr"}
+        settings = yaml.safe_load(shown.texts["code"][-1])
+        assert settings["data"]["source"] == data.source
 
 
 def test_a_damaged_metrics_file_costs_no_card(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from fundamentallm.config.parallel import ParallelConfig, PatienceConfig
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.engine.catalogue import KINDS, Catalogue, stored_catalogue
 from fundamentallm.engine.cli import build_parser
+from fundamentallm.markdown import code_cell
 from fundamentallm.registry import in_words
 
 SECTIONS: dict[str, type[BaseConfig]] = {
@@ -265,7 +266,7 @@ def commands_page(parser: argparse.ArgumentParser) -> str:
         usage = command.format_usage().removeprefix("usage: ").split()
         parts += [f"## {name}", _sentence(command.description or ""), f"`{' '.join(usage)}`"]
         rows = [
-            (_code(_argument(action)), _default(action), _cell(_help(action)))
+            (code_cell(_argument(action)), _default(action), _cell(_help(action)))
             for action in command._actions
             if action.dest not in ("help", "debug")
         ]
@@ -339,14 +340,14 @@ def _key_row(section: type[BaseConfig], place: str, key: str) -> tuple[str, ...]
     default = _plain(field.get_default(call_default_factory=True))
     described = _cell(field.description or "")
     if isinstance(default, BaseConfig):
-        example = _code(f"{key}: {_yaml(example_of(section, place, key))}")
-        return (_code(key), "a section", "its defaults", NO_UNIT, example, described)
+        example = code_cell(f"{key}: {_yaml(example_of(section, place, key))}")
+        return (code_cell(key), "a section", "its defaults", NO_UNIT, example, described)
     return (
-        _code(key),
+        code_cell(key),
         _cell(_values(schema)),
-        "required" if default is PydanticUndefined else _code(_yaml(default)),
+        "required" if default is PydanticUndefined else code_cell(_yaml(default)),
         _unit(key, schema),
-        _code(f"{key}: {_yaml(example_of(section, place, key))}"),
+        code_cell(f"{key}: {_yaml(example_of(section, place, key))}"),
         described,
     )
 
@@ -355,11 +356,11 @@ def _option_row(component: str, key: str, entry: dict[str, Any]) -> tuple[str, .
     schema = entry["options"][key]
     required = key in entry["required"]
     return (
-        _code(key),
+        code_cell(key),
         _cell(_values(schema)),
-        "required" if required else _code(_yaml(schema["default"])),
+        "required" if required else code_cell(_yaml(schema["default"])),
         _OTHER_UNITS.get((component, key)) or _unit(key, schema),
-        _code(f"{key}: {_yaml(option_example(schema))}"),
+        code_cell(f"{key}: {_yaml(option_example(schema))}"),
         _cell(schema.get("description", "")),
     )
 
@@ -403,7 +404,7 @@ def _default(action: argparse.Action) -> str:
         return "required"
     if action.nargs == 0 or action.default in (None, [], argparse.SUPPRESS):
         return "not given"
-    return _code(str(action.default))
+    return code_cell(str(action.default))
 
 
 def _help(action: argparse.Action) -> str:
@@ -441,10 +442,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _cell(text: str) -> str:
     """Return a text that fits a cell: one line, no bar, no HTML."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _code(text: str) -> str:
-    return "`" + text.replace("|", "\\|") + "`"
 
 
 def _sentence(text: str) -> str:

@@ -1,14 +1,12 @@
 """The model card of an export: what it is, its losses, its data, how it was made, its settings.
 
-Names and paths are data: every sign of punctuation is escaped, so that none of them is markup, and
-the settings stand in a block that no line of theirs can end. Secrets are left out.
+Names and paths are shown as they are (`markdown.py`). Secrets are left out.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,12 +18,12 @@ from fundamentallm.errors import CheckpointError
 from fundamentallm.files.private import open_to_read
 from fundamentallm.files.run_layout import METRICS, README
 from fundamentallm.inference.load import Trained
+from fundamentallm.markdown import escaped, fenced
 from fundamentallm.models.layouts import layout_for
 from fundamentallm.redaction import redacted, redacted_settings
 
 CARD = README
 
-_PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 _USE = {
     "hf": """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,21 +76,12 @@ def model_card(trained: Trained, format_name: str) -> str:
     )
 
 
-def escaped(text: Any) -> str:
-    """Return a text as Markdown that shows it in a line; signs that do not print are escaped."""
-    printable = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(text))
-    return _PUNCTUATION.sub(r"\\\1", redacted(printable))
-
-
-def fenced(text: str, language: str) -> str:
-    """Return a block of code, between longer rows of backticks than any inside."""
-    longest = max((len(row) for row in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
 def _section(title: str, rows: Mapping[str, Any]) -> list[str]:
-    cells = [f"| {name} | {escaped(value)} |" for name, value in rows.items() if value is not None]
+    cells = [
+        f"| {name} | {escaped(redacted(str(value)))} |"
+        for name, value in rows.items()
+        if value is not None
+    ]
     return [f"## {title}", "", "| what | value |", "|---|---|", *cells, ""]
 
 
@@ -111,7 +100,8 @@ def _losses(trained: Trained) -> dict[str, str]:
 
 
 def _data(trained: Trained) -> dict[str, Any]:
-    data, tokenizer = trained.manifest.metadata.get("data", {}), trained.tokenizer
+    stored, tokenizer = trained.manifest.metadata.get("data"), trained.tokenizer
+    data = stored if isinstance(stored, Mapping) else {}
     configured = trained.config.data
     sources = [one if isinstance(one, str) else _source(one) for one in configured.chosen_sources]
     return {

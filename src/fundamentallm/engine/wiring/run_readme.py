@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from fundamentallm.files.run_layout import (
     TENSORBOARD,
     USAGE,
 )
+from fundamentallm.markdown import code_cell, escaped
 from fundamentallm.training.checkpoint.changes import Record, in_words
 
+_PLAIN = re.compile(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", re.ASCII)  # no sign of it is markup
 _HEADING = "## Changes"
 
 
@@ -33,9 +36,14 @@ def run_readme(run: Path, checkpoints: Path, program: str, changes: Sequence[Rec
         program: how the program is called.
         changes: with which the run went on.
     """
-    name = shlex.quote(str(run))
     place = checkpoints.relative_to(run) if checkpoints.is_relative_to(run) else checkpoints
-    return f"""# {run.name}
+    pointers = ", ".join(code_cell(f"{place}/{name}") for name in (BEST, LAST))
+    stop = code_cell(shlex.join(["touch", str(run / STOP)]))
+
+    def typed(command: str, *words: str) -> str:
+        return code_cell(f"{program} {shlex.join([command, str(run), *words])}")
+
+    return f"""# {run.name if _PLAIN.fullmatch(run.name) else escaped(run.name)}
 
 A training run of FundamentaLLM.
 
@@ -47,20 +55,20 @@ A training run of FundamentaLLM.
 | `{USAGE}` | seconds of training, evaluation, sampling and saving; energy, where readable |
 | `{LOG}` | what the terminal said, with times |
 | `{TENSORBOARD}/` | the metrics for TensorBoard |
-| `{place}/` | one directory a checkpoint: weights and state, with SHA-256 sums |
-| `{place}/{BEST}`, `{place}/{LAST}` | the names of the best and the last checkpoint |
+| {code_cell(f"{place}/")} | one directory a checkpoint: weights and state, with SHA-256 sums |
+| {pointers} | the names of the best and the last checkpoint |
 | `{INCIDENTS}/` | evidence of updates that were refused, if there were any |
 
 A file is there once the run has written it.
 
 | to | type |
 |---|---|
-| write text with the model | `{program} generate {name}` |
-| measure its loss | `{program} evaluate {name}` |
-| see the curves in `{PAGE}` | `{program} report {name}` |
-| prove the checkpoints whole | `{program} verify {name}` |
-| hand the model on | `{program} export {name} --format hf --out DIR` |
-| stop the run with its state saved | Ctrl-C, or `touch {shlex.quote(str(run / STOP))}` |
+| write text with the model | {typed("generate")} |
+| measure its loss | {typed("evaluate")} |
+| see the curves in `{PAGE}` | {typed("report")} |
+| prove the checkpoints whole | {typed("verify")} |
+| hand the model on | {typed("export", "--format", "hf", "--out", "DIR")} |
+| stop the run with its state saved | Ctrl-C, or {stop} |
 | go on after a stop | the command that started the run |
 | train further after the end | the same command, which names the budget to raise |
 
@@ -77,7 +85,7 @@ def _changes(changes: Sequence[Record]) -> str:
     if not changes:
         return ""
     rows = [
-        f"| {change['step']:,} | `{words.replace('|', '/').replace('`', '')}` |\n"
+        f"| {change['step']:,} | {code_cell(words)} |\n"
         for change in changes
         for words in in_words(change)
     ]
