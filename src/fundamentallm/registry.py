@@ -43,6 +43,11 @@ def registered_name(factory: Callable[..., Any]) -> str | None:
     return _NAMES.get(factory)
 
 
+def num_registered() -> int:
+    """Return how many classes and functions are registered anywhere; it only grows."""
+    return len(_NAMES)
+
+
 class Registry(Generic[T]):
     """A table of named factories of one kind.
 

@@ -787,6 +787,12 @@ class TestLoading:
             found = getattr(found, key)
         assert found == value
 
+    def test_the_schema_of_overrides_is_made_once(self, write, monkeypatch):
+        path = write("seed: 1\n")
+        assert load_config(path, ["name=1"]).name == "1"  # made by now at the latest
+        monkeypatch.setattr(RunConfig, "model_json_schema", None)
+        assert load_config(path, ["name=2024", "training.total_steps=3"]).name == "2024"
+
     @pytest.mark.parametrize("override", ["data.source=[a] # b", "name='a' # 'b'", 'name="a" "b"'])
     def test_nothing_stands_behind_a_closing_bracket_or_quote(self, write, override):
         with pytest.raises(ConfigError) as caught:

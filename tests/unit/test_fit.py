@@ -154,6 +154,22 @@ def test_an_optimizer_of_somebody_else_says_its_state_by_being_run(monkeypatch) 
     assert cost.optimizer_bytes == 2 * cost.weight_bytes
 
 
+def test_runs_of_the_same_sizes_are_estimated_once(monkeypatch) -> None:
+    monkeypatch.setattr(OPTIMIZERS, "_factories", {**OPTIMIZERS._factories})
+    first = estimate_run(run_config(training={"total_steps": 700, "learning_rate": 0.01}))
+    assert estimate_run(run_config(training={"total_steps": 900, "eval_steps": 5})) is first
+    for other in (
+        run_config(2),
+        run_config(d_model=64),
+        run_config(training={"optimizer": "lion"}),
+        run_config(training={"precision": "bf16"}),
+        run_config(training={"accumulation_steps": 2}),
+    ):
+        assert estimate_run(other) != first
+    OPTIMIZERS.register("of_a_plugin")(lambda params: None)  # what a name means may have changed
+    assert estimate_run(run_config(training={"total_steps": 700})) is not first
+
+
 def test_a_chunked_loss_is_not_refused_for_the_logits_that_it_never_holds(monkeypatch) -> None:
     monkeypatch.setattr(fit, "memory_limit", lambda device: 2 << 30)
     sizes = {"vocab_size": 150_000, "d_model": 32, "num_layers": 1, "num_heads": 2}

@@ -25,6 +25,7 @@ from fundamentallm.config.evaluation import EvaluationConfig
 from fundamentallm.config.model import FamilyConfig, TransformerConfig
 from fundamentallm.config.parallel import ParallelConfig, PatienceConfig
 from fundamentallm.config.training import TrainingConfig
+from fundamentallm.config.yaml.problems import schema_of
 from fundamentallm.engine.catalogue import KINDS, Catalogue, stored_catalogue
 from fundamentallm.engine.cli import build_parser
 from fundamentallm.markdown import code_cell
@@ -331,12 +332,12 @@ def example_of(section: type[BaseConfig], place: str, key: str) -> Any:
     default = _plain(section.model_fields[key].get_default(call_default_factory=True))
     if default is None or default is PydanticUndefined:
         raise KeyError(path)
-    return option_example({**section.model_json_schema()["properties"][key], "default": default})
+    return option_example({**schema_of(section)["properties"][key], "default": default})
 
 
 def _key_row(section: type[BaseConfig], place: str, key: str) -> tuple[str, ...]:
     field = section.model_fields[key]
-    schema = section.model_json_schema()["properties"][key]
+    schema = schema_of(section)["properties"][key]
     default = _plain(field.get_default(call_default_factory=True))
     described = _cell(field.description or "")
     if isinstance(default, BaseConfig):

@@ -13,16 +13,34 @@ from fundamentallm.errors import ConfigError
 from fundamentallm.models.build import estimate_model
 from fundamentallm.models.estimate import Estimate, logits_bytes
 from fundamentallm.models.layers.components import required
+from fundamentallm.registry import num_registered
 
 # Float32 numbers a parameter, of an optimizer that cannot be run on fake tensors: Adam's two.
 _OPTIMIZER_STATES = 2
+
+# What a run costs at a time does not depend on them.
+_NO_SIZES = {
+    "learning_rate", "min_learning_rate", "scheduler", "warmup_steps", "num_epochs", "total_steps",
+    "max_tokens", "max_seconds", "stop_after_seconds", "eval_steps", "eval_epochs", "log_steps",
+    "checkpoint_steps", "checkpoint_dir", "keep_last", "seed",
+}  # fmt: skip
+_ESTIMATES: dict[tuple[str, int, str, int], Estimate] = {}
 
 
 def estimate_run(config: RunConfig) -> Estimate:
     """Estimate parameters, FLOPs and memory of a run whose sizes are resolved.
 
     What the loss and the optimizer hold is theirs: `chunked_cross_entropy` has a chunk's logits.
+    Runs of the same sizes, as `plan` trains them, are estimated once in a process.
     """
+    training = repr(config.training.model_dump(exclude=_NO_SIZES))
+    sizes = (repr(config.model), config.data.batch_size, training, num_registered())
+    if sizes not in _ESTIMATES:
+        _ESTIMATES[sizes] = _estimated(config)
+    return _ESTIMATES[sizes]
+
+
+def _estimated(config: RunConfig) -> Estimate:
     training, batch_size = config.training, config.data.batch_size
     narrow = training.precision in ("bf16", "fp16")
     cost = estimate_model(
