@@ -44,7 +44,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Select the property tests for the long run too, and begin with what takes longest."""
+    """Select the property tests for the long run too, and begin with what takes longest.
+
+    Skip what needs a GPU where there is none.
+    """
+    if on_a_gpu := [item for item in items if item.get_closest_marker("cuda")]:
+        import torch  # late: see above
+
+        for item in on_a_gpu if not torch.cuda.is_available() else ():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
     if config.option.markexpr == "long":
         for item in items:
             if is_hypothesis_test(getattr(item, "obj", None)):

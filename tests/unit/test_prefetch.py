@@ -141,7 +141,7 @@ def test_computing_waits_for_the_copy_of_each_window_and_not_for_the_next(monkey
     assert log == ["read", "computing waits for copying"] * number
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_arrives_on_the_gpu_whole():
     device = torch.device("cuda", 0)
 

@@ -204,7 +204,7 @@ def test_the_generators_of_a_step_are_put_back_on_any_device(gpus) -> None:
     assert all(torch.equal(gpus[index], before[index]) for index in gpus)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_cuda_generators_go_on_too() -> None:
     torch.rand(3, device="cuda")
     state = capture_rng()

@@ -20,7 +20,7 @@ def test_a_cpu_is_timed_by_the_host():
     assert 0.02 <= taken < 10
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_a_gpu_is_timed_by_its_own_clock_and_not_waited_for():
     device = torch.device("cuda", 0)
     timer = device_timer(device)

@@ -143,10 +143,10 @@ def _measure(
     building = time.perf_counter() - started  # native code is compiled here, torch's at a call
 
     def timed(window: Window) -> float:
-        _wait_for(device)
+        wait_for(device)
         started = time.perf_counter()
         step(window, window.num_tokens, _number_of_rows(window))
-        _wait_for(device)
+        wait_for(device)
         return time.perf_counter() - started
 
     beginning = _first_of(windows[0])
@@ -163,7 +163,7 @@ def _measure(
         return failed("torch.compile failed")
     compiling = building + max(0.0, first - again) if plan.compile else 0.0
     figure = min(taken) if brief else statistics.median(taken)
-    return Measurement(figure, compiling, _peak_bytes(device))
+    return Measurement(figure, compiling, peak_bytes(device))
 
 
 def measure_in_process(
@@ -318,14 +318,16 @@ def _number_of_rows(window: Window) -> int:
     return sum(len(batch["input_ids"]) for batch in window.micro_batches)
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has finished what was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-def _peak_bytes(device: torch.device) -> int | None:
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the peak memory: of a GPU since its statistics began, else of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
