@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
 def layer_of(module: str) -> int:
     matches = [
         (len(prefix), number)
@@ -97,17 +99,20 @@ def layer_of(module: str) -> int:
     return max(matches)[1]
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports_of(path: Path) -> set[str]:
     """Return the package's modules that a file imports: at once, lazily, or only for types."""
-    return imports_in(path.read_text(encoding="utf-8"))
+    return imports_in(tree_of(path))
 
 
-def imports_in(source: str) -> set[str]:
+def imports_in(tree: ast.AST) -> set[str]:
     found = set()
-    waiting: list[ast.AST] = [ast.parse(source)]
-    while waiting:
-        node = waiting.pop()
-        waiting.extend(ast.iter_child_nodes(node))
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -121,6 +126,7 @@ def imports_in(source: str) -> set[str]:
     return found
 
 
+@cache
 def resolve(dotted: str) -> str:
     """Return the module in `module.attribute`."""
     parts = dotted.split(".")
@@ -139,13 +145,13 @@ def test_imports_go_down_only() -> None:
         for path in SOURCES
         # The packages' own doors are checked to be light below.
         if (module := module_name(path)) not in ("", "training")
-        and (found := upward_imports(module, path.read_text(encoding="utf-8")))
+        and (found := upward_imports(module, imports_of(path)))
     }
     assert not upward, f"imports from above: {upward}"
 
 
-def upward_imports(module: str, source: str) -> set[str]:
-    return {name for name in imports_in(source) if layer_of(name) > layer_of(module)}
+def upward_imports(module: str, imports: set[str]) -> set[str]:
+    return {name for name in imports if layer_of(name) > layer_of(module)}
 
 
 # One module of each layer but the highest, the last by name, which is a file and not a face.
@@ -174,7 +180,7 @@ def test_an_import_that_goes_up_is_noticed(form: str) -> None:
         path = PACKAGE.joinpath(*module.split("."))
         path = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
         source = path.read_text(encoding="utf-8") + "\n" + form.format(above)
-        assert upward_imports(module, source) == {above}, module
+        assert upward_imports(module, imports_in(ast.parse(source))) == {above}, module
 
 
 def test_data_and_models_do_not_know_each_other() -> None:
@@ -228,7 +234,7 @@ FORBIDDEN_MODULES = {"pickle", "shelve", "marshal", "dill", "cloudpickle", "jobl
 
 def calls_in(path: Path) -> list[tuple[int, str, ast.Call]]:
     calls = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Call):
             calls.append((node.lineno, ast.unparse(node.func), node))
     return calls
@@ -236,7 +242,7 @@ def calls_in(path: Path) -> list[tuple[int, str, ast.Call]]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_nothing_unpickles_or_evaluates(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     imported = {
         name.split(".")[0]
         for node in ast.walk(tree)

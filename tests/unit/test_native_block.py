@@ -906,6 +906,7 @@ class TestLibrary:
             monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
             assert library._crowding() == times
 
+    @pytest.mark.usefixtures("calls")
     def test_a_system_that_refuses_tiles_is_said(self, tmp_path, monkeypatch):
         names = ("packed_size", "forward", "backward", "normalize", "normalize_backward")
         functions = {f"fundamentallm_{name}": SimpleNamespace() for name in names}

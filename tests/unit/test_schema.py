@@ -15,6 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 from jsonschema.exceptions import best_match
+from tests import forked
 
 from fundamentallm.config.yaml.file import MODELINE, PACKAGED, SCHEMA
 from fundamentallm.config.yaml.source import parse_yaml, read_yaml
@@ -30,16 +31,18 @@ PLUGINS = [f"own_{part}" for part in OWN]
 # In a process of its own: other tests register names in this one.
 LIVE = f"""
 import json, sys
-sys.path.insert(0, "examples")
+sys.path.insert(0, {str(ROOT / "examples")!r})
 from fundamentallm.engine.catalogue import catalogue_with, registered_catalogue
 print(json.dumps([registered_catalogue(), catalogue_with({PLUGINS})]))
 """
 
 
 @pytest.fixture(scope="module")
-def live() -> list[Any]:
-    command = [sys.executable, "-c", LIVE]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+def live(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    place = tmp_path_factory.mktemp("live")
+    (place / "live.py").write_text(LIVE)
+    result = forked.run([], place, program=str(place / "live.py"))
+    assert result.returncode == 0, result.stderr
     own, with_plugins = json.loads(result.stdout)
     return [own, with_plugins]
 
