@@ -23,6 +23,7 @@ from fundamentallm.models.calling import (
 from fundamentallm.models.generation.batch import generate_tokens
 from fundamentallm.models.generation.sampling import SamplingRules
 from fundamentallm.testing import tiny_model
+from fundamentallm.training import evaluator, step
 from fundamentallm.training.losses import ChunkedCrossEntropy
 from fundamentallm.training.trainer import Trainer
 
@@ -180,3 +181,29 @@ def test_activations_are_recomputed_the_models_own_way() -> None:
     assert ours.gradient_checkpointing is True
     with pytest.raises(ConfigError, match="recompute"):
         recompute_activations(nn.Linear(1, 1))
+
+
+def test_a_mask_without_use_is_read_before_the_batch_goes_to_a_device(monkeypatch, tmp_path):
+    sent = []
+
+    def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        sent.append(set(batch))
+        return batch
+
+    def trainer(model: nn.Module, batch: dict[str, Tensor]) -> Trainer:
+        place = str(tmp_path / str(len(sent)))
+        config = TrainingConfig(total_steps=1, warmup_steps=0, checkpoint_dir=place)
+        return Trainer(model, [batch], [batch], device="cpu", config=config)
+
+    monkeypatch.setattr(step, "to_device", to_device)
+    monkeypatch.setattr(evaluator, "to_device", to_device)
+    batch = rows([8, 5])
+    trainer(tiny_model(V, 8), batch).train()  # a step and an evaluation
+    trainer(Foreign(), batch).train()
+    plain = {"input_ids", "target_ids"}
+    taken = plain | {"attention_mask"}
+    assert sent == [plain, plain, taken, taken]
+    flipped = {**batch, "attention_mask": batch["attention_mask"].flip(1)}
+    refusing = trainer(tiny_model(V, 8), flipped)
+    with pytest.raises(DataError, match="padding_side"):
+        refusing.train()

@@ -52,17 +52,37 @@ def inputs_for(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         DataError: the model lacks what the batch needs: it would not see the same tokens.
     """
-    accepted = _parameters(type(model).forward)
-    given: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-    if "document_ids" in batch:
-        given["document_ids"] = batch["document_ids"]
+    given: dict[str, Any] = {}
+    if "use_cache" in _parameters(type(model).forward):
+        given["use_cache"] = False
+    for key, value in needed_by(model, batch).items():
+        if key == "document_ids" or key in _IF_ACCEPTED:
+            given[key] = value
+    return given
+
+
+def needed_by(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch without the masks and positions that a model does not take.
+
+    Call it before the batch goes to a GPU: whether they are needed is read on the host, which would
+    wait for a GPU.
+
+    Args:
+        model, batch: as for `inputs_for`.
+
+    Raises:
+        DataError: as `inputs_for`.
+    """
+    needed = dict(batch)
     for key in _IF_ACCEPTED:
         if key in batch:
+            accepted = _parameters(type(model).forward)
             if key in accepted or "**" in accepted:
-                given[key] = batch[key]
-            elif key != "token_type_ids":
+                continue
+            if key != "token_type_ids":
                 _check_dispensable(model, key, batch[key])
-    return given
+            del needed[key]
+    return needed
 
 
 def context_of(model: nn.Module) -> int | None:

@@ -34,6 +34,7 @@ from fundamentallm.compute.precision import Precision
 from fundamentallm.config.evaluation import ALWAYS_MEASURED, TAKEN_NAMES
 from fundamentallm.data.batch import Batch, as_window
 from fundamentallm.errors import DataError
+from fundamentallm.models.calling import needed_by
 from fundamentallm.training.foreign import owner_of
 from fundamentallm.training.losses import Head, takes_hidden_states, widened
 from fundamentallm.training.recovery.data_faults import DataFaults
@@ -263,7 +264,7 @@ def evaluate_batch(
         with_predictions: whether to return `Predictions`; None is returned otherwise.
     """
     num_tokens = int((batch["target_ids"] >= 0).sum())
-    batch = to_device(batch, precision.device)
+    batch = to_device(needed_by(model, batch), precision.device)
     targets = batch["target_ids"]
     with torch.no_grad(), precision.weights(model), precision.autocast():
         states = states_for(loss_fn, model, batch)

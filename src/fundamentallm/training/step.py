@@ -25,7 +25,7 @@ from fundamentallm.compute.precision import Precision
 from fundamentallm.compute.rng import capture_rng, restore_rng
 from fundamentallm.data.batch import Window
 from fundamentallm.events import TrainingEvents
-from fundamentallm.models.calling import inputs_for, logits_of
+from fundamentallm.models.calling import inputs_for, logits_of, needed_by
 from fundamentallm.training.losses import compute_loss, takes_hidden_states
 
 Batch = dict[str, Tensor]
@@ -208,7 +208,8 @@ class TrainStep:
         last = len(window.micro_batches) - 1
         for index, batch in enumerate(window.micro_batches):
             with self._gradient_sync(index == last), self.precision.weights(self.model):
-                objective, nll = self._objective(to_device(batch, device))
+                on_device = to_device(needed_by(self.model, batch), device)
+                objective, nll = self._objective(on_device)
                 self._backward(objective, scale)
             total = nll if total is None else total.to(accumulator(device)) + nll
             self.notify(TrainingEvents.FLLM_MICRO_BATCH_COMPLETED)
