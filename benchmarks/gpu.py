@@ -2,13 +2,14 @@
 
     python benchmarks/gpu.py [--phases exact settings speed tests] [--skip PHASE ...]
                              [--device cuda:0] [--steps 50] [--seconds 900] [--rows 128]
-                             [--config FILE] [--set KEY=VALUE ...] [--tests PATH ...]
+                             [--config FILE] [--set KEY=VALUE ...] [--tests PATH ...] [--out FILE]
     python benchmarks/gpu.py --smoke
 
 - exact: loss, gradients and steps of small models against float64 on the CPU (TF32 off), a resumed
   run bit for bit, and the loss curve of the half type (`gpu_exact.py` has the bounds).
-- settings: the fastest precision, compilation, attention and micro-batch for GPT-2 124M, found as
-  `tune` does, each measured in a process of its own; `--seconds` ends the search.
+- settings: the fastest micro-batch, precision, compilation and attention for GPT-2 124M, found as
+  `tune` does, each measured in a process of its own; `--seconds` ends the search. The micro-batch
+  comes first and float32 last, so that a search that is ended early has what counts most.
 - speed: the run with those settings (without `settings`: with those of the file), with its default
   handlers: tokens a second, the model FLOPs utilization (`compute/peak.py` has the peaks of GPUs),
   peak memory, the share of a step that is waited for data, the time of a save, how long one in the
@@ -17,7 +18,8 @@
 
 `--rows` are the sequences of a step. The text is of random letters: nothing is read or downloaded.
 A line on standard error tells the end of each phase. Prints one JSON object, with GPU, driver and
-versions; what a phase fails with is in it. Exit code 1 if something does not hold, 2 without a GPU.
+versions; what a phase fails with is in it. `--out` has it after each phase, for a GPU that may be
+taken away. Exit code 1 if something does not hold, 2 without a GPU.
 `--smoke` runs all phases with a tiny model on the CPU: it shows that the command works, and no
 figure of it means anything.
 """
@@ -47,6 +49,7 @@ from gpu_exact import exact
 from ignite.engine import Events
 
 from fundamentallm.compute.peak import device_peak
+from fundamentallm.compute.plan import Plan
 from fundamentallm.compute.precision import resolve_device
 from fundamentallm.config import load_config
 from fundamentallm.engine.console import console_output, logging_to
@@ -135,13 +138,20 @@ def settings(task: Task) -> dict[str, Any]:
         space = space_around(config, start, threads, task.keep)
         deadline = time.monotonic() + task.seconds
         table = Table(config, rows, (), start.device, threads, deadline)
+        measured = table.measured
+
+        def seconds_of(plan: Plan) -> float | None:
+            return measured[plan].step_seconds if plan in measured else table.seconds_of(plan)
+
+        own = {name: getattr(start, name) for name in space.kinds[0]}
+        half_first = sorted(space.kinds, key=lambda kind: kind["precision"] == "fp32")
         with contextlib.redirect_stdout(sys.stderr):
             table.head()
-            best = search(start, space, table.seconds_of)
-    measured = table.measured
+            best = search(start, replace(space, kinds=[own]), seconds_of)
+            best = search(best, replace(space, kinds=half_first), seconds_of)
     tokens = task.rows * config.data.sequence_length
 
-    def described(plan: Any, found: Measurement) -> dict[str, Any]:
+    def described(plan: Plan, found: Measurement) -> dict[str, Any]:
         return {
             "precision": plan.precision,
             "bf16_weights": plan.bf16_weights,
@@ -320,7 +330,8 @@ def cuda_tests(task: Task) -> dict[str, Any]:
         command += ["-m", "cuda", f"--junitxml={file}", *task.tests]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
         if not file.exists():
-            raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-2000:]}")
+            said = (done.stdout + done.stderr)[-2000:]
+            raise RuntimeError(f"pytest ended with {done.returncode}: {said}")
         cases = list(ET.parse(file).getroot().iter("testcase"))
     found: dict[str, list[str]] = {"passed": [], "skipped": [], "failed": []}
     for case in cases:
@@ -356,9 +367,18 @@ def holds(name: str, result: dict[str, Any]) -> bool:
     return not {"exact": result.get("do not hold"), "tests": result.get("failed")}.get(name)
 
 
-def run_phases(task: Task, names: Sequence[str]) -> dict[str, Any]:
-    """Run phases in order; one that fails does not keep the others from running."""
-    report: dict[str, Any] = {}
+def run_phases(
+    task: Task, names: Sequence[str], report: dict[str, Any], out: Path | None = None
+) -> None:
+    """Run phases in order and add what they tell; one that fails leaves the others.
+
+    Args:
+        task: what to do.
+        names: of the phases.
+        report: to add to; `holds` is whether everything did so far.
+        out: where it is written after each phase.
+    """
+    report["holds"] = True
     for name in names:
         began = time.monotonic()
         try:
@@ -370,8 +390,10 @@ def run_phases(task: Task, names: Sequence[str]) -> dict[str, Any]:
             torch.cuda.empty_cache()
         result = {"seconds": round(time.monotonic() - began, 1), **result}
         report[name] = result
+        report["holds"] &= holds(name, result)
         print(f"{name}: {said(name, result)}", file=sys.stderr, flush=True)
-    return report
+        if out is not None:
+            out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def said(name: str, result: dict[str, Any]) -> str:
@@ -444,6 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=Task.config)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--tests", nargs="+", default=list(Task.tests))
+    parser.add_argument("--out", type=Path, help="a file for the report, written after each phase")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, with a tiny model")
     options = parser.parse_args(arguments)
     if min(options.steps, options.rows) < 1:
@@ -473,8 +496,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from speed import machine_report  # late: the module registers a family of models
 
     report = {"GPU": gpu_report(device), "machine": machine_report(None), "smoke": options.smoke}
-    report |= run_phases(task, names)
-    report["holds"] = all(holds(name, report[name]) for name in names)
+    run_phases(task, names, report, options.out)
     print(json.dumps(report, indent=2))
     return 0 if report["holds"] else 1
 

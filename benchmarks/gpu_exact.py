@@ -19,6 +19,7 @@ import torch
 from ignite.engine import Events
 from torch import Tensor, nn
 
+from fundamentallm.compute.compilation import CompiledBlocks
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.plan import Machine, Plan
 from fundamentallm.compute.precision import has_bf16
@@ -157,6 +158,9 @@ class OneStep:
         rows, _ = count_computed(self.window)
         while (output := self.step(self.window, self.window.num_tokens, rows)).rejection:
             assert output.rejection == "overflow", output.rejection
+        runner = getattr(self.model, "run_block", None)
+        if isinstance(runner, CompiledBlocks) and runner.compiled is None:
+            raise RuntimeError("torch.compile failed, and the step was taken without it")
         return output.loss
 
     def gradient(self) -> Tensor:
@@ -178,7 +182,8 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def row(what: str, error: float, bound: float, **more: Any) -> dict[str, Any]:
-    return {"what": what, "error": error, "bound": bound, "holds": error <= bound, **more}
+    shown = error if math.isfinite(error) else str(error)  # JSON has no NaN
+    return {"what": what, "error": shown, "bound": bound, "holds": error <= bound, **more}
 
 
 def gradients(device: torch.device, compiled: bool) -> Iterator[dict[str, Any]]:

@@ -56,7 +56,9 @@ def test_a_cpu_is_as_exact_as_a_cpu(exact):
 
 
 @pytest.mark.cuda
-def test_a_gpu_is_as_exact_as_a_cpu(exact):
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # it is off on purpose
+def test_a_gpu_is_as_exact_as_a_cpu(exact, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     rows = exact.exact(torch.device("cuda", 0))
     assert faults(iter(rows)) == [], rows
 
@@ -137,25 +139,39 @@ def task(gpu) -> Any:
 
 
 def test_the_fastest_settings_are_found_and_kept_for_the_run(gpu, task, monkeypatch, capsys):
+    asked = []
+
     def measured(config: Any, plan: Plan, **_: Any) -> Measurement:
+        asked.append(plan)
         if plan.batch_size == 8:
             return failed("out of memory")
-        return Measurement(0.5 / plan.batch_size, 0.0, 2**30)
+        kind = 1.0 if plan.precision == "bf16" and plan.attention == "explicit" else 2.0
+        return Measurement(kind / plan.batch_size, 0.0, 2**30)
 
     monkeypatch.setattr(tune_module, "measure_in_process", measured)
-    monkeypatch.setattr(tune_module, "batch_sizes", lambda rows, given: [1, 2, 4, 8])
-    found = gpu.settings(replace(task, seconds=60.0, settings=task.settings))
+    written = [*task.overrides, "data.batch_size=2", "training.accumulation_steps=4"]
+    keep = ("compile", "threads")
+    wide = replace(task, seconds=60.0, overrides=written, keep=keep, settings=task.settings)
+    found = gpu.settings(wide)
     assert found["best"]["micro-batch"] == 4
-    assert found["best"]["tokens a second"] == 2048
+    assert (found["best"]["precision"], found["best"]["attention"]) == ("bf16", "explicit")
+    assert found["best"]["tokens a second"] == 1024
+    assert found["times as fast as the file's"] == 4.0
     assert found["measured"][-1]["fault"] == "out of memory"
-    assert {"data.batch_size=4", "training.accumulation_steps=2"} <= set(task.settings)
+    assert {"data.batch_size=4", 'training.attention="explicit"'} <= set(task.settings)
+    assert len(asked) == len(set(asked)) == len(found["measured"])
+    precisions = [plan.precision for plan in asked]
+    first_wide = precisions.index("fp32")
+    assert {4, 8} <= {plan.batch_size for plan in asked[:first_wide]}
     assert json.loads(json.dumps(found)) == found
     assert capsys.readouterr().out == ""  # the report stands there alone
 
 
 def test_where_nothing_can_be_measured_the_phase_says_why(gpu, task, monkeypatch):
     monkeypatch.setattr(tune_module, "measure_in_process", lambda *_, **__: failed("no kernel"))
-    report = gpu.run_phases(task, ["settings"])
+    report: dict[str, Any] = {}
+    gpu.run_phases(task, ["settings"], report)
+    assert not report["holds"]
     assert "no kernel" in report["settings"]["error"]
 
 
@@ -175,13 +191,16 @@ def test_tests_are_listed_by_their_result(gpu, task, tmp_path):
     assert not gpu.holds("tests", found)
 
 
-def test_a_phase_that_fails_leaves_the_others(gpu, task, monkeypatch, capsys):
+def test_a_phase_that_fails_leaves_the_others(gpu, task, tmp_path, monkeypatch, capsys):
     def broken(_: Any) -> dict[str, Any]:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
     phases = {"exact": lambda _: {"checks": 2, "do not hold": [], "rows": []}, "speed": broken}
     monkeypatch.setattr(gpu, "PHASES", phases)
-    report = gpu.run_phases(task, ["speed", "exact"])
+    report: dict[str, Any] = {"GPU": "one"}
+    gpu.run_phases(task, ["speed", "exact"], report, tmp_path / "gpu.json")
+    assert json.loads((tmp_path / "gpu.json").read_text()) == report
+    assert not report["holds"]
     assert (
         report["speed"]["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
     )
