@@ -288,7 +288,7 @@ def test_a_built_in_source_is_kept_beside_the_run():
 
     assert main(["run", "tiny.yaml", "data.source=python-docs", *tiny]) == 0
 
-    from fundamentallm.data.sources.built_in import python_docs
+    from fundamentallm.data.built_in import python_docs
 
     assert Path("runs/tiny/corpus.txt").read_text(encoding="utf-8") == python_docs()
 

@@ -19,6 +19,7 @@ from fundamentallm.config.training import TrainingConfig
 from fundamentallm.config.yaml.problems import problem
 from fundamentallm.config.yaml.source import YamlDocument
 from fundamentallm.errors import ConfigError
+from fundamentallm.files.run_layout import RUNS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -119,7 +120,7 @@ class RunConfig(BaseConfig):
         """
         inside = PurePath(self.training.checkpoint_dir)
         if inside.is_absolute():
-            return Path("runs") / self.name
+            return RUNS / self.name
         # `run/../x/checkpoints` is recognized by its end, even if the run was renamed.
         return checkpoints.parents[len(inside.parts) - 1] if inside.parts else checkpoints
 

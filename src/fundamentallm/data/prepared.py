@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fundamentallm.data.paths import PREPARED
 from fundamentallm.data.text_file import read_text
 from fundamentallm.data.token_file import FileTokens, read_tokens
 from fundamentallm.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from fundamentallm.errors import DataError
 
-MANIFEST = "prepare.json"
 WHOLE = "all"
 PARTS = ("train", "val", "test")
 FORMAT = 1
@@ -43,21 +43,13 @@ class Prepared:
     sha256: str
 
 
-def is_prepared(path: Path) -> bool:
-    """Tell whether a folder is one that `prepare` wrote."""
-    try:
-        return (path / MANIFEST).is_file()
-    except (OSError, ValueError):  # a name that no system takes
-        return False
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read prepare.json.
 
     Raises:
         DataError: it is not what `prepare` writes.
     """
-    path = folder / MANIFEST
+    path = folder / PREPARED
     try:
         said = json.loads(read_text(path))
         if said["format"] != FORMAT:

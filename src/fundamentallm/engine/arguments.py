@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fundamentallm.config import RunConfig
 
 RUN_DIR = "run_dir="
+
+_LAUNCHED = {"RANK", "WORLD_SIZE", "SLURM_PROCID"}  # variables of a process among others
 
 RUN_OR_CHECKPOINT = "a run (its best checkpoint, else its last), a checkpoint, or a pointer file"
 
@@ -27,7 +35,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     add_plugins(parser)
 
 
-def refuse_a_faulty_config(options: argparse.Namespace) -> None:
+def refuse_a_faulty_config(options: argparse.Namespace) -> RunConfig:
     """Check the configuration before large libraries are imported, so that a typo answers at once.
 
     Raises:
@@ -35,7 +43,49 @@ def refuse_a_faulty_config(options: argparse.Namespace) -> None:
     """
     from fundamentallm.config import load_config
 
-    load_config(options.config, [word for word in options.overrides if not is_run_dir(word)])
+    return load_config(options.config, [word for word in options.overrides if not is_run_dir(word)])
+
+
+def refuse_missing_data(config: RunConfig, plugins: Sequence[str]) -> None:
+    """Check that a configuration's texts are there, before large libraries are imported.
+
+    Plugins may have sources of their own, and the ranks of a group read together: both wait.
+
+    Raises:
+        DataError: as `refuse_missing`.
+    """
+    from fundamentallm.data.paths import refuse_missing
+
+    is_launched = not _LAUNCHED.isdisjoint(os.environ)
+    if config.plugins or plugins or is_launched:
+        return
+    sources = config.data.chosen_sources
+    named = [one if isinstance(one, str) else one.path or one.name for one in sources]
+    refuse_missing([name for name in named if name is not None])
+
+
+def refuse_a_missing_run(path: Path) -> None:
+    """Check that RUN_OR_CHECKPOINT is there, before large libraries are imported.
+
+    Raises:
+        CheckpointError: there is nothing.
+    """
+    from fundamentallm.files.run_layout import RunOrCheckpoint
+
+    RunOrCheckpoint.parse(path, lambda run: run)
+
+
+def refuse_a_missing_model(path: Path) -> None:
+    """Check that RUN_OR_CHECKPOINT is there and may hold a checkpoint, as `refuse_a_missing_run`.
+
+    Raises:
+        CheckpointError: there is nothing, or nothing of a run.
+    """
+    from fundamentallm.files.run_layout import CONFIG, RunOrCheckpoint, no_checkpoint
+
+    is_run = RunOrCheckpoint.parse(path, lambda run: run).is_run
+    if is_run and not any(one.name == CONFIG or "step-" in one.name for one in path.iterdir()):
+        raise no_checkpoint(path)
 
 
 def is_run_dir(word: str) -> bool:

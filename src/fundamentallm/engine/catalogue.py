@@ -76,7 +76,7 @@ def registered_catalogue() -> Catalogue:
 
 def registries() -> dict[str, Registry[Any]]:
     """Return the registry of each kind. Imports torch."""
-    from fundamentallm.data.sources.built_in import SOURCES
+    from fundamentallm.data.built_in import SOURCES
     from fundamentallm.data.tokenizer import TOKENIZERS
     from fundamentallm.engine.wiring import assemble  # noqa: F401 (it imports every part)
     from fundamentallm.models.families import ADAPTERS, MODELS

@@ -18,8 +18,8 @@ from fundamentallm.config import RunConfig
 from fundamentallm.config.base import dump_yaml, write_yaml
 from fundamentallm.config.yaml.file import MODELINE, SCHEMA
 from fundamentallm.data.folder import files_in
+from fundamentallm.data.paths import is_tokens
 from fundamentallm.data.sources import read_source
-from fundamentallm.data.sources.tokens import is_tokens
 from fundamentallm.engine.console import command, say, tell
 from fundamentallm.errors import DataError
 from fundamentallm.training.handlers.progress import format_seconds

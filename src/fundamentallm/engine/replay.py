@@ -17,7 +17,7 @@ from fundamentallm.engine.console import console_output, printable, say
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.errors import CheckpointError, NumericalError
 from fundamentallm.files.private import open_to_read
-from fundamentallm.files.run_layout import EVIDENCE, REPORT
+from fundamentallm.files.run_layout import EVIDENCE, REPORT, no_incident
 from fundamentallm.inference.stored_model import stored_config, stored_model
 from fundamentallm.training.checkpoint.store import CheckpointStore
 from fundamentallm.training.losses import LOSSES
@@ -92,12 +92,7 @@ def read_report(incident: Path) -> dict[str, Any]:
             report = json.loads(file.readall().decode())
         _check_report(report)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            "this is not the directory of an incident",
-            where=str(path),
-            got=str(error),
-            fix="name a directory like runs/mine/incidents/00000137-data",
-        ) from error
+        raise no_incident(path, error) from error
     return dict(report)
 
 

@@ -20,12 +20,16 @@ runs/mine/
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fundamentallm.errors import CheckpointError
+from fundamentallm.errors import CheckpointError, did_you_mean
 from fundamentallm.files.private import check_directory, check_file
+
+RUNS = Path("runs")
+"""Where a run is that got no directory of its own."""
 
 README = "README.md"
 CONFIG = "config.yaml"
@@ -140,8 +144,39 @@ class RunOrCheckpoint:
             raise CheckpointError(
                 "there is no run or checkpoint here",
                 where=str(path),
-                fix="name a directory like runs/quickstart or runs/quickstart/checkpoints/best",
+                fix=_nearest(path)
+                or "name a directory like runs/quickstart or runs/quickstart/checkpoints/best",
             )
         if (path / MANIFEST).exists():
             return cls(path.parent, path.name)
         return cls(checkpoints_in(path))
+
+
+def no_checkpoint(path: Path) -> CheckpointError:
+    """Return the error for a RUN_OR_CHECKPOINT that holds no checkpoint."""
+    return CheckpointError(
+        "there is no checkpoint here",
+        where=str(path),
+        fix="name a run directory like runs/quickstart",
+    )
+
+
+def no_incident(report: Path, got: object) -> CheckpointError:
+    """Return the error for a folder whose report is not that of an incident."""
+    return CheckpointError(
+        "this is not the directory of an incident",
+        where=str(report),
+        got=str(got),
+        fix="name a directory like runs/mine/incidents/00000137-data",
+    )
+
+
+def _nearest(path: Path) -> str:
+    """Return `did you mean 'runs/mine'?` for the run below `runs/` or the nearest name."""
+    if not path.is_absolute() and (RUNS / path).is_dir():
+        return f"did you mean '{RUNS / path}'?"
+    near = []
+    for folder in (path.parent, RUNS):
+        with contextlib.suppress(OSError):
+            near += [str(entry) for entry in folder.iterdir() if entry.is_dir()]
+    return did_you_mean(str(path), near)

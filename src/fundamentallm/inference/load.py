@@ -14,7 +14,7 @@ from fundamentallm.config import RunConfig
 from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.private import check_file
-from fundamentallm.files.run_layout import BEST, CONFIG, RunOrCheckpoint
+from fundamentallm.files.run_layout import BEST, CONFIG, RunOrCheckpoint, no_checkpoint
 from fundamentallm.inference.origin import Origin
 from fundamentallm.inference.stored_model import stored_config, stored_model
 from fundamentallm.training.checkpoint.manifest import Manifest
@@ -92,11 +92,7 @@ def find_checkpoint(path: Path) -> Path:
     named = RunOrCheckpoint.parse(path, checkpoints_in)
     found = named_checkpoint(named) or CheckpointStore(named.checkpoints).resolve(BEST)
     if found is None:
-        raise CheckpointError(
-            "there is no checkpoint here",
-            where=str(path),
-            fix="name a run directory like runs/quickstart",
-        )
+        raise no_checkpoint(path)
     return found
 
 

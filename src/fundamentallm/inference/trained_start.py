@@ -15,7 +15,7 @@ from fundamentallm.config.model import TransformerConfig
 from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fundamentallm.data.tokenizer.tokenizer_json import tokenizer_json
 from fundamentallm.errors import CheckpointError, ConfigError
-from fundamentallm.files.run_layout import BEST, CONFIG, LAST, MANIFEST
+from fundamentallm.files.run_layout import BEST, CONFIG, LAST, MANIFEST, RUNS
 from fundamentallm.inference.load import find_checkpoint, weights_of
 from fundamentallm.inference.stored_model import stored_config, stored_shapes
 from fundamentallm.models.layouts.pretrained import ModelToStartFrom
@@ -138,7 +138,7 @@ def find_run(text: str) -> Path | None:
     with contextlib.suppress(RuntimeError):  # "~models" looks like the home of a user
         path = path.expanduser()
     if not path.exists() and len(path.parts) == 1:
-        path = Path("runs") / path
+        path = RUNS / path
     if path.is_file():
         return path if path.name in (BEST, LAST) else None
     if (path / "config.json").exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fundamentallm.errors import CheckpointError, ConfigError
-from fundamentallm.files.run_layout import RunOrCheckpoint
+from fundamentallm.files.run_layout import RunOrCheckpoint, no_checkpoint
 from fundamentallm.inference.load import checkpoints_in, named_checkpoint
 from fundamentallm.inference.stored_model import stored_config, stored_shapes
 from fundamentallm.training.checkpoint.scores import Scores
@@ -51,7 +51,7 @@ def checkpoints_of(path: Path) -> tuple[CheckpointStore, Sequence[str]]:
     chosen = named_checkpoint(named)
     names = store.step_names() if chosen is None else [chosen.name]
     if not names:
-        raise CheckpointError("there is no checkpoint here", where=str(path))
+        raise no_checkpoint(path)
     return store, names
 
 

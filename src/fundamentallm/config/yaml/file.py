@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 from fundamentallm.config.yaml.key_path import excerpt
-from fundamentallm.errors import ConfigError, did_you_mean
+from fundamentallm.errors import ConfigError, nearest
 from fundamentallm.files.run_layout import CONFIG
 
 PACKAGED = Path(__file__).parents[2] / "configs"
@@ -83,8 +83,12 @@ def _nearby(path: Path) -> str:
         items = sorted(path.parent.iterdir())
     except OSError:
         return ""
-    names = [item.name for item in items if item.suffix in _SUFFIXES]
-    return did_you_mean(path.name, names if path.suffix else [*names, *packaged_names()])
+    # The suffix, which all of them have, makes no name like another.
+    names = {item.stem: item.name for item in items if item.suffix in _SUFFIXES}
+    if not path.suffix:
+        names |= {name: name for name in packaged_names()}
+    near = nearest(path.stem, names)
+    return f"did you mean '{names[near]}'?" if near else ""
 
 
 def _decoded(content: bytes, name: str) -> str:

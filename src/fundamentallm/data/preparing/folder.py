@@ -28,7 +28,8 @@ from fundamentallm.data.documents import (
     copy_standard_input,
     find_inputs,
 )
-from fundamentallm.data.prepared import FORMAT, MANIFEST, PARTS, WHOLE, read_manifest
+from fundamentallm.data.paths import PREPARED
+from fundamentallm.data.prepared import FORMAT, PARTS, WHOLE, read_manifest
 from fundamentallm.data.preparing.encoding import encoded
 from fundamentallm.data.preparing.options import Options
 from fundamentallm.data.preparing.pieces import Counts, cut, no_text, read_documents
@@ -127,7 +128,7 @@ def up_to_date(inputs: Sequence[Input], out: Path, options: Options) -> bool:
     Raises:
         DataError: it was prepared from others, or is damaged.
     """
-    if not (out / MANIFEST).exists():
+    if not (out / PREPARED).exists():
         return False
     manifest = read_manifest(out)
     fix = "choose another --out, or remove the folder"
@@ -204,7 +205,7 @@ def _same(source: Input, known: Mapping[str, Any]) -> bool:
 def _refuse_occupied(out: Path) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
-    if out.is_dir() and (out / MANIFEST).exists():
+    if out.is_dir() and (out / PREPARED).exists():
         return  # looked at once the inputs are known
     if out.exists() or out.is_symlink():
         raise DataError(
@@ -217,7 +218,7 @@ def _refuse_occupied(out: Path) -> None:
 
 def _remove_leftovers(out: Path) -> None:
     """Remove what killed runs left; a live one holds its lock."""
-    own = {LOCK, MANIFEST, TOKENIZER_FILE, COPY, *(f"{name}.tokens" for name in (WHOLE, *PARTS))}
+    own = {LOCK, PREPARED, TOKENIZER_FILE, COPY, *(f"{name}.tokens" for name in (WHOLE, *PARTS))}
     for leftover in out.parent.glob(f".{glob.escape(out.name)}.tmp-*"):
         with contextlib.suppress(MachineError, OSError):
             if {path.name for path in leftover.iterdir()} <= own:
@@ -285,7 +286,7 @@ def _write_into(
         **vars(counts),
     }
     write_file(filesystem, staging / TOKENIZER_FILE, [tokenizer.to_json().encode()])
-    write_file(filesystem, staging / MANIFEST, [f"{json.dumps(manifest, indent=1)}\n".encode()])
+    write_file(filesystem, staging / PREPARED, [f"{json.dumps(manifest, indent=1)}\n".encode()])
     _tell(counts, files, tokenizer)
     if options.split == "document":
         _tell_other_shares(counts, files, options.fractions)

@@ -1,5 +1,6 @@
 """Sources of text, read: one class for each kind, behind one interface (`Source`)."""
 
+from fundamentallm.data.built_in import SOURCES
 from fundamentallm.data.sources.base import (
     Loaders,
     SequenceSource,
@@ -7,7 +8,6 @@ from fundamentallm.data.sources.base import (
     split_bounds,
     split_tokens,
 )
-from fundamentallm.data.sources.built_in import SOURCES
 from fundamentallm.data.sources.examples import ExampleSource
 from fundamentallm.data.sources.mixture import MixtureSource
 from fundamentallm.data.sources.read import read_source

@@ -18,6 +18,7 @@ from fundamentallm.data.examples import (
 )
 from fundamentallm.data.file_kinds import kind_of
 from fundamentallm.data.loaders import Batching, ExampleLoader, ExampleValidationLoader
+from fundamentallm.data.paths import existing
 from fundamentallm.data.sources.base import (
     MANY,
     Loaders,
@@ -27,7 +28,6 @@ from fundamentallm.data.sources.base import (
     split_tokens,
     within,
 )
-from fundamentallm.data.sources.paths import existing
 from fundamentallm.data.tokenizer import Tokenizer, changes_texts
 from fundamentallm.errors import DataError
 

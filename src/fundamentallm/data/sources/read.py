@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fundamentallm.config.data import SourceConfig
+from fundamentallm.data.paths import existing, is_tokens
 from fundamentallm.data.sources.base import Source
 from fundamentallm.data.sources.examples import ExampleSource, is_examples
 from fundamentallm.data.sources.mixture import MixtureSource
-from fundamentallm.data.sources.paths import existing
 from fundamentallm.data.sources.text import TextSource
-from fundamentallm.data.sources.tokens import is_tokens, read_token_source
+from fundamentallm.data.sources.tokens import read_token_source
 from fundamentallm.data.text_file import check_regular
 from fundamentallm.errors import DataError
 from fundamentallm.files.cache_directory import default_cache_dir

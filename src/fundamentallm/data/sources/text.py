@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fundamentallm.data.file_kinds import SUFFIXES, refuse_other_data
-from fundamentallm.data.folder import files_in
+from fundamentallm.data.built_in import SOURCES
+from fundamentallm.data.paths import no_text, text_files
 from fundamentallm.data.prepared import PARTS
 from fundamentallm.data.sources.base import (
     MANY,
@@ -24,8 +24,6 @@ from fundamentallm.data.sources.base import (
     split_tokens,
     within,
 )
-from fundamentallm.data.sources.built_in import SOURCES
-from fundamentallm.data.sources.paths import existing
 from fundamentallm.data.text_file import read_text, read_texts, to_utf8
 from fundamentallm.data.token_file import Tokens
 from fundamentallm.data.tokenizer import Tokenizer, changes_texts
@@ -92,12 +90,8 @@ class TextSource(SequenceSource):
         """
         files = [part for name in names for part in _texts(name, cache_dir, kept)]
         if all(not text or text.isspace() for _, text in files):
-            raise DataError(
-                "the source holds no text",
-                where=", ".join(names),
-                got="only white space" if any(text for _, text in files) else "0 characters",
-                fix="name a file or folder with text in data.source",
-            )
+            some = any(text for _, text in files)
+            raise no_text(names, "only white space" if some else "0 characters")
         return cls.of(files, built_in=any(name in SOURCES for name in names))
 
     @property
@@ -246,23 +240,4 @@ def _texts(name: str, cache_dir: Path | None, kept: Path | None) -> Iterator[tup
             return
         yield name, SOURCES.build(name, {}, cache_dir=cache_dir)
         return
-    yield from read_texts(_files(name))
-
-
-def _files(name: str) -> list[Path]:
-    """Return the files of a path; those of a folder are sorted."""
-    path = existing(name)
-    if not path.is_dir():
-        refuse_other_data(path, ("other data", "parquet"))
-        return [path]
-
-    found = files_in(path, ("text",))
-    if not found.read:
-        raise DataError(
-            "there is no text in this folder",
-            where=name,
-            expected="files that end in " + " or ".join(SUFFIXES["text"]),
-            fix="name the files themselves in place of the folder",
-        )
-    found.log(name)
-    return found.read
+    yield from read_texts(text_files(name))

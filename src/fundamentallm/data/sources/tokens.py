@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fundamentallm.data.file_kinds import kind_of
-from fundamentallm.data.prepared import PARTS, WHOLE, is_prepared, read_prepared
+from fundamentallm.data.paths import existing
+from fundamentallm.data.prepared import PARTS, WHOLE, read_prepared
 from fundamentallm.data.sources.base import Passage, SequenceSource, split_tokens, within
-from fundamentallm.data.sources.paths import existing, expanded
 from fundamentallm.data.token_file import Tokens, read_tokens
 from fundamentallm.data.tokenizer import Tokenizer
 
@@ -112,11 +111,6 @@ class SplitTokenSource(_Ids):
         sizes = {part: len(tokens) for part, tokens in self.splits.items()}
         share = 100 * sizes.get("val", 0) / max(1, sum(sizes.values()))
         return f"documents drawn when the text was prepared, {share:.1f} % of the tokens"
-
-
-def is_tokens(name: str) -> bool:
-    """Return whether a name is a token file or a folder that `prepare` wrote."""
-    return kind_of(name) == "tokens" or is_prepared(expanded(name))
 
 
 def read_token_source(name: str) -> TokenSource | SplitTokenSource:

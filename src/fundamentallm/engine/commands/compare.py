@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from fundamentallm.engine.arguments import add_plugins
+from fundamentallm.engine.arguments import add_plugins, refuse_a_missing_run
 from fundamentallm.engine.console import printable, say, tell_runs
 from fundamentallm.engine.stopping import loading
 
@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Print the comparison and write the page."""
     tell_runs(options.runs)
+    for path in options.runs:
+        refuse_a_missing_run(path)
     with loading():
         from fundamentallm.engine.plugins import load_plugins
         from fundamentallm.files.filesystem import Filesystem, replace_file

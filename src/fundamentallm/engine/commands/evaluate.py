@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fundamentallm.engine.arguments import add_model
+from fundamentallm.engine.arguments import add_model, refuse_a_missing_model
 from fundamentallm.engine.stopping import loading
 
 SUMMARY = "measure the loss of a trained model"
@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
+    refuse_a_missing_model(options.model)
+    if options.data is not None and not options.plugins:  # which may have sources of their own
+        from fundamentallm.data.paths import refuse_missing
+
+        refuse_missing([options.data])
     with loading():
         from fundamentallm.engine.evaluate import evaluate
 

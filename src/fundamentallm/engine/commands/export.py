@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fundamentallm.engine.arguments import RUN_OR_CHECKPOINT, add_plugins
+from fundamentallm.engine.arguments import RUN_OR_CHECKPOINT, add_plugins, refuse_a_missing_model
 from fundamentallm.engine.console import console_output, say
 from fundamentallm.engine.stopping import loading
 
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Write the model and print where."""
+    refuse_a_missing_model(options.model)
     with loading():
         import torch
 

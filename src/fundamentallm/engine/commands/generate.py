@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fundamentallm.engine.arguments import add_model
+from fundamentallm.engine.arguments import add_model, refuse_a_missing_model
 from fundamentallm.engine.console import console_output, printable, say
 from fundamentallm.engine.stopping import loading
 from fundamentallm.errors import ConfigError, FundamentaLLMError
@@ -99,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Stream text to the terminal, for one prompt or for each that is typed."""
+    refuse_a_missing_model(options.model)
     with loading():
         from fundamentallm.engine.plugins import load_plugins
         from fundamentallm.inference.generate import decoder_for

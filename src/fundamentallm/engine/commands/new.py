@@ -38,6 +38,7 @@ def execute(options: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: the name or the budget is not valid, or the file exists.
+        DataError: a text is missing or empty.
     """
     path, data = options.path, options.data
     if path is None and data and len(data) > 1 and data[-1].endswith(_SUFFIXES):
@@ -54,6 +55,9 @@ def execute(options: argparse.Namespace) -> int:
         raise ConfigError("the file exists already", where=str(path), fix="choose another name")
     data = data or [_ask("Text to train on: a file, a folder, or a built-in name", DATA)]
     seconds = seconds_of(options.budget or _ask("Time to train, as 90s, 10m or 2h", BUDGET))
+    from fundamentallm.data.paths import refuse_missing
+
+    refuse_missing(data)
     with loading():
         from fundamentallm.engine.new import new
 

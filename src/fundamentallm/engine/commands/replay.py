@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fundamentallm.engine.arguments import add_plugins
 from fundamentallm.engine.stopping import loading
+from fundamentallm.files.run_layout import REPORT, no_incident
 
 SUMMARY = "reproduce a recorded numerical incident"
 
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
+    report = options.incident / REPORT
+    if not report.exists():  # told before large libraries are imported
+        raise no_incident(report, "no such file")
     with loading():
         from fundamentallm.engine.replay import replay
 

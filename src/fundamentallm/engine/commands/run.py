@@ -5,8 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fundamentallm.engine.arguments import add_config, refuse_a_faulty_config
+from fundamentallm.engine.arguments import (
+    RUN_DIR,
+    add_config,
+    is_run_dir,
+    refuse_a_faulty_config,
+    refuse_a_missing_run,
+    refuse_missing_data,
+)
 from fundamentallm.engine.stopping import loading
+from fundamentallm.files.run_layout import RUNS
 
 SUMMARY = "train a model from a YAML file"
 
@@ -39,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
-    refuse_a_faulty_config(options)
+    config = refuse_a_faulty_config(options)
+    if options.resume not in ("auto", "never"):
+        refuse_a_missing_run(Path(options.resume))
+    elif options.resume == "never" or not _directory(options, config.name).exists():
+        refuse_missing_data(config, options.plugins)  # a finished run needs none
     with loading():
         from fundamentallm.engine.run import run
 
@@ -52,3 +64,9 @@ def execute(options: argparse.Namespace) -> int:
         options.allow_inexact,
         options.change,
     )
+
+
+def _directory(options: argparse.Namespace, name: str) -> Path:
+    """Return the directory that a run of this name uses first."""
+    words = [word.removeprefix(RUN_DIR) for word in options.overrides if is_run_dir(word)]
+    return Path(words[-1]) if words else options.run_dir or RUNS / name

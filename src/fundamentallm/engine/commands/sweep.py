@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fundamentallm.engine.arguments import add_plugins
+from fundamentallm.engine.arguments import add_plugins, refuse_missing_data
 from fundamentallm.engine.stopping import loading
 
 SUMMARY = "train one configuration with many settings"
@@ -24,7 +24,11 @@ def execute(options: argparse.Namespace) -> int:
     """Begin the sweep, or go on with it; return the exit code."""
     from fundamentallm.config.sweep import load_sweep
 
-    sweep = load_sweep(options.config)  # a typo answers before large libraries are imported
+    # What can be refused without them is refused before large libraries are imported.
+    sweep = load_sweep(options.config)
+    config = sweep.run_config(sweep.base(), {})
+    if not any(key.startswith("data") for key in sweep.keys):
+        refuse_missing_data(config, options.plugins)
     with loading():
         from fundamentallm.engine.sweeping.sweep import run_sweep
 

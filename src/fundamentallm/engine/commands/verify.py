@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fundamentallm.engine.arguments import add_plugins
+from fundamentallm.engine.arguments import add_plugins, refuse_a_missing_model
 from fundamentallm.engine.console import printable, say
 from fundamentallm.engine.stopping import loading
 from fundamentallm.errors import CheckpointError
@@ -37,6 +37,7 @@ def execute(options: argparse.Namespace) -> int:
     Raises:
         CheckpointError: a checkpoint is damaged, or there is none.
     """
+    refuse_a_missing_model(options.model)
     with loading():
         from fundamentallm.engine.plugins import load_plugins
         from fundamentallm.inference.verify import checkpoints_of, examine

@@ -19,7 +19,12 @@ from fundamentallm.config import RunConfig
 from fundamentallm.engine.wiring.comparison import FLAG, Comparison, Position
 from fundamentallm.errors import CheckpointError, ConfigError
 from fundamentallm.files.names import numbered
-from fundamentallm.files.run_layout import BEFORE_A_CHECKPOINT, RunOrCheckpoint, check_entries
+from fundamentallm.files.run_layout import (
+    BEFORE_A_CHECKPOINT,
+    RUNS,
+    RunOrCheckpoint,
+    check_entries,
+)
 from fundamentallm.inference.stored_model import stored_config
 from fundamentallm.training.checkpoint.catalogue import Survey
 from fundamentallm.training.checkpoint.changes import Record, records_in
@@ -113,7 +118,7 @@ def _in_runs(config: RunConfig, resume: str, change: bool) -> RunDirectory:
     The run of this configuration goes on; else the first that differs from it in a budget alone;
     else, with `change`, the only one; else a new one starts.
     """
-    base = Path("runs") / config.name
+    base = RUNS / config.name
     near: list[_Found] = []
     others: list[_Found] = []
     candidates = numbered(base)
@@ -157,7 +162,7 @@ def _in_runs(config: RunConfig, resume: str, change: bool) -> RunDirectory:
 
 def nowhere(config: RunConfig) -> RunDirectory:
     """Return the directory that a new run would get, for commands that create none."""
-    path = Path("runs") / config.name
+    path = RUNS / config.name
     return RunDirectory(path, config.checkpoints_in(path))
 
 
