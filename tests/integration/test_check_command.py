@@ -29,6 +29,7 @@ training: {total_steps: 12}
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fundamentallm.engine.check._SECONDS", 0.1)  # of steps that it times
     shutil.copy(TEXT, "text.txt")
     Path("tiny.yaml").write_text(CONFIG)
 
@@ -95,6 +96,7 @@ def test_the_first_steps_of_a_busy_machine_are_not_the_figure(monkeypatch, capsy
                 time.sleep(0.3)
         return real(self, window, num_tokens, num_sequences)
 
+    monkeypatch.setattr("fundamentallm.engine.check._SECONDS", 1.0)
     monkeypatch.setattr(TrainStep, "__call__", interrupted)
     assert main(["check", "tiny.yaml", "training.accumulation_steps=2"]) == 0
     milliseconds = int(re.search(r"\(([\d,]+) ms a step", capsys.readouterr().out)[1])

@@ -35,6 +35,7 @@ evaluation:
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fundamentallm.engine.check._SECONDS", 0.1)  # of steps that it times
     monkeypatch.syspath_prepend(str(tmp_path))
     shutil.copy(TEXT, "text.txt")
     Path("tiny.yaml").write_text(CONFIG + CHOICE)

@@ -66,6 +66,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(finished, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setattr("fundamentallm.engine.check._SECONDS", 0.1)  # of steps that it times
     return tmp_path / "copy"
 
 

@@ -139,6 +139,7 @@ def finished(request, plugins, tmp_path_factory) -> Path:
 def done(finished, tmp_path, monkeypatch) -> Path:
     shutil.copytree(finished, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setattr("fundamentallm.engine.check._SECONDS", 0.1)  # of steps that it times
     monkeypatch.setenv("COLUMNS", "200")
     return Path("runs/tiny")
 
@@ -229,6 +230,7 @@ def test_a_kernel_of_attention_is_not_chosen_for_a_model_without(plugins, tmp_pa
 
 def test_a_setting_of_attention_without_effect_is_told(plugins, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fundamentallm.engine.check._SECONDS", 0.1)  # of steps that it times
     shutil.copy(TEXT, "text.txt")
     Path("tiny.yaml").write_text(CONFIG.replace("MODEL", MODELS["gru"]))
     assert main(["check", "tiny.yaml", "training.attention=flash"]) == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,8 +64,12 @@ def run(code: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def reports() -> Any:
-    return run(SAMPLES)  # in one process: importing torch takes longer than the trials
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    place = tmp_path_factory.mktemp("samples")
+    (place / "samples.py").write_text(SAMPLES)
+    result = forked.run([], place, program=str(place / "samples.py"))
+    assert result.returncode == 0, result.stderr[-3_000:]
+    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ CONFIG: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fundamentallm.engine.check._SECONDS", 0.1)  # of steps that it times
     # The response repeats the prompt's letter as often as it says.
     lines = [
         {"prompt": f"{letter}{count}:", "response": letter * count + "\n"}

@@ -55,6 +55,7 @@ OF_TIME = ("elapsed_seconds", "train/tokens_per_second", "train/samples_per_seco
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fundamentallm.engine.check._SECONDS", 0.1)  # of steps that it times
     monkeypatch.setenv("COLUMNS", "200")
     shutil.copy(TEXT, "text.txt")
     Path("tiny.yaml").write_text(CONFIG)

@@ -41,6 +41,7 @@ handlers: {tensorboard: false, samples: false, progress: false}
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fundamentallm.engine.check._SECONDS", 0.1)  # of steps that it times
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copy(TEXT, "text.txt")
     Path("tiny.yaml").write_text(CONFIG)
