@@ -11,6 +11,7 @@ import inspect
 import io
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,9 @@ def make_trainer() -> Trainer:
     return trainer
 
 
-def on_both(check: Check, place: Path) -> tuple[Any, Any]:
-    """Attach to a Trainer, and to an engine that returns its outputs and has its weights."""
-    trainer = make_trainer()
+@cache
+def recorded() -> tuple[list[Any], list[dict[str, Any]]]:
+    """Return the outputs of the steps of an undisturbed run, and the weights after each."""
     outputs: list[Any] = []
     weights: list[dict[str, Any]] = []
 
@@ -62,6 +63,13 @@ def on_both(check: Check, place: Path) -> tuple[Any, Any]:
     recorder = make_trainer()
     recorder.add_event_handler(Events.ITERATION_COMPLETED, note)
     recorder.train(num_epochs=EPOCHS)
+    return outputs, weights
+
+
+def on_both(check: Check, place: Path) -> tuple[Any, Any]:
+    """Attach to a Trainer, and to an engine that returns its outputs and has its weights."""
+    outputs, weights = recorded()
+    trainer = make_trainer()
     ours = check(trainer, trainer.model, trainer.optimizer, place / "ours")
     trainer.train(num_epochs=EPOCHS)
 
