@@ -20,6 +20,7 @@ from fundamentallm.data.batch import Window
 from fundamentallm.errors import ConfigError
 from fundamentallm.testing import tiny_model
 from fundamentallm.training.losses import LanguageModelingLoss
+from fundamentallm.training.optim import muon as muon_module
 from fundamentallm.training.optim.muon import Muon, orthogonalize
 from fundamentallm.training.optimizers import OptimizerBuilder
 from fundamentallm.training.schedulers import LinearWarmup
@@ -175,7 +176,9 @@ def test_batched_equals_matrix_by_matrix() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
 
 
-def test_float32_is_the_least_off_a_gpu_and_stays_what_it_is_asked_for() -> None:
+def test_float32_is_the_least_off_a_gpu_and_stays_what_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = Net().bfloat16()
     auto, asked = (
         OptimizerBuilder.build("muon", model, 0.02, dtype=d) for d in ("auto", "bfloat16")
@@ -183,7 +186,10 @@ def test_float32_is_the_least_off_a_gpu_and_stays_what_it_is_asked_for() -> None
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert auto._dtype_on(cpu, torch.bfloat16) == torch.float32
     assert auto._dtype_on(cpu, F64) == F64
+    monkeypatch.setattr(muon_module, "has_bf16", lambda device: True)
     assert auto._dtype_on(cuda, torch.float32) == torch.bfloat16
+    monkeypatch.setattr(muon_module, "has_bf16", lambda device: False)  # as a T4
+    assert auto._dtype_on(cuda, torch.float32) == torch.float32
     assert asked._dtype_on(cpu, torch.float32) == torch.bfloat16
 
 

@@ -17,6 +17,7 @@ from fundamentallm.compute import processor
 from fundamentallm.compute.plan import Machine
 from fundamentallm.config.component import Component
 from fundamentallm.errors import ConfigError
+from fundamentallm.training import optimizers
 from fundamentallm.training.optimizers import (
     OPTIMIZERS,
     OptimizerBuilder,
@@ -285,6 +286,7 @@ def test_state_continues_bitwise_also_with_an_empty_group(name, make):
         ("auto", "cpu", 5e11, "bfloat16"),
         ("auto", "cpu", 1e9, "float32"),
         ("auto", "cuda", 1e9, "bfloat16"),
+        ("auto", "cuda", 0, "float32"),  # a GPU without bfloat16 units
         ("auto", "mps", 5e11, "float32"),
         ("bfloat16", "cpu", 1e9, "bfloat16"),
         (None, "cpu", 5e11, None),
@@ -294,6 +296,7 @@ def test_a_written_auto_is_the_type_of_the_faster_products(
     monkeypatch, written, device, bfloat16, dtype
 ):
     monkeypatch.setattr(processor, "cpu_rates", lambda: (1e11, bfloat16))
+    monkeypatch.setattr(optimizers, "has_bf16", lambda device: bfloat16 > 0)
     options = {"adamw_lr": 1e-3} | ({} if written is None else {"dtype": written})
     found = with_plain_dtype(Component(name="muon", options=options), Machine(torch.device(device)))
     assert (found.options.get("dtype"), found.options["adamw_lr"]) == (dtype, 1e-3)

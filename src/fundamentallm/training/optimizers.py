@@ -28,6 +28,7 @@ from torch import nn, optim
 from torch.optim import Optimizer
 
 from fundamentallm.compute.plan import Machine
+from fundamentallm.compute.precision import has_bf16
 from fundamentallm.config.base import Count, NonNegative, Positive, Share
 from fundamentallm.config.component import Component
 from fundamentallm.config.training import TrainingConfig
@@ -104,6 +105,7 @@ def with_plain_dtype(optimizer: Component, machine: Machine) -> Component:
     if optimizer.options.get("dtype") != "auto":
         return optimizer
     narrow = machine.device.type in ("cpu", "cuda") and not machine.is_slow_in_bf16()
+    narrow = narrow and has_bf16(machine.device)
     dtype = "bfloat16" if narrow else "float32"
     return optimizer.model_copy(update={"options": {**optimizer.options, "dtype": dtype}})
 
@@ -302,7 +304,7 @@ def muon(
         nesterov: look ahead along the momentum.
         num_steps: Newton-Schulz iterations, >= 1.
         scale: how a matrix's learning rate follows its shape: "spectral" or "adamw".
-        dtype: type of the iterations; auto: bfloat16 on a GPU, float32 elsewhere; where a
+        dtype: type of the iterations; auto: bfloat16 on a GPU that has it, else float32; where a
             configuration says auto, the faster of both on a CPU, chosen when a run begins.
         weight_decay: each step multiplies a decaying weight by 1 - (its lr) * weight_decay.
         adamw_lr: learning rate of all that is no hidden matrix.

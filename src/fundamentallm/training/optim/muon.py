@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
+from fundamentallm.compute.precision import has_bf16
+
 Scale = Literal["spectral", "adamw"]
 
 # Jordan's quintic: after 5 steps singular values from 0.01 to 1 lie within about [0.7, 1.2]. Its
@@ -73,8 +75,8 @@ class Muon(Optimizer):
         scale: "spectral": s = sqrt(max(1, R / C)), as Jordan; "adamw": s = 0.2 sqrt(max(R, C)),
             which gives the root mean square of a usual AdamW update, so that AdamW's learning
             rates can be used (Liu et al. 2025, "Muon is scalable", section 2.2).
-        dtype: in which matrices are orthogonalized; None: bfloat16 on a GPU, else the gradient's,
-            at least float32.
+        dtype: in which matrices are orthogonalized; None: bfloat16 on a GPU that has it, else the
+            gradient's, at least float32.
 
     Raises:
         ValueError: an argument is out of range, or a parameter in `matrices` has fewer than two
@@ -151,7 +153,7 @@ class Muon(Optimizer):
     def _dtype_on(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
         if self.dtype is not None:
             return self.dtype
-        if device.type == "cuda":
+        if device.type == "cuda" and has_bf16(device):
             return torch.bfloat16
         return torch.promote_types(dtype, torch.float32)
 
