@@ -478,7 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FundamentaLLMError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    # cuBLAS adds in a fixed order with this, once its first handle is made.
+    # cuBLAS adds in a fixed order only with this from its first product on.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     task = Task(
         device,

@@ -10,7 +10,6 @@ import math
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,10 +252,13 @@ def make_trainer(device: torch.device, folder: Path, precision: str, **fields: A
     return Trainer(model, loader, device=str(device), config=config)
 
 
-def resumed(device: torch.device, precision: str, steps: int = 6) -> float:
+def resumed(
+    device: torch.device, precision: str, steps: int = 6, deterministic: bool = False
+) -> float:
     """Return how far a resumed run is from one that was not stopped; 0 is bitwise."""
     with tempfile.TemporaryDirectory() as scratch:
         fields = {"total_steps": steps, "dropout": 0.1, "checkpoint_steps": steps // 2}
+        fields["deterministic"] = deterministic
         whole = make_trainer(device, Path(scratch) / "whole", precision, **fields)
         whole.train()
         first = make_trainer(device, Path(scratch) / "parts", precision, **fields)
@@ -275,16 +277,6 @@ def resumed(device: torch.device, precision: str, steps: int = 6) -> float:
         return max(distance(one, other), math.ulp(0.0))
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Let torch choose kernels that add in a fixed order; CUBLAS_WORKSPACE_CONFIG must be set."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def resumes(device: torch.device) -> Iterator[dict[str, Any]]:
     """Check that a resumed run is bitwise the other, with kernels that add in a fixed order.
 
@@ -292,8 +284,8 @@ def resumes(device: torch.device) -> Iterator[dict[str, Any]]:
     """
     precisions = ["fp32", *(["bf16"] if has_bf16(device) else [])]
     for precision in [*precisions, *(["fp16"] if device.type == "cuda" else [])]:
-        with deterministic():
-            error = resumed(device, precision)
+        error = resumed(device, precision, deterministic=True)
+        torch.use_deterministic_algorithms(False)  # again
         free = resumed(device, precision)
         yield row(f"resumed run in {precision}", error, 0.0, with_torchs_own_kernels=free)
 

@@ -70,6 +70,7 @@ class TestDefaults:
             "attention": "auto",
             "compile": False,
             "threads": None,
+            "deterministic": False,
             "num_epochs": 3,
             "total_steps": None,
             "max_tokens": None,

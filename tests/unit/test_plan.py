@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from fundamentallm.compute.compilation import CompiledBlocks
 from fundamentallm.compute.distributed import Ranks
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.config import RunConfig, TrainingConfig, TransformerConfig
+from fundamentallm.engine.wiring.assemble import open_machine
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.models.transformer import Transformer
 from fundamentallm.testing import UniformModel, tiny_loaders, tiny_model
@@ -247,6 +249,29 @@ class TestMachine:
         assert Machine.open("auto").device == torch.device("cuda", 1)
         assert chosen == [torch.device("cuda", 1)]
         assert Machine.open(CUDA).device == CUDA  # a script's own choice
+
+    def test_kernels_that_add_in_a_fixed_order_are_chosen_if_asked(self, monkeypatch, tmp_path):
+        variables = ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC")
+        config = RunConfig.from_yaml("training: {deterministic: true}")
+        script = TrainingConfig(deterministic=True)
+        openings = (
+            lambda: open_machine(config),
+            lambda: Trainer(tiny_model(), tiny_loaders()[0], device="cpu", config=script),
+        )
+        try:
+            for opened in openings:
+                for name in variables:
+                    monkeypatch.delenv(name, raising=False)
+                torch.use_deterministic_algorithms(False)
+                Machine.open("cpu")
+                assert not torch.are_deterministic_algorithms_enabled()
+                opened()
+                assert torch.are_deterministic_algorithms_enabled()
+                assert [os.environ[name] for name in variables] == [":4096:8", "1"]
+        finally:
+            torch.use_deterministic_algorithms(False)
+            for name in variables:
+                os.environ.pop(name, None)
 
     def test_the_threads_are_set(self):
         before = torch.get_num_threads()

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fundamentallm.compute.compilation import compile_model, resolve_compile, uncompile
+from fundamentallm.compute.determinism import use_deterministic_kernels
 from fundamentallm.compute.distributed import Ranks, join_ranks
 from fundamentallm.compute.precision import (
     Precision,
@@ -59,21 +60,28 @@ class Machine:
 
     @classmethod
     def open(
-        cls, device: str | torch.device, threads: int | None = None, join: bool = False
+        cls,
+        device: str | torch.device,
+        threads: int | None = None,
+        join: bool = False,
+        deterministic: bool = False,
     ) -> Machine:
-        """Find the device and the ranks, and set the number of threads.
+        """Find the device and the ranks; set the number of threads and the choice of kernels.
 
         Args:
             device: a name, as for `resolve_device`; each of several ranks takes its own GPU. A
                 torch device is used unchanged.
             threads: of the CPU, as for `use_threads`.
             join: join the ranks that a launcher announces; else those that exist now.
+            deterministic: `use_deterministic_kernels`; else torch's choice stays as it is.
 
         Raises:
             ConfigError: the kind of device is unknown.
             MachineError: this machine has no such device, or the ranks cannot be joined.
         """
         use_threads(threads)
+        if deterministic:
+            use_deterministic_kernels()
         found = resolve_device(device) if isinstance(device, str) else device
         ranks = join_ranks(found.type) if join else Ranks.current()
         if isinstance(device, str) and found.type == "cuda" and not ranks.alone:

@@ -88,6 +88,10 @@ class TrainingConfig(BaseConfig):
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """CPU threads of each rank; null: torch's choice, the cores or OMP_NUM_THREADS."""
 
+    deterministic: bool = False
+    """Choose kernels of torch that add in a fixed order, so that a resumed run is bitwise the
+    uninterrupted one on a GPU too; slower there."""
+
     num_epochs: Count = 3
     """Passes over the training split, if no other budget ends the run."""
 

@@ -140,7 +140,7 @@ def replay_incident(incident: Path, report: dict[str, Any], device: str) -> Repl
     window = _window(state, config, where)
     model = stored_model(config.model, state["model"], where)
     training = config.training
-    machine = Machine.open(device, training.threads)
+    machine = Machine.open(device, training.threads, deterministic=training.deterministic)
     facts = ModelFacts.of(config.model)
     plan = Plan.again(training, facts, machine, fp16_elsewhere="bf16")
     replayer = StepReplayer(

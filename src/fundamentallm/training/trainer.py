@@ -70,7 +70,7 @@ class Trainer(TrainingLoop):
         self._checkpoint_dir = Path(config.checkpoint_dir) if config is not None else None
         config = config if config is not None else TrainingConfig()
         if not isinstance(device, Plan):
-            machine = Machine.open(device, config.threads)
+            machine = Machine.open(device, config.threads, deterministic=config.deterministic)
             device = Plan.resolve(config, ModelFacts.of(model), machine)
         check_model(model, takes_hidden_states(loss_fn))
         model = device.place(model)

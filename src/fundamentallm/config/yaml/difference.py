@@ -66,6 +66,7 @@ CHANGEABLE = frozenset(
         "training.eval_epochs",
         "training.device",
         "training.threads",
+        "training.deterministic",
         "data.batch_size",
         "data.global_batch",
         "handlers",

@@ -255,7 +255,8 @@ def _answer(folder: Path) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     request: dict[str, Any] = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     config = with_global_batch(RunConfig.from_yaml(folder / CONFIG), world_size=1)
-    machine = Machine.open(config.training.device, config.training.threads)
+    training = config.training
+    machine = Machine.open(training.device, training.threads, deterministic=training.deterministic)
     load_plugins([*config.plugins, *request["plugins"]], "plugins")
     try:
         refuse_what_cannot_fit(config, machine.device)

@@ -282,13 +282,14 @@ def check_names(config: RunConfig) -> None:
 
 
 def open_machine(config: RunConfig, join: bool = False) -> Machine:
-    """Find the device and the ranks of a configuration, and set its number of threads.
+    """Find the device and the ranks of a configuration; set its threads and choice of kernels.
 
     Raises:
         ConfigError, MachineError: as `Machine.open`.
     """
     with config.locating_errors("training.device"):
-        return Machine.open(config.training.device, config.training.threads, join)
+        training = config.training
+        return Machine.open(training.device, training.threads, join, training.deterministic)
 
 
 def keep_texts(run: Run) -> None:
