@@ -207,9 +207,17 @@ class _Option(NamedTuple):
         raise ConfigError(
             f"option '{key}' of {owner}: {reason}",
             key=key,
-            got=repr(value),
+            got=_written(value),
             expected=in_words(self.adapter.json_schema()),
         )
+
+
+def _written(value: Any) -> str:
+    """Return a value as a file has it: null and true, as JSON and YAML."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError:
+        return repr(value)
 
 
 @functools.cache

@@ -153,7 +153,7 @@ FAULTS = {
     "wrong-handler-option-type": (
         "samples: false",
         "samples: {num_tokens: many}",
-        ("bad.yaml:11: handlers.samples.num_tokens", "integer", "'many'"),
+        ("bad.yaml:11: handlers.samples.num_tokens", "integer", '"many"'),
     ),
     "handler-option-out-of-range": (
         "samples: false",
@@ -599,7 +599,7 @@ def test_going_on_by_itself_with_another_text(done, place, refused):
 def test_going_on_with_another_tokenizer(done, refused):
     arguments = ["data.tokenizer=byte", "--resume", "runs/tiny"]
 
-    says = ("data.tokenizer: 'character' in the run, 'byte' now",)
+    says = ("data.tokenizer: character in the run, byte now",)
     refused("run", "tiny.yaml", *arguments, code=4, says=says)
 
 

@@ -250,7 +250,7 @@ TABLE = {
         "finished",
         [f"{STEPS}=16"],
         ["training.total_steps=null", "training.num_epochs=1"],
-        says="another budget .training.total_steps: None in the run, 16 now",
+        says="another budget .training.total_steps: null in the run, 16 now",
         step=14,
         by_hand=ByHand(last=16),
         keys=frozenset({STEPS}),
@@ -429,7 +429,7 @@ TABLE = {
         "stopped 5",
         ["training.optimizer=sgd", "training.learning_rate=1", "--change"],
         code=4,
-        says="training.optimizer: 'adamw' in the run, 'sgd' now.*model.init_from: RUN",
+        says="training.optimizer: adamw in the run, sgd now.*model.init_from: RUN",
     ),
     "another seed": Row("stopped 5", ["seed=7", "--change"], code=4, says="seed.*model.init_from"),
     "without checkpoints": Row(

@@ -937,7 +937,7 @@ def test_a_checkpoint_from_before_a_field_existed_is_gone_on_from(done, at_step,
         path.write_bytes(render_manifest(stored.step, stored.files, metadata))
 
     assert main(["run", "tiny.yaml", "model.logit_softcap=30", "--resume", "cut"]) == 4
-    assert "model.logit_softcap: None in the run, 30.0 now" in capsys.readouterr().err
+    assert "model.logit_softcap: null in the run, 30.0 now" in capsys.readouterr().err
     assert main(["evaluate", "cut"]) == 0
     assert main(["run", "tiny.yaml", "--resume", "cut"]) == 0
     assert weights("cut") == weights(done)

@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -25,7 +26,7 @@ from fundamentallm.config import (
     may_differ_on_resume,
     resolve_warmup,
 )
-from fundamentallm.config.yaml.difference import ABSENT, with_defaults
+from fundamentallm.config.yaml.difference import ABSENT, value_in_words, with_defaults
 from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.registry import Registry
 
@@ -981,3 +982,32 @@ class TestDifferences:
     )
     def test_what_may_differ_on_resume(self, key, free):
         assert may_differ_on_resume(key) is free
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (1e-5, "1.0e-05"),
+        ("adamw", "adamw"),
+        ("1", "'1'"),
+        (["a", "b"], "[a, b]"),
+        ({"name": "adamw", "betas": [0.9, 0.95]}, "{name: adamw, betas: [0.9, 0.95]}"),
+        (Component(name="adamw"), "adamw"),
+        (ABSENT, "unset"),
+        ("a\nb\u202e", '"a\\nb\\u202e"'),
+        ("https://me:secret@example.org/x", "https://***@example.org/x"),
+    ],
+)
+def test_a_value_is_told_as_a_file_has_it(value, words):
+    said = value_in_words(value)
+    assert said == words
+    if isinstance(value, (bool, float, str, list, dict)) and "***" not in said and said != "unset":
+        assert yaml.safe_load(said) == value
+
+
+def test_a_long_value_is_told_in_one_short_line():
+    said = value_in_words([f"file {number}.txt" for number in range(100)])
+    assert "\n" not in said
+    assert len(said) == 200

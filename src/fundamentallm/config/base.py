@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fundamentallm.config.component import Component
+from fundamentallm.config.yaml.key_path import excerpt
 from fundamentallm.config.yaml.problems import problem, to_config_error
 from fundamentallm.config.yaml.source import FLOAT, YamlDocument, parse_yaml, read_yaml
 from fundamentallm.errors import MachineError
@@ -172,6 +173,12 @@ def dump_yaml(plain: Any, flow: bool = False) -> str:
         width=100,
     )
     return text
+
+
+def in_yaml(value: Any) -> str:
+    """Return a value of a configuration as YAML on one line, for a message: null, [1, 2], adamw."""
+    text = dump_yaml(_plain(value), flow=True).removesuffix("...\n")
+    return excerpt(" ".join(line.strip() for line in text.splitlines()), 200)
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ import io
 from dataclasses import asdict
 from typing import Any
 
+from fundamentallm.config.base import in_yaml
 from fundamentallm.reports.comparison import FIGURES, LEVEL, Comparison, Group, Summary, Verdict
 from fundamentallm.reports.html import Html, joined, table, tag
 from fundamentallm.reports.page import duration
@@ -137,4 +138,4 @@ def _cell(figure: str, summary: Summary | None) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "-" if value is None else str(value)
+    return "-" if value is None else in_yaml(value)

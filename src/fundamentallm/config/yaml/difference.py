@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fundamentallm.config.base import BaseConfig
+from fundamentallm.config.base import BaseConfig, in_yaml
 from fundamentallm.config.model import ModelConfig, TransformerConfig, model_class
 
 ABSENT = "(absent)"
 """Stands for the value of a key that one side lacks."""
+
+
+def value_in_words(value: Any) -> str:
+    """Return a side of a difference as a file has it; `unset` for ABSENT."""
+    return "unset" if value == ABSENT else in_yaml(value)
+
 
 RESUME_MAY_DIFFER = frozenset(
     {

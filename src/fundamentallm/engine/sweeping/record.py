@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from fundamentallm.config.base import BaseConfig, Count, Seed
 from fundamentallm.config.run import RunConfig
 from fundamentallm.config.sweep import Prune, SweepConfig
-from fundamentallm.config.yaml.difference import config_differences
+from fundamentallm.config.yaml.difference import config_differences, value_in_words
 from fundamentallm.errors import CheckpointError
 from fundamentallm.files.filesystem import Filesystem, replace_file
 from fundamentallm.files.private import open_to_read
@@ -116,7 +116,7 @@ class SweepRecord(BaseConfig):
         if not differences:
             return ""
         key, was, now = differences[0]
-        return f"{key}: {was!r} there, {now!r} now"
+        return f"{key}: {value_in_words(was)} there, {value_in_words(now)} now"
 
     def with_trial(self, trial: TrialRecord) -> SweepRecord:
         """Return a copy in which a trial is added, or replaced."""

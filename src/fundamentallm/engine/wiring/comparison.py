@@ -25,6 +25,7 @@ from fundamentallm.config.yaml.difference import (
     config_differences,
     may_be_changed,
     may_differ_on_resume,
+    value_in_words,
     with_defaults,
 )
 from fundamentallm.engine.wiring.exactness import Split
@@ -55,7 +56,8 @@ class Difference:
 
     def __str__(self) -> str:
         """Return it in words."""
-        return f"{self.key}: {self.was!r} in the run, {self.now!r} now"
+        was, now = value_in_words(self.was), value_in_words(self.now)
+        return f"{self.key}: {was} in the run, {now} now"
 
     @property
     def grows(self) -> bool:

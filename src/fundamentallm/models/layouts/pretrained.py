@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fundamentallm.config.base import in_yaml
 from fundamentallm.config.component import Component
 from fundamentallm.config.model import TransformerConfig
 from fundamentallm.errors import CheckpointError, ConfigError
@@ -109,13 +110,13 @@ class ModelToStartFrom(ABC):
 
     def _check(self, field: str, ours: Any, theirs: Any) -> None:
         if ours != theirs:
-            raise self._differs(field, ours, str(theirs))
+            raise self._differs(field, ours, in_yaml(theirs))
 
     def _differs(self, field: str, ours: Any, expected: str) -> ConfigError:
         return ConfigError(
             f"{field} differs from the model to start from, {self.folder}",
             key=field,
-            got=str(ours),
+            got=in_yaml(ours),
             expected=expected,
             fix=f"remove {field}, or start without model.init_from",
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fundamentallm.config.yaml.difference import ABSENT
+from fundamentallm.config.yaml.difference import value_in_words
 from fundamentallm.training.checkpoint.manifest import Manifest
 
 CHANGES = "changes"  # in the metadata of a checkpoint
@@ -29,16 +29,15 @@ def records_in(manifest: Manifest) -> list[Record]:
 
 def in_words(record: Record) -> list[str]:
     """Return each difference of a record as `key: old -> new`."""
-    return [f"{key}: {_shown(was)} -> {_shown(now)}" for key, was, now in record["differences"]]
+    return [
+        f"{key}: {value_in_words(was)} -> {value_in_words(now)}"
+        for key, was, now in record["differences"]
+    ]
 
 
 def changed_keys(records: Iterable[Record]) -> set[str]:
     """Return the keys that were changed."""
     return {key for record in records for key, _, _ in record["differences"]}
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else "unset" if value == ABSENT else str(value)
 
 
 def _is_record(record: Any) -> bool:
