@@ -50,7 +50,7 @@ from ignite.engine import Events
 
 from fundamentallm.compute.peak import device_peak
 from fundamentallm.compute.plan import Plan
-from fundamentallm.compute.precision import resolve_device
+from fundamentallm.compute.precision import has_bf16, resolve_device
 from fundamentallm.config import load_config
 from fundamentallm.engine.console import console_output, logging_to
 from fundamentallm.engine.tuning.measuring import Measurement, peak_bytes, wait_for
@@ -122,6 +122,7 @@ class Task:
             f"training.eval_steps={10**6}",
             f"training.device={self.device}",
             "handlers.samples=false",
+            *([] if has_bf16(self.device) else ["training.precision=fp16"]),
             *self.overrides,
             *self.settings,
         ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from fundamentallm.compute.distributed import Ranks
+from fundamentallm.compute.distributed import Ranks, refuse_shared_gpu
 from fundamentallm.compute.launchers import first_host, launched_as
 from fundamentallm.errors import MachineError
 
@@ -100,6 +103,24 @@ def test_a_task_that_makes_no_sense(changes, says):
 def test_the_only_gpu_that_a_rank_sees_is_its_own(monkeypatch, visible, gpu):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     assert Ranks(rank=7, world_size=8, local_rank=3).own_gpu() == gpu
+
+
+@pytest.mark.parametrize("others", ["a", "b"])
+def test_a_gpu_is_of_one_rank(monkeypatch, others):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # of a machine, or of a task of srun
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="a")
+    )
+    store = dist.HashStore()
+    for rank in (0, 2):
+        store.set(f"gpu/{rank}", others if rank == 0 else "c")
+    ranks = Ranks(rank=1, world_size=3, local_rank=1)
+    if others == "b":
+        refuse_shared_gpu(ranks, store)
+        return
+    with pytest.raises(MachineError, match="several ranks would compute on one GPU") as caught:
+        refuse_shared_gpu(ranks, store)
+    assert caught.value.got == "ranks 0, 1 on GPU a"
 
 
 def test_more_ranks_than_gpus(monkeypatch):

@@ -165,7 +165,7 @@ def join_ranks(device: str) -> Ranks:
         device: "cuda" chooses nccl, anything else gloo.
 
     Raises:
-        MachineError: as `launched_as`, or the group cannot be joined.
+        MachineError: as `launched_as` and `refuse_shared_gpu`, or the group cannot be joined.
     """
     launched = launched_as(os.environ)
     if not launched:
@@ -175,9 +175,10 @@ def join_ranks(device: str) -> Ranks:
         os.environ.update(launched)
         try:
             rank, world_size = int(launched["RANK"]), int(launched["WORLD_SIZE"])
+            store = _store_of_this_start()
             dist.init_process_group(
                 "nccl" if device == "cuda" else "gloo",
-                store=_store_of_this_start(),
+                store=store,
                 rank=rank,
                 world_size=world_size,
             )
@@ -191,7 +192,38 @@ def join_ranks(device: str) -> Ranks:
                 " from their machines, and no other program may hold MASTER_PORT there. Set both to"
                 " choose others",
             ) from error
+        if device == "cuda":
+            refuse_shared_gpu(Ranks.current(), store)
     return Ranks.current()
+
+
+def refuse_shared_gpu(ranks: Ranks, store: Any) -> None:
+    """Refuse to compute on a GPU that another rank has taken; every rank must call it.
+
+    NCCL would refuse it too, at the first sum and without saying what to change.
+
+    Args:
+        ranks: this process among the others.
+        store: where the ranks have met.
+
+    Raises:
+        MachineError: another rank has the same GPU, or as `Ranks.own_gpu`.
+    """
+    own = str(torch.cuda.get_device_properties(ranks.own_gpu()).uuid)
+    keys = [f"gpu/{rank}" for rank in range(ranks.world_size)]
+    store.set(keys[ranks.rank], own)
+    store.wait(keys)
+    taken = [gpu.decode() for gpu in store.multi_get(keys)]
+    if taken.count(own) > 1:
+        sharing = [str(rank) for rank, gpu in enumerate(taken) if gpu == own]
+        raise MachineError(
+            "several ranks would compute on one GPU",
+            where=f"rank {ranks.rank}",
+            got=f"ranks {', '.join(sharing)} on GPU {own}",
+            expected="a GPU for each rank",
+            fix="start as many ranks on a machine as it has GPUs, and let CUDA_VISIBLE_DEVICES name"
+            " all of them or another one for each rank",
+        )
 
 
 def _store_of_this_start() -> PrefixStore:
