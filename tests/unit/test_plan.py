@@ -236,7 +236,7 @@ class TestPrepare:
 
 
 class TestMachine:
-    def test_each_rank_takes_its_own_gpu(self, monkeypatch):
+    def test_a_gpu_is_made_the_current_one_and_each_rank_takes_its_own(self, monkeypatch):
         chosen = []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -244,11 +244,14 @@ class TestMachine:
         monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
         assert Machine.open("cuda").device == CUDA
         assert Machine.open("cuda:2").device == torch.device("cuda", 2)
+        assert chosen == [CUDA, torch.device("cuda", 2)]
         monkeypatch.setattr(Ranks, "current", lambda: Ranks(rank=5, world_size=8, local_rank=1))
-        assert chosen == []
+        chosen.clear()
         assert Machine.open("auto").device == torch.device("cuda", 1)
         assert chosen == [torch.device("cuda", 1)]
         assert Machine.open(CUDA).device == CUDA  # a script's own choice
+        assert Machine.open("cpu").device == CPU
+        assert chosen == [torch.device("cuda", 1)]
 
     def test_kernels_that_add_in_a_fixed_order_are_chosen_if_asked(self, monkeypatch, tmp_path):
         variables = ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC")

@@ -69,8 +69,8 @@ class Machine:
         """Find the device and the ranks; set the number of threads and the choice of kernels.
 
         Args:
-            device: a name, as for `resolve_device`; each of several ranks takes its own GPU. A
-                torch device is used unchanged.
+            device: a name, as for `resolve_device`; each of several ranks takes its own GPU, and a
+                GPU becomes torch's current one. A torch device is used unchanged.
             threads: of the CPU, as for `use_threads`.
             join: join the ranks that a launcher announces; else those that exist now.
             deterministic: `use_deterministic_kernels`; else torch's choice stays as it is.
@@ -84,8 +84,10 @@ class Machine:
             use_deterministic_kernels()
         found = resolve_device(device) if isinstance(device, str) else device
         ranks = join_ranks(found.type) if join else Ranks.current()
-        if isinstance(device, str) and found.type == "cuda" and not ranks.alone:
-            found = torch.device("cuda", ranks.own_gpu())
+        if isinstance(device, str) and found.type == "cuda":
+            if not ranks.alone:
+                found = torch.device("cuda", ranks.own_gpu())
+            # Torch chooses the kernel of attention by what the current GPU can do.
             torch.cuda.set_device(found)
         return cls(found, ranks)
 
