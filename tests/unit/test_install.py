@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -146,3 +147,18 @@ def test_other_ranks_say_nothing(tmp_path, monkeypatch, capsys):
     main(["run", "quickstart", "seed=x"])
 
     assert capsys.readouterr().err.startswith("error on rank 1: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_that_wait_sleep_soon_unless_the_environment_says_otherwise(
+    given: dict[str, str], expected: str
+) -> None:
+    code = "import fundamentallm, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    others = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=others | given, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == expected

@@ -82,7 +82,7 @@ def sample_next(
     # Half precision would merge neighbouring probabilities.
     logits = logits if logits.dtype == torch.float64 else logits.float()
     highest = logits.amax(dim=-1, keepdim=True)
-    if not torch.isfinite(highest).all():
+    if not all(map(math.isfinite, highest.flatten().tolist())):
         raise NumericalError(
             "the model's logits are not finite, so no token can be drawn",
             got=f"a highest logit of {highest[~torch.isfinite(highest)][0].item()}",

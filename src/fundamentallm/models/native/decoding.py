@@ -197,15 +197,15 @@ class NativeDecoder:
                 layer.keys, layer.values = key.data_ptr(), value.data_ptr()
         rows, step = len(lengths), self._step
         tokens = tokens.to(torch.int64).contiguous()
-        before = torch.tensor(lengths)
+        before = (ctypes.c_int64 * rows)(*lengths)
         logits = torch.empty(rows, -(-self.vocab_size // LANES) * LANES)
         step.rows, step.capacity, step.threads = rows, cache.capacity, torch.get_num_threads()
-        step.tokens, step.lengths = tokens.data_ptr(), before.data_ptr()
+        step.tokens, step.lengths = tokens.data_ptr(), ctypes.addressof(before)
         step.logits = logits.data_ptr()
         if step.token_shift:
             step.last = cache.last_embeddings(step.width).data_ptr()
         self.library.fundamentallm_decode(ctypes.byref(step))
-        return logits[:, : self.vocab_size]
+        return logits if logits.size(1) == self.vocab_size else logits[:, : self.vocab_size]
 
     def _fill_layer(self, layer: _Layer, block: nn.Module) -> None:
         assert isinstance(block, Block)
