@@ -94,3 +94,9 @@ def test_a_value_at_another_depth_is_written_anew():
 )
 def test_whatever_the_values_the_text_says_them(values, sections):
     changed(dump_yaml(sections), values)
+
+
+def test_comments_at_the_top_stay_where_the_text_is_rewritten():
+    text = "# one\n# two\na: {b: 1} # three\n"
+    changed = parse_yaml("a: {b: 2}\n")
+    assert edited(text, changed, [("a", "b")]) == "# one\n# two\na:\n  b: 2\n"

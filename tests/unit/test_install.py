@@ -12,8 +12,9 @@ import pytest
 
 import fundamentallm
 from fundamentallm.config import load_config
-from fundamentallm.config.yaml.file import PACKAGED, packaged_names
+from fundamentallm.config.yaml.file import MODELINE, PACKAGED, SCHEMA, packaged_names
 from fundamentallm.engine.cli import main, parse, tell_start
+from fundamentallm.engine.tuning.tune import write_copy
 from fundamentallm.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -84,6 +85,18 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
     Path("quickstart").write_text("name: mine")
 
     assert load_config(Path("quickstart")).name == "mine"
+
+
+def test_a_copy_of_a_packaged_configuration_has_its_schema_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rate = {("training", "learning_rate"): 0.5}
+    write_copy(Path("fast.yaml"), Path("quickstart"), ["seed=3"], lambda _: rate)
+
+    first, *_ = Path("fast.yaml").read_text().splitlines()
+    assert Path(first.removeprefix(MODELINE)) == Path("schema.json")
+    assert Path("schema.json").read_text() == SCHEMA.read_text()
+    config = load_config(Path("fast.yaml"))
+    assert (config.seed, config.training.learning_rate) == (3, 0.5)
 
 
 @pytest.mark.parametrize("name", ["folder/quickstart", "quickstart.yaml"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -9,11 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from tests import forked
 
 from fundamentallm.config import load_config
+from fundamentallm.config.yaml.file import MODELINE, PACKAGED
+from fundamentallm.config.yaml.source import read_yaml
 from fundamentallm.engine import new as module
 from fundamentallm.engine.budget import seconds_of
 from fundamentallm.engine.cli import main
@@ -40,6 +44,23 @@ def test_the_file_is_valid_and_the_next_commands_are_said(capsys):
     out = capsys.readouterr().out
     assert re.search(r"^  .*fundamentallm check mine.yaml$", out, re.MULTILINE)
     assert re.search(r"^  .*fundamentallm run mine.yaml$", out, re.MULTILINE)
+
+
+def test_file_and_schema_can_be_moved_together(capsys, tmp_path):
+    assert main(["new", "mine.yaml", "--data", "tiny.txt", "--budget", "2m"]) == 0
+    assert "schema.json: written too" in capsys.readouterr().err
+    there = tmp_path / "there"
+    there.mkdir()
+    for name in ("mine.yaml", "schema.json"):
+        shutil.move(name, there)
+    text = (there / "mine.yaml").read_text()
+    schema = there / text.splitlines()[0].removeprefix(MODELINE)
+    assert schema == there / "schema.json"
+    jsonschema.validate(read_yaml(there / "mine.yaml").data, json.loads(schema.read_text()))
+    assert str(PACKAGED) not in text
+
+    assert main(["new", str(there / "other.yaml"), "--data", "tiny.txt", "--budget", "2m"]) == 0
+    assert "schema.json" not in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fundamentallm.config.base import _Dumper
+from fundamentallm.config.yaml.file import MODELINE, SCHEMA, TITLE, with_schema
 from fundamentallm.config.yaml.source import parse_value, parse_yaml, read_yaml
 from fundamentallm.errors import ConfigError
 
@@ -274,3 +276,47 @@ def test_a_value_that_occurs_twice_is_written_twice():
     pair = [0.9, 0.95]
     text = yaml.dump({"a": pair, "b": pair}, Dumper=_Dumper)
     assert parse_yaml(text).data == {"a": pair, "b": pair}
+
+
+class TestTheSchemaThatAFileNames:
+    LINE = f"{MODELINE}schema.json"
+
+    def test_is_written_beside_it_once(self, tmp_path):
+        for name in ("a.yaml", "b.yaml"):
+            assert with_schema(f"{self.LINE}\nname: a\n", tmp_path / name) == (
+                f"{self.LINE}\nname: a\n"
+            )
+        assert (tmp_path / "schema.json").read_text() == SCHEMA.read_text()
+
+    def test_with_plugins_or_under_another_name_is_kept(self, tmp_path):
+        own = json.dumps({"title": TITLE, "plugins": True})
+        for name in ("schema.json", "own.json"):
+            (tmp_path / name).write_text(own)
+            text = f"{MODELINE}{name}\nname: a\n"
+            assert with_schema(text, tmp_path / "a.yaml") == text
+            assert (tmp_path / name).read_text() == own
+
+    @pytest.mark.parametrize("content", ['{"title": "another"}', "[1]", "no JSON", "\udcff"])
+    def test_of_something_else_is_kept_and_the_packages_is_named(self, content, tmp_path):
+        foreign = tmp_path / "schema.json"
+        foreign.write_text(content, errors="surrogateescape")
+        text = with_schema(f"{self.LINE}\nname: a\n", tmp_path / "a.yaml")
+        assert text == f"{MODELINE}{SCHEMA}\nname: a\n"
+        assert foreign.read_text(errors="surrogateescape") == content
+
+    def test_of_another_folder_is_written_where_the_copy_lies(self, tmp_path):
+        (tmp_path / "there").mkdir()
+        text = with_schema(f"{MODELINE}../own.json\n", tmp_path / "there" / "a.yaml")
+        assert text == f"{self.LINE}\n"
+        assert (tmp_path / "there" / "schema.json").is_file()
+
+    @pytest.mark.parametrize(
+        "text", ["", "name: a\n", "# a\n", f"{MODELINE}https://x.org/a.json\n"]
+    )
+    def test_needs_no_file_where_none_is_named(self, text, tmp_path):
+        assert with_schema(text, tmp_path / "a.yaml") == text
+        assert not list(tmp_path.iterdir())
+
+    def test_is_the_packages_where_the_folder_cannot_be_written(self, tmp_path):
+        text = with_schema(f"{self.LINE}\n", tmp_path / "no" / "a.yaml")
+        assert text == f"{MODELINE}{SCHEMA}\n"

@@ -16,7 +16,7 @@ from fundamentallm.compute.peak import device_peak
 from fundamentallm.compute.precision import has_bf16
 from fundamentallm.config import RunConfig
 from fundamentallm.config.base import dump_yaml, write_yaml
-from fundamentallm.config.yaml.file import MODELINE, SCHEMA
+from fundamentallm.config.yaml.file import MODELINE, SCHEMA, with_schema
 from fundamentallm.data.folder import files_in
 from fundamentallm.data.paths import is_tokens
 from fundamentallm.data.sources import read_source
@@ -86,7 +86,11 @@ def new(path: Path, data: Sequence[str], seconds: int) -> int:
     device, peak = _machine()
     content = configuration(path.stem, source, seconds, text, device, peak)
     RunConfig.from_yaml(content)
-    write_yaml(path, content, "x")
+    schema = path.parent / SCHEMA.name
+    had_schema = schema.exists()
+    write_yaml(path, with_schema(content, path), "x")
+    if schema.exists() > had_schema:
+        tell(f"{schema}: written too, with which editors complete and check {path.name}")
     size = choose_size(_UTILIZATION * peak * seconds, text)
     if text.num_tokens is not None and (least := least_seconds(size, text, peak)) > seconds:
         tell(
@@ -202,7 +206,7 @@ def configuration(
     source = dump_yaml(plain).removesuffix("...\n").strip().replace("\n", " ")
     told = source if len(source) < 60 or isinstance(data, str) else f"{len(data)} files"
     return f"""\
-{MODELINE}{SCHEMA}
+{MODELINE}{SCHEMA.name}
 # A model of {told} in {format_seconds(seconds)}, for this machine: \
 {device}, about {peak:.2g} FLOP/s.
 #

@@ -20,7 +20,7 @@ from fundamentallm.config import RunConfig
 from fundamentallm.config.evaluation import TAKEN_NAMES
 from fundamentallm.config.model import TRANSFORMER
 from fundamentallm.config.sweep import OF_THE_SWEEP, Range, SweepConfig
-from fundamentallm.config.yaml.file import SCHEMA
+from fundamentallm.config.yaml.file import SCHEMA, TITLE
 from fundamentallm.engine.catalogue import CATALOGUE, KINDS, Catalogue, registered_catalogue
 
 _COMPONENT = {"$ref": "#/$defs/Component"}
@@ -56,7 +56,7 @@ def run_schema(catalogue: Catalogue) -> JSON:
     _put_families(schema, catalogue["families"])
     return {
         "$schema": _DIALECT,
-        "title": "FundamentaLLM run",
+        "title": TITLE,
         **{key: value for key, value in schema.items() if key != "title"},
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,7 @@ def edited(text: str, changed: YamlDocument, paths: list[KeyPath]) -> str:
     """Return a document's text with the values of another document at some paths.
 
     Single lines are edited where that is enough; text in another form (a section in
-    brackets, for example) is rewritten without its comments.
+    brackets, for example) is rewritten without its comments, but for those at its top.
 
     Args:
         text: YAML with a mapping at the top.
@@ -29,7 +30,12 @@ def edited(text: str, changed: YamlDocument, paths: list[KeyPath]) -> str:
             return new
     except (ConfigError, LookupError, ValueError):
         pass
-    return dump_yaml(changed.data)
+    lines = text.removeprefix("\ufeff").splitlines(keepends=True)
+    return "".join(itertools.takewhile(_is_comment, lines)) + dump_yaml(changed.data)
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#")
 
 
 def _with_lines_edited(text: str, data: Mapping[str, Any], paths: list[KeyPath]) -> str:

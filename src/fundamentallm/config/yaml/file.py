@@ -1,12 +1,15 @@
-"""A configuration file's bytes -> text."""
+"""A configuration file's bytes -> text, and the schema that its first line names."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import stat
 from pathlib import Path
 
 from fundamentallm.config.yaml.key_path import excerpt
 from fundamentallm.errors import ConfigError, nearest
+from fundamentallm.files.private import narrow
 from fundamentallm.files.run_layout import CONFIG
 
 PACKAGED = Path(__file__).parents[2] / "configs"
@@ -14,6 +17,9 @@ PACKAGED = Path(__file__).parents[2] / "configs"
 
 SCHEMA = PACKAGED / "schema.json"
 """The JSON schema of a configuration without plugins."""
+
+TITLE = "FundamentaLLM run"
+"""The title of that schema, with plugins too."""
 
 MODELINE = "# yaml-language-server: $schema="
 """The comment in which editors look for the path of a file's schema."""
@@ -119,3 +125,33 @@ def too_large(name: str) -> ConfigError:
         expected=f"at most {LARGEST_FILE:,} bytes",
         fix="check that this is a configuration and not data",
     )
+
+
+def with_schema(text: str, path: Path) -> str:
+    """Return a new configuration whose first line names a schema that is there.
+
+    Where it names none, the schema is written beside the file: a path relative to the file stays
+    right when both are moved, and tells nobody where this machine has its packages. A file of that
+    name that is no schema of a run is kept, and the schema in the package is named.
+
+    Args:
+        text: of the configuration; without a line for a schema it stays as it is.
+        path: where the text will be written.
+    """
+    first, _, rest = text.partition("\n")
+    named = first.removeprefix(MODELINE).strip()
+    if named == first.strip() or "://" in named or _is_schema(path.parent / named):
+        return text
+    beside = path.parent / SCHEMA.name
+    with contextlib.suppress(OSError), open(beside, "x", encoding="utf-8", opener=narrow) as file:
+        file.write(SCHEMA.read_text(encoding="utf-8"))
+    return f"{MODELINE}{SCHEMA.name if _is_schema(beside) else SCHEMA}\n{rest}"
+
+
+def _is_schema(path: Path) -> bool:
+    try:
+        if not path.is_file():
+            return False
+        return bool(json.loads(path.read_text(encoding="utf-8"))["title"] == TITLE)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False

@@ -20,7 +20,7 @@ from fundamentallm.config import RunConfig, load_config
 from fundamentallm.config.base import write_yaml
 from fundamentallm.config.load import overridden, replaced
 from fundamentallm.config.yaml.edit import edited
-from fundamentallm.config.yaml.file import MODELINE, SCHEMA, packaged, read_yaml_text
+from fundamentallm.config.yaml.file import read_yaml_text, with_schema
 from fundamentallm.config.yaml.key_path import KeyPath
 from fundamentallm.config.yaml.source import YamlDocument, read_yaml
 from fundamentallm.data.batch import Batch
@@ -347,9 +347,7 @@ def write_copy(
         document = replaced(document, path, value, origin)
     others = [tuple(word.partition("=")[0].strip().split(".")) for word in overrides]
     text = edited(read_yaml_text(config_path), document, [*others, *changes])
-    if packaged(config_path):  # its schema stands beside it
-        text = text.replace(f"{MODELINE}{SCHEMA.name}", f"{MODELINE}{SCHEMA}", 1)
-    write_yaml(target, text, "x")
+    write_yaml(target, with_schema(text, target), "x")
     check_names(load_config(target))
 
 
