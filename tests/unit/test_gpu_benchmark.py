@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,6 +209,18 @@ def test_a_phase_that_fails_leaves_the_others(gpu, task, tmp_path, monkeypatch, 
     assert not gpu.holds("speed", report["speed"])
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["speed", "exact"]
+
+
+def test_the_gpu_and_its_software_are_told(gpu, monkeypatch):
+    facts = {"name": "NVIDIA X", "total_memory": 3 << 30, "major": 9, "minor": 0}
+    properties = SimpleNamespace(**facts, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(gpu, "driver_version", lambda: "580.1")
+    found = gpu.gpu_report(torch.device("cuda", 0))
+    assert (found["name"], found["memory GiB"], found["driver"]) == ("NVIDIA X", 3.0, "580.1")
+    assert found["compute capability"] == "9.0"
+    assert {"torch", "CUDA", "cuDNN"} <= found.keys()
+    json.dumps(found)
 
 
 def test_without_a_gpu_it_says_so_in_a_line(gpu, monkeypatch, capsys):

@@ -82,19 +82,22 @@ def sample_next(
     # Half precision would merge neighbouring probabilities.
     logits = logits if logits.dtype == torch.float64 else logits.float()
     highest = logits.amax(dim=-1, keepdim=True)
+    if seen is not None and rules.repetition_penalty != 1:
+        logits = torch.where(seen, _penalized(logits, rules.repetition_penalty), logits)
+    if rules.temperature == 0:
+        tokens = logits.argmax(dim=-1)
+    elif uniforms is None:
+        raise ValueError("a temperature above 0 needs random numbers, got uniforms None")
+    else:
+        tokens = draw(probabilities(logits, rules), uniforms)
+    # Asked last: the question waits for a GPU, and its work is queued by now.
     if not all(map(math.isfinite, highest.flatten().tolist())):
         raise NumericalError(
             "the model's logits are not finite, so no token can be drawn",
             got=f"a highest logit of {highest[~torch.isfinite(highest)][0].item()}",
             fix="use an earlier checkpoint",
         )
-    if seen is not None and rules.repetition_penalty != 1:
-        logits = torch.where(seen, _penalized(logits, rules.repetition_penalty), logits)
-    if rules.temperature == 0:
-        return logits.argmax(dim=-1)
-    if uniforms is None:
-        raise ValueError("a temperature above 0 needs random numbers, got uniforms None")
-    return draw(probabilities(logits, rules), uniforms)
+    return tokens
 
 
 def probabilities(logits: Tensor, rules: SamplingRules) -> Tensor:
