@@ -15,7 +15,8 @@ import pytest
 from tests.servers import LocalServer, QuietHandler
 
 from fundamentallm.config.data import SourceConfig
-from fundamentallm.data.sources import TextSource, built_in, read_source
+from fundamentallm.data import built_in
+from fundamentallm.data.sources import TextSource, read_source
 from fundamentallm.errors import DataError
 from fundamentallm.files import download as download_module
 from fundamentallm.files.download import download
