@@ -8,6 +8,7 @@ may run at once.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -236,6 +237,7 @@ def become(request: Mapping[str, Any]) -> None:
 if __name__ == "__main__":
     for module in PRELOADED:
         __import__(module)
+    gc.freeze()  # a process need not copy these objects to look through them, nor at its end
     begun = serve(socket.socket(fileno=int(sys.argv[1])))
     if begun is not None:
         become(begun)

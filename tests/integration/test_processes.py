@@ -588,3 +588,14 @@ def test_a_rank_ends_without_shutting_the_interpreter_down(world_size, shut_down
     )
     assert done.returncode == 3
     assert done.stdout.splitlines() == ["written", *["shut down"] * shut_down]
+
+
+def test_a_shutdown_does_not_look_through_what_torch_has_made():
+    code = (
+        "import atexit, gc;"
+        "from fundamentallm.engine.cli import exit_process;"
+        "atexit.register(lambda: print(len(gc.get_objects()) < 100, gc.get_freeze_count() > 5000));"
+        "exit_process(3)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (3, "True True\n")
