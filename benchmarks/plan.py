@@ -140,7 +140,7 @@ def train(run: HeldOut, config: Path, data: str, folder: Path) -> dict[str, Any]
     """Train a run with its number of steps; return its loss and the seconds of its process."""
     place = folder / "runs" / run.name
     shutil.rmtree(place, ignore_errors=True)
-    words = [f"model.{name}={value}" for name, value in run.model.items()]
+    words = ["model.size=null", *(f"model.{name}={value}" for name, value in run.model.items())]
     words += [f"training.total_steps={run.steps}", "training.max_seconds=null"]
     words += [f"training.learning_rate={run.learning_rate}", f"seed={run.seed}"]
     words += [f"data.source={data}", "handlers.samples=false", "--run-dir", str(place)]

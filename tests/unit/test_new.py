@@ -21,7 +21,7 @@ from fundamentallm.config.yaml.source import read_yaml
 from fundamentallm.engine import new as module
 from fundamentallm.engine.budget import seconds_of
 from fundamentallm.engine.cli import main
-from fundamentallm.engine.new import SIZES, Text, choose_size, configuration
+from fundamentallm.engine.new import Text, configuration
 from fundamentallm.engine.new import _machine as the_machine
 from fundamentallm.errors import ConfigError
 
@@ -172,22 +172,6 @@ def test_a_budget_that_the_start_and_a_validation_use_up_is_warned_of(capsys):
     for budget, warned in (("15s", True), ("10m", False)):
         assert main(["new", f"{budget}.yaml", "--data", "tiny.txt", "--budget", budget]) == 0
         assert ("is short for this text" in capsys.readouterr().err) is warned
-
-
-def test_more_operations_train_a_larger_model():
-    sizes = [choose_size(10.0**power, Text(None, None)) for power in range(8, 24)]
-
-    assert [size.parameters for size in sizes] == sorted(size.parameters for size in sizes)
-    assert {sizes[0], sizes[-1]} == {SIZES[0], SIZES[-1]}
-
-
-def test_the_size_is_where_four_tokens_are_trained_for_each_parameter():
-    size = choose_size(6 * 4 * 2_654_208.0**2, Text(None, None))
-    assert size.parameters == 12 * 6 * 192**2 == 2_654_208
-
-
-def test_a_short_text_bounds_the_size():
-    assert choose_size(1e20, Text(200_000, "character")) == SIZES[1]  # 0.8 M
 
 
 @pytest.mark.parametrize("length", [200, 2_000, 50_000])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     ConfigDict,
@@ -21,14 +21,16 @@ from fundamentallm.config.yaml.problems import problem
 TRANSFORMER = "transformer"
 """The default family."""
 
-_NOT_IN_A_FOLDER = frozenset({"family", "dropout", "adapter"})
+_NOT_IN_A_FOLDER = frozenset({"family", "dropout", "adapter", "size"})
+SIZES = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
+"""The fields of a transformer that `size: auto` chooses."""
 
 
 class TransformerConfig(BaseConfig):
     """A decoder-only transformer. Widths are in features, lengths in tokens.
 
-    `family` and an unset `adapter` are never written: a stored configuration without them is a
-    transformer as it was built.
+    `family`, and an unset `adapter` or `size`, are never written: a stored configuration without
+    them is a transformer as it was built.
     """
 
     family: Text = TRANSFORMER
@@ -41,6 +43,10 @@ class TransformerConfig(BaseConfig):
 
     vocab_size: Count | None = None
     """Number of different tokens; null: the tokenizer's."""
+
+    size: Literal["auto"] | None = None
+    """auto: a new run chooses d_model, num_layers and num_heads for what this machine can train in
+    training.max_seconds, and for the length of the text. null: as those keys say."""
 
     d_model: Count = 128
     """Width of the residual stream."""
@@ -136,7 +142,8 @@ class TransformerConfig(BaseConfig):
         return self.open_fields | self._unsaid()
 
     def _unsaid(self) -> frozenset[str]:
-        return frozenset({"family"} if self.adapter is not None else {"family", "adapter"})
+        unset = {name for name in ("adapter", "size") if getattr(self, name) is None}
+        return frozenset({"family", *unset, *(SIZES if self.size is not None else ())})
 
     @model_serializer(mode="wrap")
     def _without_the_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -152,6 +159,19 @@ class TransformerConfig(BaseConfig):
         if family != TRANSFORMER:
             raise problem("", "these fields belong to family transformer", got=family)
         return family
+
+    @model_validator(mode="after")
+    def _one_size(self) -> TransformerConfig:
+        given = [name for name in (*SIZES, "init_from") if name in self.model_fields_set]
+        given = [name for name in given if getattr(self, name) is not None]
+        if self.size is not None and given:
+            raise problem(
+                "size",
+                f"size: {self.size} and {given[0]} both say how large the model is",
+                expected="one of them",
+                fix=f"remove {given[0]}, or set size to null",
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_fit(self) -> TransformerConfig:

@@ -21,44 +21,16 @@ from fundamentallm.data.folder import files_in
 from fundamentallm.data.paths import is_tokens
 from fundamentallm.data.sources import read_source
 from fundamentallm.engine.console import command, say, tell
+from fundamentallm.engine.tuning.sizing import Size, choose_size
 from fundamentallm.errors import DataError
 from fundamentallm.training.handlers.progress import format_seconds
 
-_TOKENS_PER_PARAMETER = (
-    8  # between a small model's 2 in the quickstart and 20 (Hoffmann et al. 2022)
-)
 _UTILIZATION = (
     0.25  # of the peak of matrix products; small models on CPUs reach less, large ones more
 )
-_PARAMETERS_PER_TOKEN = 4  # of the text; larger models learn it by heart
 _MOST_CHARACTERS = 512
 _MOST_FILES = 200
 _SECONDS_TO_START = 10.0  # of a process, until its first step
-
-
-class Size(NamedTuple):
-    """The shape of a transformer."""
-
-    d_model: int
-    num_layers: int
-    num_heads: int
-
-    @property
-    def parameters(self) -> int:
-        """About the number of parameters of the blocks."""
-        return 12 * self.num_layers * self.d_model**2
-
-
-SIZES = (
-    Size(64, 2, 2),
-    Size(128, 4, 4),
-    Size(192, 6, 6),
-    Size(256, 6, 8),
-    Size(384, 6, 6),
-    Size(512, 8, 8),
-    Size(768, 12, 12),
-    Size(1024, 16, 16),
-)
 
 
 class Text(NamedTuple):
@@ -91,7 +63,7 @@ def new(path: Path, data: Sequence[str], seconds: int) -> int:
     write_yaml(path, with_schema(content, path), "x")
     if schema.exists() > had_schema:
         tell(f"{schema}: written too, with which editors complete and check {path.name}")
-    size = choose_size(_UTILIZATION * peak * seconds, text)
+    size = choose_size(_UTILIZATION * peak * seconds, text.num_tokens)
     if text.num_tokens is not None and (least := least_seconds(size, text, peak)) > seconds:
         tell(
             f"warning: {format_seconds(seconds)} is short for this text: the start and one"
@@ -165,19 +137,6 @@ def _machine() -> tuple[str, float]:
     return device.type, device_peak(device, dtype)
 
 
-def choose_size(operations: float, text: Text) -> Size:
-    """Return the size nearest to what a number of floating-point operations trains well.
-
-    Args:
-        operations: of the whole run; training takes 6 for each parameter and token.
-        text: bounds the size, so that the text is not learnt by heart.
-    """
-    best = math.sqrt(operations / (6 * _TOKENS_PER_PARAMETER))
-    if text.num_tokens is not None:
-        best = min(best, _PARAMETERS_PER_TOKEN * text.num_tokens)
-    return min(SIZES, key=lambda size: abs(math.log(size.parameters / max(best, 1.0))))
-
-
 def configuration(
     stem: str, data: str | Sequence[str], seconds: int, text: Text, device: str, peak: float
 ) -> str:
@@ -192,7 +151,7 @@ def configuration(
         peak: its FLOP/s in matrix products.
     """
     operations = _UTILIZATION * peak * seconds
-    size = choose_size(operations, text)
+    size = choose_size(operations, text.num_tokens)
     length = 128 if size.d_model <= 128 else 256
     if text.num_tokens is not None:  # a tenth of the text, for validation, holds two sequences
         length = max(16, min(length, 2 ** int(math.log2(max(text.num_tokens // 20, 1)))))

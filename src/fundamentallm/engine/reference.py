@@ -155,6 +155,7 @@ EXAMPLES: dict[str, Any] = {
     "data.sources.weight": 3,
     "data.sources.sha256": "9f86d081884c7d65" * 4,
     "model.init_from": "runs/mine",
+    "model.size": "auto",
     "model.vocab_size": 4096,
     "model.num_kv_heads": 2,
     "model.d_ff": 512,

@@ -128,7 +128,10 @@ def with_defaults(stored: Mapping[str, Any], kind: type[BaseConfig]) -> dict[str
         stored: what `model_dump(mode="json")` of the class returned when it was stored.
         kind: the class, all of whose fields have defaults.
     """
-    completed = {**kind().model_dump(mode="json"), **stored}
+    # What `size: auto` chooses is no default.
+    size = stored.get("size") if kind is TransformerConfig else None
+    plain = kind() if size is None else kind.model_validate({"size": size})
+    completed = {**plain.model_dump(mode="json"), **stored}
     for name, field in kind.model_fields.items():
         section: Any = field.annotation
         if section == ModelConfig and model_class(completed[name]) is TransformerConfig:

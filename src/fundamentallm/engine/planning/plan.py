@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fundamentallm.config import RunConfig, load_config
+from fundamentallm.config import RunConfig, TransformerConfig, load_config
 from fundamentallm.config.yaml.key_path import KeyPath
 from fundamentallm.config.yaml.problems import shown
 from fundamentallm.config.yaml.source import YamlDocument
@@ -27,6 +27,7 @@ from fundamentallm.engine.planning.choice import (
 from fundamentallm.engine.planning.measuring import Ground, Knowledge, Measuring, prepare
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.stopping import ended_by_signals
+from fundamentallm.engine.tuning.sizing import Size
 from fundamentallm.engine.tuning.tune import check_start, free_path, write_copy
 from fundamentallm.engine.wiring.assemble import check_names, open_machine
 from fundamentallm.engine.wiring.conflicts import require_validation_text
@@ -243,7 +244,13 @@ def _changes(
     if chosen.batch > 1:
         data, more = _larger_step(written, chosen.batch)
         training |= more
-    sections = {"model": chosen.candidate.shape.values, "data": data, "training": training}
+    model = dict(chosen.candidate.shape.values)
+    if (
+        isinstance(written.model, TransformerConfig) and written.model.size
+    ):  # it would depend on the machine again
+        sized = ground.config.model.to_dict()
+        model = {"size": None, **{name: sized[name] for name in Size._fields}, **model}
+    sections = {"model": model, "data": data, "training": training}
     return {
         (section, name): value
         for section, values in sections.items()

@@ -8,9 +8,11 @@ import torch
 
 from fundamentallm.compute.plan import Machine, ModelFacts, Plan
 from fundamentallm.compute.processor import why_not_bf16
-from fundamentallm.config import RunConfig
+from fundamentallm.config import RunConfig, TransformerConfig
+from fundamentallm.config.model import SIZES, ModelConfig
 from fundamentallm.config.training import TrainingConfig, resolve_warmup
 from fundamentallm.data.sources import Source
+from fundamentallm.engine.tuning.sizing import sized
 from fundamentallm.engine.wiring.changed_rows import limits_of
 from fundamentallm.engine.wiring.comparison import kept_warmup
 from fundamentallm.engine.wiring.inputs import Inputs
@@ -54,7 +56,14 @@ def resolve(
         kept = kept_warmup(config, directory.checkpoint, limits.total_steps)
         warmup, note = (warmup, note) if kept is None else (kept, None)
     notes += [note] if note else []
-    model = config.model.model_copy(
+    model = config.model
+    if isinstance(model, TransformerConfig) and model.size is not None:
+        if directory.checkpoint is not None:
+            model = as_sized(model, directory.checkpoint)
+        else:
+            model, note = sized(config, inputs.loaders.num_tokens, machine)
+            notes.append(note)
+    model = model.model_copy(
         update={
             "vocab_size": config.model.vocab_size or tokenizer.vocab_size,
             "sequence_length": config.model.sequence_length or config.data.sequence_length,
@@ -91,6 +100,12 @@ def resolve(
         update={"model": model, "training": config.training.model_copy(update=filled)}
     )
     return plan.applied_to(completed), plan, notes
+
+
+def as_sized(model: ModelConfig, checkpoint: Manifest) -> ModelConfig:
+    """Return the model of `size: auto` as it was sized when the run began."""
+    known = stored_config(checkpoint.metadata["config"], checkpoint.name).model
+    return model.model_copy(update={"size": None, **{name: getattr(known, name) for name in SIZES}})
 
 
 def choose_warmup(config: RunConfig, total_steps: int | None) -> tuple[int, str | None]:
