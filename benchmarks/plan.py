@@ -34,11 +34,11 @@ from fundamentallm.config import load_config
 from fundamentallm.engine.planning.choice import affordable_tokens
 from fundamentallm.engine.planning.measuring import Ground, Knowledge, Measuring
 from fundamentallm.engine.planning.plan import (
-    MEASURED_SHARE,
     cadence_of,
     candidates_of,
     choose,
     ground_of,
+    measuring_time,
 )
 from fundamentallm.engine.planning.scaling_law import Point
 from fundamentallm.engine.planning.shapes import Shape, shape_of
@@ -81,7 +81,7 @@ def planned(config: Path, data: str, minutes: int) -> list[HeldOut]:
     seconds = 60.0 * minutes
     written = load_config(config, [f"data.source={data}", "handlers.samples=false"])
     ground = ground_of(written, seconds, time_of_start())
-    knowledge = Measuring(ground, written, MEASURED_SHARE * seconds).run(seconds)
+    knowledge = Measuring(ground, written, measuring_time(seconds)).run(seconds)
     grid = [(width, layers, rate) for width, layers in GRID for rate in RATES]
     seed, found = written.seed, []
     for width, layers, rate in grid if minutes == max(MINUTES) else SHORT:

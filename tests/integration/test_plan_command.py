@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
-from fundamentallm.config import load_config
+from fundamentallm.compute.processor import Rates
+from fundamentallm.config import TransformerConfig, load_config
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.planning import measuring, scaling_law, shapes
 from fundamentallm.engine.planning.design import PlannedTrial
 from fundamentallm.engine.planning.trial import TrialResult
+from fundamentallm.engine.tuning import sizing
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
 CONFIG = """\
@@ -79,6 +81,20 @@ def test_it_writes_a_run_of_the_time(few: None, capsys: pytest.CaptureFixture[st
     assert config.training.total_steps is None or config.training.max_seconds is None
     assert config.training.max_seconds in (None, 60)
     assert not Path("runs").exists()
+
+
+def test_the_size_of_the_run_stands_in_its_file_in_place_of_auto(
+    few: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizing, "cpu_rates", lambda: Rates(1e6, 1e6))
+    before, _, after = CONFIG.partition("model:")
+    rest = after[after.index("training:") :]
+    Path("tiny.yaml").write_text(f"{before}model: {{size: auto}}\n{rest}")
+    assert plan() == 0
+    model = load_config(Path("tiny.planned.yaml")).model
+    assert isinstance(model, TransformerConfig)
+    assert model.size is None
+    assert {"d_model", "num_layers", "num_heads"} <= model.model_fields_set
 
 
 def test_json_has_the_plan_and_what_it_rests_on(

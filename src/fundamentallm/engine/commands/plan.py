@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--measure",
         type=float,
         metavar="S",
-        help="seconds for the small runs that are measured; default: a quarter of the time, five"
-        " minutes at most",
+        help="seconds for the small runs that are measured; default: a quarter of the time, two"
+        " to five minutes",
     )
     parser.add_argument(
         "--out",

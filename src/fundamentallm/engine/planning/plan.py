@@ -38,7 +38,8 @@ from fundamentallm.reports.page import duration
 from fundamentallm.training.clock import seconds_since_start
 
 LEAST_SECONDS = 30.0  # of a planned run
-MEASURED_SHARE, MOST_MEASURING = 0.25, 300.0  # of the planned time; seconds
+MEASURED_SHARE = 0.25  # of the planned time
+LEAST_MEASURING, MOST_MEASURING = 120.0, 300.0  # seconds; less where the planned time is less
 LEAST_SEQUENCES = 20  # of the training text
 COLUMNS = "{:>12}{:>13}{:>8}{:>10}{:>12}{:>20}"
 
@@ -81,7 +82,7 @@ def plan(
         overrides: as for `run`; the new file has them.
         plugins: modules to import besides the file's.
         out: the new file, which must not exist; None for a free name beside the user's.
-        measure: seconds for the small runs; None for a quarter of the time, five minutes at most.
+        measure: seconds for the small runs; None for those of `measuring_time`.
         as_json: print one JSON object; the rest goes to standard error.
 
     Raises:
@@ -97,7 +98,7 @@ def plan(
             fix="run the configuration as it is",
         )
     if measure is None:
-        measure = min(MEASURED_SHARE * seconds, MOST_MEASURING)
+        measure = measuring_time(seconds)
     elif not 0 < measure < math.inf:
         raise ConfigError(
             "the time for measuring is invalid",
@@ -132,6 +133,16 @@ def plan(
     else:
         _print(ground, found, chosen, seconds, target)
     return 0
+
+
+def measuring_time(seconds: float) -> float:
+    """Return the seconds for the small runs of a plan: a quarter of its time, two to five minutes.
+
+    The further a run lies beyond the small ones, the less certain is its loss, so a plan of a few
+    minutes does not make do with a quarter; it measures for as long as its run at most.
+    """
+    least = min(LEAST_MEASURING, seconds)
+    return min(max(MEASURED_SHARE * seconds, least), MOST_MEASURING)
 
 
 def ground_of(written: RunConfig, seconds: float, start: float) -> Ground:
