@@ -126,6 +126,7 @@ class InterruptedRunError(FundamentaLLMError):
 
     def __init__(self, what: str, *, signal_number: int, fix: str = "") -> None:
         super().__init__(what, fix=fix)
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
 
 

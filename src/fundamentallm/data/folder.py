@@ -30,7 +30,8 @@ class FolderFiles:
 
     def log(self, name: str) -> None:
         """Say which files are read and which are not."""
-        parts = [f"{len(self.read):,} files read{_named(self.read)}"]
+        number = len(self.read)
+        parts = [f"{number:,} file{'s' if number != 1 else ''} read{_named(self.read)}"]
         parts += [
             f"{len(paths):,} passed over, {reason}{_named(paths)}"
             for reason, paths in self.passed_over.items()

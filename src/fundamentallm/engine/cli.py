@@ -11,6 +11,7 @@ import errno
 import gc
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -109,8 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if options.debug:
             raise
-        report(InterruptedRunError("interrupted", signal_number=2))
-        return 130
+        stopped = InterruptedRunError("stopped by Ctrl-C", signal_number=signal.SIGINT)
+        report(stopped)
+        return stopped.exit_code
     except OSError as error:
         if options.debug:
             raise
@@ -177,8 +179,11 @@ def is_override(word: str) -> bool:
 
 
 def report(error: FundamentaLLMError) -> None:
-    """Print an error in the format of all commands."""
+    """Print an error in the format of all commands; that a signal ended one is no error."""
     rank = os.environ.get("RANK", "0")
+    if isinstance(error, InterruptedRunError):
+        tell("; ".join(filter(None, (error.what, error.fix))))
+        return
     prefix = "error" if rank == "0" else f"error on rank {rank}"
     tell(f"{prefix}: {error}")
 

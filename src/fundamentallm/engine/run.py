@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import shlex
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from fundamentallm.engine.console import (
     say,
 )
 from fundamentallm.engine.plugins import load_plugins
+from fundamentallm.engine.stopping import signal_in_words
 from fundamentallm.engine.wiring import run_directory
 from fundamentallm.engine.wiring.assemble import (
     Run,
@@ -189,7 +189,7 @@ def _train(
             if ranks.is_writer:
                 logger.info(
                     "stopped by %s, saved at step %d; %s command goes on: %s",
-                    _signal_in_words(trainer.interrupted_by),
+                    signal_in_words(trainer.interrupted_by),
                     trainer.state.iteration,
                     "the same" if typed.resume == "auto" else "this",
                     typed.again(directory.path),
@@ -206,10 +206,6 @@ def _readme_is_stale(path: Path) -> bool:
         return True
     with open_to_read(path) as file:
         return lists_changes(file.readall().decode(errors="replace"))
-
-
-def _signal_in_words(number: int) -> str:
-    return "Ctrl-C" if number == signal.SIGINT else f"signal {number}"
 
 
 def _announce(run: Run) -> None:

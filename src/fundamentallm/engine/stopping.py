@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,9 +22,9 @@ def ended_by_signals() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise InterruptedRunError(
-            "the command was stopped; nothing was written",
+            f"stopped by {signal_in_words(number)}, nothing is written",
             signal_number=number,
-            fix="repeat the command",
+            fix="the same command begins again",
         )
 
     before = {number: signal.getsignal(number) for number in wanted}
@@ -37,9 +38,14 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def signal_in_words(number: int) -> str:
+    """Return `Ctrl-C`, or the number of another signal, for "stopped by ..."."""
+    return "Ctrl-C" if number == signal.SIGINT else f"signal {number}"
+
+
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """While large libraries are imported, let Ctrl-C end the process at once, silently.
+    """While large libraries are imported, let Ctrl-C end the process with its line and exit code.
 
     A KeyboardInterrupt inside the import of an extension module becomes an ImportError, or
     ends in an abort.
@@ -47,9 +53,15 @@ def loading() -> Iterator[None]:
     is_main = threading.current_thread() is threading.main_thread()
     ours = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if ours:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, _end_at_once)
     try:
         yield
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"stopped by {signal_in_words(number)}\n".encode())
+    os._exit(128 + number)

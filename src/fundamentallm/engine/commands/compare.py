@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fundamentallm.engine.arguments import add_plugins, refuse_a_missing_run
 from fundamentallm.engine.console import printable, say, tell_runs
-from fundamentallm.engine.stopping import loading
+from fundamentallm.engine.stopping import ended_by_signals, loading
 
 SUMMARY = "compare runs: settings, losses, speed, and whether chance explains the difference"
 PAGE = Path("comparison.html")
@@ -55,7 +55,9 @@ def execute(options: argparse.Namespace) -> int:
         say(printable(text_table(comparison)))
     out = options.out or (PAGE if is_table else None)
     if out is not None:
-        replace_file(Filesystem(), out, [page(runs, section(comparison))])
+        content = page(runs, section(comparison))
+        with ended_by_signals():
+            replace_file(Filesystem(), out, [content])
         if is_table:
             say(printable(f"{out}: all curves; open it in a browser"))
     return 0

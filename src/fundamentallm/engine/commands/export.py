@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fundamentallm.engine.arguments import RUN_OR_CHECKPOINT, add_plugins, refuse_a_missing_model
 from fundamentallm.engine.console import console_output, say
-from fundamentallm.engine.stopping import loading
+from fundamentallm.engine.stopping import ended_by_signals, loading
 
 if TYPE_CHECKING:
     from fundamentallm.inference.load import Trained
@@ -57,12 +57,13 @@ def execute(options: argparse.Namespace) -> int:
     with console_output():
         load_plugins(options.plugins, "--plugins")
         trained = load_trained(options.model, torch.device("cpu"))
-        export(
-            trained,
-            options.format,
-            options.out,
-            {} if options.type is None else {"type": options.type},
-        )
+        with ended_by_signals():
+            export(
+                trained,
+                options.format,
+                options.out,
+                {} if options.type is None else {"type": options.type},
+            )
     say(trained.origin)
     say(f"written to {options.out} for {READERS[options.format]}")
     for line in next_steps(options.format, options.out, trained):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fundamentallm.engine.arguments import add_plugins, refuse_a_missing_run
 from fundamentallm.engine.console import printable, say, tell_runs
-from fundamentallm.engine.stopping import loading
+from fundamentallm.engine.stopping import ended_by_signals, loading
 from fundamentallm.errors import MachineError
 from fundamentallm.files.run_layout import PAGE
 
@@ -65,7 +65,8 @@ def execute(options: argparse.Namespace) -> int:
     default = (runs[0].path if len(runs) == 1 else Path()) / PAGE
     out = options.out or default
     content = made(runs)
-    replace_file(Filesystem(), out, [content])
+    with ended_by_signals():
+        replace_file(Filesystem(), out, [content])
     for run in runs:
         say(printable(f"{run.name}: {run.state}"))
         for note in run.notes:

@@ -26,7 +26,7 @@ from fundamentallm.engine.planning.choice import (
 )
 from fundamentallm.engine.planning.measuring import Ground, Knowledge, Measuring, prepare
 from fundamentallm.engine.plugins import load_plugins
-from fundamentallm.engine.stopping import ended_by_signals
+from fundamentallm.engine.stopping import ended_by_signals, signal_in_words
 from fundamentallm.engine.tuning.sizing import Size
 from fundamentallm.engine.tuning.tune import check_start, free_path, write_copy
 from fundamentallm.engine.wiring.assemble import check_names, open_machine
@@ -116,16 +116,17 @@ def plan(
         measuring = Measuring(ground, written, measure, say_line)
         try:
             knowledge = measuring.run(seconds)
+            found = candidates_of(ground, knowledge, seconds)
+            chosen = choose(ground, knowledge, found, seconds)
         except (KeyboardInterrupt, InterruptedRunError) as error:
+            number = getattr(error, "signal_number", signal.SIGINT)
+            count = len(measuring.kept.runs)
+            kept = "1 small run is kept" if count == 1 else f"{count} small runs are kept"
             raise InterruptedRunError(
-                f"the plan was interrupted; {len(measuring.kept.runs)} small runs are kept",
-                signal_number=error.exit_code - 128
-                if isinstance(error, InterruptedRunError)
-                else signal.SIGINT,
+                f"stopped by {signal_in_words(number)}, {kept}",
+                signal_number=number,
                 fix="the same command goes on",
             ) from None
-    found = candidates_of(ground, knowledge, seconds)
-    chosen = choose(ground, knowledge, found, seconds)
     changes = partial(_changes, ground=ground, written=written, chosen=chosen)
     write_copy(target, config_path, overrides, changes, "plan")
     if as_json:

@@ -21,6 +21,7 @@ from fundamentallm.config.yaml.problems import shown
 from fundamentallm.config.yaml.source import YamlDocument
 from fundamentallm.engine.console import printable, program, say
 from fundamentallm.engine.plugins import load_plugins
+from fundamentallm.engine.stopping import signal_in_words
 from fundamentallm.engine.sweeping.processes import Ended, Processes
 from fundamentallm.engine.sweeping.proposals import at_random, check_method, proposed
 from fundamentallm.engine.sweeping.record import (
@@ -84,9 +85,11 @@ def run_sweep(
     directory = _directory(sweep, record, sweep_dir)
     processes = Processes(plugins)
     make_directory(directory)
-    with run_lock(directory), processes.signals_handed_on():
+    with run_lock(directory):
         work = Sweep(sweep, base, directory, read_record(directory) or record, processes, again)
-        if work.train_all():
+        with processes.signals_handed_on():
+            is_done = work.train_all()
+        if is_done:
             work.conclude()
     return 0
 
@@ -239,9 +242,9 @@ class Sweep:
         number = self.processes.signal or max(ended.code - 128, 0)
         if number and (run is None or run.state == "failed"):
             raise InterruptedRunError(
-                f"the sweep was stopped in trial {trial.number}; its state is saved",
+                f"stopped by {signal_in_words(number)} in trial {trial.number}, its state is saved",
                 signal_number=number,
-                fix=f"continue with: {self.again}",
+                fix=f"the same command goes on: {self.again}",
             )
         if run is None:
             return None
