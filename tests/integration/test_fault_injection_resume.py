@@ -70,6 +70,13 @@ def test_forgetting_an_item_of_the_state_is_noticed(forgetting, name):
 
 
 @pytest.mark.long
-def test_the_whole_campaign(capsys):
-    assert main(["--chains", "4"]) == 0
+def test_a_campaign_in_one_precision(capsys):
+    """A stop at each step and all else; in both: `python -m fault_injection.resume`."""
+    assert main(["--precisions", "fp16", "--chains", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["sound"] is True
+
+
+@pytest.mark.long
+def test_a_chain_of_stops_in_the_other_precision():
+    stops = [Stop(step) for step in (4, 20, 24, FAULTY_STEP - 1, FAULTY_STEP, 41, 59)]
+    assert run("fp32").differences(run("fp32", stops)) == []

@@ -493,8 +493,9 @@ def test_memory_is_bounded(place: Path, shape: str) -> None:
 @ON_LINUX
 @pytest.mark.parametrize("tokenizer", ["character", "byte"])
 @pytest.mark.parametrize("shape", ["lines", "line", "word", "records"])
-def test_memory_is_bounded_for_a_gigabyte(place: Path, shape: str, tokenizer: str) -> None:
-    assert peak_of(place, 1_000_000_000, shape, tokenizer) < LIMIT
+def test_memory_is_bounded_for_large_files(place: Path, shape: str, tokenizer: str) -> None:
+    size = 500_000_000 if shape == "records" else 1_000_000_000  # JSON takes minutes to read
+    assert peak_of(place, size, shape, tokenizer) < LIMIT
 
 
 @pytest.mark.long
