@@ -26,7 +26,8 @@ from fundamentallm.engine.cli import main as command_line
 
 CONFIG = """
 name: c
-data: {source: python-docs, tokenizer: byte, sequence_length: 32, batch_size: 4}
+data: {source: python-docs, tokenizer: byte, sequence_length: 32, batch_size: 4,
+  split: [0.98, 0.01, 0.01]}
 model: {d_model: 32, num_layers: 1, num_heads: 2}
 training: {total_steps: 2, eval_steps: 2, threads: 1}
 handlers: {tensorboard: false}

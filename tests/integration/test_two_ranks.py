@@ -147,7 +147,7 @@ class SlowFilesystem(Filesystem):
     """Takes longer for a save than the run for a few steps."""
 
     def make_directory(self, path: Path) -> None:
-        time.sleep(0.4)
+        time.sleep(0.2)
         super().make_directory(path)
 
 
