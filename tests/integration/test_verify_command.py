@@ -135,11 +135,21 @@ def test_other_versions_are_refused_with_the_difference(
     assert "the run is not continued bit for bit" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("threads", 77), ("processor", "an older one"), ("instructions", "AVX2")]
+)
 def test_other_circumstances_are_told(
-    unfinished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    unfinished: Path,
+    name: str,
+    value: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     here = Machine.circumstances
-    monkeypatch.setattr(Machine, "circumstances", lambda self: {**here(self), "threads": 77})
+    was = here(Machine())[name]
+    value = "NO AVX" if value == was else value
+    monkeypatch.setattr(Machine, "circumstances", lambda self: {**here(self), name: value})
     capsys.readouterr()
     assert main(["run", "tiny.yaml"]) == 0
-    assert "equal up to rounding, not bit for bit: threads was" in capsys.readouterr().err
+    said = f"equal up to rounding, not bit for bit: {name} was"
+    assert said in capsys.readouterr().err

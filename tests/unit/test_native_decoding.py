@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,3 +243,19 @@ def test_packed_weights_take_what_their_type_says() -> None:
     weight = torch.randn(64, 96)
     sizes = {w: packed(weight, w).numel() / weight.numel() for w in decoding.WEIGHT_TYPES}
     assert sizes == {"fp32": 4.0, "bf16": 2.0, "int8": 1.125}
+
+
+def test_a_build_is_told_and_done_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compiled(command: list[str]) -> tuple[int, str]:
+        Path(command[-1]).touch(mode=0o600)
+        return 0, ""
+
+    monkeypatch.setattr(library, "_compile", compiled)
+    caplog.set_level("INFO")
+    first, again = (library._compiled("/bin/sh", tmp_path, ["-march=x"], "decode") for _ in "12")
+    assert first == again
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "building native code for this processor"
+    ]

@@ -35,7 +35,7 @@ from fundamentallm.compute.precision import (
     resolve_device,
     resolve_precision,
 )
-from fundamentallm.compute.processor import why_not_bf16
+from fundamentallm.compute.processor import kind_of_processor, why_not_bf16
 from fundamentallm.compute.threads import use_threads
 from fundamentallm.config import RunConfig
 from fundamentallm.config.model import ModelConfig, TransformerConfig
@@ -101,8 +101,12 @@ class Machine:
     def circumstances(self) -> dict[str, str | int]:
         """Return the facts beside a plan that rounding and speed depend on, as plain values."""
         gpu = self.device.type == "cuda"
+        kind: dict[str, str | int] = {}
+        if self.device.type == "cpu":
+            kind = {name: kind_of_processor()[name] for name in ("processor", "instructions")}
         return {
             "device": torch.cuda.get_device_name(self.device) if gpu else self.device.type,
+            **kind,
             "ranks": self.ranks.world_size,
             "threads": torch.get_num_threads(),
         }

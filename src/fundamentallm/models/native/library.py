@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -25,6 +26,8 @@ from pathlib import Path
 
 from fundamentallm.errors import DataError, MachineError
 from fundamentallm.files.cache_directory import default_cache_dir
+
+logger = logging.getLogger(__name__)
 
 _SHARED = ("rows.h", "numbers.h", "wide.h")
 SOURCES = {  # of a library by its name; the first is compiled
@@ -176,6 +179,7 @@ def _compiled(compiler: str, directory: Path, options: Sequence[str], name: str)
     target = directory / f"{name}-{named.hexdigest()[:24]}.so"
     if _is_kept(target):
         return target
+    logger.info("building native code for this processor, once; it takes a few seconds")
     with tempfile.TemporaryDirectory(prefix="building-", dir=directory) as scratch:
         new = Path(scratch) / target.name
         command = [compiler, *FLAGS, *options, str(here / SOURCES[name][0]), "-o", str(new)]
