@@ -9,6 +9,15 @@ import pytest
 
 from fundamentallm.engine.cli import main
 
+SMALLEST = """\
+name: tiny
+data: {source: text.txt, sequence_length: 4, batch_size: 2}
+model: {d_model: 8, num_layers: 1, num_heads: 1}
+training: {total_steps: 2, eval_steps: 2}
+handlers: {tensorboard: false, samples: false, progress: false}
+"""
+"""A configuration of two steps, of a text.txt of a few hundred letters."""
+
 
 def trained(folder: Path, config: str) -> Path:
     """Run a configuration as tiny.yaml in a folder, to its end; return the folder."""

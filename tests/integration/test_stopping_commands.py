@@ -7,18 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from tests.runs import trained
+from tests.runs import SMALLEST, trained
 
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.sweeping.sweep import Sweep
 
-CONFIG = """\
-name: tiny
-data: {source: text.txt, sequence_length: 4, batch_size: 2}
-model: {d_model: 8, num_layers: 1, num_heads: 1}
-training: {total_steps: 2, eval_steps: 2}
-handlers: {tensorboard: false, samples: false, progress: false}
-"""
 INT, TERM = signal.SIGINT, signal.SIGTERM
 EXPORT = "export runs/tiny --out out --format"
 COMPARE = "compare runs/tiny runs/tiny --out page.html"
@@ -51,7 +44,7 @@ def folder(tmp_path_factory):
     (folder / "sweep.yaml").write_text(
         "config: tiny.yaml\nsteps: 2\nkeys: {model.num_layers: [1, 2]}\n"
     )
-    return trained(folder, CONFIG)
+    return trained(folder, SMALLEST)
 
 
 @pytest.mark.parametrize(("number", "words", "place"), PHASES, ids=str)

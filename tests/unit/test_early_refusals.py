@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.runs import trained
+from tests.runs import SMALLEST, trained
 
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.commands import COMMANDS
@@ -16,13 +16,6 @@ from fundamentallm.engine.commands import COMMANDS
 NO_RUN, NO_CHECKPOINT = "there is no run or checkpoint here", "there is no checkpoint here"
 NO_FILE, NO_TEXT = "no such file or folder", "the source holds no text"
 EXPORT = ["--format", "hf", "--out", "out"]
-CONFIG = """\
-name: tiny
-data: {source: text.txt, sequence_length: 4, batch_size: 2}
-model: {d_model: 8, num_layers: 1, num_heads: 1}
-training: {total_steps: 2, eval_steps: 2}
-handlers: {tensorboard: false, samples: false, progress: false}
-"""
 REFUSED = [
     (["check", "no.yaml"], 2, "the configuration file does not exist"),
     (["check", "folder"], 2, "this path is a directory"),
@@ -106,7 +99,7 @@ for words in {[words for words, *_ in REFUSED]!r}:
 def test_a_finished_run_is_told_although_its_text_is_gone(tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh" * 40)
-    trained(tmp_path, CONFIG)
+    trained(tmp_path, SMALLEST)
     text.unlink()
     monkeypatch.chdir(tmp_path)
     assert main(["run", "tiny.yaml"]) == 0
