@@ -15,6 +15,7 @@ from fundamentallm.data.tokenizer import ByteTokenizer, CharacterTokenizer, Toke
 from fundamentallm.engine.commands.generate import history_path
 from fundamentallm.errors import ConfigError, DataError
 from fundamentallm.inference.generate import Piece, TextStream, in_order, stream_text, stream_texts
+from fundamentallm.models.generation.batch import Generation
 from fundamentallm.models.transformer import Transformer
 
 BYTES = ByteTokenizer()
@@ -157,6 +158,48 @@ def test_stop_strings_end_a_row_and_not_its_neighbours() -> None:
     plain = written(PROMPTS, [0, 1, 2, 3])
     stop = plain[1][5:7]
     assert written(PROMPTS, [0, 1, 2, 3], stop=[stop]) == [text.split(stop)[0] for text in plain]
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"temperature": 0.0}])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_a_text_that_ends_gives_its_place_to_the_next_and_none_of_them_changes(
+    batch_size: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["a", "bcabcabcabcabcabcabcabc", "", "ab", "c" * 40, "b"]
+    seeds, network = list(range(6)), model(4)
+
+    def texts_and_steps(**more: Any) -> tuple[list[str], int]:
+        steps = 0
+        step = Generation.step
+
+        def counted(self: Generation) -> torch.Tensor:
+            nonlocal steps
+            steps += 1
+            assert len(self.rows) <= more.get("batch_size", 6)
+            return step(self)
+
+        texts = [""] * len(prompts)
+        with monkeypatch.context() as patch:
+            patch.setattr(Generation, "step", counted)
+            for piece in stream_texts(
+                network, ABC, prompts, 70, seeds=seeds, stop=["ab"], **options, **more
+            ):
+                texts[piece.row] += piece.text
+        return texts, steps
+
+    alone, _ = texts_and_steps()
+    found, steps = texts_and_steps(batch_size=batch_size)
+    assert found == alone
+    tokens = [min(len(text) + 2, 70) for text in alone]  # up to the stop string, and that
+    free = [0] * batch_size  # the step at which a place is free, by the rule and no model
+    for count in tokens:
+        free[free.index(min(free))] += count
+    assert steps == max(free)
+
+
+def test_a_batch_without_a_place_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_size"):
+        stream_texts(model(4), ABC, ["a"], 5, seeds=[0], batch_size=0)
 
 
 def test_stop_strings_of_the_prompt_do_not_count() -> None:

@@ -94,6 +94,7 @@ def stream_texts(
     stop_ids: Collection[int] = (),
     seeds: Sequence[int],
     decode: Decode | None = None,
+    batch_size: int | None = None,
 ) -> Iterator[Piece]:
     """Yield the continuations of several prompts as they are generated, in one batch.
 
@@ -117,6 +118,8 @@ def stream_texts(
         stop_ids: a continuation ends before the first of these tokens.
         seeds: of the random numbers, one a prompt.
         decode: computes the steps in place of the model; see `decoder_for`.
+        batch_size: prompts at a time at most; a continuation that ends gives its place to the next
+            prompt at once. None: all.
 
     Returns:
         An iterator over pieces; those of a prompt join to its whole continuation.
@@ -136,16 +139,21 @@ def stream_texts(
         stop=stop,
         seeds=seeds,
     )
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError("batch_size is out of range", got=str(batch_size), expected="at least 1")
+    ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
     generation = Generation(
         model,
-        [tokenizer.prompt_ids(prompt) for prompt in prompts],
+        ids[:batch_size],
         max_tokens,
         SamplingRules(repetition_penalty, temperature, top_k, top_p, min_p),
-        seeds,
+        seeds[:batch_size],
         vocab_size=tokenizer.vocab_size,
         decode=decode,
+        longest=max(map(len, ids), default=0),
     )
-    return _pieces(generation, tokenizer, max_tokens, stop, frozenset(stop_ids))
+    waiting = list(zip(ids, seeds, strict=True))[len(generation.rows) :]
+    return _pieces(generation, waiting, tokenizer, max_tokens, stop, frozenset(stop_ids))
 
 
 def decoder_for(
@@ -188,26 +196,34 @@ def decoder_for(
 
 def _pieces(
     generation: Generation,
+    waiting: Sequence[tuple[Sequence[int], int]],
     tokenizer: Tokenizer,
     max_tokens: int,
     stop: Sequence[str],
     stop_ids: frozenset[int],
 ) -> Iterator[Piece]:
     streams = [TextStream(tokenizer, text, stop) for text in generation.texts]
-    for number in range(1, max_tokens + 1):
+    left, queue = dict.fromkeys(generation.rows, max_tokens), iter(waiting)
+    while generation.rows and max_tokens:
         ended = []
         rows = list(generation.rows)
         for row, token in zip(rows, generation.step().tolist(), strict=True):
             stream = streams[row]
             text = "" if token in stop_ids else stream.feed(token)
-            if token in stop_ids or stream.stopped or number == max_tokens:
+            left[row] -= 1
+            if token in stop_ids or stream.stopped or not left[row]:
                 ended.append(row)
                 yield Piece(row, text + stream.rest(), last=True)
             elif text:
                 yield Piece(row, text, last=False)
+        for row in list(ended):
+            if (following := next(queue, None)) is None:
+                break
+            new = generation.replace(row, *following)
+            streams.append(TextStream(tokenizer, generation.texts[new], stop))
+            left[new] = max_tokens
+            ended.remove(row)
         generation.end(ended)
-        if not generation.rows:
-            return
 
 
 class TextStream:

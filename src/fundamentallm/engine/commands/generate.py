@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="texts per prompt, generated as one batch; default 1",
+        help="texts per prompt, up to 16 at a time; default 1",
     )
     parser.add_argument(
         "--weights",
@@ -194,33 +194,31 @@ def _write(
     """Print the samples of a prompt one below the other, each as soon as it is generated."""
     from fundamentallm.inference.generate import in_order, stream_texts
 
-    texts = [""] * options.num_samples
-    for first in range(0, options.num_samples, SAMPLES_AT_ONCE):
-        numbers = range(first, min(first + SAMPLES_AT_ONCE, options.num_samples))
-        pieces = stream_texts(
-            trained.model,
-            trained.tokenizer,
-            [prompt] * len(numbers),
-            options.max_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            repetition_penalty=options.repetition_penalty,
-            stop=options.stop or trained.stop,
-            stop_ids=trained.stop_ids,
-            seeds=[seed + number for number in numbers],
-            decode=decode,
-        )
-        shown = None
-        for piece in in_order(pieces):
-            if piece.row != shown:
-                shown = piece.row
-                if options.num_samples > 1:
-                    say(f"--- sample {numbers[shown] + 1} ---")
-                say(printable(prompt), end="")
-            texts[first + piece.row] += piece.text
-            say(printable(piece.text), end="\n" if piece.last else "")
+    texts, shown = [""] * options.num_samples, None
+    pieces = stream_texts(
+        trained.model,
+        trained.tokenizer,
+        [prompt] * options.num_samples,
+        options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        stop=options.stop or trained.stop,
+        stop_ids=trained.stop_ids,
+        seeds=range(seed, seed + options.num_samples),
+        decode=decode,
+        batch_size=SAMPLES_AT_ONCE,
+    )
+    for piece in in_order(pieces):
+        if piece.row != shown:
+            shown = piece.row
+            if options.num_samples > 1:
+                say(f"--- sample {shown + 1} ---")
+            say(printable(prompt), end="")
+        texts[piece.row] += piece.text
+        say(printable(piece.text), end="\n" if piece.last else "")
     if check is not None:
         say()
         say(printable(check.table(texts)))

@@ -12,7 +12,8 @@ what the upper layers keep of a token also depends on the tokens before it; so e
 cost a whole context. Restarting every (T + 1) // 2 tokens costs half a context that often,
 and the cached text is exactly the text of plain forward passes over the same contexts.
 
-A row never depends on the other rows: it has its own context, length and random numbers.
+A row never depends on the other rows: it has its own context, length and random numbers. So a row
+that has ended can leave its place to another prompt while the others go on.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Generation:
             tokens. If it has `new_cache`, as `Transformer` does, a step computes only the new
             tokens; of a model of `transformers` the context is computed at every step.
         prompts: token ids, at least one each; any length.
-        max_new_tokens: the most steps that will be taken, >= 0.
+        max_new_tokens: the most steps that will be taken for a prompt, >= 0.
         rules: how a token is chosen.
         seeds: one for each row, 0 to 2^64 - 1; None: of chance. A row's text follows from its
             only on prompt and seed, on any device.
@@ -55,6 +56,7 @@ class Generation:
             A model whose vocabulary is padded has logits for ids that mean nothing.
         decode: computes the steps in place of the model, which only fills the cache, such as
             `fundamentallm.models.native.decoding.NativeDecoder`.
+        longest: tokens of the longest prompt that will replace one of these.
 
     Attributes:
         rows: numbers of the prompts that still grow.
@@ -75,6 +77,7 @@ class Generation:
         use_cache: bool = True,
         vocab_size: int | None = None,
         decode: Decode | None = None,
+        longest: int = 0,
     ) -> None:
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("there must be prompts, each of at least one token")
@@ -90,7 +93,7 @@ class Generation:
         self.decode = decode
         self.rows = list(range(len(prompts)))
         self.texts = [[operator.index(token) for token in prompt] for prompt in prompts]
-        self._remaining = max_new_tokens
+        self._max_new_tokens = max_new_tokens
         self._modules = list(model.modules())
         parameter = next(model.parameters(), None)
         self._device = torch.device("cpu") if parameter is None else parameter.device
@@ -100,7 +103,7 @@ class Generation:
         ]
         self._cache: KVCache | None = None
         if use_cache and max_new_tokens and hasattr(model, "new_cache"):
-            longest = max(map(len, prompts)) + max_new_tokens - 1
+            longest = max(longest, *map(len, prompts)) + max_new_tokens - 1
             with torch.inference_mode():
                 self._cache = model.new_cache(  # type: ignore[operator]
                     len(prompts), min(longest, self._context or longest)
@@ -109,7 +112,8 @@ class Generation:
         # Always on the CPU, so that a seed means the same text on every device.
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._uniforms = torch.empty(len(prompts), 0, dtype=torch.float64)
-        self._num_drawn = 0
+        self._num_drawn = [0] * len(prompts)  # of each row that grows
+        self._begun = list(range(len(prompts)))  # places whose prompt no step has seen
         self._seen: Tensor | None = None
 
     def step(self) -> Tensor:
@@ -121,15 +125,13 @@ class Generation:
         Raises:
             NumericalError: as in `sample_next`.
         """
-        assert self._remaining > 0
+        assert max(self._num_drawn) < self._max_new_tokens
         with torch.inference_mode(), self._evaluation_mode():
-            first = self._num_drawn == 0
-            logits = self._next_logits(first)[:, : self.vocab_size]  # (R, V)
+            logits = self._next_logits()[:, : self.vocab_size]  # (R, V)
             if self.rules.repetition_penalty != 1:
                 self._mark_seen(logits)
             self._last = sample_next(logits, self.rules, self._next_uniforms(), self._seen)
-        self._num_drawn += 1
-        self._remaining -= 1
+        self._num_drawn = [number + 1 for number in self._num_drawn]
         for row, token in zip(self.rows, self._last.tolist(), strict=True):
             self.texts[row].append(token)
         # Not an inference tensor, which autograd would refuse wherever the caller takes it.
@@ -146,6 +148,8 @@ class Generation:
             return
         self.rows = [self.rows[place] for place in places]
         self._generators = [self._generators[place] for place in places]
+        self._num_drawn = [self._num_drawn[place] for place in places]
+        self._begun = [places.index(place) for place in self._begun if place in places]
         self._uniforms = self._uniforms[places]
         with torch.inference_mode():
             self._last = self._last[places]
@@ -154,19 +158,46 @@ class Generation:
             if self._cache is not None:
                 self._cache.keep(places)
 
-    def _next_logits(self, first: bool) -> Tensor:
+    def replace(self, row: int, prompt: Sequence[int], seed: int) -> int:
+        """Give the place of a row to another prompt; return the number of the new row.
+
+        Args:
+            row: one of `rows`, which stops growing.
+            prompt: token ids, at least one and at most `longest`.
+            seed: of the new row.
+
+        Raises:
+            ValueError: the prompt is empty.
+        """
+        if not len(prompt):
+            raise ValueError("there must be prompts, each of at least one token")
+        place, text = self.rows.index(row), [operator.index(token) for token in prompt]
+        self.rows[place] = len(self.texts)
+        self.texts.append(text)
+        self._starts.append(0 if self._context is None else max(0, len(text) - self._context))
+        self._generators[place] = torch.Generator().manual_seed(seed)
+        self._num_drawn[place] = 0
+        self._begun.append(place)
+        with torch.inference_mode():
+            self._last[place] = text[-1]
+            if self._seen is not None:
+                self._seen[place] = False
+                self._seen[place, self._tensor(text)] = True
+        return self.rows[place]
+
+    def _next_logits(self) -> Tensor:
         """Return the logits (R, V) after the last token of each row."""
-        begun = []
+        begun, self._begun = sorted(self._begun), []
         for place, row in enumerate(self.rows):
             if self._context is not None:
                 length = len(self.texts[row]) - self._starts[row]
-                if length > self._context:
+                if length > self._context:  # never of one that begins
                     self._starts[row] += (self._context + 1) // 2
                     begun.append(place)
         if self._cache is None:
             return self._recomputed_logits()
-        if first or begun:
-            self._fill(self._cache, list(range(len(self.rows))) if first else begun)
+        if begun:
+            self._fill(self._cache, begun)
         if self.decode is not None:
             return self.decode(self._last, self._cache)
         return self.model(self._last.unsqueeze(-1), cache=self._cache.step())[:, 0]  # type: ignore[no-any-return]
@@ -201,15 +232,20 @@ class Generation:
     def _next_uniforms(self) -> Tensor | None:
         if self.rules.temperature == 0:
             return None
-        column = self._num_drawn % _DRAWS
-        if column == 0:
-            self._uniforms = torch.stack(
-                [
-                    torch.rand(_DRAWS, dtype=torch.float64, generator=generator)
-                    for generator in self._generators
-                ]
-            ).to(self._device)
-        return self._uniforms[:, column]
+        columns = [number % _DRAWS for number in self._num_drawn]
+        if 0 in columns:
+            if not self._uniforms.numel():
+                self._uniforms = torch.empty(
+                    len(columns), _DRAWS, dtype=torch.float64, device=self._device
+                )
+            for place, column in enumerate(columns):
+                if column == 0:
+                    generator = self._generators[place]
+                    numbers = torch.rand(_DRAWS, dtype=torch.float64, generator=generator)
+                    self._uniforms[place] = numbers
+        if columns.count(columns[0]) == len(columns):
+            return self._uniforms[:, columns[0]]
+        return self._uniforms.gather(1, self._tensor([[column] for column in columns]))[:, 0]
 
     def _mark_seen(self, logits: Tensor) -> None:
         if self._seen is None:
