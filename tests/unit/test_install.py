@@ -14,6 +14,7 @@ import fundamentallm
 from fundamentallm.config import load_config
 from fundamentallm.config.yaml.file import MODELINE, PACKAGED, SCHEMA, packaged_names
 from fundamentallm.engine.cli import main, parse, tell_start
+from fundamentallm.engine.commands import COMMANDS
 from fundamentallm.engine.tuning.tune import write_copy
 from fundamentallm.errors import ConfigError
 
@@ -54,6 +55,14 @@ def test_the_console_command_names_itself(monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert out.startswith("usage: fundamentallm ")
     assert out.endswith("Start with: fundamentallm run quickstart\n")
+
+
+def test_without_a_command_all_commands_are_listed(capsys):
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert all(f"\n    {name}" in err for name in COMMANDS)
+    assert "Start with: " in err
 
 
 def test_the_licence_is_the_one_of_the_metadata():

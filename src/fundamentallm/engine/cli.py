@@ -81,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code (see `errors.py` for the codes)."""
     open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        build_parser().print_help(sys.stderr)
+        return ConfigError.exit_code
     options = parse(arguments)
     tell_start(options)
     try:
