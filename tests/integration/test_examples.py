@@ -194,7 +194,7 @@ def test_the_notebook_on_healing_ends_where_a_clean_run_ends(tmp_path):
     text = output_of(
         "healing",
         tmp_path,
-        {'SOURCE = "tinyshakespeare"': 'SOURCE = "python-docs"', "STEPS = 1500": "STEPS = 600"},
+        {'SOURCE = "tinyshakespeare"': 'SOURCE = "python-docs"', "STEPS = 1500": "STEPS = 300"},
     )
 
     assert "divergence; going back to step 0" in text
