@@ -1,6 +1,6 @@
 """A resumed run equals the run that nobody stopped: stop everywhere, and forget everything once.
 
-    python -m fault_injection.resume [--precisions fp16 fp32] [--chains 4] [--seed 0]
+    python -m fault_injection.resume [--precisions fp16 fp32] [--chains 4] [--share 1] [--seed 0]
 
 The run has 60 steps in 3 epochs, accumulation with a short last window, dropout, a loss scale,
 every stateful handler, a group value that changes on the way, and one window that breaks it.
@@ -524,6 +524,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--chains", type=int, default=4)
+    parser.add_argument("--share", type=float, default=1.0, help="of the trials")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -532,7 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     for precision in options.precisions:
         with silent():
-            report[precision] = closure(precision, options.chains, options.seed)
+            report[precision] = closure(precision, options.chains, options.seed, options.share)
         sound = sound and report[precision].pop("sound")
     report["seconds"] = round(time.monotonic() - started, 1)
     report["sound"] = sound
@@ -540,12 +541,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if sound else 1
 
 
-def closure(precision: str, chains: int, seed: int) -> dict[str, Any]:
-    """Stop everywhere and forget everything in one precision; return the counts."""
+def closure(precision: str, chains: int, seed: int, share: float = 1.0) -> dict[str, Any]:
+    """Stop everywhere and forget everything in one precision; return the counts.
+
+    Of the trials a share is drawn at random, if below 1.
+    """
     reference = run(precision)
     counts: Counter[str] = Counter()
     unequal = {}
-    trials = plans(precision, chains, seed)
+    chosen = random.Random(seed)
+    trials = {k: v for k, v in plans(precision, chains, seed).items() if chosen.random() < share}
     for name, stops in trials.items():
         counts[name.split()[0]] += 1
         if differences := reference.differences(run(precision, stops)):

@@ -70,10 +70,14 @@ def test_forgetting_an_item_of_the_state_is_noticed(forgetting, name):
 
 
 @pytest.mark.long
-def test_a_campaign_in_one_precision(capsys):
-    """A stop at each step and all else; in both: `python -m fault_injection.resume`."""
-    assert main(["--precisions", "fp16", "--chains", "2"]) == 0
-    assert json.loads(capsys.readouterr().out)["sound"] is True
+def test_half_of_the_campaign_in_one_precision(capsys):
+    """All of it, in both, takes eight minutes: `python -m fault_injection.resume`."""
+    assert main(["--precisions", "fp16", "--share", "0.5"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["sound"] is True
+    assert report["fp16"]["trials"]["step"] >= 25
+    kinds = {"step", "evaluation", "save", "crash", "chain", "start", "validation"}
+    assert kinds <= report["fp16"]["trials"].keys()
 
 
 @pytest.mark.long
