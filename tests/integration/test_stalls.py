@@ -93,6 +93,6 @@ def test_a_signal_is_heard_while_another_rank_stands_still(start, tmp_path):
 # Each takes more than a minute, for torchrun itself waits 30 s for a stopped worker; the command
 # has all twelve.
 @pytest.mark.long
-@pytest.mark.parametrize(("phase", "rank"), [("step", 1), ("evaluation", 0), ("save", 1)])
+@pytest.mark.parametrize(("phase", "rank"), [("step", 1), ("evaluation", 0)])
 def test_torchrun_starts_the_run_again(tmp_path, phase, rank):
     assert violations(trial(tmp_path, phase, rank, 10.0), 10.0, slack=3.0) == []
