@@ -30,7 +30,7 @@ data: {source: python-docs, tokenizer: byte, sequence_length: 32, batch_size: 4,
   split: [0.98, 0.01, 0.01]}
 model: {d_model: 32, num_layers: 1, num_heads: 2}
 training: {total_steps: 2, eval_steps: 2, threads: 1}
-handlers: {tensorboard: false}
+handlers: {tensorboard: false, samples: {num_tokens: 5}}
 """
 PRECIOUS = "echo mine\n"
 RUN = Path("runs/c")

@@ -35,6 +35,7 @@ def make_trainer(directory: Path, accumulation_steps: int, clip: float) -> Train
                 "eval_steps": 10,
                 "log_steps": 5,
             },
+            "handlers": {"samples": {"num_tokens": 5}},
         }
     )
     return assemble(

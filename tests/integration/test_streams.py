@@ -23,7 +23,7 @@ name: c
 data: {source: text.txt, tokenizer: byte, sequence_length: 16, batch_size: 4}
 model: {d_model: 16, num_layers: 1, num_heads: 2}
 training: {total_steps: 4, eval_steps: 2, log_steps: 1}
-handlers: {tensorboard: false}
+handlers: {tensorboard: false, samples: {num_tokens: 5}}
 """
 PLUGIN = """
 import os

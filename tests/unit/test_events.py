@@ -81,7 +81,7 @@ def run(directory, attach) -> None:
             SpoiltGradient(7, 9),
             DamagedMoments(4, 10),
             Evaluation(),
-            Samples(CharacterTokenizer.from_text("0123456789\n"), directory),
+            Samples(CharacterTokenizer.from_text("0123456789\n"), directory, num_tokens=5),
             Checkpointing(directory),
         ],
     )

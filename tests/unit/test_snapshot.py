@@ -332,7 +332,7 @@ def test_no_value_of_another_kind_is_taken_from_a_handlers_state(tmp_path):
     taken = []
     for path in paths:
         for other in ("x", True, {"a": 1}, [[None]]):
-            spoiled = copy.deepcopy(sound)
+            spoiled = {**sound, "handlers": copy.deepcopy(sound["handlers"])}
             place = spoiled["handlers"]
             for key in path[:-1]:
                 place = place[key]

@@ -255,7 +255,7 @@ def test_a_run_is_handed_over(service, tmp_path, caplog):
     hook = sys.excepthook
     options = {} if service == "visdom" else {"artifacts": "all"}
     logger = HANDLERS.build(service, options, run_dir=tmp_path)
-    samples = Samples(CharacterTokenizer.from_text("abcdefghij\n"), tmp_path)
+    samples = Samples(CharacterTokenizer.from_text("abcdefghij\n"), tmp_path, num_tokens=20)
     make_trainer(tmp_path, samples, logger, Checkpointing(tmp_path / "checkpoints")).run()
     assert "cannot be written" not in caplog.text
     assert sys.excepthook is hook

@@ -127,7 +127,7 @@ def test_checkpoints_are_uploaded_where_asked(tmp_path, artifacts, names):
 def test_samples_are_handed_over(tmp_path):
     tokenizer = CharacterTokenizer.from_text("abcdefghij\n")
     service = ListService(tmp_path)
-    make_trainer(Samples(tokenizer, tmp_path), service).run()
+    make_trainer(Samples(tokenizer, tmp_path, num_tokens=20), service).run()
     texts = [
         (record.step, record.text)
         for (record,) in service.named("record")
