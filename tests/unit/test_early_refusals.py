@@ -14,6 +14,7 @@ from fundamentallm.engine.cli import main
 from fundamentallm.engine.commands import COMMANDS
 
 NO_RUN, NO_CHECKPOINT = "there is no run or checkpoint here", "there is no checkpoint here"
+NO_START = "there is no such folder to start from"
 NO_FILE, NO_TEXT = "no such file or folder", "the source holds no text"
 EXPORT = ["--format", "hf", "--out", "out"]
 REFUSED = [
@@ -23,6 +24,8 @@ REFUSED = [
     (["check", "no-text.yaml"], 3, NO_FILE),
     (["check", "quickstart", "data.source=empty.txt"], 3, NO_TEXT),
     (["check", "quickstart", "data.source=folder"], 3, "there is no text in this folder"),
+    (["check", "quickstart", "model={init_from: no}"], 4, NO_START),
+    (["run", "quickstart", "model={init_from: runs/no}"], 4, NO_START),
     (["run", "no.yaml"], 2, "the configuration file does not exist"),
     (["run", "no-text.yaml"], 3, NO_FILE),
     (["run", "quickstart", "--resume", "no"], 4, NO_RUN),
@@ -129,6 +132,12 @@ def test_the_run_that_was_meant_is_named(typed, meant, folder, capsys):
     Path("runs/mine").mkdir(parents=True)
     assert main(["generate", typed]) == 4
     assert f"did you mean '{meant}'?" in capsys.readouterr().err
+
+
+def test_the_run_to_start_from_that_was_meant_is_named(folder, capsys):
+    Path("runs/mine").mkdir(parents=True)
+    assert main(["check", "quickstart", "model={init_from: runs/mime}"]) == 4
+    assert "did you mean 'runs/mine'?" in capsys.readouterr().err
 
 
 def test_the_suffix_makes_no_name_like_another(folder, capsys):

@@ -263,7 +263,7 @@ def test_no_option_of_the_model_was_forgotten() -> None:
     expressed |= {"tie_embeddings", "dropout"}
     refused = {"qk_norm", "logit_softcap", "embedding_norm", "token_shift", "residual_mix"}
     refused |= {"family", "adapter"}
-    of_the_beginning_alone = {"init_from", "zero_init"}
+    of_the_beginning_alone = {"init_from", "zero_init", "size"}
     known = expressed | refused | of_the_beginning_alone
     assert set(TransformerConfig.model_fields) == known
 

@@ -46,15 +46,19 @@ def refuse_a_faulty_config(options: argparse.Namespace) -> RunConfig:
     return load_config(options.config, [word for word in options.overrides if not is_run_dir(word)])
 
 
-def refuse_missing_data(config: RunConfig, plugins: Sequence[str]) -> None:
-    """Check that a configuration's texts are there, before large libraries are imported.
+def refuse_missing_inputs(config: RunConfig, plugins: Sequence[str]) -> None:
+    """Check that a configuration's texts, and what a run starts from, are there.
+
+    That is told before large libraries are imported.
 
     Plugins may have sources of their own, and the ranks of a group read together: both wait.
 
     Raises:
         DataError: as `refuse_missing`.
+        CheckpointError: `model.init_from` leads nowhere.
     """
     from fundamentallm.data.paths import refuse_missing
+    from fundamentallm.files.run_layout import no_start, starting_path
 
     is_launched = not _LAUNCHED.isdisjoint(os.environ)
     if config.plugins or plugins or is_launched:
@@ -62,6 +66,9 @@ def refuse_missing_data(config: RunConfig, plugins: Sequence[str]) -> None:
     sources = config.data.chosen_sources
     named = [one if isinstance(one, str) else one.path or one.name for one in sources]
     refuse_missing([name for name in named if name is not None])
+    start = config.model.init_from
+    if start is not None and not starting_path(start).exists():
+        raise no_start(start)
 
 
 def refuse_a_missing_run(path: Path) -> None:

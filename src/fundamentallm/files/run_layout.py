@@ -161,6 +161,27 @@ def no_checkpoint(path: Path) -> CheckpointError:
     )
 
 
+def starting_path(text: str) -> Path:
+    """Return the path that `model.init_from` means.
+
+    A name without slashes that is no path here is that of a run below `runs/`.
+    """
+    path = Path(text)
+    with contextlib.suppress(RuntimeError):  # "~models" looks like the home of a user
+        path = path.expanduser()
+    return RUNS / path if not path.exists() and len(path.parts) == 1 else path
+
+
+def no_start(text: str | Path) -> CheckpointError:
+    """Return the error for a `model.init_from` that leads nowhere."""
+    return CheckpointError(
+        "there is no such folder to start from",
+        where=str(text),
+        expected=f"a folder with config.json and {MODEL}, or a run",
+        fix=_nearest(Path(text)) or "download the model first; model.init_from names its folder",
+    )
+
+
 def no_incident(report: Path, got: object) -> CheckpointError:
     """Return the error for a folder whose report is not that of an incident."""
     return CheckpointError(

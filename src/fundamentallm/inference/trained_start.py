@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from fundamentallm.config.model import TransformerConfig
 from fundamentallm.data.tokenizer import Tokenizer, tokenizer_from_dict
 from fundamentallm.data.tokenizer.tokenizer_json import tokenizer_json
 from fundamentallm.errors import CheckpointError, ConfigError
-from fundamentallm.files.run_layout import BEST, CONFIG, LAST, MANIFEST, RUNS
+from fundamentallm.files.run_layout import BEST, CONFIG, LAST, MANIFEST, starting_path
 from fundamentallm.inference.load import find_checkpoint, weights_of
 from fundamentallm.inference.stored_model import stored_config, stored_shapes
 from fundamentallm.models.layouts.pretrained import ModelToStartFrom
@@ -130,15 +129,8 @@ class TrainedStart(ModelToStartFrom):
 
 
 def find_run(text: str) -> Path | None:
-    """Return the run or checkpoint that `model.init_from` names; None for a folder.
-
-    A name without slashes that is no path here is that of a run below `runs/`.
-    """
-    path = Path(text)
-    with contextlib.suppress(RuntimeError):  # "~models" looks like the home of a user
-        path = path.expanduser()
-    if not path.exists() and len(path.parts) == 1:
-        path = RUNS / path
+    """Return the run or checkpoint that `model.init_from` names; None for a folder."""
+    path = starting_path(text)
     if path.is_file():
         return path if path.name in (BEST, LAST) else None
     if (path / "config.json").exists():

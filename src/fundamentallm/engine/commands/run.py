@@ -11,7 +11,7 @@ from fundamentallm.engine.arguments import (
     is_run_dir,
     refuse_a_faulty_config,
     refuse_a_missing_run,
-    refuse_missing_data,
+    refuse_missing_inputs,
 )
 from fundamentallm.engine.stopping import loading
 from fundamentallm.files.run_layout import RUNS
@@ -51,7 +51,7 @@ def execute(options: argparse.Namespace) -> int:
     if options.resume not in ("auto", "never"):
         refuse_a_missing_run(Path(options.resume))
     elif options.resume == "never" or not _directory(options, config.name).exists():
-        refuse_missing_data(config, options.plugins)  # a finished run needs none
+        refuse_missing_inputs(config, options.plugins)  # a finished run needs none
     with loading():
         from fundamentallm.engine.run import run
 

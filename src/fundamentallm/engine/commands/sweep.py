@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fundamentallm.engine.arguments import add_plugins, refuse_missing_data
+from fundamentallm.engine.arguments import add_plugins, refuse_missing_inputs
 from fundamentallm.engine.stopping import loading
 
 SUMMARY = "train one configuration with many settings"
@@ -28,7 +28,7 @@ def execute(options: argparse.Namespace) -> int:
     sweep = load_sweep(options.config)
     config = sweep.run_config(sweep.base(), {})
     if not any(key.startswith("data") for key in sweep.keys):
-        refuse_missing_data(config, options.plugins)
+        refuse_missing_inputs(config, options.plugins)
     with loading():
         from fundamentallm.engine.sweeping.sweep import run_sweep
 

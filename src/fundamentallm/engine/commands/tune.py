@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fundamentallm.engine.arguments import add_config, refuse_a_faulty_config, refuse_missing_data
+from fundamentallm.engine.arguments import add_config, refuse_a_faulty_config, refuse_missing_inputs
 from fundamentallm.engine.stopping import loading
 from fundamentallm.errors import ConfigError
 
@@ -54,7 +54,7 @@ def execute(options: argparse.Namespace) -> int:
         return _learning_rate(options)
     if options.steps is not None:
         raise ConfigError("--steps belongs to --learning-rate", where=f"--steps {options.steps}")
-    refuse_missing_data(refuse_a_faulty_config(options), options.plugins)
+    refuse_missing_inputs(refuse_a_faulty_config(options), options.plugins)
     with loading():
         from fundamentallm.engine.tuning.tune import tune
 
@@ -73,7 +73,7 @@ def _learning_rate(options: argparse.Namespace) -> int:
         raise ConfigError(
             "--keep has no effect beside --learning-rate", where=f"--keep {' '.join(options.keep)}"
         )
-    refuse_missing_data(refuse_a_faulty_config(options), options.plugins)
+    refuse_missing_inputs(refuse_a_faulty_config(options), options.plugins)
     with loading():
         from fundamentallm.engine.tuning.range_test import STEPS, tune_learning_rate
 

@@ -24,6 +24,7 @@ from fundamentallm.config.base import in_yaml
 from fundamentallm.config.component import Component
 from fundamentallm.config.model import TransformerConfig
 from fundamentallm.errors import CheckpointError, ConfigError
+from fundamentallm.files.run_layout import no_start
 from fundamentallm.models.layouts import LAYOUTS, Layout
 from fundamentallm.models.layouts.base import Described
 
@@ -144,12 +145,7 @@ class Pretrained(ModelToStartFrom):
         with contextlib.suppress(RuntimeError):  # "~models" looks like the home of a user
             path = path.expanduser()
         if not path.is_dir():
-            raise CheckpointError(
-                "there is no such folder to start from",
-                where=str(path),
-                expected=f"a folder with config.json and {WEIGHTS}, or a run",
-                fix="download the model first; model.init_from names its folder",
-            )
+            raise no_start(path)
         where = path / "config.json"
         described = Described(_read_object(where), str(where))
         kind = described.choice("model_type", LAYOUTS.names(), None)
