@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,22 @@ def test_a_file_is_written_and_hashed_as_it_is(tmp_path: Path) -> None:
     assert data == b"abcd" + b"e" * 9999
     assert record.size == len(data)
     assert record.sha256 == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("large", [0, 1, 3])
+def test_a_second_thread_hashes_from_the_first_large_chunk_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int
+) -> None:
+    started = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda it: (started.append(it.name), start(it)))
+    chunks = [b"a" * 1000, *[bytes([b]) * 700_000 for b in range(large)], b"b" * 1000]
+
+    record = write_file(Filesystem(), tmp_path / "x", chunks)
+
+    assert record.sha256 == hashlib.sha256(b"".join(chunks)).hexdigest()
+    assert (tmp_path / "x").read_bytes() == b"".join(chunks)
+    assert started == ["sha256"] * (large > 0)
 
 
 def test_an_existing_file_is_never_written_into(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from fundamentallm.files.private import (
 )
 
 READ_CHUNK_BYTES = 1 << 20
+_WORTH_A_THREAD = 1 << 18  # bytes that take longer to hash than a thread to start
 
 REASONS = {
     "ENOSPC": "the disk is full",
@@ -161,29 +162,36 @@ def write_file(
 
 
 class HashBeside:
-    """SHA-256 of the written bytes, computed in a second thread.
+    """SHA-256 of the written bytes, computed in a second thread from the first large chunk on.
 
-    Hashing takes as long as writing, and both release the GIL. At most a few chunks wait in a
-    queue; they must not change before the block ends.
+    Hashing takes as long as writing, and both release the GIL. A small chunk is hashed sooner than
+    a thread takes it. At most a few chunks wait in a queue; they must not change before the block
+    ends.
     """
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
         self._chunks: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
-        self._thread = threading.Thread(target=self._work, name="sha256", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> HashBeside:
-        """Start the thread."""
-        self._thread.start()
+        """Begin."""
         return self
 
     def __exit__(self, *error: object) -> None:
         """Wait until all chunks are hashed."""
-        self._chunks.put(None)
-        self._thread.join()
+        if self._thread is not None:
+            self._chunks.put(None)
+            self._thread.join()
 
     def update(self, chunk: memoryview) -> None:
         """Add the next bytes."""
+        if self._thread is None:
+            if chunk.nbytes < _WORTH_A_THREAD:
+                self._digest.update(chunk)
+                return
+            self._thread = threading.Thread(target=self._work, name="sha256", daemon=True)
+            self._thread.start()
         self._chunks.put(chunk)
 
     def hexdigest(self) -> str:
