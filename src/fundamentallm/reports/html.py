@@ -60,7 +60,7 @@ def table(head: list[str], rows: list[list[str]], caption: str, numbers: bool = 
         head: the titles of the columns.
         rows: as many cells each.
         caption: names the table for readers that do not see it.
-        numbers: whether no cell is broken into lines.
+        numbers: whether no cell but the last of a row is broken into lines.
     """
     top = tag("tr", *(tag("th", cell, scope="col") for cell in head))
     body = [
