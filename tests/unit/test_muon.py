@@ -176,6 +176,38 @@ def test_batched_equals_matrix_by_matrix() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
 
 
+def test_rows_are_divided_by_their_running_root_mean_square_and_the_norm_stays() -> None:
+    weight = nn.Parameter(random(6, 4))
+    silent = nn.Parameter(random(6, 4))  # as of a layer whose outputs start at 0
+    group = {"params": [weight, silent], "lr": 0.1, "weight_decay": 0.0}
+    optimizer = Muon(group, [], momentum=0.0, nesterov=False, row_beta=0.9)
+    expected, squares = weight.detach().numpy().copy(), np.zeros((6, 1))
+    before = silent.detach().clone()
+    for step in range(4):
+        weight.grad = random(6, 4, seed=step + 1) * torch.logspace(-2, 0, 6, dtype=F64)[:, None]
+        silent.grad = torch.zeros_like(silent)
+        update = orthogonalize(weight.grad).numpy()
+        squares = 0.9 * squares + 0.1 * (update**2).mean(axis=1, keepdims=True)
+        even = update / np.sqrt(squares)
+        even *= np.linalg.norm(update) / np.linalg.norm(even)
+        expected -= 0.1 * math.sqrt(6 / 4) * even
+        optimizer.step()
+        np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-7)
+        if step == 1:  # as a resumed run
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = Muon(group, [], momentum=0.0, nesterov=False, row_beta=0.9)
+            optimizer.load_state_dict(state)
+    assert silent.equal(before)
+
+
+def test_without_it_the_state_is_the_momentum_only() -> None:
+    for row_beta, expected in ((None, {"momentum"}), (0.95, {"momentum", "row_squares"})):
+        optimizer = OptimizerBuilder.build("muon", model := Net(), 0.02, row_beta=row_beta)
+        backward(model, 0)
+        optimizer.step()
+        assert optimizer.state[model.up.weight].keys() == expected
+
+
 def test_float32_is_the_least_off_a_gpu_and_stays_what_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -291,7 +323,7 @@ def test_a_closure_is_evaluated_with_gradients() -> None:
     [
         *({"momentum": 1.0}, {"num_steps": 0}, {"head_lr": 0.0}, {"scale": "other"}),
         *({"dtype": "int8"}, {"betas": (0.9, 1.5)}, {"betas": (2.0, 0.9)}, {"eps": -1.0}),
-        *({"weight_decay": -1.0}, {"adamw_lr": -1.0}),
+        *({"weight_decay": -1.0}, {"adamw_lr": -1.0}, {"row_beta": 1.0}),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:

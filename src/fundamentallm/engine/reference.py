@@ -60,6 +60,7 @@ _UNITS = {
     "d_ff": "features",
     "d_model": "features",
     "decay": "share",
+    "row_beta": "share",
     "decay_fraction": "share",
     "decay_rate": "ratio",
     "dropout": "share",

@@ -283,6 +283,7 @@ def muon(
     num_steps: Count = 5,
     scale: Scale = "spectral",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    row_beta: Annotated[Share | None, Field(examples=[0.95])] = None,
     weight_decay: NonNegative = 0.01,
     adamw_lr: Positive = 3e-3,
     head_lr: Annotated[Positive | None, Field(examples=[1e-3])] = None,
@@ -306,6 +307,8 @@ def muon(
         scale: how a matrix's learning rate follows its shape: "spectral" or "adamw".
         dtype: type of the iterations; auto: bfloat16 on a GPU that has it, else float32; where a
             configuration says auto, the faster of both on a CPU, chosen when a run begins.
+        row_beta: share of the past in the mean square of a row, by whose root the row of an update
+            is divided (NorMuon), in [0, 1); None: rows stay as they are.
         weight_decay: each step multiplies a decaying weight by 1 - (its lr) * weight_decay.
         adamw_lr: learning rate of all that is no hidden matrix.
         head_lr, embedding_lr, vector_lr: learning rate of the head, of the embeddings, or of biases
@@ -342,6 +345,7 @@ def muon(
         num_steps=num_steps,
         scale=scale,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
+        row_beta=row_beta,
     )
 
 

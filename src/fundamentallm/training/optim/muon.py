@@ -29,6 +29,7 @@ Scale = Literal["spectral", "adamw"]
 # Jordan's quintic: after 5 steps singular values from 0.01 to 1 lie within about [0.7, 1.2]. Its
 # large slope at 0 matters more than the exact 1 that a convergent polynomial would reach.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
+_EPS = 1e-10  # for rows and matrices of zeros
 
 
 def orthogonalize(matrices: Tensor, num_steps: int = 5) -> Tensor:
@@ -65,6 +66,10 @@ class Muon(Optimizer):
     `orthogonalize` of (1 - mu) g + mu m with Nesterov, else of m. Then
     w <- (1 - lr decay) w - lr s update, with a scale s that depends on the shape.
 
+    With `row_beta` each row of the update is divided by the root of a running mean of its squares,
+    and the matrix keeps its norm: neurons whose rows stay short get as much of the step as the
+    others (NorMuon, Li et al. 2025, arXiv 2510.05491, algorithm 1, which scales to a fixed norm).
+
     Args:
         matrices: a parameter group, of weights with at least two dimensions (the last two are the
             matrix), with `lr` and `weight_decay`.
@@ -77,6 +82,8 @@ class Muon(Optimizer):
             rates can be used (Liu et al. 2025, "Muon is scalable", section 2.2).
         dtype: in which matrices are orthogonalized; None: bfloat16 on a GPU that has it, else the
             gradient's, at least float32.
+        row_beta: share of the past in the mean square of a row, in [0, 1); None: rows stay as they
+            are.
 
     Raises:
         ValueError: an argument is out of range, or a parameter in `matrices` has fewer than two
@@ -93,7 +100,10 @@ class Muon(Optimizer):
         num_steps: int = 5,
         scale: Scale = "spectral",
         dtype: torch.dtype | None = None,
+        row_beta: float | None = None,
     ) -> None:
+        if not 0 <= (row_beta or 0) < 1:
+            raise ValueError(f"row_beta must be in [0, 1), got {row_beta}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         if num_steps < 1:
@@ -105,7 +115,7 @@ class Muon(Optimizer):
         group = {**matrices, "momentum": momentum, "nesterov": nesterov, "num_steps": num_steps}
         group["scale"] = scale
         super().__init__([group, *(self._adamw.param_groups if self._adamw else [])], {})
-        self.dtype = dtype
+        self.dtype, self.row_beta = dtype, row_beta
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -139,13 +149,28 @@ class Muon(Optimizer):
             batch, raw = zip(*pairs, strict=True)
             stacked = torch.stack(raw).to(self._dtype_on(device, raw[0].dtype))
             orthogonal = orthogonalize(stacked, group["num_steps"]).to(batch[0].dtype)
+            if self.row_beta is not None:
+                orthogonal = self._with_even_rows(batch, orthogonal, self.row_beta)
             step = group["lr"] * _scale(group["scale"], shape)
             torch._foreach_mul_(batch, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(batch, list(orthogonal.unbind()), alpha=-step)
 
+    def _with_even_rows(self, weights: Sequence[Tensor], updates: Tensor, beta: float) -> Tensor:
+        """Return updates (N, ..., R, C), their rows divided by running root mean squares."""
+        means = [
+            self.state[weight].setdefault("row_squares", torch.zeros_like(weight[..., :1]))
+            for weight in weights
+        ]
+        squares = updates.square().mean(dim=-1, keepdim=True)
+        torch._foreach_lerp_(means, list(squares.unbind()), 1 - beta)
+        even = updates / (torch.stack(means).sqrt() + _EPS)
+        before, after = (torch.linalg.matrix_norm(x, keepdim=True) for x in (updates, even))
+        scaled: Tensor = even * (before / (after + _EPS))
+        return scaled
+
     def _momentum(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
-        if not state:
+        if "momentum" not in state:
             state["momentum"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         momentum: Tensor = state["momentum"]
         return momentum
