@@ -9,7 +9,7 @@ import os
 __version__ = "0.1.0"
 
 # How often the threads of torch and of native code (libgomp) look for work before they sleep. By
-# default it is many milliseconds, for which a waiting thread keeps a core from the one it waits for
+# default it is for long, in which a waiting thread keeps a core from the one it waits for
 # where other programs run too: a step took four times as long. libgomp reads it at `import torch`.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+    os.environ["GOMP_SPINCOUNT"] = "100000"

@@ -173,7 +173,7 @@ def test_other_ranks_say_nothing(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    [({}, "100000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
 def test_threads_that_wait_sleep_soon_unless_the_environment_says_otherwise(
     given: dict[str, str], expected: str
