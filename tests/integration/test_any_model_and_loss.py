@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 
 from fundamentallm.config.training import TrainingConfig
 from fundamentallm.testing import tiny_loaders, tiny_model
-from fundamentallm.training.handlers import Checkpointing, MetricsLog
+from fundamentallm.training.handlers import HANDLERS, Checkpointing, MetricsLog
 from fundamentallm.training.losses import LOSSES
 from fundamentallm.training.trainer import Trainer
 
@@ -21,9 +23,16 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture
-def example(monkeypatch) -> Any:
+def example(monkeypatch) -> Iterator[Any]:
+    """Import an example; what it registers is gone after the test."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module
+    for registry in (LOSSES, HANDLERS):
+        monkeypatch.setattr(registry, "_factories", dict(registry._factories))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) == str(EXAMPLES / f"{name}.py"):
+            del sys.modules[name]
 
 
 def test_an_lstm_goes_on_bit_for_bit_and_learns(example, capsys):

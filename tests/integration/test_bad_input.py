@@ -319,7 +319,6 @@ def test_a_fault_in_an_override(refused, arguments, code, says):
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["trian", "tiny.yaml"],
         ["run"],
         ["run", "tiny.yaml", "--resum"],

@@ -153,6 +153,12 @@ def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "train", lambda *arguments: pytest.fail("nothing is to train"))
 
 
+def _a_folder() -> None:
+    Path("folder").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        Path("folder", name).touch()
+
+
 @pytest.mark.parametrize(
     ("words", "change", "code", "says"),
     [
@@ -162,7 +168,7 @@ def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--minutes", "1", "--out", "tiny.yaml"], None, 2, "exists already"),
         (["--minutes", "1", "training.learning_rat=1"], None, 2, "did you mean"),
         (["--minutes", "1", "data.split=[1, 0, 0]"], None, 2, "no validation text"),
-        (["--minutes", "1", "model.init_from=folder"], None, 2, "from random weights"),
+        (["--minutes", "1", "model.init_from=folder"], _a_folder, 2, "from random weights"),
         (["--minutes", "1", "--measure", "1e-3"], None, 5, "too short for enough small runs"),
         (["--minutes", "1", "data.sequence_length=64"], None, 3, "too small for a plan"),
         (["--minutes", "1"], lambda: Path("text.txt").unlink(), 3, "text.txt"),

@@ -257,5 +257,5 @@ def test_a_build_is_told_and_done_once(
     first, again = (library._compiled("/bin/sh", tmp_path, ["-march=x"], "decode") for _ in "12")
     assert first == again
     assert [record.message.split(",")[0] for record in caplog.records] == [
-        "building native code for this processor"
+        "building native code (generation) for this processor"
     ]

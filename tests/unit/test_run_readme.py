@@ -44,4 +44,4 @@ def test_changes_are_shown_whole() -> None:
     changed = {"step": 1200, "differences": [["training.optimizer", "a|b", "`c`"]]}
     text = run_readme(run, run / "checkpoints", "fundamentallm", [changed])
     assert lists_changes(text)
-    assert ("1,200", "training.optimizer: a|b -> `c`") in Shown(text).rows()
+    assert ("1,200", "training.optimizer: a|b -> '`c`'") in Shown(text).rows()

@@ -179,7 +179,8 @@ def _compiled(compiler: str, directory: Path, options: Sequence[str], name: str)
     target = directory / f"{name}-{named.hexdigest()[:24]}.so"
     if _is_kept(target):
         return target
-    logger.info("building native code for this processor, once; it takes a few seconds")
+    what = "generation" if name == "decode" else "fp32" if "-DFLOAT32" in options else "bf16"
+    logger.info("building native code (%s) for this processor, once: some seconds", what)
     with tempfile.TemporaryDirectory(prefix="building-", dir=directory) as scratch:
         new = Path(scratch) / target.name
         command = [compiler, *FLAGS, *options, str(here / SOURCES[name][0]), "-o", str(new)]
