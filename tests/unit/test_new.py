@@ -18,6 +18,8 @@ from tests import forked
 from fundamentallm.config import load_config
 from fundamentallm.config.yaml.file import MODELINE, PACKAGED
 from fundamentallm.config.yaml.source import read_yaml
+from fundamentallm.data.tokenizer import build_tokenizer
+from fundamentallm.data.tokenizer.gguf_vocabulary import gguf_vocabulary
 from fundamentallm.engine import new as module
 from fundamentallm.engine.budget import seconds_of
 from fundamentallm.engine.cli import main
@@ -154,6 +156,19 @@ def test_a_folder_without_text_is_refused_in_the_words_of_the_command(capsys):
     said = capsys.readouterr().err
     assert "no text in this folder" in said
     assert "data.source" not in said
+
+
+def test_characters_beyond_ascii_get_a_vocabulary_that_every_export_takes():
+    Path("umlauts.txt").write_text("Es gr\u00fc\u00dft die \u00dcbung. " * 500, encoding="utf-8")
+    for name, end in (("umlauts", True), ("tiny", False)):
+        words = ["--data", f"{name}.txt", "--budget", "2m"]
+        assert main(["new", f"{name}.yaml", *words]) == 0
+        chosen = load_config(f"{name}.yaml").data.tokenizer
+        assert chosen.name == "character"
+        text = Path(f"{name}.txt").read_text(encoding="utf-8")
+        tokenizer = build_tokenizer(chosen.name, chosen.options, text)
+        assert (tokenizer.end_id is not None) is end
+        assert gguf_vocabulary(tokenizer, tokenizer.vocab_size).tokens
 
 
 @pytest.mark.parametrize("words", [["mine.yaml"], ["no.txt"], ["x.yaml", "--budget", "3"], []])

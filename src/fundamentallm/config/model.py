@@ -179,7 +179,9 @@ class TransformerConfig(BaseConfig):
         if self.open_fields & {"d_model", "num_heads", "num_kv_heads"}:
             return self  # checked again after the folder is read
         if width % heads:
-            widths = [near for near in (width - width % heads, width + -width % heads) if near]
+            # Rotary positions want heads of an even width.
+            unit = heads * (2 if self.positions.name == "rotary" else 1)
+            widths = [near for near in (width - width % unit, width + -width % unit) if near]
             raise problem(
                 "num_heads",
                 f"d_model {width} is not divisible by num_heads {heads}",

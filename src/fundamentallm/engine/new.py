@@ -34,7 +34,7 @@ _SECONDS_TO_START = 10.0  # of a process, until its first step
 
 
 class Text(NamedTuple):
-    """What matters of a text: its length in tokens and the tokenizer; None where unknown."""
+    """What matters of a text: its tokens, and the YAML of its tokenizer; None where unknown."""
 
     num_tokens: int | None
     tokenizer: str | None
@@ -124,7 +124,9 @@ def _look_at(data: str | Sequence[str]) -> Text:
         return Text(None, None if has_tokenizer else "character")
     if len(set(source.text)) > _MOST_CHARACTERS:
         return Text(len(source.text.encode()), "byte")
-    return Text(len(source.text), "character")
+    # llama.cpp takes a vocabulary of characters beyond ASCII only with an end of text.
+    plain = source.text.isascii()
+    return Text(len(source.text), "character" if plain else "{name: character, end: true}")
 
 
 def _machine() -> tuple[str, float]:

@@ -129,7 +129,7 @@ def _making(trained: Trained, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "started from": start if start is not None else "random weights",
         "optimizer steps": _count(trained.manifest.step),
         "tokens read": _count(_metric(trained, "tokens")),
-        "end": metadata.get("finished") or "not finished",
+        "end": metadata.get("finished") or "not reached at this step",
         "machine": _listed(metadata.get("circumstances")),
         "versions": _listed(metadata.get("versions")),
     }

@@ -104,7 +104,7 @@ def _characters(tokenizer: CharacterTokenizer, rows: int) -> GgufVocabulary:
             " others",
             f"unknown: {tokenizer.unknown}, end: false, "
             + ("ASCII" if "".join(texts).isascii() else "characters beyond ASCII"),
-            "end: true, which adds an end of text",
+            "data.tokenizer: {name: character, end: true}, which adds an end of text",
         )
     escaped = {
         number: text if text.isprintable() and text != "\\" else f"\\x{ord(text):02x}"
