@@ -102,7 +102,7 @@ def test_replays_that_see_nothing_are_noticed(monkeypatch):
 
 @pytest.mark.long
 def test_random_numbers_drawn_by_a_refused_step_are_noticed(monkeypatch):
-    monkeypatch.setattr(loop, "restore_generators", lambda state: None)
+    monkeypatch.setattr(loop, "restore_generators", lambda state, device: None)
     assert wrong(heal.verdicts(5, seed=1))
 
 
