@@ -103,7 +103,8 @@ class Machine:
         gpu = self.device.type == "cuda"
         kind: dict[str, str | int] = {}
         if self.device.type == "cpu":
-            kind = {name: kind_of_processor()[name] for name in ("processor", "instructions")}
+            known = kind_of_processor()
+            kind = {name: known[name] for name in ("processor", "instructions")}
         return {
             "device": torch.cuda.get_device_name(self.device) if gpu else self.device.type,
             **kind,

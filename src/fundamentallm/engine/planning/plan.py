@@ -257,9 +257,8 @@ def _changes(
         data, more = _larger_step(written, chosen.batch)
         training |= more
     model = dict(chosen.candidate.shape.values)
-    if (
-        isinstance(written.model, TransformerConfig) and written.model.size
-    ):  # it would depend on the machine again
+    if isinstance(written.model, TransformerConfig) and written.model.size is not None:
+        # `auto` would follow the machine and the time again.
         sized = ground.config.model.to_dict()
         model = {"size": None, **{name: sized[name] for name in Size._fields}, **model}
     sections = {"model": model, "data": data, "training": training}
