@@ -15,6 +15,8 @@ import pytest
 import torch
 from tests import forked
 
+from fundamentallm.compute.plan import Machine
+from fundamentallm.compute.processor import Rates
 from fundamentallm.config import load_config
 from fundamentallm.config.yaml.file import MODELINE, PACKAGED
 from fundamentallm.config.yaml.source import read_yaml
@@ -25,6 +27,7 @@ from fundamentallm.engine.budget import seconds_of
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.new import Text, configuration
 from fundamentallm.engine.new import _machine as the_machine
+from fundamentallm.engine.tuning import sizing
 from fundamentallm.errors import ConfigError
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "data" / "tiny.txt"
@@ -207,10 +210,26 @@ def test_any_file_name_and_data_give_a_valid_configuration(name):
 
 
 @pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_the_peak_of_a_gpu_is_that_of_the_type_it_trains_in(has_bf16, dtype, monkeypatch):
+def test_the_speed_of_a_gpu_is_that_of_the_type_it_trains_in(has_bf16, dtype, monkeypatch):
     monkeypatch.setattr(
         torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
     )
-    monkeypatch.setattr(module, "has_bf16", lambda device: has_bf16)
-    monkeypatch.setattr(module, "device_peak", lambda device, asked: {dtype: 1e14}[asked])
-    assert the_machine() == ("cuda", 1e14)
+    monkeypatch.setattr(sizing, "has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(sizing, "device_peak", lambda device, asked: {dtype: 1e14}[asked])
+    assert the_machine() == ("cuda", 2.5e13)
+
+
+def test_the_size_is_the_one_that_size_auto_takes(monkeypatch):
+    monkeypatch.setattr(module, "_machine", the_machine)
+    rates = Rates(float32=1e11, bfloat16=7e11)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(sizing, "cpu_rates", lambda: rates)
+    text = "".join(chr(97 + number * number % 26) for number in range(10**6))
+    Path("long.txt").write_text(text)
+    assert main(["new", "mine.yaml", "--data", "long.txt", "--budget", "5m"]) == 0
+    written = load_config("mine.yaml")
+    resolved, _ = sizing.sized(
+        load_config("mine.yaml", ["model={size: auto}"]), len(text), Machine.open("cpu")
+    )
+    for name in ("d_model", "num_layers", "num_heads"):
+        assert getattr(written.model, name) == getattr(resolved, name)

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from fundamentallm.compute.peak import device_peak
-from fundamentallm.compute.precision import has_bf16
 from fundamentallm.config import RunConfig
 from fundamentallm.config.base import dump_yaml, write_yaml
 from fundamentallm.config.yaml.file import MODELINE, SCHEMA, with_schema
@@ -21,13 +19,10 @@ from fundamentallm.data.folder import files_in
 from fundamentallm.data.paths import is_tokens
 from fundamentallm.data.sources import read_source
 from fundamentallm.engine.console import command, say, tell
-from fundamentallm.engine.tuning.sizing import Size, choose_size
+from fundamentallm.engine.tuning.sizing import Size, choose_size, training_rate
 from fundamentallm.errors import DataError
 from fundamentallm.training.handlers.progress import format_seconds
 
-_UTILIZATION = (
-    0.25  # of the peak of matrix products; small models on CPUs reach less, large ones more
-)
 _MOST_CHARACTERS = 512
 _MOST_FILES = 200
 _SECONDS_TO_START = 10.0  # of a process, until its first step
@@ -55,16 +50,16 @@ def new(path: Path, data: Sequence[str], seconds: int) -> int:
     """
     source = _source_of(data)
     text = _look_at(source)
-    device, peak = _machine()
-    content = configuration(path.stem, source, seconds, text, device, peak)
+    device, speed = _machine()
+    content = configuration(path.stem, source, seconds, text, device, speed)
     RunConfig.from_yaml(content)
     schema = path.parent / SCHEMA.name
     had_schema = schema.exists()
     write_yaml(path, with_schema(content, path), "x")
     if schema.exists() > had_schema:
         tell(f"{schema}: written too, with which editors complete and check {path.name}")
-    size = choose_size(_UTILIZATION * peak * seconds, text.num_tokens)
-    if text.num_tokens is not None and (least := least_seconds(size, text, peak)) > seconds:
+    size = choose_size(speed * seconds, text.num_tokens)
+    if text.num_tokens is not None and (least := least_seconds(size, text, speed)) > seconds:
         tell(
             f"warning: {format_seconds(seconds)} is short for this text: the start and one"
             f" validation take about half of it; {math.ceil(least / 60)}m or more would do"
@@ -75,15 +70,15 @@ def new(path: Path, data: Sequence[str], seconds: int) -> int:
     return 0
 
 
-def least_seconds(size: Size, text: Text, peak: float) -> float:
+def least_seconds(size: Size, text: Text, speed: float) -> float:
     """Return the seconds of which the start of a run and one validation take half.
 
     Args:
         size: of the model.
         text: a tenth of it is validated, at 2 operations for each parameter and token.
-        peak: FLOP/s in matrix products.
+        speed: FLOP/s of training.
     """
-    validation = 2 * size.parameters * 0.1 * (text.num_tokens or 0) / (_UTILIZATION * peak)
+    validation = 2 * size.parameters * 0.1 * (text.num_tokens or 0) / speed
     return 2 * (_SECONDS_TO_START + validation)
 
 
@@ -130,17 +125,14 @@ def _look_at(data: str | Sequence[str]) -> Text:
 
 
 def _machine() -> tuple[str, float]:
-    """Return the kind of device that `device: auto` takes here, and its peak in FLOP/s."""
+    """Return the kind of device that `device: auto` takes here, and its FLOP/s in training."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = accelerator or torch.device("cpu")
-    dtype = torch.float32
-    if device.type == "cuda":
-        dtype = torch.bfloat16 if has_bf16(device) else torch.float16
-    return device.type, device_peak(device, dtype)
+    return device.type, training_rate(device, "auto")
 
 
 def configuration(
-    stem: str, data: str | Sequence[str], seconds: int, text: Text, device: str, peak: float
+    stem: str, data: str | Sequence[str], seconds: int, text: Text, device: str, speed: float
 ) -> str:
     """Return the text of the configuration.
 
@@ -150,9 +142,9 @@ def configuration(
         seconds: the budget.
         text: what is known of the data.
         device: the kind of device.
-        peak: its FLOP/s in matrix products.
+        speed: its FLOP/s in training.
     """
-    operations = _UTILIZATION * peak * seconds
+    operations = speed * seconds
     size = choose_size(operations, text.num_tokens)
     length = 128 if size.d_model <= 128 else 256
     if text.num_tokens is not None:  # a tenth of the text, for validation, holds two sequences
@@ -169,7 +161,7 @@ def configuration(
     return f"""\
 {MODELINE}{SCHEMA.name}
 # A model of {told} in {format_seconds(seconds)}, for this machine: \
-{device}, about {peak:.2g} FLOP/s.
+{device}, about {speed:.2g} FLOP/s in training.
 #
 #   fundamentallm check {shlex.quote(stem)}.yaml      costs, and what happens when
 #   fundamentallm run {shlex.quote(stem)}.yaml        the same command continues it after a stop
