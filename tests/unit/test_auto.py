@@ -200,6 +200,15 @@ class TestAllowance:
         _, times = self.choose(116.0, 0.5)
         assert times.asked == ["fp32", "fp32 native"]
 
+    def test_what_is_known_already_takes_no_time(self):
+        times = Times(fp32=1.0, fp32_native=(0.4, 3.0))
+        native = replace(NATIVE, precision="fp32")
+        for kept, asked in (((), ["fp32"]), ((native,), ["fp32", "fp32 native"])):
+            times.asked.clear()
+            allowance = Allowance(1.5, Clock())
+            choose(PLAIN, None, True, Length(None, 30.0), times, [native], allowance, kept)
+            assert times.asked == asked
+
     def test_the_build_of_native_code_is_not_counted(self):
         clock, _ = self.choose(116.0, 0.5)
         assert (clock.now > 6.0, self.used < 5.8) == (True, True)
@@ -311,6 +320,14 @@ def test_native_code_is_chosen_for_a_block_that_it_knows(times):
     unknown = model.model_copy(update={"bias": True})
     choose_auto(written, resolved().model_copy(update={"model": unknown}), loader(), CPU, Ranks())
     assert "bf16 native" not in times.asked
+
+
+def test_a_budget_too_short_to_measure_native_code_is_told(times, monkeypatch):
+    monkeypatch.setattr(auto, "seconds_since_start", lambda: 3.0)
+    for seconds, told in ((40.0, True), (150.0, False)):
+        written = config(compile="auto", max_seconds=seconds)
+        _, notes = choose_auto(written, resolved(max_seconds=seconds), loader(), CPU, Ranks())
+        assert any("compile: native takes it without measuring" in note for note in notes) is told
 
 
 def test_bfloat16_is_not_tried_where_its_products_are_slower(times, monkeypatch):

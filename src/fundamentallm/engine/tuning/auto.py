@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,6 +125,7 @@ def choose(
     seconds_of: Callable[[Plan, float], Measurement],
     natives: Sequence[Plan] = (),
     allowance: Allowance | None = None,
+    kept: Collection[Plan] = (),
 ) -> Plan:
     """Return the plan that finishes the run soonest, or takes most steps, with few measurements.
 
@@ -138,6 +139,7 @@ def choose(
         natives: with native code, none if impossible. It compiles in seconds, so it is
             tried first; if it wins, torch's compiler is not called.
         allowance: what does not fit into it is not tried; None: no such limit.
+        kept: plans whose measurement is known already and takes no time.
     """
     allowance = allowance or Allowance(math.inf)
     if length.steps is not None and length.steps * length.micro_batches < LEAST_MICRO_BATCHES:
@@ -148,21 +150,22 @@ def choose(
     slowest = max(1.0, HOPELESS * step)
     expected = length.expected(measured[start])
 
-    def affordable() -> bool:
-        return allowance.left >= max(SECONDS, FEWEST_CALLS * step if step < math.inf else 0.0)
+    def affordable(plan: Plan) -> bool:
+        least = max(SECONDS, FEWEST_CALLS * step if step < math.inf else 0.0)
+        return plan in kept or allowance.left >= least
 
-    if other is not None and expected >= LEAST_SECONDS and affordable():
+    if other is not None and expected >= LEAST_SECONDS and affordable(other):
         measured[other] = seconds_of(other, slowest)
     if expected >= LEAST_SECONDS:
         for native in natives:
-            if affordable():
+            if affordable(native):
                 measured[native] = seconds_of(native, slowest)
     best = _best(measured, start, length)
     if best in natives:
         return best
     pays = expected >= LEAST_SECONDS_TO_COMPILE and allowance.seconds >= COMPILING
-    if may_compile and pays and affordable():
-        first = replace(best, compile=True)
+    first = replace(best, compile=True)
+    if may_compile and pays and affordable(first):
         measured[first] = seconds_of(first, slowest)
         compiling = measured[first].compile_seconds
         # Narrow types gain more from compilation: what lost without it may win with it.
@@ -270,11 +273,16 @@ def _choose(
     circumstances = circumstances_of(resolved, start.machine)
     known = cache.get(circumstances)
     asked: dict[Plan, Measurement] = {}
+    tried: set[Plan] = set()
     new = False
+
+    def name_in_cache(plan: Plan) -> str:
+        return f"{name_of(plan)}, {plan.attention} attention"
 
     def seconds_of(plan: Plan, slowest: float) -> Measurement:
         nonlocal new
-        name = f"{name_of(plan)}, {plan.attention} attention"
+        name = name_in_cache(plan)
+        tried.add(plan)
         if name not in known:
             batch = loader.window_at(0, 0).micro_batches[0]
             window = Window([batch], count_valid(batch["target_ids"]))
@@ -291,7 +299,9 @@ def _choose(
         return known[name]
 
     try:
-        chosen = choose(start, other, may_compile, length, seconds_of, natives, allowance)
+        plans = [plan for plan in (start, other, *natives) if plan is not None]
+        kept = {plan for plan in plans if name_in_cache(plan) in known}
+        chosen = choose(start, other, may_compile, length, seconds_of, natives, allowance, kept)
     except Exception as error:  # a real fault will be reported by the run
         reason = " ".join(str(error).split())[:200]
         logger.warning("auto: the measurement failed and is ignored: %s", reason)
@@ -301,7 +311,14 @@ def _choose(
             cache.put(circumstances, known)
     if chosen.compile is not True:
         torch._dynamo.reset()
-    return chosen, _note(chosen, asked, cache, allowance if new else None)
+    note = _note(chosen, asked, cache, allowance if new else None)
+    long_enough = start in asked and length.expected(asked[start]) >= LEAST_SECONDS
+    if natives and long_enough and tried.isdisjoint(natives):
+        note = (note or f"auto: {name_of(chosen)}") + (
+            f"; no time to measure native code is left of the {allowance.seconds:.2g} s for it:"
+            " compile: native takes it without measuring"
+        )
+    return chosen, note
 
 
 def name_of(plan: Plan) -> str:
