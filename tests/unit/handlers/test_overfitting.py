@@ -33,6 +33,11 @@ def test_validation_that_rises_while_training_falls_is_said_once(
     assert told(RISING, caplog, patience=1) == [2]
 
 
+def test_one_evaluation_below_the_last_hides_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    losses = [(4.0, 3.5), (3.0, 3.6), (2.5, 3.58), (2.0, 3.9), (1.5, 3.8)]
+    assert told(losses, caplog) == [3]
+
+
 @pytest.mark.parametrize(
     "losses",
     [
@@ -40,6 +45,7 @@ def test_validation_that_rises_while_training_falls_is_said_once(
         [(2.0 + n / 10, 4.0 + n / 10) for n in range(20)],  # both rise: no overfitting
         [(4.0 - n / 10, 3.0 + n % 2) for n in range(20)],  # up and down
         RISING[:4],
+        [(4.0 - n / 10, 3.0 + n / 1000) for n in range(20)],  # by less than 1 %
         [(1.0, float("nan"))] * 9,
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 
 from fundamentallm.config.base import Count
@@ -12,15 +11,20 @@ from fundamentallm.training.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 
+RISE = 1.01  # of the lowest loss; less may be chance
+
 
 @HANDLERS.register("overfitting")
 class Overfitting:
     """Observes: warns once where validation loss rises while training loss falls.
 
-    Nothing of it is kept in a checkpoint: a run that goes on counts anew.
+    It compares with the evaluation of the lowest validation loss so far, so that one evaluation by
+    chance below the last hides nothing. Nothing of it is kept in a checkpoint: a run that goes on
+    counts anew.
 
     Args:
-        patience: evaluations in a row at which both happen, at least 1.
+        patience: evaluations in a row above the lowest, at least 1. The last must be above it by
+            1 %.
     """
 
     def __init__(self, patience: Count = 3) -> None:
@@ -28,7 +32,8 @@ class Overfitting:
             raise ValueError(f"patience must be at least 1, got {patience}")
         self.patience = patience
         self.told = False
-        self._losses: list[tuple[float, float]] = []
+        self._lowest: tuple[float, float] | None = None  # the losses in training and validation
+        self._above = 0
 
     def attach(self, trainer: TrainingLoop) -> None:
         """Listen at FLLM_EVALUATION_COMPLETED."""
@@ -39,21 +44,22 @@ class Overfitting:
         metrics = trainer.state.metrics
         if self.told or "train/loss_ema" not in metrics:
             return
-        losses = [*self._losses, (metrics["train/loss_ema"], metrics["val/loss"])]
-        self._losses = losses[-self.patience - 1 :]
-        self.told = len(self._losses) > self.patience and all(
-            then[0] > now[0] and then[1] < now[1] for then, now in itertools.pairwise(self._losses)
-        )
+        train, last = metrics["train/loss_ema"], metrics["val/loss"]
+        if self._lowest is None or last <= self._lowest[1]:
+            self._lowest, self._above = (train, last), 0
+            return
+        self._above += 1
+        then, lowest = self._lowest
+        self.told = self._above >= self.patience and last >= RISE * lowest and train < then
         if self.told:
-            (_, first), (train, last) = self._losses[0], self._losses[-1]
             logger.warning(
                 "step %d: validation loss has risen from %.4f to %.4f over %d evaluations while"
                 " training loss fell to %.4f: the model learns its text by heart, or the validation"
                 " part is of another kind; more text, a smaller model, dropout or the handler"
                 " early_stopping help",
                 trainer.state.iteration,
-                first,
+                lowest,
                 last,
-                self.patience,
+                self._above,
                 train,
             )
