@@ -337,7 +337,7 @@ def _tell_finished(config: RunConfig, directory: RunDirectory, typed: TypedComma
     position = Position.of(survey.look(manifest.name), manifest.name)
     reason = ended_by(config.training, position, finished)
     say(f"The run in {directory.path} is finished: {reason}.")
-    budget = ", give it a larger budget, as in" if is_budget(finished) else ""
+    budget = ", give it a larger budget, in the file or here" if is_budget(finished) else ""
     say(f"To train it further{budget}:")
     say(f"  {typed.further(directory.path, manifest, position, finished)}")
     say("To start a new run:")
