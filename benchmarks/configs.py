@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from speed import ISAS, limit_native, limited, machine_report
+from machine import ISAS, limit_this_process, machine_report
 
 from fundamentallm.config import RunConfig, load_config
 from fundamentallm.engine.tuning.auto import name_of
@@ -78,10 +77,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0)
     options = parser.parse_args()
-    limits = limited(options.isa)
-    if any(os.environ.get(name) != value for name, value in limits.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **limits})
-    limit_native(options.isa)
+    limit_this_process(options.isa)
     table = {}
     for path in sorted(CONFIGS.glob("*.yaml")):
         config = load_config(path)

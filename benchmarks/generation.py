@@ -26,9 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from speed import ISAS, limit_native, limited, machine_report
+from machine import ISAS, limit_this_process, machine_report
 from torch import Tensor
 
 from fundamentallm.config import RunConfig, TransformerConfig
@@ -232,10 +230,7 @@ def main() -> None:
     parser.add_argument("--isa", choices=ISAS, help="limit the processor to this instruction set")
     parser.add_argument("--loss", nargs=2, type=Path, metavar=("RUN", "TEXT"))
     options = parser.parse_args()
-    limits = limited(options.isa)
-    if any(os.environ.get(name) != value for name, value in limits.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **limits})
-    limit_native(options.isa)
+    limit_this_process(options.isa)
     clock = time.process_time if options.cpu_time else time.perf_counter
     torch.manual_seed(0)
     if options.others or options.loss:

@@ -47,6 +47,7 @@ import numpy as np
 import torch
 from gpu_exact import exact
 from ignite.engine import Events
+from machine import machine_report
 
 from fundamentallm.compute.peak import device_peak
 from fundamentallm.compute.plan import Plan
@@ -494,8 +495,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(device)
     task = smoke(task) if options.smoke else task
     names = [name for name in PHASES if name in options.phases and name not in options.skip]
-    from speed import machine_report  # late: the module registers a family of models
-
     report = {"GPU": gpu_report(device), "machine": machine_report(None), "smoke": options.smoke}
     run_phases(task, names, report, options.out)
     print(json.dumps(report, indent=2))

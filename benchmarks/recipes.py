@@ -1,6 +1,7 @@
 """Validation loss of a recipe over seeds, the seconds it took, and the steps' share of them.
 
-    python benchmarks/recipes.py CONFIG [--data PATH] [--seeds 1337 1338 1339] [KEY=VALUE ...]
+    python benchmarks/recipes.py CONFIG [--data PATH] [--seeds 1337 1338 1339] [--isa avx2]
+                                 [KEY=VALUE ...]
 
     configs/shakespeare_cpu.yaml                           two minutes, compilation included
     configs/shakespeare_cpu.yaml training.max_seconds=600  ten
@@ -11,7 +12,7 @@ Each seed is a process of its own, timed from its start to its end, with nothing
 The seconds of the steps are those that training itself took: no start, no compilation, no
 evaluation. With `--against-hand` the eager float32 loop of nanoGPT's CPU recipe (`speed.py`'s
 `hand`) is timed as well, and the seconds are given as a share of its 2,000 steps, which nanoGPT
-reports 1.88 after.
+reports 1.88 after. `--isa` as for `speed.py`.
 Prints one JSON object.
 """
 
@@ -28,15 +29,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import machine
+
 WINDOW = 50  # steps between two lines of the log, and of the throughput in it
 HAND_STEPS = 2000
 
 
-def train(config: Path, data: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+def train(
+    config: Path, data: str, seed: int, overrides: list[str], isa: str | None
+) -> dict[str, Any]:
     """Train in a process of its own, with nothing compiled before."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
-        command = [sys.executable, "-m", "fundamentallm.engine", "run", str(config)]
+        program = ["-m", "fundamentallm.engine"] if isa is None else [machine.__file__, isa]
+        command = [sys.executable, *program, "run", str(config)]
         command += [f"seed={seed}", f"data.source={data}", "handlers.samples=false"]
         command += [f"training.log_steps={WINDOW}", f"handlers.throughput={{window: {WINDOW}}}"]
         command += [*overrides, "--run-dir", str(run)]
@@ -67,9 +73,10 @@ def train(config: Path, data: str, seed: int, overrides: list[str]) -> dict[str,
     }
 
 
-def hand_milliseconds() -> float:
+def hand_milliseconds(isa: str | None) -> float:
     """Return the median step of the loop by hand."""
     command = [sys.executable, str(Path(__file__).with_name("speed.py")), "--alone", "hand"]
+    command += ["--isa", isa] if isa else []
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1])["ms"])
 
@@ -84,18 +91,21 @@ def main() -> None:
     parser.add_argument("--data", default="tinyshakespeare")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339])
     parser.add_argument("--against-hand", action="store_true")
+    parser.add_argument("--isa", choices=machine.ISAS)
     options = parser.parse_intermixed_args()
+    machine.limit_this_process(options.isa)
 
     rounds, shares = {}, []
     for seed in options.seeds:
-        rounds[seed] = train(options.config, options.data, seed, options.overrides)
+        rounds[seed] = train(options.config, options.data, seed, options.overrides, options.isa)
         print(f"seed {seed}: {rounds[seed]}", file=sys.stderr)
         if options.against_hand:
-            hand = hand_milliseconds()
+            hand = hand_milliseconds(options.isa)
             shares.append(rounds[seed]["seconds of steps"] / (hand * HAND_STEPS / 1e3))
             rounds[seed]["hand, ms a step"] = round(hand, 2)
     losses = [found["val/loss"] for found in rounds.values()]
     report = {
+        "machine": machine.machine_report(options.isa),
         "config": str(options.config),
         "overrides": options.overrides,
         "seeds": rounds,

@@ -29,7 +29,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from typing import Any
 import torch
 from by_hand import GPT, Batches, Shape, make_optimizer, step_by_hand
 from ignite.engine import Engine, Events
+from machine import ISAS, limit_this_process, machine_report
 from torch import Tensor, nn
 
 from fundamentallm.compute.peak import measured_peak
@@ -50,7 +50,6 @@ from fundamentallm.config import load_config
 from fundamentallm.engine.console import logging_to
 from fundamentallm.engine.wiring import assemble, run_directory
 from fundamentallm.models.families import MODELS
-from fundamentallm.models.native import library
 from fundamentallm.training.trainer import Trainer
 
 SHAPES = {
@@ -58,8 +57,6 @@ SHAPES = {
     "large": Shape(layers=6, heads=6, width=384, context=256, batch=16),  # its GPU recipe
 }
 CONTESTANTS = ("hand", "ignite", "lightning", "hf", "engine", "ours", "ours32")
-# Instruction sets below the processor's own: torch's, MKL's and oneDNN's names, the compiler's.
-ISAS = {"avx2": ("avx2", "AVX2", "x86-64-v3"), "avx512": ("avx512", "AVX512_CORE", "x86-64-v4")}
 FAST = [
     "model.normalization=rmsnorm",
     "model.positions=rotary",
@@ -288,57 +285,6 @@ def measure(name: str, shape: Shape, seconds: float) -> dict[str, Any]:
     }
 
 
-def limited(isa: str | None) -> dict[str, str]:
-    """Return the environment variables that limit torch, and MKL, to an instruction set."""
-    if isa is None:
-        return {}
-    torch_name, library_name, _ = ISAS[isa]
-    return {
-        "ATEN_CPU_CAPABILITY": torch_name,
-        "ONEDNN_MAX_CPU_ISA": library_name,
-        "MKL_ENABLE_INSTRUCTIONS": library_name.partition("_")[0],
-    }
-
-
-def limit_native(isa: str | None) -> None:
-    """Have native code compiled for an instruction set."""
-    if isa is not None:
-        library.OWN_PROCESSOR = f"-march={ISAS[isa][2]}"
-
-
-def memory_bandwidth() -> float:
-    """Return the bytes a second of a copy that no cache holds, read and written."""
-    source = torch.ones(64 << 20)
-    target = torch.empty_like(source)
-    taken = []
-    for _ in range(4):
-        began = time.perf_counter()
-        target.copy_(source)
-        taken.append(time.perf_counter() - began)
-    return 2 * source.nbytes / min(taken)
-
-
-def machine_report(isa: str | None) -> dict[str, Any]:
-    """Return on what the figures were measured."""
-    lines = dict(
-        line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line
-    )
-    fields = {name.strip(): value.strip() for name, value in lines.items()}
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    known = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
-    siblings, cores = (int(fields.get(name, 0)) for name in ("siblings", "cpu cores"))
-    return {
-        "processor": fields.get("model name", platform.machine()),
-        "hardware threads": os.cpu_count(),
-        "threads of a core": siblings // cores if cores else None,
-        "instruction sets": [flag for flag in known if flag in flags],
-        "limited to": f"{isa} (emulated)" if isa else None,
-        "torch": torch.__version__,
-        "torch uses": torch.backends.cpu.get_cpu_capability(),
-        "copying, GB/s": round(memory_bandwidth() / 1e9, 1),
-    }
-
-
 def peak_megabytes() -> float:
     """Return the peak of this process's resident memory; getrusage would tell its parent's."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -384,10 +330,7 @@ def main() -> int:
     parser.add_argument("--alone", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = SHAPES[options.shape]
-    limits = limited(options.isa)
-    if any(os.environ.get(name) != value for name, value in limits.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **limits})
-    limit_native(options.isa)
+    limit_this_process(options.isa)
     if options.alone:
         print(json.dumps(measure(options.alone, shape, options.seconds)))
         return 0
