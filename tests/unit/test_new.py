@@ -192,6 +192,19 @@ def test_a_budget_that_the_start_and_a_validation_use_up_is_warned_of(capsys):
         assert ("is short for this text" in capsys.readouterr().err) is warned
 
 
+def test_validations_take_a_tenth_of_the_time_at_most():
+    for seconds, validations in ((300, 5.0), (6000, 10.0)):
+        text = Text(2 * 10**6, "character")
+        Path("mine.yaml").write_text(configuration("m", "x.txt", seconds, text, "cpu", 1e11))
+        config = load_config("mine.yaml")
+        model, data, training = config.model, config.data, config.training
+        parameters = 12 * model.num_layers * model.d_model**2
+        step = 6 * parameters * data.batch_size * data.sequence_length
+        found = seconds * 1e11 / step / training.eval_steps
+        assert found == pytest.approx(validations, rel=0.15)  # eval_steps is a round number
+        assert 2 * parameters * 2e5 * found <= 1.1 * 0.1 * seconds * 1e11
+
+
 @pytest.mark.parametrize("length", [200, 2_000, 50_000])
 def test_validation_holds_a_sequence(length):
     text = configuration("mine", "tiny.txt", 600, Text(length, "character"), "cpu", 1e11)

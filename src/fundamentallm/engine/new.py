@@ -75,11 +75,21 @@ def least_seconds(size: Size, text: Text, speed: float) -> float:
 
     Args:
         size: of the model.
-        text: a tenth of it is validated, at 2 operations for each parameter and token.
+        text: to train on.
         speed: FLOP/s of training.
     """
-    validation = 2 * size.parameters * 0.1 * (text.num_tokens or 0) / speed
-    return 2 * (_SECONDS_TO_START + validation)
+    return 2 * (_SECONDS_TO_START + _validation(size, text) / speed)
+
+
+def _validation(size: Size, text: Text) -> float:
+    """Return the floating-point operations of one validation, on a tenth of the text."""
+    return 2 * size.parameters * 0.1 * (text.num_tokens or 0)
+
+
+def _validations(operations: float, size: Size, text: Text) -> float:
+    """Return how many validations a run has: ten, or fewer where they took a tenth of its time."""
+    one = _validation(size, text)
+    return min(10.0, max(3.0, 0.1 * operations / one)) if one else 10.0
 
 
 def _source_of(data: Sequence[str]) -> str | list[str]:
@@ -151,7 +161,8 @@ def configuration(
         length = max(16, min(length, 2 ** int(math.log2(max(text.num_tokens // 20, 1)))))
     batch_size = 16 if device == "cpu" else 64
     steps = operations / (6 * size.parameters * length * batch_size)
-    eval_steps = max(50, int(round(steps / 10, -2 if steps > 2000 else -1)))
+    times = _validations(operations, size, text)
+    eval_steps = max(50, int(round(steps / times, -2 if steps > 2000 else -1)))
     rate = 3e-3 if size.d_model <= 192 else 1e-3 if size.d_model <= 512 else 6e-4
     name = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip(".-").rstrip(".")[:100] or "run"
     tokenizer = "  tokenizer: {}    # character, byte, or {{name: bpe, vocab_size: 4096}}\n"
