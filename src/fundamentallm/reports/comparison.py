@@ -69,7 +69,8 @@ class Group:
         runs: the runs.
         seeds: of each.
         settings: the value of each key that differs between the groups.
-        figures: by key of `FIGURES`, the values of the runs that have one.
+        figures: by key of `FIGURES`, the values of the runs that have one. Runs of the same seed
+            are no independent samples, so the longest of them alone has values here.
     """
 
     runs: tuple[RunData, ...]
@@ -140,18 +141,23 @@ def compare(runs: Sequence[RunData]) -> Comparison:
             tuple(runs[i] for i in numbers),
             tuple(flat[i].get(SEED) for i in numbers),
             {key: flat[numbers[0]].get(key) for key in telling},
-            _figures([runs[i] for i in numbers]),
+            _figures(_longest_of_each_seed([(flat[i].get(SEED), runs[i]) for i in numbers])),
         )
         for numbers in members.values()
     ]
     groups.sort(key=_by_loss)
-    notes = [
+    different = [
         f"the runs have different {what}: losses per token are not comparable between them"
         for key, what in IDENTITIES.items()
         if len({one[key] for one in flat if one[key] is not None}) > 1
     ]
-    verdicts = [] if notes else _verdicts(groups)
-    return Comparison(tuple(groups), tuple(verdicts), tuple(notes))
+    repeated = [
+        f"group {number} has several runs of one seed: the longest of them counts"
+        for number, group in enumerate(groups, 1)
+        if len(set(map(_word, group.seeds))) < len(group.seeds)
+    ]
+    verdicts = [] if different else _verdicts(groups)
+    return Comparison(tuple(groups), tuple(verdicts), (*different, *repeated))
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float] | None:
@@ -215,6 +221,20 @@ def _verdicts(groups: Sequence[Group]) -> list[Verdict]:
         words = "a difference" if p < LEVEL else "within chance"
         verdicts.append(Verdict(number, 0, difference, test[0], test[1], p, words))
     return verdicts
+
+
+def _longest_of_each_seed(runs: Sequence[tuple[Any, RunData]]) -> list[RunData]:
+    """Return a run for each seed, in the order of the seeds; the first one of equal length."""
+    longest: dict[str, RunData] = {}
+    for seed, run in runs:
+        found = longest.setdefault(_word(seed), run)
+        if _num_steps(run) > _num_steps(found):
+            longest[_word(seed)] = run
+    return list(longest.values())
+
+
+def _num_steps(run: RunData) -> int:
+    return max((curve.steps[-1] for curve in run.curves.values()), default=0)
 
 
 def _by_loss(group: Group) -> float:

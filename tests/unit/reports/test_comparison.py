@@ -129,6 +129,23 @@ def test_one_seed_is_not_judged() -> None:
     assert welch([1.0, 1.0], [2.0, 2.0]) is None
 
 
+def test_several_runs_of_a_seed_are_one_sample() -> None:
+    runs = [run_of(s, [3.0, 2.0 + 0.1 * s], learning_rate=1e-3) for s in range(2)]
+    runs += [run_of(s, [3.0, 2.5 + 0.1 * s], learning_rate=2e-3) for s in range(2)]
+    once = compare(runs)
+    again = run_of(1, [3.0], learning_rate=2e-3)  # the same run, stopped earlier
+    found = compare([again, *runs, runs[0], runs[0]])
+    assert found.verdicts == once.verdicts
+    assert not once.notes
+    for group, other in zip(found.groups, once.groups, strict=True):
+        assert sorted(group.figures["best"]) == sorted(other.figures["best"])
+        assert len(group.figures["best"]) == 2
+    assert [note.partition(":")[0] for note in found.notes] == [
+        "group 1 has several runs of one seed",
+        "group 2 has several runs of one seed",
+    ]
+
+
 def test_p_values_of_several_comparisons_are_holms() -> None:
     assert adjusted([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert adjusted([0.5, 0.9]) == pytest.approx([1.0, 1.0])
