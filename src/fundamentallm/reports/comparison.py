@@ -127,6 +127,7 @@ class Comparison:
 def compare(runs: Sequence[RunData]) -> Comparison:
     """Compare runs; they are at least one."""
     flat = [_described(run) for run in runs]
+    _fill_in_identities(flat)
     keys = list(dict.fromkeys(key for one in flat for key in one))
     differing = [key for key in keys if len({_word(one.get(key)) for one in flat}) > 1]
     apart = [key for key in differing if key not in IGNORED]
@@ -283,6 +284,22 @@ def _described(run: RunData) -> dict[str, Any]:
     }
     _flatten(run.config, "", flat)
     return flat
+
+
+def _fill_in_identities(flat: Sequence[dict[str, Any]]) -> None:
+    """Give a run without an intact checkpoint what all others of its configuration have."""
+    apart = IGNORED | IDENTITIES.keys()
+    configurations = [
+        frozenset((key, _word(value)) for key, value in one.items() if key not in apart)
+        for one in flat
+    ]
+    for identity in IDENTITIES:
+        known: dict[frozenset[tuple[str, str]], set[str]] = {}
+        for one, configuration in zip(flat, configurations, strict=True):
+            known.setdefault(configuration, set()).update({one[identity]} - {None})
+        for one, configuration in zip(flat, configurations, strict=True):
+            if one[identity] is None and len(known[configuration]) == 1:
+                (one[identity],) = known[configuration]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str, into: dict[str, Any]) -> None:

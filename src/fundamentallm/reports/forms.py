@@ -24,7 +24,7 @@ def rows(comparison: Comparison) -> list[list[str]]:
     return [
         [
             str(number),
-            str(len(group.runs)),
+            _count(group),
             *(_cell(name, group.summary(name)) for name in FIGURES),
             ", ".join(f"{key}={_shown(value)}" for key, value in group.settings.items()) or "-",
         ]
@@ -121,6 +121,12 @@ def _members(group: Group) -> str:
     return ", ".join(
         f"{run.name} (seed {_shown(seed)}, {run.state.partition(':')[0]})" for run, seed in pairs
     )
+
+
+def _count(group: Group) -> str:
+    """Return the number of runs, and of those behind the losses if they are fewer."""
+    counted, runs = len(group.figures["best"]), len(group.runs)
+    return str(runs) if counted == runs else f"{counted} of {runs}"
 
 
 def _names(group: Group) -> str:

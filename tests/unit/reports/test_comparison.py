@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,17 @@ def test_losses_of_different_texts_are_not_judged() -> None:
     assert len(found.groups) == 2
     assert not found.verdicts
     assert "different texts" in found.notes[0]
+
+
+def test_a_run_without_a_checkpoint_is_among_those_of_its_configuration() -> None:
+    runs = [run_of(seed, [2.0 + seed], learning_rate=1e-3) for seed in range(2)]
+    dead = replace(run_of(2, [5.0], learning_rate=1e-3), facts={})
+    (group,) = compare([*runs, dead]).groups
+    assert group.seeds == (0, 1, 2)
+    silent = compare([*runs, replace(dead, curves={})])
+    assert text_table(silent).splitlines()[1].split()[:6] == ["1", "2", "of", "3", "2.5000", "\u00b1"]
+    other = run_of(3, [2.0], "b" * 64, learning_rate=1e-3)
+    assert len(compare([*runs, dead, other]).groups) == 3  # of which text it was is not known
 
 
 def test_all_forms_have_the_same_numbers(comparison: Comparison) -> None:
