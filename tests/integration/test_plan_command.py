@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 from fundamentallm.compute.processor import Rates
 from fundamentallm.config import TransformerConfig, load_config
 from fundamentallm.engine.cli import main
-from fundamentallm.engine.planning import measuring, scaling_law, shapes
+from fundamentallm.engine.planning import design, measuring, scaling_law, shapes
+from fundamentallm.engine.planning import plan as planning
 from fundamentallm.engine.planning.design import PlannedTrial
 from fundamentallm.engine.planning.trial import TrialResult
 from fundamentallm.engine.tuning import sizing
@@ -54,11 +56,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five small runs, however fast the machine is."""
 
-    def design(sizes: Any, *arguments: Any) -> list[PlannedTrial]:
+    def five(sizes: Any, *arguments: Any) -> list[PlannedTrial]:
         steps = ((0, 30, 1.0), (0, 30, 0.5), (0, 60, 1.0), (1, 30, 1.0), (1, 60, 1.0))
         return [PlannedTrial(sizes[size], count, rate, 1.0) for size, count, rate in steps]
 
-    monkeypatch.setattr(measuring, "design", design)
+    monkeypatch.setattr(measuring, "design", five)
 
 
 def plan(*words: str) -> int:
@@ -137,6 +139,35 @@ def test_after_a_signal_the_same_command_goes_on(
     assert plan() == 0
     assert len(trained) == 3 + 3
     assert "Known from before: 2." in capsys.readouterr().out
+
+
+def test_no_time_to_measure_is_enough_where_small_runs_are_known(
+    few: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert plan() == 0
+    monkeypatch.setattr(measuring, "design", design.design)
+    _nothing_left(monkeypatch)
+    capsys.readouterr()
+    assert main(["plan", "tiny.yaml", "--minutes", "1", "--measure", "1e-3"]) == 0
+    said = capsys.readouterr().out
+    assert "Nothing is left to measure: 5 small runs are known from before." in said
+    assert "run tiny.planned-2.yaml" in said
+
+
+def test_a_planned_number_of_steps_warms_up_for_a_tenth_at_most(
+    few: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = planning.choose
+
+    def short(*arguments: Any) -> planning.PlannedRun:
+        return replace(chosen(*arguments), max_seconds=None, total_steps=150)
+
+    monkeypatch.setattr(planning, "choose", short)
+    assert plan("training.warmup_steps=200") == 0
+    assert load_config(Path("tiny.planned.yaml")).training.warmup_steps == 15
+    assert main(["check", "tiny.planned.yaml"]) == 0
+    assert plan("training.warmup_steps=5", "--out", "other.yaml") == 0
+    assert load_config(Path("other.yaml")).training.warmup_steps == 5
 
 
 def test_a_run_that_diverges_is_no_end(few: None, monkeypatch: pytest.MonkeyPatch) -> None:

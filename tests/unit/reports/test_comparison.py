@@ -167,7 +167,14 @@ def test_a_run_without_a_checkpoint_is_among_those_of_its_configuration() -> Non
     (group,) = compare([*runs, dead]).groups
     assert group.seeds == (0, 1, 2)
     silent = compare([*runs, replace(dead, curves={})])
-    assert text_table(silent).splitlines()[1].split()[:6] == ["1", "2", "of", "3", "2.5000", "\u00b1"]
+    assert text_table(silent).splitlines()[1].split()[:6] == [
+        "1",
+        "2",
+        "of",
+        "3",
+        "2.5000",
+        "\u00b1",
+    ]
     other = run_of(3, [2.0], "b" * 64, learning_rate=1e-3)
     assert len(compare([*runs, dead, other]).groups) == 3  # of which text it was is not known
 

@@ -252,6 +252,9 @@ class Measuring:
                 fix="give a longer --measure, plan a longer run, or lower data.batch_size",
             )
         known = len(self.kept.runs)
+        if not missing:
+            self.tell(f"Nothing is left to measure: {known} small runs are known from before.")
+            return
         sizes = sorted({trial.shape.parameters for trial in trials})
         self.tell(
             f"Measuring {len(missing)} small run{'s' * (len(missing) != 1)}"

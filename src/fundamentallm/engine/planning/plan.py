@@ -248,6 +248,10 @@ def _changes(
         value = getattr(chosen, name, None)
         if value is not None or name in given:
             training[name] = value
+    if chosen.total_steps is not None and "warmup_steps" in written.training.model_fields_set:
+        # As in the small runs. A run of a time warms up for a tenth of it at most by itself.
+        warmup = min(written.training.warmup_steps, chosen.total_steps // 10)
+        training["warmup_steps"] = warmup
     if chosen.cadence is not None:
         training["eval_steps"] = chosen.cadence.steps
         if not chosen.cadence.epochs:
