@@ -12,7 +12,7 @@ from tests.runs import copied, trained
 from fundamentallm.engine.cli import main
 from fundamentallm.files.lock import run_lock
 from fundamentallm.reports.page import chart_data
-from fundamentallm.reports.run_data import read_run
+from fundamentallm.reports.run_data import read_run, stamp
 from fundamentallm.training.checkpoint.store import CheckpointStore
 
 EXCERPT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_excerpt.txt"
@@ -88,8 +88,11 @@ def test_a_damaged_checkpoint_is_named(run: Path) -> None:
 
 def test_a_run_whose_lock_is_held_is_running(run: Path) -> None:
     assert not read_run(run).is_running
+    before = stamp(run)
     with run_lock(run):
         assert read_run(run).state == "running"
+        assert stamp(run) != before  # so a page that is served follows
+    assert stamp(run) == before
 
 
 def test_a_run_without_an_end_is_not_finished(run: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Hashable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from fundamentallm.errors import FundamentaLLMError
 
 LOOPBACK = "127.0.0.1"
 
@@ -47,6 +51,11 @@ class LivePage(ThreadingHTTPServer):
                 self._made = stamp, self._make()
             return self._made[1]
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print nothing if a browser hung up."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: LivePage
@@ -61,7 +70,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/":
             self.send_error(404)
             return
-        content = self.server.content()
+        try:
+            content = self.server.content()
+        except (OSError, FundamentaLLMError):  # a run was moved away, or is being replaced
+            self.send_error(503)
+            return
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))

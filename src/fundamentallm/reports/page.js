@@ -291,7 +291,9 @@
       return ((event.clientX - box.left) / box.width) * this.width;
     }
     press(event) {
-      if (event.button === 0 && this.x) this.from = this.pixelOf(event);
+      if (event.button !== 0 || !this.x) return;
+      this.from = this.pixelOf(event);
+      this.plot.setPointerCapture(event.pointerId); // a drag may end beside the chart
     }
     move(event) {
       if (!this.x) return;
@@ -370,26 +372,36 @@
   build();
 
   // A served page: replace what has changed, keep zoom, choices and what is open.
+  const shown = new Map();
+  const live = () => document.querySelectorAll("[data-live]");
+  if (data.refresh) for (const section of live()) shown.set(section.id, section.innerHTML);
   async function look() {
+    const state = byId("state");
     try {
       const answer = await fetch(location.href, { cache: "no-cache" });
-      const text = await answer.text();
-      const news = new DOMParser().parseFromString(text, "text/html");
-      const block = news.getElementById("data");
-      if (!answer.ok || !block || block.textContent === byId("data").textContent) return;
-      byId("data").textContent = block.textContent;
-      data = JSON.parse(block.textContent);
-      byId("state").replaceChildren(...news.getElementById("state").childNodes);
-      for (const section of document.querySelectorAll("[data-live]")) {
+      if (!answer.ok) {
+        state.textContent = "the files cannot be read now; the page shows what they were";
+        return;
+      }
+      const news = new DOMParser().parseFromString(await answer.text(), "text/html");
+      state.replaceChildren(...news.getElementById("state").childNodes);
+      for (const section of live()) {
+        const fresh = news.getElementById(section.id), markup = fresh.innerHTML;
+        if (markup === shown.get(section.id)) continue;
+        shown.set(section.id, markup);
         const open = [...section.querySelectorAll("details")].map((one) => one.open);
-        section.replaceChildren(...news.getElementById(section.id).childNodes);
+        section.replaceChildren(...fresh.childNodes);
         section.querySelectorAll("details").forEach((one, i) => { one.open = Boolean(open[i]); });
       }
+      const block = news.getElementById("data").textContent;
+      if (block === byId("data").textContent) return;
+      byId("data").textContent = block;
+      data = JSON.parse(block);
       const focused = charts.findIndex((chart) => chart.plot === document.activeElement);
       build();
       if (focused >= 0 && charts[focused]) charts[focused].plot.focus();
     } catch (error) {
-      byId("state").textContent = "the command that serves this page has ended";
+      state.textContent = "the command that serves this page has ended";
     }
   }
   if (data.refresh) setInterval(look, data.refresh * 1000);

@@ -29,6 +29,7 @@ from fundamentallm.files.run_layout import (
     METRICS,
     REPORT,
     SAMPLES,
+    SCORES,
     USAGE,
     RunOrCheckpoint,
 )
@@ -207,18 +208,21 @@ def read_run(path: Path) -> RunData:
     )
 
 
-def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
-    """Return names, times and sizes of a run's files: it changes when the run does."""
+def stamp(path: Path) -> tuple[bool, tuple[tuple[str, int, int], ...]]:
+    """Return whether a run trains, and names, times and sizes of its files.
+
+    It changes when the run does; the death of a process changes no file.
+    """
     run, checkpoints = _places(path)
     names = [run / name for name in (CONFIG, METRICS, SAMPLES, USAGE, LOG, INCIDENTS)]
     found = []
-    for file in [*names, *(checkpoints / name for name in ("", BEST, LAST))]:
+    for file in [*names, *(checkpoints / name for name in ("", SCORES, BEST, LAST))]:
         try:
             status = file.stat()
         except OSError:
             continue
         found.append((str(file), status.st_mtime_ns, status.st_size))
-    return tuple(found)
+    return _is_running(run), tuple(found)
 
 
 def _places(path: Path) -> tuple[Path, Path]:

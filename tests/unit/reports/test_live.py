@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 
 import pytest
 
+from fundamentallm.errors import CheckpointError
 from fundamentallm.reports.live import LivePage
 
 
@@ -64,3 +67,40 @@ def test_only_this_machine_is_served(server: LivePage) -> None:
 def test_nothing_else_is_served(server: LivePage) -> None:
     assert get(server, "/config.yaml")[0] == 404
     assert get(server, "/../../etc/passwd")[0] == 404
+
+
+def test_a_run_that_cannot_be_read_now_is_no_end(
+    server: LivePage, pages: Pages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone() -> int:
+        raise CheckpointError("there is no run or checkpoint here")
+
+    monkeypatch.setattr(server, "_stamp", gone)
+    assert get(server)[0] == 503
+    monkeypatch.setattr(server, "_stamp", lambda: pages.version)
+    assert get(server) == (200, b"version 1")
+
+
+def test_a_browser_that_hangs_up_is_not_told(
+    server: LivePage, pages: Pages, capfd: pytest.CaptureFixture[str]
+) -> None:
+    entered, left = threading.Event(), threading.Event()
+
+    def slow() -> int:
+        entered.set()
+        left.wait(10)
+        return 1
+
+    server._stamp = slow
+    request = f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.server_port)) as client:
+        client.sendall(request.encode())
+        assert entered.wait(10)
+        at_once = struct.pack("ii", 1, 0)  # the connection is reset
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+    left.set()
+    assert get(server)[0] == 200
+    for thread in threading.enumerate():
+        if thread.name.endswith("(process_request_thread)"):
+            thread.join(10)
+    assert capfd.readouterr().err == ""
