@@ -32,7 +32,7 @@ class World:
         uniform = self.draw.uniform
         self.floor, self.size, self.data = uniform(1.0, 1.3), uniform(0.06, 0.2), uniform(0.15, 0.3)
         self.a, self.b = uniform(0.25, 0.5), uniform(0.4, 0.7)
-        self.heart = uniform(0.001, 0.006)
+        self.heart = uniform(0.004, 0.008)
         self.cost, self.falling = uniform(0.006, 0.016), uniform(0.25, 0.5)
 
     def truth(self, point: Point) -> float:
@@ -44,7 +44,7 @@ class World:
         loss = self.floor
         loss += self.size * (1e6 / point.parameters) ** self.a
         loss += self.data * (1e6 / worth) ** self.b
-        loss += self.heart * (point.parameters / TEXT) ** 0.6 * max(passes - 1, 0)
+        loss += self.heart * (point.parameters / TEXT) * max(passes - 1, 0)
         best = min(point.tokens / REFERENCE, 1.0) ** -self.falling
         cost = self.cost * min(point.tokens / REFERENCE, 1.0) ** -0.7
         return loss * math.exp(cost * math.log(point.rate / best) ** 2)

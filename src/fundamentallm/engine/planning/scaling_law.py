@@ -6,7 +6,7 @@ The law is that of Hoffmann et al. 2022 (equation 10), with three additions:
 
 N parameters, D tokens, r the learning rate. A text of U tokens that is read more than once is worth
 D' tokens (Muennighoff et al. 2023, equation 5), and is learnt by heart: O, over the passes P = D/U,
-grows as (N/U)^q (P - 1). r' is the best rate, by a rule for the size; in runs of
+grows as N/U (P - 1). r' is the best rate, by a rule for the size; in runs of
 a few hundred steps, of fewer than D0 tokens, it is higher, as (D/D0)^-h, and c is larger.
 
 A few short runs do not determine so many numbers, so each has a prior: published values for the
@@ -33,7 +33,7 @@ DEGREES = 5.0  # of freedom of the scatter, a Student t: one odd run does not be
 WALKERS, STEPS, KEPT = 96, 1600, 40  # of the sampler; a draw of each walker from the last steps
 # Errors of the law, of the loss: for each factor of e beyond the largest measured run, and for each
 # between a rate and the best one.
-DRIFT, RATE_DRIFT = 0.006, 0.01
+DRIFT, RATE_DRIFT = 0.004, 0.01
 
 # name: (mean, standard deviation); all but `rate_shift` are logarithms. `floor`, `size` and `data`
 # are shares of the lowest measured loss: E, and the two terms at the middle of the measured runs.
@@ -43,13 +43,12 @@ PRIORS = {
     "size_exponent": (math.log(0.35), 0.25),
     "data": (math.log(0.25), 0.6),
     "data_exponent": (math.log(0.5), 0.12),
-    "overfitting": (math.log(0.0022), 0.4),
+    "overfitting": (math.log(0.004), 0.25),
     "rate_cost": (math.log(0.01), 0.4),
     "rate_shift": (0.0, 0.2),
     "rate_exponent": (math.log(0.5), 0.25),
     "scatter": (math.log(0.0045), 0.4),
 }
-OVERFITTING_SIZE = 0.6  # q
 SHORT_COST = 0.7  # c grows as (D/D0)^-0.7 below D0: a rate that is off matters more in a short run
 
 
@@ -168,7 +167,7 @@ class ScalingLaw:
             np.exp(floor)
             + np.exp(size - np.exp(size_exponent) * (log_size - middle_size))
             + np.exp(data - np.exp(data_exponent) * (log_tokens - middle_tokens))
-            + np.exp(overfitting + OVERFITTING_SIZE * (log_size - math.log(self._unique))) * again
+            + np.exp(overfitting + log_size - math.log(self._unique)) * again
         )
         logs: Array = (
             math.log(self._lowest)
