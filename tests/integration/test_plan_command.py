@@ -194,6 +194,7 @@ def _a_folder() -> None:
     ("words", "change", "code", "says"),
     [
         (["--minutes", "0.1"], None, 2, "too short to plan"),
+        (["--hours", "1e300"], None, 2, "too long to plan"),
         (["--hours", "-1"], None, 2, "the time is invalid"),
         (["--minutes", "1", "--measure", "nan"], None, 2, "time for measuring is invalid"),
         (["--minutes", "1", "--out", "tiny.yaml"], None, 2, "exists already"),

@@ -64,6 +64,25 @@ def test_the_curves_are_the_metrics_of_the_run(run: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["report", "--out", "{run}"], 2, "write {run}/page.html"),
+        (["compare", "--out", "{run}"], 2, "write {run}/page.html"),
+        (["report", "--out", "{run}/no/page.html"], 5, "make the directory first"),
+        (["report", "--watch", "--out", "page.html"], 2, "leave out --out or --watch"),
+        (["report", "--port", "8000"], 2, "add --watch"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_told_first(
+    run: Path, words: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(run.rglob("*"))
+    assert main([words[0], str(run), *(word.format(run=run) for word in words[1:])]) == code
+    assert says.format(run=run) in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+
+
 def test_a_report_does_not_disturb_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run), "--out", "page.html"]) == 0
     assert main(["report", str(run / "checkpoints" / "best")]) == 0

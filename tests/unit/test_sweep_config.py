@@ -49,6 +49,8 @@ def test_a_grid_has_every_combination() -> None:
         ("keys:\n  training.optimizer: [adamw, adamm]", 4, "keys.training.optimizer"),
         (f"keys:\n  {RATE}: [1e-3, fast]", 4, f"keys.{RATE}"),
         (f"keys: {{{RATE}: []}}", 3, "no values"),
+        (f"keys: {{{RATE}: [1e-3, 2e-3, 1e-3]}}", 3, "a value twice"),
+        ("keys: {training: {learning_rate: [1e-3]}}", 3, "write training.learning_rate:"),
         (f"keys: {{{RATE}: {{low: 1, high: 2}}}}", 3, "a grid has no values of a range"),
         (f"method: random\nkeys: {{{RATE}: [1]}}", 0, "the number of trials is missing"),
         (f"trials: 3\nkeys: {{{RATE}: [1]}}", 3, "all combinations"),

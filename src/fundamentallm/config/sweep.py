@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -227,6 +227,17 @@ class SweepConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _keys_of_a_run(self) -> SweepConfig:
+        for key, values in self.keys.items():
+            has_values = isinstance(values, list) or bool(values.keys() & Range.model_fields)
+            if "." not in key and not has_values:
+                inner = next(iter(values), "learning_rate")
+                raise problem(
+                    "keys",
+                    "a key stands below another",
+                    got=key,
+                    expected="dotted keys",
+                    fix=f"write {key}.{inner}: and its values",
+                )
         for section, keys in (("fixed", self.fixed), ("keys", self.keys)):
             for key in keys:
                 of_sweep = next((own for own in OF_THE_SWEEP if _touches(key, own)), None)
@@ -248,6 +259,8 @@ class SweepConfig(BaseConfig):
         for key, values in self.keys.items():
             if isinstance(values, list) and not values:
                 raise problem("keys", "a key has no values", got=key, fix="write a list of values")
+            if isinstance(values, list) and (twice := _first_twice(values)) is not None:
+                raise problem("keys", f"{excerpt(key)} has a value twice", got=values[twice])
         if (self.method == "grid") != (self.trials is None):
             is_grid = self.method == "grid"
             raise problem(
@@ -257,6 +270,15 @@ class SweepConfig(BaseConfig):
                 fix="remove `trials`, or choose the method random" if is_grid else "write `trials`",
             )
         return self
+
+
+def _first_twice(values: Sequence[Any]) -> int | None:
+    """Return the place of the first value that stands before it too; None without one."""
+    for place, value in enumerate(values):
+        # 1, 1.0 and true are equal in Python, and not for a configuration.
+        if any(type(value) is type(other) and value == other for other in values[:place]):
+            return place
+    return None
 
 
 def _checked_range(document: YamlDocument, key: str, values: Mapping[str, Any]) -> None:

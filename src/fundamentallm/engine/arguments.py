@@ -95,6 +95,27 @@ def refuse_a_missing_model(path: Path) -> None:
         raise no_checkpoint(path)
 
 
+def refuse_no_file(out: Path) -> None:
+    """Check that --out can be a file, before large libraries are imported.
+
+    Raises:
+        ConfigError: it is a directory.
+        MachineError: its directory does not exist.
+    """
+    from fundamentallm.errors import ConfigError, MachineError
+
+    if out.is_dir():
+        raise ConfigError(
+            "a directory cannot be the page", where=f"--out {out}", fix=f"write {out / 'page.html'}"
+        )
+    if not out.absolute().parent.is_dir():
+        raise MachineError(
+            "the directory does not exist",
+            where=f"--out {out}",
+            fix="make the directory first, or choose another",
+        )
+
+
 def is_run_dir(word: str) -> bool:
     """Return whether an override of `run` is `run_dir=DIR`, another way to write --run-dir."""
     return word.startswith(RUN_DIR)

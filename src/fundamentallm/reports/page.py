@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -418,7 +419,7 @@ def _checkpoints(runs: Sequence[RunData]) -> Html:
             "p",
             "A manifest has the SHA-256 of each file of its checkpoint, and the hash below proves"
             " the manifest. To check every byte: ",
-            tag("code", f"fundamentallm verify {runs[0].path}"),
+            tag("code", shlex.join(["fundamentallm", "verify", str(runs[0].path)])),
         ),
     ]
     for run in runs:

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from fundamentallm.engine.arguments import add_plugins, refuse_a_missing_run
+from fundamentallm.engine.arguments import add_plugins, refuse_a_missing_run, refuse_no_file
 from fundamentallm.engine.console import printable, say, tell_runs
 from fundamentallm.engine.stopping import ended_by_signals, loading
 
@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Print the comparison and write the page."""
     tell_runs(options.runs)
+    if options.out is not None:
+        refuse_no_file(options.out)
     for path in options.runs:
         refuse_a_missing_run(path)
     with loading():

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fundamentallm.engine.arguments import add_plugins, refuse_a_missing_run
+from fundamentallm.engine.arguments import add_plugins, refuse_a_missing_run, refuse_no_file
 from fundamentallm.engine.console import printable, say, tell_runs
 from fundamentallm.engine.stopping import ended_by_signals, loading
-from fundamentallm.errors import MachineError
+from fundamentallm.errors import ConfigError, MachineError
 from fundamentallm.files.run_layout import PAGE
 
 SUMMARY = "draw runs as one HTML page: curves, samples, incidents, checkpoints"
@@ -31,15 +31,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="serve the page to this machine and keep it up to date, instead of writing it",
     )
-    parser.add_argument(
-        "--port", type=int, default=0, metavar="N", help="of --watch; default: a free one"
-    )
+    parser.add_argument("--port", type=int, metavar="N", help="of --watch; default: a free one")
     add_plugins(parser)
 
 
 def execute(options: argparse.Namespace) -> int:
     """Write the page, or serve it until Ctrl-C."""
     tell_runs(options.runs)
+    if options.watch and options.out is not None:
+        raise ConfigError(
+            "a page that is served is not written",
+            where=f"--out {options.out}",
+            fix="leave out --out or --watch",
+        )
+    if options.port is not None and not options.watch:
+        raise ConfigError(
+            "only a page that is served has a port",
+            where=f"--port {options.port}",
+            fix="add --watch, or leave out --port",
+        )
+    if options.out is not None:
+        refuse_no_file(options.out)
     for path in options.runs:
         refuse_a_missing_run(path)
     with loading():
@@ -58,7 +70,7 @@ def execute(options: argparse.Namespace) -> int:
     if options.watch:
         _serve(
             options.runs,
-            options.port,
+            options.port or 0,
             lambda: made([read_run(path) for path in options.runs], REFRESH_SECONDS),
         )
         return 0

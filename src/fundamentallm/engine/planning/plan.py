@@ -38,6 +38,7 @@ from fundamentallm.reports.page import duration
 from fundamentallm.training.clock import seconds_since_start
 
 LEAST_SECONDS = 30.0  # of a planned run
+MOST_SECONDS = 366 * 24 * 3600.0
 MEASURED_SHARE = 0.25  # of the planned time
 LEAST_MEASURING, MOST_MEASURING = 120.0, 300.0  # seconds; less where the planned time is less
 LEAST_SEQUENCES = 20  # of the training text
@@ -96,6 +97,13 @@ def plan(
             got=f"{seconds:g} s",
             expected=f"at least {LEAST_SECONDS:g} s",
             fix="run the configuration as it is",
+        )
+    if seconds > MOST_SECONDS:
+        raise ConfigError(
+            "the time is too long to plan",
+            where="--hours or --minutes",
+            got=f"{seconds / 3600:g} hours",
+            expected=f"at most {MOST_SECONDS / 3600:,.0f} hours, a year",
         )
     if measure is None:
         measure = measuring_time(seconds)

@@ -193,8 +193,9 @@ class Sweep:
         """
         count, seeds = self.sweep.number_of_trials, self.seeds
         done = sum(len(trial.runs) for trial in self.record.trials)
+        of_seeds = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
         say(
-            f"{count:,} settings ({self.sweep.method}) x {len(seeds)} seeds, {self.sweep.steps:,}"
+            f"{count:,} settings ({self.sweep.method}) x {of_seeds}, {self.sweep.steps:,}"
             f" steps each, in {self.directory}" + (f"; {done:,} runs are done" if done else "")
         )
         for number in range(1, count + 1):

@@ -141,7 +141,11 @@ def free_path(config_path: Path, out: Path | None, suffix: str = ".tuned") -> Pa
                 fix="choose another name with --out, or remove the file",
             )
         if not out.absolute().parent.is_dir():
-            raise MachineError("the directory does not exist", where=f"--out {out}")
+            raise MachineError(
+                "the directory does not exist",
+                where=f"--out {out}",
+                fix="make the directory first, or choose another",
+            )
         return out
     names = numbered(config_path.with_suffix(suffix), config_path.suffix or ".yaml")
     return next(path for path in names if not path.exists())
