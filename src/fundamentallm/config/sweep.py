@@ -260,7 +260,12 @@ class SweepConfig(BaseConfig):
             if isinstance(values, list) and not values:
                 raise problem("keys", "a key has no values", got=key, fix="write a list of values")
             if isinstance(values, list) and (twice := _first_twice(values)) is not None:
-                raise problem("keys", f"{excerpt(key)} has a value twice", got=values[twice])
+                raise problem(
+                    "keys",
+                    f"{excerpt(key)} has a value twice",
+                    got=values[twice],
+                    fix="write it once",
+                )
         if (self.method == "grid") != (self.trials is None):
             is_grid = self.method == "grid"
             raise problem(

@@ -102,12 +102,23 @@ def refuse_no_file(out: Path) -> None:
         ConfigError: it is a directory.
         MachineError: its directory does not exist.
     """
-    from fundamentallm.errors import ConfigError, MachineError
+    from fundamentallm.errors import ConfigError
 
     if out.is_dir():
         raise ConfigError(
             "a directory cannot be the page", where=f"--out {out}", fix=f"write {out / 'page.html'}"
         )
+    refuse_no_directory(out)
+
+
+def refuse_no_directory(out: Path) -> None:
+    """Check that the directory of --out exists.
+
+    Raises:
+        MachineError: it does not.
+    """
+    from fundamentallm.errors import MachineError
+
     if not out.absolute().parent.is_dir():
         raise MachineError(
             "the directory does not exist",

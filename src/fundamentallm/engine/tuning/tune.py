@@ -24,6 +24,7 @@ from fundamentallm.config.yaml.file import read_yaml_text, with_schema
 from fundamentallm.config.yaml.key_path import KeyPath
 from fundamentallm.config.yaml.source import YamlDocument, read_yaml
 from fundamentallm.data.batch import Batch
+from fundamentallm.engine.arguments import refuse_no_directory
 from fundamentallm.engine.console import console_output, program, say
 from fundamentallm.engine.plugins import load_plugins
 from fundamentallm.engine.stopping import ended_by_signals
@@ -140,12 +141,7 @@ def free_path(config_path: Path, out: Path | None, suffix: str = ".tuned") -> Pa
                 where=f"--out {out}",
                 fix="choose another name with --out, or remove the file",
             )
-        if not out.absolute().parent.is_dir():
-            raise MachineError(
-                "the directory does not exist",
-                where=f"--out {out}",
-                fix="make the directory first, or choose another",
-            )
+        refuse_no_directory(out)
         return out
     names = numbered(config_path.with_suffix(suffix), config_path.suffix or ".yaml")
     return next(path for path in names if not path.exists())

@@ -157,16 +157,20 @@ class Muon(Optimizer):
 
     def _with_even_rows(self, weights: Sequence[Tensor], updates: Tensor, beta: float) -> Tensor:
         """Return updates (N, ..., R, C), their rows divided by running root mean squares."""
-        means = [
-            self.state[weight].setdefault("row_squares", torch.zeros_like(weight[..., :1]))
-            for weight in weights
-        ]
+        means = [self._row_squares(weight) for weight in weights]
         squares = updates.square().mean(dim=-1, keepdim=True)
         torch._foreach_lerp_(means, list(squares.unbind()), 1 - beta)
         even = updates / (torch.stack(means).sqrt() + _EPS)
         before, after = (torch.linalg.matrix_norm(x, keepdim=True) for x in (updates, even))
         scaled: Tensor = even * (before / (after + _EPS))
         return scaled
+
+    def _row_squares(self, weight: Tensor) -> Tensor:
+        state = self.state[weight]
+        if "row_squares" not in state:
+            state["row_squares"] = torch.zeros_like(weight[..., :1])
+        squares: Tensor = state["row_squares"]
+        return squares
 
     def _momentum(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
