@@ -20,7 +20,7 @@ def measured(monkeypatch, tmp_path):
     """Rates in place of measured ones; the list says what was measured."""
     asked = []
 
-    def measure(device, dtype, sizes, calls, seconds):
+    def measure(device, dtype, shapes, calls, seconds):
         asked.append(dtype)
         return 2e11 if dtype == torch.float32 else 1e9
 
@@ -41,7 +41,9 @@ def test_a_kind_is_measured_once(measured, tmp_path):
     assert measured == [torch.float32, torch.bfloat16]
     kept = json.loads((tmp_path / "fundamentallm" / "rates.json").read_text())
     (entry,) = kept["entries"].values()
-    assert entry == {"of": kind_of_processor(), "measured": {"float32": 2e11, "bfloat16": 1e9}}
+    rows = processor.ROWS * torch.get_num_threads()
+    kind = {**kind_of_processor(), "product": f"{rows} x {processor.WIDTH}"}
+    assert entry == {"of": kind, "measured": {"float32": 2e11, "bfloat16": 1e9}}
 
 
 @pytest.mark.parametrize("name", processor.LIMITS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -43,33 +44,39 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> float:
 def measured_peak(
     device: torch.device,
     dtype: torch.dtype,
-    sizes: Sequence[int] = (),
+    shapes: Sequence[tuple[int, int]] = (),
     calls: int = 5,
     seconds: float = 0.0,
 ) -> float:
-    """Return the highest FLOP/s measured for square products; takes 0.5 s on two CPU cores.
+    """Return the highest FLOP/s measured for products (R, N) by (N, N).
+
+    It takes 0.2 s on two CPU cores. There one product has many more rows than columns: oneDNN
+    computes a square one in bfloat16 by a single thread, up to 2,048 rows (docs/lab.md).
 
     Args:
         device: a GPU or CPU, with the threads that torch is set to.
         dtype: of both factors and the product.
-        sizes: rows of the matrices; unset for those that show the peak.
-        calls: of each size, at least.
-        seconds: of each size, at least.
+        shapes: (R, N) of the products; unset for those that show the peak.
+        calls: of each shape, at least.
+        seconds: of each shape, at least, if every call took as long as the fastest.
     """
+    if not shapes:
+        shapes = ((4096, 4096), (8192, 8192))
+        if device.type == "cpu":
+            shapes = ((512, 512), (1024, 1024), (512 * max(8, torch.get_num_threads()), 512))
     best = 0.0
-    usual = (512, 1024, 2048) if device.type == "cpu" else (4096, 8192)
-    for size in sizes or usual:
+    for rows, size in shapes:
         # No random numbers are drawn: measuring must not change a run's random numbers.
-        a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
-        made, spent = 0, 0.0
-        while made < calls or spent < seconds:
+        a = torch.linspace(-1, 1, rows * size, device=device).view(rows, size).to(dtype)
+        b = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
+        made, fastest = 0, math.inf
+        while made < calls or made * fastest < seconds:  # disturbed calls buy others
             _wait(device)
             began = time.perf_counter()
-            a @ a
+            a @ b
             _wait(device)
-            taken = time.perf_counter() - began
-            made, spent = made + 1, spent + taken
-            best = max(best, 2 * size**3 / taken)
+            made, fastest = made + 1, min(fastest, time.perf_counter() - began)
+        best = max(best, 2 * rows * size**2 / fastest)
     return best
 
 

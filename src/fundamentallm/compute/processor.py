@@ -26,12 +26,15 @@ LIMITS = (
     "DNNL_MAX_CPU_ISA",
     "MKL_ENABLE_INSTRUCTIONS",
 )
-SECONDS = 0.05  # for the products of a type, if they are faster than that
-SIZE = 256  # rows of the matrices: those of a small model, and quick where a type is emulated
+SECONDS = 0.04  # for the products of a type, not counting what disturbed them
+CALLS = 8  # at least: any may be disturbed
+# Tokens of a thread and width: a small model's product, and quick where a type is emulated. A
+# square one would not tell what several threads do in bfloat16 (`measured_peak`).
+ROWS, WIDTH = 256, 256
 
 
 class Rates(NamedTuple):
-    """The FLOP/s of a small matrix product."""
+    """The FLOP/s of the products of a small model, by all threads."""
 
     float32: float
     bfloat16: float
@@ -63,7 +66,7 @@ def processor_name() -> str:
 def cpu_rates() -> Rates:
     """Return the rates of this processor with the threads that torch is set to.
 
-    Measured at most once for a kind of processor: in 0.1 s with bfloat16 units, and in 0.3 s where
+    Measured at most once for a kind of processor: in 0.1 s with bfloat16 units, and in 0.5 s where
     a processor of 1 GFLOP/s emulates them.
     """
     return _rates(torch.get_num_threads())
@@ -74,13 +77,14 @@ def _rates(threads: int) -> Rates:
     kept: KeptFigures[Rates] = KeptFigures(
         cache_file("rates.json"), _parse, Rates._asdict, store_or_warn=False
     )
-    kind = kind_of_processor()
+    rows = ROWS * threads
+    kind = {**kind_of_processor(), "product": f"{rows} x {WIDTH}"}
     known = kept.get(kind)
     if known is None:
         cpu = torch.device("cpu")
         known = Rates(
             *(
-                measured_peak(cpu, dtype, sizes=(SIZE,), calls=4, seconds=SECONDS)
+                measured_peak(cpu, dtype, shapes=((rows, WIDTH),), calls=CALLS, seconds=SECONDS)
                 for dtype in (torch.float32, torch.bfloat16)
             )
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,3 +130,20 @@ def test_measuring_draws_no_random_number():
     before = torch.get_rng_state()
     assert peak.measured_peak(torch.device("cpu"), torch.float32) > 1e8
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_peak_is_that_of_the_fastest_product(monkeypatch):
+    seconds = iter([5.0, 2.0, 4.0, 3.0])
+    clock = itertools.count()
+    now = 0.0
+
+    def tick() -> float:
+        nonlocal now
+        if next(clock) % 2:
+            now += next(seconds)
+        return now
+
+    monkeypatch.setattr(peak, "time", SimpleNamespace(perf_counter=tick))
+    shapes = ((64, 32), (16, 64))
+    found = peak.measured_peak(torch.device("cpu"), torch.float32, shapes=shapes, calls=2)
+    assert found == max(2 * 64 * 32**2 / 2.0, 2 * 16 * 64**2 / 3.0)

@@ -23,8 +23,9 @@ from fundamentallm.errors import ConfigError
 SHORT, LONG = (1e14, 1.3), (1e20, 20.0)  # operations, tokens of a parameter
 PARAMETERS_PER_TOKEN = 3  # of the text at most; larger models learn it by heart
 # Of a processor's rate in small products, and of a GPU's peak: what a whole run reaches, its start
-# and its validation included. Measured with AVX2 and AMX (docs/lab.md); not measured on a GPU.
-CPU_UTILIZATION, GPU_UTILIZATION = 0.5, 0.25
+# and its validation included. Measured in float32 with AVX2 and in bfloat16 with AMX, where the
+# products are a smaller part of the time (docs/lab.md); not measured on a GPU.
+CPU_UTILIZATION, CPU_UTILIZATION_BF16, GPU_UTILIZATION = 0.5, 0.28, 0.25
 
 
 class Size(NamedTuple):
@@ -115,7 +116,8 @@ def training_rate(device: torch.device, precision: str) -> float:
     narrow = precision in ("bf16", "auto")
     if device.type == "cpu":
         rates = cpu_rates()
-        return CPU_UTILIZATION * (max(rates) if narrow else rates.float32)
+        wide = CPU_UTILIZATION * rates.float32
+        return max(wide, CPU_UTILIZATION_BF16 * rates.bfloat16) if narrow else wide
     dtype = torch.float32
     if precision != "fp32":
         dtype = torch.bfloat16 if narrow and has_bf16(device) else torch.float16
