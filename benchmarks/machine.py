@@ -59,6 +59,11 @@ def memory_bandwidth() -> float:
     return 2 * source.nbytes / min(taken)
 
 
+def fastest_tenth(taken: list[float]) -> float:
+    """Return the time that one step in ten stays below: what one takes undisturbed."""
+    return sorted(taken)[len(taken) // 10]
+
+
 def machine_report(isa: str | None) -> dict[str, Any]:
     """Return on what the figures were measured."""
     import torch

@@ -64,15 +64,16 @@ def train(
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = [line["train/tokens_per_second"] for line in lines if "train/loss" in line]
     # The first line is of the first step alone, which compiles.
-    rate = 1 / statistics.mean(1 / rate for rate in rates[2:])
-    fast = sorted(rates[2:], reverse=True)[len(rates[2:]) // 10]
+    taken = [1 / rate for rate in rates[2:]]  # seconds a token
     return {
         "val/loss": [line["val/loss"] for line in lines if "val/loss" in line][-1],
         "seconds": round(seconds, 1),
         "steps": lines[-1]["step"],
-        "tokens a second": round(rate),
-        "seconds of steps": round(lines[-1]["tokens"] / rate, 2),
-        "seconds of steps, undisturbed": round(lines[-1]["tokens"] / fast, 2),
+        "tokens a second": round(1 / statistics.mean(taken)),
+        "seconds of steps": round(lines[-1]["tokens"] * statistics.mean(taken), 2),
+        "seconds of steps, undisturbed": round(
+            lines[-1]["tokens"] * machine.fastest_tenth(taken), 2
+        ),
     }
 
 

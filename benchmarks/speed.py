@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from by_hand import GPT, Batches, Shape, make_optimizer, step_by_hand
 from ignite.engine import Engine, Events
-from machine import ISAS, limit_this_process, machine_report
+from machine import ISAS, fastest_tenth, limit_this_process, machine_report
 from torch import Tensor, nn
 
 from fundamentallm.compute.peak import measured_peak
@@ -285,11 +285,6 @@ def measure(name: str, shape: Shape, seconds: float) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_mb": peak_megabytes(),
     }
-
-
-def fastest_tenth(taken: list[float]) -> float:
-    """Return the time that one step in ten stays below: what one takes undisturbed."""
-    return sorted(taken)[len(taken) // 10]
 
 
 def peak_megabytes() -> float:

@@ -132,18 +132,29 @@ def test_measuring_draws_no_random_number():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_the_peak_is_that_of_the_fastest_product(monkeypatch):
-    seconds = iter([5.0, 2.0, 4.0, 3.0])
+def measured_by_a_clock(monkeypatch, taken, **limits):
+    """Return the peak where the products take these seconds, one after the other."""
     clock = itertools.count()
     now = 0.0
 
     def tick() -> float:
         nonlocal now
         if next(clock) % 2:
-            now += next(seconds)
+            now += next(taken)
         return now
 
     monkeypatch.setattr(peak, "time", SimpleNamespace(perf_counter=tick))
+    return peak.measured_peak(torch.device("cpu"), torch.float32, **limits)
+
+
+def test_the_peak_is_that_of_the_fastest_product(monkeypatch):
     shapes = ((64, 32), (16, 64))
-    found = peak.measured_peak(torch.device("cpu"), torch.float32, shapes=shapes, calls=2)
+    found = measured_by_a_clock(monkeypatch, iter([5.0, 2.0, 4.0, 3.0]), shapes=shapes, calls=2)
     assert found == max(2 * 64 * 32**2 / 2.0, 2 * 16 * 64**2 / 3.0)
+
+
+def test_the_time_of_disturbed_products_is_measured_again(monkeypatch):
+    taken = iter([1.0, 0.5, 1.0, 0.25, 0.5, 0.5, 0.5, 0.5, 0.125])
+    found = measured_by_a_clock(monkeypatch, taken, shapes=((32, 32),), calls=2, seconds=2.0)
+    assert found == 2 * 32**3 / 0.25  # eight calls of 0.25 s would take the two seconds
+    assert list(taken) == [0.125]
