@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ENGINE = "fundamentallm.engine"
-SECONDS = 100.0  # until a process counts as hanging
+SECONDS = 250.0  # until a process counts as hanging, on a busy machine too
 GRACE = 10.0  # seconds for the others when one of several has failed
 # torch imports _dynamo late, for the first tensor without memory: each run would do it.
 PRELOADED = (

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests import forked
 from tests.runs import trained
 
 from fundamentallm.engine.cli import main
@@ -530,7 +531,7 @@ def test_a_limit_on_file_sizes_is_one_message(place):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     result = subprocess.run(
-        program, preexec_fn=only_small_files, capture_output=True, text=True, timeout=100
+        program, preexec_fn=only_small_files, capture_output=True, text=True, timeout=forked.SECONDS
     )
 
     assert result.returncode == 4, result.stderr

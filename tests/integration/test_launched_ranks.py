@@ -99,7 +99,7 @@ def answers(*commands: tuple[list[str], dict[str, str]]) -> list[dict[str, objec
     ended = []
     with started(*commands) as processes:
         for process in processes:
-            texts = process.communicate(timeout=200)
+            texts = process.communicate(timeout=forked.SECONDS)
             ended.append(subprocess.CompletedProcess([], process.returncode, *texts))
     return said(ended)
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests import forked
 
 from fundamentallm.training.checkpoint.store import CheckpointStore
 
@@ -53,7 +54,7 @@ def test_two_ranks_end_where_one_runs_out(tmp_path):
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=forked.SECONDS,
     )
     assert ended.returncode != 0
     assert "error on rank 1: out of memory at step 5; the last checkpoint is kept" in ended.stderr

@@ -85,7 +85,7 @@ def run(arguments: Sequence[str], **variables: str):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=forked.SECONDS,
     )
 
 
@@ -191,13 +191,13 @@ def test_a_signal_from_outside_is_heard(place):
     )
     try:
         metrics = Path("runs/tiny/metrics.jsonl")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + forked.SECONDS
         while not (metrics.exists() and metrics.stat().st_size):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=forked.SECONDS)
     finally:
         process.kill()
         process.wait()
@@ -236,7 +236,7 @@ def test_a_signal_from_outside_while_the_program_still_loads_is_no_traceback(pla
             time.sleep(0.01)
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=forked.SECONDS)
     finally:
         process.kill()
         process.wait()
@@ -271,7 +271,7 @@ def in_terminal(
     os.close(slave)
     rest = list(dialogue)
     seen, answered = b"", 0
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + forked.SECONDS
     try:
         while time.monotonic() < deadline:
             if rest and rest[0][0] in seen[answered:]:
@@ -290,7 +290,7 @@ def in_terminal(
             if not data:
                 break
             seen += data
-        return process.wait(timeout=10), seen.decode()
+        return process.wait(), seen.decode()
     finally:
         process.kill()
         process.wait()
@@ -386,7 +386,7 @@ def test_a_reader_that_leaves_is_no_traceback(whole):
     os.read(reading, 1)
     os.close(reading)
 
-    assert process.wait(timeout=60) in (0, 128 + signal.SIGPIPE)
+    assert process.wait(timeout=forked.SECONDS) in (0, 128 + signal.SIGPIPE)
     expected = r"reading \S+\nfrom \S+step-00000012 \(step 12\); validation loss [\d.]+\n"
     assert re.fullmatch(expected, Path("error.txt").read_text())
 
@@ -401,7 +401,7 @@ def test_a_run_whose_output_nobody_reads_still_finishes(place):
             stderr=writing,
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONUNBUFFERED": ""},  # buffered, as users have it
-            timeout=100,
+            timeout=forked.SECONDS,
         )
     finally:
         os.close(writing)
@@ -474,7 +474,7 @@ def torchrun(arguments: Sequence[str], ranks: int = 2):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=forked.SECONDS,
     )
 
 

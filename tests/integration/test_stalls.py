@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from fault_injection.stalls import command, environment, prepare, trial, violations
-from tests.forked import Forked, rank_environments
+from tests.forked import SECONDS, Forked, rank_environments
 
 PATIENCE = 3.0
 Start = Callable[[str, int, float], Forked]
@@ -43,7 +43,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 
 def wait_for(path: Path, process: Forked) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + SECONDS
     while not path.exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -53,7 +53,7 @@ def wait_for(path: Path, process: Forked) -> None:
 def test_a_stopped_rank_is_named_by_the_other(start, tmp_path):
     other = start("save", 1, PATIENCE)
 
-    code = other.wait(150)
+    code = other.wait()
 
     error = Path("error-0").read_text()
     assert code == 21, error
@@ -70,7 +70,7 @@ def test_a_stopped_rank_is_named_by_the_other(start, tmp_path):
 def test_a_stopped_first_rank_takes_the_store_with_it(start):
     other = start("step", 0, PATIENCE)
 
-    code = other.wait(150)
+    code = other.wait()
 
     error = Path("error-1").read_text()
     assert code == 21, error
@@ -83,7 +83,7 @@ def test_a_signal_is_heard_while_another_rank_stands_still(start, tmp_path):
     wait_for(tmp_path / "stopped", other)
 
     other.send_signal(signal.SIGTERM)
-    code = other.wait(60)
+    code = other.wait()
 
     error = Path("error-0").read_text()
     assert code == 128 + signal.SIGTERM, error

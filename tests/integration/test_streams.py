@@ -70,7 +70,7 @@ def engine(words: Sequence[str], redirect: str = "") -> subprocess.CompletedProc
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=100,
+        timeout=forked.SECONDS,
     )
 
 
@@ -118,7 +118,7 @@ def test_a_terminal_that_has_gone_ends_nothing(command: str) -> None:
             stdout=theirs,
             stderr=theirs,
             env={**os.environ, "PYTHONUNBUFFERED": ""},  # buffered, as users have it
-            timeout=100,
+            timeout=forked.SECONDS,
         )
     finally:
         os.close(theirs)

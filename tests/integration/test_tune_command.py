@@ -350,7 +350,7 @@ def test_nothing_is_left_of_a_tune_that_was_stopped(stop, tmp_path):
         wait_until(lambda: children(process.pid))
         (child,) = children(process.pid)
         process.send_signal(stop)
-        process.wait(timeout=120)
+        process.wait(timeout=forked.SECONDS)
     finally:
         process.kill()
     wait_until(lambda: not Path(f"/proc/{child}").exists())
@@ -365,7 +365,7 @@ def children(process: int) -> list[int]:
     return [int(child) for name in names for child in name.read_text().split()]
 
 
-def wait_until(arrived: Callable[[], object], seconds: float = 120.0) -> None:
+def wait_until(arrived: Callable[[], object], seconds: float = forked.SECONDS) -> None:
     end = time.monotonic() + seconds
     while not arrived():
         assert time.monotonic() < end

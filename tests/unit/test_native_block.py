@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests import forked
 from torch import nn
 
 from fundamentallm.compute.compilation import compile_model, uncompile, uncompiled
@@ -891,7 +892,7 @@ class TestLibrary:
             library.load_library()
         assert caught.value.got == "more than 1 seconds"
         child = int((tmp_path / "child").read_text())
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + forked.SECONDS
         while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
             state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
             if state == "Z":  # dead, and nobody in this container collects it

@@ -14,6 +14,7 @@ from fundamentallm.config import RunConfig, load_config
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.tuning import sizing
 from fundamentallm.engine.tuning.sizing import SIZES, Size, choose_size, sized, training_rate
+from fundamentallm.engine.wiring import assemble
 from fundamentallm.errors import ConfigError
 
 # FLOP/s in float32 and bfloat16 as measured on two threads; and what was best in two minutes.
@@ -112,6 +113,7 @@ def stored_in(run: str) -> dict[str, Any]:
 
 def test_a_run_keeps_its_size_on_a_faster_machine(written: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sizing, "cpu_rates", lambda: Rates(1e6, 1e6))
+    monkeypatch.setattr(assemble, "seconds_since_start", lambda: 1.0)  # not those of all tests
     assert main(["run", str(written), "--run-dir", "run"]) == 0
     assert "model.size: auto: d_model 64, num_layers 2" in capsys.readouterr().err
     stored = stored_in("run")
