@@ -10,7 +10,8 @@ ALL, FEW = 100, 20  # of a test that names no number
 def use(all_examples: bool) -> None:
     """Choose for this process, before the tests are imported."""
     number = ALL if all_examples else FEW
-    settings.register_profile("tests", max_examples=number)
+    # No deadline: an example that takes long tells of the machine.
+    settings.register_profile("tests", max_examples=number, deadline=None)
     settings.load_profile("tests")
 
 

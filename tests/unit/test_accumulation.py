@@ -305,25 +305,25 @@ def has_targets(case: Case) -> bool:
 
 # A wrong rule is found within a hundred layouts (below).
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@settings(max_examples=examples(500), deadline=None)
+@settings(max_examples=examples(500))
 @given(case=cases().filter(has_targets))
 def test_any_split_gives_the_gradient_of_one_large_batch(dtype, case):
     check_law(train_step, case, dtype)
 
 
-@settings(deadline=None, max_examples=examples(100))
+@settings(max_examples=examples(100))
 @given(cases(clipped=True).filter(has_targets), st.sampled_from(list(BOUNDS)))
 def test_the_gradient_is_clipped_once_over_the_whole_window(case, dtype):
     check_law(train_step, case, dtype)
 
 
-@settings(deadline=None, max_examples=examples(100))
+@settings(max_examples=examples(100))
 @given(cases().filter(has_targets), st.sampled_from(list(BOUNDS)))
 def test_a_loss_on_hidden_states_obeys_the_same_law(case, dtype):
     check_law(chunked_train_step, case, dtype)
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(cases(clipped=True).filter(has_targets))
 def test_the_wrong_rules_stand_on_a_right_one(case):
     for dtype in BOUNDS:
@@ -338,7 +338,7 @@ def test_the_law_refuses_a_wrong_rule(rule, dtype):
         cases(clipped).filter(has_targets),
         lambda case: breaks_law(rule, case, dtype),
         # The first one that is found will do: nobody reads it.
-        settings=settings(max_examples=100, deadline=None, database=None, phases=[Phase.generate]),
+        settings=settings(max_examples=100, database=None, phases=[Phase.generate]),
     )
 
 

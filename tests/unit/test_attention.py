@@ -157,7 +157,7 @@ def test_shared_heads_equal_repeated_heads() -> None:
     qk_norm=st.booleans(),
     kernel=st.sampled_from(list(KERNELS)),
 )
-@settings(deadline=None, max_examples=examples(40))
+@settings(max_examples=examples(40))
 def test_changing_a_row_leaves_the_rows_before_it_bitwise_unchanged(
     changed: int, seed: int, num_kv_heads: int, qk_norm: bool, kernel: str
 ) -> None:

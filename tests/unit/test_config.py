@@ -673,7 +673,7 @@ def runs(draw) -> RunConfig:
 
 
 class TestRoundTrip:
-    @settings(max_examples=examples(60), deadline=None)
+    @settings(max_examples=examples(60))
     @given(runs())
     def test_yaml(self, config):
         text = config.to_yaml()

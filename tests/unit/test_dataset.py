@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -16,7 +16,6 @@ from fundamentallm.errors import DataError
 SIZES = st.integers(min_value=1, max_value=12)
 
 
-@settings(deadline=None)
 @given(num_tokens=st.integers(min_value=2, max_value=80), length=SIZES)
 def test_windows_shift_by_one_do_not_overlap_and_cover_the_text(
     num_tokens: int, length: int
@@ -35,7 +34,6 @@ def test_windows_shift_by_one_do_not_overlap_and_cover_the_text(
     assert num_tokens - 1 - len(targets) < length  # only a partial window is left out
 
 
-@settings(deadline=None)
 @given(num_tokens=st.integers(min_value=2, max_value=80), length=SIZES)
 def test_a_padded_last_window_leaves_no_target_out(num_tokens: int, length: int) -> None:
     dataset = LanguageModelDataset(np.arange(1, num_tokens + 1), length, pad_last=True)
@@ -49,7 +47,6 @@ def test_a_padded_last_window_leaves_no_target_out(num_tokens: int, length: int)
     assert set(inputs[~valid].tolist()) <= {0}
 
 
-@settings(deadline=None)
 @given(num_tokens=st.integers(min_value=2, max_value=60), length=SIZES, stride=SIZES)
 def test_a_stride_sets_where_windows_start(num_tokens: int, length: int, stride: int) -> None:
     if num_tokens <= length:
@@ -59,7 +56,6 @@ def test_a_stride_sets_where_windows_start(num_tokens: int, length: int, stride:
     assert starts == list(range(0, num_tokens - length, stride))
 
 
-@settings(deadline=None)
 @given(num_tokens=st.integers(min_value=2, max_value=60), length=SIZES, stride=SIZES)
 def test_padding_adds_one_window_and_only_for_targets_that_are_left(
     num_tokens: int, length: int, stride: int

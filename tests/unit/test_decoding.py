@@ -116,7 +116,7 @@ def any_ids(data: st.DataObject, tokenizer: Tokenizer) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=examples(150))
+@settings(max_examples=examples(150))
 @given(data=st.data(), sizes=PIECES)
 def test_any_tokens_join_to_the_text_of_the_whole(
     kind: str, data: st.DataObject, sizes: list[int]
@@ -136,7 +136,7 @@ def test_any_tokens_join_to_the_text_of_the_whole(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=examples(150))
+@settings(max_examples=examples(150))
 @given(data=st.data(), piece=st.integers(1, 9))
 def test_a_size_is_that_of_the_whole_text(kind: str, data: st.DataObject, piece: int) -> None:
     tokenizer = tokenizer_of(kind)
@@ -149,7 +149,7 @@ def test_a_size_is_that_of_the_whole_text(kind: str, data: st.DataObject, piece:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=examples(80))
+@settings(max_examples=examples(80))
 @given(prompt=TEXTS, text=TEXTS)
 def test_a_continuation_is_what_the_whole_has_more(kind: str, prompt: str, text: str) -> None:
     tokenizer = tokenizer_of(kind)

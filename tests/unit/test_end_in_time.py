@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from fundamentallm.config.training import TrainingConfig
 from fundamentallm.data.tokenizer import CharacterTokenizer
 from fundamentallm.events import TrainingEvents
 from fundamentallm.testing import tiny_loaders, tiny_model
+from fundamentallm.training import evaluator
 from fundamentallm.training.decision import Cadence
 from fundamentallm.training.handlers import Evaluation, Samples, Schedule
 from fundamentallm.training.schedulers import SCHEDULERS
@@ -144,12 +147,44 @@ def test_evaluations_to_come_are_counted(last, epochs_from, eval_epochs):
         assert cadence.evaluations_between(step, last) == len(at) + len(twice), step
 
 
+# What each call takes, preparation first, in order and over and over; how many calls are timed
+# within 10 s, and the estimate for one of the micro-batches.
+CALLS = {
+    "quiet": ([9.0, 1.0, 1.0], 3, 1.0),
+    "restless": ([9.0, 1.2, 0.8], 5, 1.04 + (0.192 / 4 / 5) ** 0.5),
+    "disturbed": ([9.0, 0.5, 1.5], 10, 1.0 + (2.5 / 9 / 10) ** 0.5),
+    "at the end of the time": ([9.0, 4.0, 8.0], 2, 6.0),
+    "slow": ([9.0, 20.0], 1, 20.0),
+}
+
+
+@pytest.mark.parametrize(("calls", "number", "expected"), CALLS.values(), ids=CALLS)
+def test_a_pass_is_measured_until_its_mean_is_known(calls, number, expected, monkeypatch):
+    trainer = make_trainer()
+    first, *others = calls
+    durations = itertools.chain([first], itertools.cycle(others))
+    now = 0.0
+
+    def evaluate(*arguments: Any) -> Any:
+        nonlocal now
+        now += next(durations)
+        evaluated.append(now)
+        return real(*arguments)
+
+    real, evaluated = evaluator.evaluate_batch, []
+    monkeypatch.setattr(evaluator, "evaluate_batch", evaluate)
+    monkeypatch.setattr(evaluator, "time", SimpleNamespace(perf_counter=lambda: now))
+    seconds = trainer.evaluator.seconds_for(trainer.val_loader, 10.0)
+    assert len(evaluated) == 1 + number
+    assert seconds == pytest.approx(expected * len(trainer.val_loader))
+
+
 def test_the_estimates_are_of_the_right_size_and_leave_no_trace(tmp_path):
     writer = Samples(CharacterTokenizer("\nabcdefghij"), tmp_path, num_tokens=200)
     plain, estimated = make_trainer(total_steps=6), make_trainer(writer, total_steps=6)
     trainer = estimated
     state = torch.get_rng_state()
-    assert 0 < trainer.evaluator.seconds_for(trainer.val_loader) < 5
+    assert 0 < trainer.evaluator.seconds_for(trainer.val_loader, 1.0) < 5
     assert 0 < writer.seconds(trainer) < 60
     assert torch.equal(torch.get_rng_state(), state)
     assert trainer.model.training

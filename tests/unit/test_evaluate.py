@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fundamentallm.compute.precision import Precision
@@ -169,7 +169,6 @@ def test_windows_cover_every_token_once(
     ]
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("abé\U0001f600", min_size=1, max_size=6), min_size=1, max_size=4))
 def test_bytes_and_characters_are_those_of_the_text(texts: list[str]) -> None:
     """Whatever the tokens are, a document weighs its text less its first character, or a part."""
@@ -195,7 +194,6 @@ def test_bytes_and_characters_are_those_of_the_text(texts: list[str]) -> None:
 BPE = BpeTokenizer(270, texts=["naïve 你好 \U0001f600 the cat sat on the mat " * 3])
 
 
-@settings(deadline=None)
 @given(st.text("ab é你\U0001f600\ufffd<", max_size=30), st.integers(1, 9))
 def test_a_text_is_as_long_as_its_pieces(text: str, piece: int) -> None:
     for tokenizer in (BPE, ByteTokenizer(end=True)):
@@ -265,7 +263,6 @@ def test_an_example_weighs_what_its_response_does() -> None:
     assert [document.size for document in documents] == [(5, 5), (3, 4)]
 
 
-@settings(deadline=None)
 @given(st.text("ab \u00e9\u4f60\U0001f600", min_size=1, max_size=30))
 def test_a_text_that_comes_back_weighs_what_its_tokens_do(text: str) -> None:
     for tokenizer in (BPE, ByteTokenizer(end=True), CharacterTokenizer(text)):

@@ -83,7 +83,7 @@ RULES = [
     context=st.integers(1, T),
     positions=st.sampled_from(POSITIONS.names()),
 )
-@settings(deadline=None, max_examples=examples(25))
+@settings(max_examples=examples(25))
 def test_a_row_is_what_it_is_alone_with_the_cache_and_without(
     prompts: list[list[int]], rules: SamplingRules, seed: int, context: int, positions: str
 ) -> None:

@@ -67,7 +67,7 @@ def test_follows_the_clock_where_nothing_else_tells_the_last_step(limits, expect
     assert limits.follows_clock is expected
 
 
-@settings(deadline=None, max_examples=examples(60))
+@settings(max_examples=examples(60))
 @given(
     num_tokens=st.integers(10, 400),
     length=st.integers(1, 9),

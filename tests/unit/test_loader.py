@@ -75,7 +75,7 @@ def global_rows(
 # TokenWindowLoader
 
 
-@settings(deadline=None, max_examples=examples(40))
+@settings(max_examples=examples(40))
 @given(
     num_tokens=st.integers(min_value=2, max_value=400),
     length=st.integers(min_value=1, max_value=12),
@@ -117,7 +117,7 @@ def test_an_epoch_visits_sequences_that_do_not_overlap_each_once(
         assert all(t.dtype == torch.int64 for m in window.micro_batches for t in m.values())
 
 
-@settings(deadline=None, max_examples=examples(40))
+@settings(max_examples=examples(40))
 @given(
     num_sequences=st.integers(min_value=1, max_value=40),
     epoch=st.integers(min_value=0, max_value=5),
@@ -134,7 +134,7 @@ def test_the_rows_of_a_step_are_the_same_however_they_are_split(
         assert global_rows(tokens, 3, sizes, 7, epoch, step) == expected
 
 
-@settings(deadline=None, max_examples=examples(40))
+@settings(max_examples=examples(40))
 @given(
     num_tokens=st.integers(min_value=5, max_value=150),
     sizes=st.tuples(SMALL, SMALL, SMALL),
@@ -167,7 +167,7 @@ def test_the_starts_are_phase_and_permutation_of_seed_and_epoch(
     assert found == [phase + place * length for place in expected]
 
 
-@settings(deadline=None, max_examples=examples(40))
+@settings(max_examples=examples(40))
 @given(num_sequences=st.integers(min_value=1, max_value=30), batch=SMALL, accumulation=SMALL)
 def test_in_a_short_last_step_every_rank_joins_every_micro_batch(
     num_sequences: int, batch: int, accumulation: int
@@ -192,7 +192,7 @@ def test_in_a_short_last_step_every_rank_joins_every_micro_batch(
                 assert micro["target_ids"].tolist() == [[-100, -100]]
 
 
-@settings(deadline=None, max_examples=examples(40))
+@settings(max_examples=examples(40))
 @given(seed=st.integers(min_value=0, max_value=1000), data=st.data())
 def test_any_position_is_reached_at_once(seed: int, data: st.DataObject) -> None:
     def stream(loader: TokenWindowLoader, windows: int) -> list[list[list[int]]]:
@@ -281,7 +281,7 @@ def test_too_short_a_text_says_how_much_is_needed(num_tokens: int, length: int) 
     assert str(length + 1) in caught.value.expected
 
 
-@settings(deadline=None, max_examples=examples(60))
+@settings(max_examples=examples(60))
 @given(num_tokens=st.integers(2, 200), length=st.integers(1, 40), seed=st.integers(0, 50))
 def test_every_target_is_reached_and_an_epoch_leaves_out_less_than_a_sequence(
     num_tokens: int, length: int, seed: int
@@ -310,7 +310,7 @@ def test_one_sequence_is_enough() -> None:
 # ValidationLoader
 
 
-@settings(deadline=None, max_examples=examples(40))
+@settings(max_examples=examples(40))
 @given(
     num_tokens=st.integers(min_value=0, max_value=200),
     length=st.integers(min_value=1, max_value=9),

@@ -63,7 +63,7 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return logits, torch.tensor(targets).reshape(batch, time)
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(batches(), st.sampled_from(REDUCTIONS), st.sampled_from([0.0, 0.1, 0.7]))
 def test_equals_the_definition(batch, reduction, eps):
     logits, targets = batch
@@ -72,7 +72,7 @@ def test_equals_the_definition(batch, reduction, eps):
     torch.testing.assert_close(loss, naive_loss(logits, targets, reduction, eps))
 
 
-@settings(max_examples=examples(30), deadline=None)
+@settings(max_examples=examples(30))
 @given(batches(), st.sampled_from([0.0, 0.2]))
 def test_gradient_is_softmax_minus_target_distribution(batch, eps):
     logits, targets = batch

@@ -102,7 +102,7 @@ def test_a_pass_visits_each_window_once() -> None:
         assert sorted(starts) == list(range(min(starts), min(starts) + 8 * n, 8))
 
 
-@settings(deadline=None, max_examples=examples(30))
+@settings(max_examples=examples(30))
 @given(seed=st.integers(0, 99), epoch=st.integers(0, 5), data=st.data())
 def test_any_point_is_reached_at_once(seed: int, epoch: int, data: st.DataObject) -> None:
     loader = mixture(seed=seed)

@@ -40,7 +40,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     st.floats(-15, 15),
     st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=examples(60))
+@settings(max_examples=examples(60))
 def test_orthogonalize_maps_singular_values_and_keeps_the_vectors(
     rows: int, columns: int, num_steps: int, magnitude: float, seed: int
 ) -> None:

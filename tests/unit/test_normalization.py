@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,7 +38,6 @@ def random_vector(seed: int) -> Tensor:
     eps=st.sampled_from([1e-6, 1e-5, 0.1]),
     bias=st.booleans(),
 )
-@settings(deadline=None)
 def test_layernorm_is_its_formula(row: list[float], eps: float, bias: bool) -> None:
     norm = NORMALIZATIONS.build("layernorm", {"eps": eps}, width=WIDTH, bias=bias).double()
     norm.weight.data = gain = random_vector(1)
@@ -54,7 +53,6 @@ def test_layernorm_is_its_formula(row: list[float], eps: float, bias: bool) -> N
     row=st.lists(st.floats(-100, 100), min_size=WIDTH, max_size=WIDTH),
     eps=st.sampled_from([1e-6, 1e-5, 0.1]),
 )
-@settings(deadline=None)
 def test_rmsnorm_is_its_formula(row: list[float], eps: float) -> None:
     norm = NORMALIZATIONS.build("rmsnorm", {"eps": eps}, width=WIDTH, bias=True).double()
     norm.weight.data = gain = random_vector(1)

@@ -110,7 +110,7 @@ LAYERS = [
 ]
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(40))
 @given(st.lists(st.sampled_from(LAYERS), max_size=5), st.integers(0, 4))
 def test_each_trainable_parameter_is_in_one_group_once(layers, copies):
     shared = nn.Linear(2, 2)

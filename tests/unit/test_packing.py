@@ -41,7 +41,7 @@ def model(positions: str, **options: object) -> Transformer:
 
 @pytest.mark.parametrize("positions", ["rotary", "learned", "sinusoidal"])
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
-@settings(deadline=None, max_examples=examples(20))
+@settings(max_examples=examples(20))
 @given(ids=st.lists(st.integers(0, 6), min_size=1, max_size=16))
 def test_a_packed_row_equals_its_documents_one_by_one(
     positions: str, num_kv_heads: int, ids: list[int]

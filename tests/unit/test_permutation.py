@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fundamentallm.data.permutation import Permutation, derive_key
@@ -19,7 +19,6 @@ def test_it_is_a_bijection_of_every_size(key: int) -> None:
         assert sorted(elements.tolist()) == list(range(size))
 
 
-@settings(deadline=None)
 @given(size=st.integers(min_value=1, max_value=2**40), key=KEYS, data=st.data())
 def test_any_position_is_found_alone(size: int, key: int, data: st.DataObject) -> None:
     positions = data.draw(
@@ -79,7 +78,6 @@ def test_keys_and_orders_never_change() -> None:
     assert Permutation(10, 42)(np.arange(10)).tolist() == [9, 7, 3, 6, 0, 1, 8, 4, 2, 5]
 
 
-@settings(deadline=None)
 @given(parts=st.lists(KEYS, min_size=1, max_size=4), data=st.data())
 def test_every_part_of_a_key_and_its_place_matter(parts: list[int], data: st.DataObject) -> None:
     key = derive_key(*parts)
@@ -100,7 +98,6 @@ def _splitmix64(state: int) -> int:
     return z ^ (z >> 31)
 
 
-@settings(deadline=None)
 @given(size=st.integers(min_value=1, max_value=5000), key=KEYS, data=st.data())
 def test_the_vectorised_network_equals_one_in_plain_integers(
     size: int, key: int, data: st.DataObject

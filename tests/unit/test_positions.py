@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -101,7 +101,6 @@ def test_rotary_multiplies_complex_pairs_by_unit_complex_numbers() -> None:
     shift=st.integers(0, 300),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None)
 def test_rotary_products_depend_on_the_distance_alone(
     first: int, second: int, shift: int, seed: int
 ) -> None:

@@ -82,7 +82,7 @@ def test_documents_are_encoded_one_behind_the_other(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-@settings(deadline=None, max_examples=examples(25))
+@settings(max_examples=examples(25))
 @given(
     documents=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), min_size=1),
     piece=st.integers(5, 30),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -89,7 +89,6 @@ def test_temperature_0_takes_the_first_of_the_likeliest() -> None:
 
 
 @given(temperature=st.floats(0, 1e-3), seed=st.integers(0, 100))
-@settings(deadline=None)
 def test_a_tiny_temperature_is_greedy_and_never_nan(temperature: float, seed: int) -> None:
     rules = SamplingRules(temperature=temperature)
     assert sample_next(torch.tensor([LOGITS]) * 10, rules, uniforms(1, seed)).tolist() == [0]
@@ -157,7 +156,6 @@ def test_missing_random_numbers_are_refused_and_not_needed_at_temperature_0() ->
     seen=st.lists(st.booleans(), min_size=V, max_size=V),
     penalty=st.floats(0.5, 3),
 )
-@settings(deadline=None)
 def test_the_penalty_divides_positive_logits_of_seen_tokens_and_multiplies_negative_ones(
     logits: list[float], seen: list[bool], penalty: float
 ) -> None:
@@ -191,7 +189,6 @@ def test_a_draw_inverts_the_cumulated_probabilities() -> None:
     weights=st.lists(st.sampled_from([0.0, 1e-30, 0.1, 0.3, 1 / 3, 1.0]), min_size=1, max_size=40),
     uniform=st.sampled_from([0.0, 0.5, 1 - 2**-53]),
 )
-@settings(deadline=None)
 def test_a_token_of_probability_0_is_never_drawn(weights: list[float], uniform: float) -> None:
     if not any(weights):
         weights = [*weights, 1.0]

@@ -133,7 +133,7 @@ COUNTS = st.tuples(st.integers(1, 200), st.integers(0, 199)).filter(lambda c: c[
 FLOORS = st.floats(0, 1)
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(COUNTS, FLOORS, st.floats(0.01, 1))
 def test_a_horizon_is_reached_exactly_and_held(counts, floor, fraction):
     total, warmup = counts
@@ -152,7 +152,7 @@ def test_a_horizon_is_reached_exactly_and_held(counts, floor, fraction):
         assert scheduler.learning_rate(total) == pytest.approx(min_lr, rel=1e-15)
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(COUNTS, FLOORS, st.floats(0.01, 1))
 @example((10, 0), 0.9999999999999999, 1.0)  # a floor one rounding error below the base
 def test_bounded_continuous_and_one_peak(counts, floor, fraction):
@@ -180,7 +180,7 @@ def test_bounded_continuous_and_one_peak(counts, floor, fraction):
         assert all(abs(b - a) <= allowed for a, b in itertools.pairwise(values))
 
 
-@settings(max_examples=examples(30), deadline=None)
+@settings(max_examples=examples(30))
 @given(st.integers(1, 50), st.floats(0.01, 1))
 def test_the_staircase_is_bounded_and_falls_only_between_epochs(steps_per_epoch, rate):
     scheduler = ExponentialDecayScheduler(sgd(), steps_per_epoch, rate)

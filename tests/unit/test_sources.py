@@ -245,7 +245,6 @@ def test_a_configuration_cannot_choose_the_cache() -> None:
 # splits
 
 
-@settings(deadline=None)
 @given(
     num_tokens=st.integers(min_value=0, max_value=3000),
     parts=st.tuples(
@@ -295,7 +294,7 @@ def test_a_split_loses_no_token_to_rounding() -> None:
     assert len(splits["test"]) == 0
 
 
-@settings(deadline=None, max_examples=examples(20))
+@settings(max_examples=examples(20))
 @given(num_tokens=st.integers(min_value=40, max_value=300), length=st.integers(1, 8))
 def test_no_token_is_both_trained_and_validated_on(num_tokens: int, length: int) -> None:
     splits = split_tokens(np.arange(num_tokens), (0.5, 0.3, 0.2))

@@ -121,7 +121,7 @@ def test_many_files_are_in_one_part_each_by_their_text() -> None:
     assert " of 200 files, 10." in words or " of 200 files, 9." in words
 
 
-@settings(deadline=None, max_examples=examples(60))
+@settings(max_examples=examples(60))
 @given(
     sizes=st.lists(st.integers(1, 1_000), min_size=50, max_size=120),
     val=st.floats(0, 0.4),

@@ -60,7 +60,7 @@ trees = st.recursive(
 
 
 @given(trees)
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(300))
 def test_any_tree_survives(tree: Any) -> None:
     assert_same(through_json(tree), tree)
 

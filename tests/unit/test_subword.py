@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fundamentallm.data.tokenizer import (
@@ -59,7 +59,6 @@ def direct(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 LIBRARY = direct(BPE)
 
 
-@settings(deadline=None)
 @given(TEXTS)
 def test_any_text_comes_back(text: str) -> None:
     ids = BPE.encode(text)
@@ -69,7 +68,6 @@ def test_any_text_comes_back(text: str) -> None:
     assert ids.tolist() == LIBRARY.encode(text, add_special_tokens=False).ids
 
 
-@settings(deadline=None)
 @given(TEXTS)
 def test_any_text_comes_back_from_the_others_with_an_end(text: str) -> None:
     for tokenizer in (ByteTokenizer(end=True), CharacterTokenizer(text or "a", end=True)):
@@ -83,7 +81,6 @@ def test_any_text_comes_back_from_the_others_with_an_end(text: str) -> None:
         assert again.end_id == tokenizer.end_id
 
 
-@settings(deadline=None)
 @given(text=TEXTS, piece=st.integers(min_value=8, max_value=40))
 def test_a_text_cut_at_spaces_behind_words_has_the_ids_of_the_whole(text: str, piece: int) -> None:
     whole = LIBRARY.encode(text, add_special_tokens=False).ids
@@ -122,7 +119,6 @@ WITH_GPT4 = tokenizer_from_dict(
 LIBRARY_WITH_GPT4 = direct(WITH_GPT4)
 
 
-@settings(deadline=None)
 @given(text=TEXTS, piece=st.integers(min_value=8, max_value=40))
 def test_so_it_is_with_the_pattern_of_llama_3_and_qwen(text: str, piece: int) -> None:
     whole = LIBRARY_WITH_GPT4.encode(text, add_special_tokens=False).ids

@@ -92,7 +92,7 @@ def test_a_dtype_that_the_format_lacks_is_named() -> None:
 
 
 @given(st.binary(max_size=200) | st.just(b"\xff" * 200) | st.just(b"\x80\x04."))
-@settings(max_examples=examples(200), deadline=None)
+@settings(max_examples=examples(200))
 def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(CheckpointError, match="where"):
         parse_tensor_file(data, "where")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fundamentallm.data.tokenizer import (
@@ -30,7 +30,6 @@ ANY_TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
 NONEMPTY_TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
-@settings(deadline=None)
 @given(ANY_TEXT)
 def test_bytes_round_trip_any_text(text: str) -> None:
     ids = ByteTokenizer().encode(text)
@@ -38,7 +37,6 @@ def test_bytes_round_trip_any_text(text: str) -> None:
     assert ByteTokenizer().decode(ids) == text
 
 
-@settings(deadline=None)
 @given(NONEMPTY_TEXT)
 def test_characters_round_trip_their_own_text(text: str) -> None:
     tokenizer = CharacterTokenizer.from_text(text)
@@ -47,7 +45,6 @@ def test_characters_round_trip_their_own_text(text: str) -> None:
     assert tokenizer.decode(ids) == text
 
 
-@settings(deadline=None)
 @given(vocabulary=NONEMPTY_TEXT, text=ANY_TEXT)
 def test_unknown_characters_follow_the_policy(vocabulary: str, text: str) -> None:
     known = set(vocabulary)
@@ -122,7 +119,6 @@ def test_a_lone_surrogate_is_refused_with_its_place() -> None:
 
 
 @pytest.mark.parametrize("unknown", ["error", "replace", "skip"])
-@settings(deadline=None)
 @given(vocabulary=NONEMPTY_TEXT)
 def test_a_character_tokenizer_survives_json(vocabulary: str, unknown: str) -> None:
     tokenizer = CharacterTokenizer(vocabulary, unknown=unknown)  # type: ignore[arg-type]
@@ -274,7 +270,6 @@ def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
         load_tokenizer(path)
 
 
-@settings(deadline=None)
 @given(text=ANY_TEXT, chunk=st.integers(min_value=1, max_value=5))
 def test_a_long_text_is_encoded_in_pieces_to_the_same_ids(text: str, chunk: int) -> None:
     for policy in ("replace", "skip"):

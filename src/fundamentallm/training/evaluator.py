@@ -18,6 +18,7 @@ Shapes: B batch, T time, D model width, V vocabulary, N valid targets of a micro
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -46,6 +47,9 @@ from fundamentallm.training.step import (
     to_device,
     undisturbed,
 )
+
+# A micro-batch is timed at least so often, and until its mean is known to this part of itself.
+_LEAST, _ENOUGH = 3, 0.1
 
 
 class Predictions(NamedTuple):
@@ -141,24 +145,37 @@ class Evaluator(Engine):
             state.metrics.clear()
         return state
 
-    def seconds_for(self, data: Collection[Any]) -> float:
+    def seconds_for(self, data: Collection[Any], within: float) -> float:
         """Estimate the seconds of a pass over this rank's batches from one micro-batch.
 
-        It is measured twice if it is quick, since a first call prepares something. Data that cannot
-        be read take none: the pass itself reports that.
+        A first call prepares something and does not count. Then the micro-batch is timed until the
+        standard error of the mean is a tenth of it: three times where the machine is quiet. That
+        error is added, since what is kept free for a pass must suffice. Data that cannot be read
+        take none: the pass itself reports that.
+
+        Args:
+            data: batches or step batches, as of a validation loader.
+            within: the seconds of these calls after which no other is made.
         """
         with self.weights(), undisturbed(self.model):
             try:
                 window = as_window(next(iter(data)))
             except (DataError, StopIteration):
                 return 0.0
-            batch, seconds = window.micro_batches[0], math.inf
-            for _ in range(2):
+            batch = window.micro_batches[0]
+
+            def timed() -> float:
                 started = time.perf_counter()
                 float(evaluate_batch(self.model, batch, self.precision, self.loss_fn)[0])
-                seconds = min(seconds, time.perf_counter() - started)
-                if seconds > 1.0:
-                    break
+                return time.perf_counter() - started
+
+            timed()
+            taken, error = [timed()], math.inf
+            while sum(taken) < within and error > _ENOUGH * statistics.mean(taken):
+                taken.append(timed())
+                if len(taken) >= _LEAST:
+                    error = statistics.stdev(taken) / math.sqrt(len(taken))
+        seconds = statistics.mean(taken) + (error if math.isfinite(error) else 0.0)
         return seconds * len(window.micro_batches) * len(data)
 
     def terminate(self, skip_completed: bool = False) -> None:

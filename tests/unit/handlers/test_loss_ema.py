@@ -42,7 +42,7 @@ def feed(handler: LossEMA, losses: list[float]) -> list[float]:
     return values
 
 
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(100))
 @given(st.lists(LOSSES, min_size=1, max_size=30), st.sampled_from([0.0, 0.5, 0.98]))
 def test_is_the_weighted_mean_of_the_finite_losses(losses, decay):
     expected = [weighted_mean(losses[: n + 1], decay) for n in range(len(losses))]
@@ -57,7 +57,7 @@ def test_is_nan_before_the_first_loss():
     assert math.isnan(LossEMA().value)
 
 
-@settings(max_examples=examples(50), deadline=None)
+@settings(max_examples=examples(50))
 @given(st.lists(LOSSES, max_size=10), st.lists(LOSSES, min_size=1, max_size=10))
 def test_goes_on_from_its_state(before, after):
     whole, first, second = LossEMA(0.9), LossEMA(0.9), LossEMA(0.9)

@@ -14,6 +14,8 @@ from fundamentallm.training.metrics import named_metrics
 
 logger = logging.getLogger(__name__)
 
+_SHARE = 0.02  # of `max_seconds`, for which the time of an evaluation is measured beforehand
+
 
 @HANDLERS.register("evaluation")
 class Evaluation:
@@ -33,9 +35,12 @@ class Evaluation:
         trainer.add_event_handler(TrainingEvents.FLLM_EVALUATION_DUE, self.run)
 
     def seconds(self, trainer: TrainingLoop) -> float:
-        """Estimate the seconds of an evaluation."""
+        """Estimate the seconds of an evaluation, in a small part of the run's seconds."""
         data = trainer.val_loader
-        return trainer.evaluator.seconds_for(data) if data is not None and len(data) else 0.0
+        if data is None or len(data) == 0:
+            return 0.0
+        longest = trainer.budget.limits.max_seconds
+        return trainer.evaluator.seconds_for(data, _SHARE * (longest or 0.0))
 
     def run(self, trainer: TrainingLoop) -> None:
         """Evaluate, unless the validation split is empty."""
