@@ -48,7 +48,7 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 
@@ -76,8 +76,10 @@ def test_there_is_a_test_for_every_script():
 
 @pytest.mark.parametrize("name", ["lstm", *PLUGINS])
 @pytest.mark.long
-def test_a_script_runs_by_itself(name, tmp_path):
-    result = python(str(EXAMPLES / f"{name}.py"), cwd=tmp_path)
+def test_a_script_runs_by_itself(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)  # as Python itself does for a script
+    result = forked.run([], tmp_path, program=str(EXAMPLES / f"{name}.py"))
 
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
@@ -86,9 +88,15 @@ def test_a_script_runs_by_itself(name, tmp_path):
 
 @pytest.mark.parametrize("name", [*PLUGINS])
 @pytest.mark.long
-def test_a_plugin_takes_part_in_a_run(name, tmp_path):
-    run = run_train_yaml(tmp_path, "training.total_steps=12", "--plugins", name, *PLUGINS[name])
+def test_a_plugin_takes_part_in_a_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    plugin = ["--plugins", name]
+    words = ["run", str(ROOT / "configs" / "train.yaml"), f"data.source={TINY}", *PLUGINS[name]]
+    result = forked.run([*words, "training.total_steps=12", *plugin], tmp_path)
+    assert result.returncode == 0, result.stderr
 
+    run = tmp_path / "runs" / "train"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 12
     if name == "own_handler":
@@ -99,18 +107,8 @@ def test_a_plugin_takes_part_in_a_run(name, tmp_path):
         with closing(sqlite3.connect(run / "metrics.sqlite")) as database:
             rows = database.execute("SELECT step, value FROM metrics WHERE name = 'val/loss'")
             assert rows.fetchall() == [(x["step"], x["val/loss"]) for x in lines if "val/loss" in x]
-    generated = python(
-        "-m",
-        "fundamentallm.engine",
-        "generate",
-        str(run),
-        "--plugins",
-        name,
-        "--max-tokens",
-        "5",
-        cwd=tmp_path,
-    )
-    assert generated.returncode == 0, generated.stderr
+    result = forked.run(["generate", str(run), *plugin, "--max-tokens", "5"], tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_handler_of_ones_own_takes_part_in_a_run(tmp_path, monkeypatch):
@@ -229,7 +227,7 @@ def output_of(name: str, tmp_path: Path, changes: Mapping[str, str] | None = Non
     folder.mkdir(parents=True)
     (tmp_path / "examples" / "data").symlink_to(EXAMPLES / "data")
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()
     return "".join(
         output.get("text", "")
