@@ -65,6 +65,8 @@ def train(
     rates = [line["train/tokens_per_second"] for line in lines if "train/loss" in line]
     # The first line is of the first step alone, which compiles.
     taken = [1 / rate for rate in rates[2:]]  # seconds a token
+    if not taken:
+        raise SystemExit(f"{lines[-1]['step']} steps are too few for --window {window}")
     return {
         "val/loss": [line["val/loss"] for line in lines if "val/loss" in line][-1],
         "seconds": round(seconds, 1),
