@@ -35,8 +35,8 @@ MOMENTS = {"step": 10, "waiting": 10, "evaluating": 2, "generating": 2, "saving"
 STOPS_OF_A_RUN = 5
 LONGER = 0.008  # seconds that a moment is made to last, each time it is entered
 MOST_SECONDS_AFTER_A_WORD = 0.008
-STUCK = 120.0  # seconds without an end in sight, for a second signal
-MOST_SECONDS_OF_A_SECOND = 20.0  # on a busy machine; milliseconds on a quiet one
+STUCK = 5.0  # seconds without an end in sight, for a second signal
+MOST_SECONDS_OF_A_SECOND = 1.0
 
 
 @dataclass

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
 import signal
-import time
 
 import pytest
 from hypothesis import is_hypothesis_test
@@ -22,8 +20,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-STARTED = time.monotonic()
-
 # Minutes each, and a file runs in one process: begun last, one would run beside an idle process.
 LONGEST = (
     "test_fault_injection_heal.py",
@@ -37,23 +33,6 @@ LONGEST = (
     "test_fault_injection_store.py",
     "test_fault_injection_fuzz.py",
 )
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option by which `.ci/run` ends in its time on a machine that is slow."""
-    parser.addoption(
-        "--within",
-        type=float,
-        default=math.inf,
-        metavar="SECONDS",
-        help="begin no test later than so many seconds after the start; skip it with that reason",
-    )
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what would begin after `--within`."""
-    if time.monotonic() - STARTED > (within := item.config.option.within):
-        pytest.skip(f"NOT RUN: the {within:.0f} s of --within are over")
 
 
 def pytest_configure(config: pytest.Config) -> None:
