@@ -2,8 +2,8 @@
 
 Training takes six floating-point operations for each parameter and token (Kaplan et al. 2020,
 section 2.1), so a number of operations C buys N parameters and D = C / 6N tokens. How many tokens a
-parameter wants is measured (docs/lab.md): about 1.3 in short runs on a CPU, and 20 from 1e20
-operations on (Hoffmann et al. 2022); between them its logarithm rises evenly.
+parameter wants is measured (docs/lab.md): about eight in short runs on a CPU, and 20 from
+1e20 operations on (Hoffmann et al. 2022); between them its logarithm rises evenly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fundamentallm.compute.processor import cpu_rates
 from fundamentallm.config import RunConfig, TransformerConfig
 from fundamentallm.errors import ConfigError
 
-SHORT, LONG = (1e14, 1.3), (1e20, 20.0)  # operations, tokens of a parameter
+SHORT, LONG = (1e14, 8.0), (1e20, 20.0)  # operations, tokens of a parameter
 PARAMETERS_PER_TOKEN = 3  # of the text at most; larger models learn it by heart
 # Of a processor's rate in small products, and of a GPU's peak: what a whole run reaches, its start
 # and its validation included. Measured in float32 with AVX2 and in bfloat16 with AMX, where the
