@@ -24,7 +24,8 @@ from tests.runs import trained
 
 from fundamentallm.compute import compilation, processor
 from fundamentallm.compute import plan as compute_plan
-from fundamentallm.config import RunConfig
+from fundamentallm.config import RunConfig, load_config
+from fundamentallm.config.yaml.file import PACKAGED
 from fundamentallm.engine import run as run_module
 from fundamentallm.engine.cli import main
 from fundamentallm.engine.tuning import auto
@@ -829,6 +830,18 @@ def test_a_type_that_the_processor_is_slow_in_is_said(monkeypatch, capsys):
     assert "precision: bf16 is slower than fp32: matrix products here do 1 GFLOP/s" in said
     assert main(["run", "tiny.yaml", "training.total_steps=1", "--run-dir", "wide"]) == 0
     assert "bf16" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("config", sorted(PACKAGED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_run_with_the_optimizer_of_a_shipped_file_goes_on_bitwise(config, at_step):
+    optimizer = load_config(config).training.optimizer.to_plain()
+    command = ["run", "tiny.yaml", f"training.optimizer={json.dumps(optimizer)}"]
+    assert main([*command, "--run-dir", "whole"]) == 0
+    at_step(6, press_ctrl_c)
+    assert main([*command, "--run-dir", "halved"]) == 130
+    at_step(10**6, press_ctrl_c)
+    assert main([*command, "--run-dir", "halved"]) == 0
+    assert weights("halved") == weights("whole")
 
 
 def test_muons_type_is_chosen_once_and_stored(at_step, monkeypatch, capsys):

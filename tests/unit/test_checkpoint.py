@@ -489,6 +489,8 @@ def test_no_kernel_gets_what_it_would_not_look_at(change: Any, says: str) -> Non
         (torch.zeros(4, 2), False),
         (torch.zeros(1, 2), False),
         (torch.zeros(1, 1), True),
+        (torch.zeros(4, 1), True),
+        (torch.zeros(1, 4), True),
         (torch.zeros(7), True),
         (0.5, True),
     ],

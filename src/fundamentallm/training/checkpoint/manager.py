@@ -369,12 +369,13 @@ def _fits(name: str, value: Any, parameter: Tensor) -> bool:
         return (isinstance(value, Tensor) and value.numel() == 1) or _is_of_one_kind(0, value)
     if name in OF_A_PARAMETERS_SHAPE:
         return isinstance(value, Tensor) and value.shape == parameter.shape
-    # What is kept under another name, in another form, is the optimizer's.
+    # What is kept under another name, in another form, is the optimizer's. One number may stand for
+    # all along a dimension, as the mean of a row does.
     return (
         not isinstance(value, Tensor)
         or value.ndim != parameter.ndim
         or value.numel() <= 1
-        or value.shape == parameter.shape
+        or all(kept in (1, own) for kept, own in zip(value.shape, parameter.shape, strict=True))
     )
 
 
