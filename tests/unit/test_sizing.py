@@ -40,6 +40,7 @@ def test_two_minutes_get_the_measured_best_of_each_processor(monkeypatch) -> Non
     assert chosen(config_of(), AVX2, monkeypatch) == (96, 4, 3)
     assert chosen(config_of(), AMX, monkeypatch) == (128, 4, 2)
     assert chosen(config_of(precision="fp32"), AMX, monkeypatch) == (128, 4, 2)
+    assert chosen(config_of(max_seconds=600.0), AVX2, monkeypatch) == (128, 4, 2)
     assert chosen(config_of(max_seconds=600.0), AMX, monkeypatch) == (192, 6, 3)
 
 
